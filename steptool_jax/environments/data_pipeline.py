@@ -1,0 +1,324 @@
+"""data_pipeline: load, filter, join, aggregate, sort and write CSV tables, 3 to 6 calls.
+
+The written table is checked by content; row order counts only where the query asks for sorting.
+Wordings, some compositions and all names are disjoint between train and held-out tasks.
+"""
+
+import collections
+import dataclasses
+import itertools
+import random
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+
+from steptool_jax.environments import names, tables
+from steptool_jax.environments.base import (
+  Split,
+  check_depths,
+  check_split,
+  check_tools_per_task,
+  offer_tools,
+)
+from steptool_jax.environments.checkers import same_table
+from steptool_jax.environments.tables import Table
+from steptool_jax.simulators.functions import Toolbox
+from steptool_jax.types import Finish, Observation, Task, ToolCall
+
+# Each: files to join (or one), numeric columns, text columns to group or filter by. The text
+# columns of a join come from the second file, so that no task can be solved without joining.
+_SOURCES: tuple[tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]], ...] = (
+  (("sales",), ("amount",), ("city", "item")),
+  (("staff",), ("pay",), ("city",)),
+  (("items",), ("price",), ("kind",)),
+  (("sales", "stores"), ("amount",), ("area",)),
+  (("sales", "items"), ("amount", "price"), ("kind",)),
+  (("staff", "stores"), ("pay",), ("area",)),
+)
+# Operations between loading and writing.
+_PLANS = (
+  ("filter",),
+  ("aggregate",),
+  ("sort",),
+  ("filter", "aggregate"),
+  ("filter", "sort"),
+  ("aggregate", "sort"),
+  ("filter", "aggregate", "sort"),
+)
+_FRAMES: dict[Split, tuple[str, ...]] = {
+  "train": (
+    "load {x}, {ops}, write {name}.",
+    "from {x}: {ops}, then write it to {name}.",
+    "please load {x}, {ops} and write {name}.",
+    "write {name} from {x}: {ops}.",
+  ),
+  "heldout": (
+    "please write {name}: load {x}, {ops}.",
+    "from {x}, {ops}, and write it to {name}.",
+    "load {x}: {ops}, then please write {name}.",
+  ),
+}
+_HELDOUT_COMPOSITIONS = frozenset(
+  {"sales+stores>aggregate>sort", "staff>filter>aggregate", "sales+items>filter>sort"}
+)
+_KINDS = ("lamp", "desk", "chair", "rug", "clock")
+_TASKS_PER_WORLD = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class _World:
+  files: Mapping[str, str]  # name -> CSV text
+  names: tuple[str, ...]  # for written tables
+
+
+def _generate_world(rng: random.Random, split: Split) -> _World:
+  pool = rng.sample(names.words(split), 26)
+  cities, items, areas, targets = pool[:5], pool[5:11], pool[11:14], pool[14:]
+  people = names.full_names(rng, split, 10)
+  # Distinct numbers, so that no order is left open.
+  amounts, pays, prices = (rng.sample(range(10, 1000), n) for n in (12, 10, 6))
+
+  def csv(header: str, rows: Sequence[tuple]) -> str:
+    return "\n".join([header, *(",".join(map(str, row)) for row in rows), ""])
+
+  return _World(
+    {
+      "sales": csv(
+        "item,city,amount", [(rng.choice(items), rng.choice(cities), a) for a in amounts]
+      ),
+      "items": csv(
+        "item,kind,price", [(i, rng.choice(_KINDS), p) for i, p in zip(items, prices, strict=True)]
+      ),
+      "stores": csv("city,area", [(c, rng.choice(areas)) for c in cities]),
+      "staff": csv(
+        "person,city,pay", [(n, rng.choice(cities), p) for n, p in zip(people, pays, strict=True)]
+      ),
+    },
+    tuple(targets),
+  )
+
+
+class _Stale(Exception):
+  """This draw makes no good task: an operation would change nothing or leave an order open."""
+
+
+class _Draft:
+  """Gold calls, their handles, and the tables behind them."""
+
+  def __init__(self, files: Mapping[str, str]):
+    self.files = files
+    self.calls: list[ToolCall] = []
+    self.handles: list[str] = []
+    self.table = Table((), ())
+
+  def add(self, name: str, arguments: dict[str, str], table: Table) -> str:
+    self.calls.append(ToolCall(name, arguments))
+    self.handles.append(f"t{len(self.handles) + 1}")
+    self.table = table
+    return self.handles[-1]
+
+  def load(self, file: str) -> tuple[str, Table]:
+    table = tables.read_csv(self.files[file])
+    return self.add("load_csv", {"file": file}, table), table
+
+
+class DataPipeline:
+  """The environment. Tasks are a function of the arguments only.
+
+  num_train, num_heldout: numbers of tasks. depths: fewest and most gold calls of a task; tasks
+  have 3 to 6. tools_per_task: how many tools a task offers (its own and random others; None =
+  all 10). ValueError for numbers outside their range.
+  """
+
+  name = "data_pipeline"
+
+  def __init__(
+    self,
+    num_train: int = 5000,
+    num_heldout: int = 400,
+    seed: int = 0,
+    depths: tuple[int, int] = (3, 6),
+    tools_per_task: int | None = None,
+    max_observation_chars: int = 512,
+  ):
+    if min(num_train, num_heldout) < 0:
+      raise ValueError("num_train and num_heldout must not be negative")
+    self._depths = check_depths(depths, 3, 6)
+    self._tools_per_task = check_tools_per_task(tools_per_task, 6, len(tables.SPECS))
+    self._counts = {"train": num_train, "heldout": num_heldout}
+    self._seed, self._max_chars = seed, max_observation_chars
+    self._lock = threading.RLock()
+    self._tasks: dict[str, tuple[Task, ...]] = {}
+    self._worlds: dict[tuple[str, int], _World] = {}
+
+  def tasks(self, split: Split) -> Sequence[Task]:
+    check_split(split)
+    with self._lock:
+      if split not in self._tasks:
+        self._tasks[split] = tuple(self._generate(split))
+      return self._tasks[split]
+
+  def open(self, task: Task, sample: int) -> "PipelineSession":
+    """A session without tables; `sample` changes nothing here."""
+    world = self._world(task.metadata["split"], task.metadata["world"])
+    return PipelineSession(task, world.files, self._max_chars)
+
+  def _world(self, split: Split, index: int) -> _World:
+    with self._lock:
+      if (split, index) not in self._worlds:
+        rng = random.Random(f"{self._seed}/{split}/{index}")
+        self._worlds[split, index] = _generate_world(rng, split)
+      return self._worlds[split, index]
+
+  def _generate(self, split: Split) -> Iterator[Task]:
+    rng = random.Random(f"{self._seed}/{split}/tasks")
+    count = self._counts[split]
+    worlds = max(8, count // _TASKS_PER_WORLD)
+    by_length: dict[int, list[tuple]] = {}
+    for source in _SOURCES:
+      joined = len(source[0]) == 2
+      for plan in (*_PLANS, ()) if joined else _PLANS:
+        length = (3 if joined else 1) + len(plan) + 1
+        composition = ">".join(["+".join(source[0]), *plan])
+        allowed = split == "heldout" or composition not in _HELDOUT_COMPOSITIONS
+        if allowed and length in self._depths:
+          by_length.setdefault(length, []).append((composition, source, plan))
+    lengths = sorted(by_length)
+    seen: set[tuple[int, str]] = set()
+    while len(seen) < count:
+      composition, source, plan = rng.choice(by_length[rng.choice(lengths)])
+      index = rng.randrange(worlds)
+      try:
+        task = self._task(rng, split, index, composition, source, plan)
+      except _Stale:
+        continue
+      if (index, task.query) not in seen:
+        yield dataclasses.replace(task, id=f"data_pipeline/{split}/{len(seen):05d}")
+        seen.add((index, task.query))
+
+  def _task(
+    self,
+    rng: random.Random,
+    split: Split,
+    index: int,
+    composition: str,
+    source: tuple,
+    plan: tuple[str, ...],
+  ) -> Task:
+    world = self._world(split, index)
+    files, numbers, texts = source
+    draft, words = _Draft(world.files), []
+    handle, table = draft.load(files[0])
+    if len(files) == 2:
+      other, right = draft.load(files[1])
+      joined = tables.join_tables(table, right)
+      handle = draft.add("join", {"left": handle, "right": other}, joined)
+    kind, group = rng.choice(("sum", "mean", "max", "count")), rng.choice(texts)
+    what = f"{kind} {rng.choice(numbers)} by {group}"
+    # An aggregate's column is named after it.
+    column = kind if "aggregate" in plan else rng.choice(numbers)
+    by = f"{column} {rng.choice(('asc', 'desc'))}"
+    unfiltered = draft.table
+    for operation in plan:
+      before = draft.table
+      if operation == "filter":
+        text = _condition(rng, before, numbers, texts)
+        words.append(f"keep {text}")
+        result = tables.filter_table(before, text)
+        handle = draft.add("filter_rows", {"table": handle, "where": text}, result)
+        continue
+      if operation == "aggregate":
+        words.append(what)
+        result = tables.aggregate_table(before, what)
+        unfiltered = tables.aggregate_table(unfiltered, what)
+        if len(result.rows) < 2 or len(result.rows) == len(before.rows):
+          raise _Stale
+        handle = draft.add("aggregate", {"table": handle, "what": what}, result)
+      else:
+        words.append(f"sort {by}")
+        result = tables.sort_table(before, by)
+        unfiltered = tables.sort_table(unfiltered, by)
+        keys = [row[result.column(column)] for row in result.rows]
+        if result == before or len(set(keys)) < len(keys):
+          raise _Stale
+        handle = draft.add("sort", {"table": handle, "by": by}, result)
+    if "filter" in plan and sorted(unfiltered.rows) == sorted(draft.table.rows):
+      raise _Stale
+    if not draft.table.rows:
+      raise _Stale
+    name = rng.choice(world.names)
+    draft.calls.append(ToolCall("write_table", {"table": handle, "name": name}))
+    frame = rng.choice(_FRAMES[split])
+    if len(files) == 2:
+      words.insert(0, f"join {files[1]}")
+    return Task(
+      id="",
+      environment=self.name,
+      query=frame.format(x=files[0], ops=", ".join(words), name=name),
+      tools=offer_tools(rng, tables.SPECS, draft.calls, self._tools_per_task),
+      checker={
+        "type": "table",
+        "name": name,
+        "columns": list(draft.table.columns),
+        "rows": [list(row) for row in draft.table.rows],
+        "ordered": "sort" in plan,
+      },
+      demonstration=(*draft.calls, Finish("done")),
+      metadata={
+        "split": split,
+        "world": index,
+        "composition": composition,
+        "template": f"{composition} | {frame}",
+        "depth": len(draft.calls),
+        "handles": (*draft.handles, ""),
+      },
+    )
+
+
+def _condition(
+  rng: random.Random, table: Table, numbers: Sequence[str], texts: Sequence[str]
+) -> str:
+  """A condition that keeps some rows and drops some."""
+  if rng.random() < 0.5:
+    name = rng.choice(numbers)
+    cells = sorted(row[table.column(name)] for row in table.rows)
+    # A threshold between two cells: > and >= mean the same.
+    low, high = rng.choice(list(itertools.pairwise(cells)) or [(0, 0)])
+    if high - low < 2:
+      raise _Stale
+    return f"{name} {rng.choice('<>')} {rng.randint(low + 1, high - 1)}"
+  name = rng.choice(texts)
+  counts = collections.Counter(row[table.column(name)] for row in table.rows)
+  if len(counts) < 2:
+    raise _Stale
+  return f"{name} {rng.choice(('=', '!='))} {rng.choice(sorted(counts))}"
+
+
+class PipelineSession:
+  """Private tables by handle; the table written under the asked name is what counts."""
+
+  def __init__(self, task: Task, files: Mapping[str, str], max_chars: int):
+    self._checker = task.checker
+    self._owner = tables.PipelineTools(files)
+    self._lock = threading.Lock()
+    offered = {spec.name for spec in task.tools}
+    self._box = Toolbox([t for t in tables.tools(self._owner) if t.spec.name in offered], max_chars)
+
+  def call(self, call: ToolCall) -> Observation:
+    with self._lock:
+      return self._box.call(call)
+
+  def grade(self, answer: str | None) -> float:
+    """1 when the table is there with the right content and the agent finished, else 0."""
+    checker = self._checker
+    with self._lock:
+      written = self._owner.written.get(checker["name"])
+    if answer is None or written is None:
+      return 0.0
+    expected = (checker["columns"], [tuple(row) for row in checker["rows"]])
+    got = (list(written.columns), list(written.rows))
+    return float(same_table(got, expected, checker["ordered"]))
+
+  def close(self) -> None:
+    with self._lock:
+      self._owner.tables.clear()
+      self._owner.written.clear()

@@ -1,0 +1,115 @@
+"""Trajectories -> packed TokenBatch: first-fit-decreasing rows, static shapes, host side only."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from steptool_jax.types import TokenBatch, Trajectory
+
+
+def packed_length(trajectory: Trajectory) -> int:
+  """Positions that a trajectory takes in a row.
+
+  A terminated one ends with its last sampled token, which is a target but never an input. A
+  truncated one keeps all: behind its last token stands the state whose value it bootstraps from.
+  """
+  if trajectory.truncated:
+    return trajectory.num_tokens
+  return trajectory.num_tokens - len(trajectory.steps[-1].observation_tokens) - 1
+
+
+def first_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+  """Bins of indices whose lengths add up to at most `capacity`; long ones are placed first.
+
+  Raises:
+    ValueError: an item is longer than a row.
+  """
+  bins: list[list[int]] = []
+  room = np.zeros(0, np.int64)
+  for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+    length = lengths[index]
+    if length > capacity:
+      raise ValueError(
+        f"trajectory {index} has {length} tokens but train.row_tokens is {capacity}; raise it, "
+        "or lower rollout.max_tokens"
+      )
+    fits = np.flatnonzero(room >= length)
+    if fits.size:
+      bins[fits[0]].append(index)
+      room[fits[0]] -= length
+    else:
+      bins.append([index])
+      room = np.append(room, capacity - length)
+  return bins
+
+
+def empty_batch(num_rows: int, row_tokens: int) -> TokenBatch:
+  """A batch of padding only (NumPy arrays)."""
+  shape = (num_rows, row_tokens)
+  return TokenBatch(
+    tokens=np.zeros(shape, np.int32),
+    targets=np.zeros(shape, np.int32),
+    segment_ids=np.zeros(shape, np.int32),
+    positions=np.zeros(shape, np.int32),
+    action_mask=np.zeros(shape, bool),
+    step_ids=np.full(shape, -1, np.int32),
+    step_end=np.zeros(shape, bool),
+    bootstrap=np.zeros(shape, bool),
+    rewards=np.zeros(shape, np.float32),
+    behaviour_logprobs=np.zeros(shape, np.float32),
+  )
+
+
+def pack(trajectories: Sequence[Trajectory], row_tokens: int, row_multiple: int = 1) -> TokenBatch:
+  """Packs into as few rows of `row_tokens` as first-fit-decreasing finds.
+
+  The number of rows is rounded up to `row_multiple` with empty rows, for static shapes.
+
+  Raises:
+    ValueError: a trajectory without steps, or one longer than a row.
+  """
+  for trajectory in trajectories:
+    if not trajectory.steps:
+      raise ValueError(f"trajectory of task {trajectory.task_id!r} has no steps: nothing to train")
+  bins = first_fit_decreasing([packed_length(t) for t in trajectories], row_tokens)
+  num_rows = max(-(-len(bins) // row_multiple), 1) * row_multiple
+  batch = empty_batch(num_rows, row_tokens)
+  for row, indices in enumerate(bins):
+    start = 0
+    for segment, index in enumerate(indices, start=1):
+      start += _write(batch, trajectories[index], row, start, segment)
+  return batch
+
+
+def _write(batch: TokenBatch, trajectory: Trajectory, row: int, start: int, segment: int) -> int:
+  """Writes one trajectory at [row, start:] and returns the positions taken."""
+  ids = np.concatenate(
+    [trajectory.prompt_tokens]
+    + [part for step in trajectory.steps for part in (step.tokens, step.observation_tokens)]
+  ).astype(np.int32)
+  length = packed_length(trajectory)
+  here = slice(start, start + length)
+  batch.tokens[row, here] = ids[:length]
+  targets = ids[1 : length + 1]
+  batch.targets[row, start : start + len(targets)] = targets
+  batch.segment_ids[row, here] = segment
+  batch.positions[row, here] = np.arange(length)
+  # targets[t] is ids[t + 1]: a step whose first token is ids[first] is aligned at first - 1.
+  first = start + len(trajectory.prompt_tokens) - 1
+  for index, step in enumerate(trajectory.steps):
+    end = first + len(step.tokens)
+    batch.action_mask[row, first:end] = True
+    batch.step_ids[row, first:end] = index
+    batch.step_end[row, end - 1] = True
+    batch.rewards[row, end - 1] = step.reward
+    batch.behaviour_logprobs[row, first:end] = step.logprobs
+    first = end + len(step.observation_tokens)
+  if trajectory.truncated:
+    batch.bootstrap[row, start + length - 1] = True
+  return length
+
+
+def padding_share(batch: TokenBatch) -> float:
+  """Share of positions that hold no trajectory, rows that are empty altogether left out."""
+  used = batch.segment_ids.any(axis=1)
+  return float((batch.segment_ids[used] == 0).mean()) if used.any() else 0.0

@@ -1,0 +1,233 @@
+"""The two jitted programs: prepare (log-probs, values, advantages) and update (one optimizer step).
+
+Both take a global batch in micro-batches [N, B, T] and loop over the first `count` of them, so that
+a short batch costs only its own rows and every batch size shares one compilation.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from steptool_jax.learning import advantages, losses
+from steptool_jax.learning.algorithms import Algorithm, Hyperparameters
+from steptool_jax.learning.outputs import Outputs, policy_outputs
+from steptool_jax.policy import lora, model
+from steptool_jax.types import TokenBatch, TrainState
+
+Metrics = dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Learner:
+  """What the two programs close over; all static.
+
+  chunk: positions projected to the vocabulary at a time; temperature: of the behaviour policy.
+  with_reference: a reference policy is evaluated (KL penalty on).
+  """
+
+  model: model.ModelConfig
+  algorithm: Algorithm
+  hyperparameters: Hyperparameters
+  optimizer: optax.GradientTransformation
+  temperature: float
+  chunk: int
+  with_reference: bool
+
+
+def init_state(learner: Learner, trainable: Any, frozen: Any, kl_coef: float) -> TrainState:
+  """A fresh optimizer, and today's policy as the reference where one is needed.
+
+  With adapters the reference is the same weights with adapters off, so nothing is copied.
+  """
+  needs_copy = learner.with_reference and "lora" not in trainable
+  reference = jax.tree.map(jnp.copy, trainable) if needs_copy else {}
+  return TrainState(
+    step=jnp.zeros((), jnp.int32),
+    trainable=trainable,
+    frozen=frozen,
+    reference=reference,
+    opt_state=learner.optimizer.init(trainable),
+    kl_coef=jnp.asarray(kl_coef, jnp.float32),
+  )
+
+
+def reference_variables(state: TrainState) -> dict:
+  """The reference policy's variables: the frozen copy, or the base model with adapters off."""
+  if state.reference:
+    return lora.join_variables(state.reference, {})
+  variables = lora.join_variables(state.trainable, state.frozen)
+  return {"params": variables["params"]}
+
+
+def prepare(
+  learner: Learner, state: TrainState, batch_NBT: TokenBatch, count: jax.Array
+) -> tuple[TokenBatch, Metrics]:
+  """Fills old_logprobs, ref_logprobs, values, advantages and returns (float32 [N, B, T]).
+
+  Advantages are whitened here, over the global batch, because whitening per minibatch would erase
+  the signal between trajectories.
+  """
+  hp = learner.hyperparameters
+  variables = lora.join_variables(state.trainable, state.frozen)
+
+  def one(index, filled):
+    micro = _micro(batch_NBT, index)
+    now = _outputs(learner, variables, micro)
+    if learner.with_reference:
+      ref_BT = _outputs(learner, reference_variables(state), micro, with_values=False).logprobs
+    else:
+      ref_BT = now.logprobs
+    new = (now.logprobs, ref_BT, now.values, now.entropy)
+    return jax.tree.map(lambda whole, part: whole.at[index].set(part), filled, new)
+
+  zeros_NBT = jnp.zeros(batch_NBT.tokens.shape, jnp.float32)
+  old_NBT, ref_NBT, values_NBT, entropy_NBT = jax.lax.fori_loop(
+    0, count, one, (zeros_NBT, zeros_NBT, zeros_NBT, zeros_NBT)
+  )
+  shape = batch_NBT.tokens.shape
+  flat = jax.tree.map(lambda x: x.reshape(-1, shape[-1]), batch_NBT)
+  old_BT, ref_BT, values_BT, entropy_BT = (
+    x.reshape(-1, shape[-1]) for x in (old_NBT, ref_NBT, values_NBT, entropy_NBT)
+  )
+  mask_BT = flat.action_mask
+  log_ratio_BT = jnp.where(mask_BT, old_BT - ref_BT, 0.0)  # k1
+  rewards_BT = flat.rewards
+  if hp.kl_placement == "reward":
+    rewards_BT = rewards_BT - state.kl_coef * log_ratio_BT
+  advantages_BT, returns_BT = learner.algorithm.advantage(flat, rewards_BT, values_BT, hp)
+  raw_BT = advantages_BT
+  if hp.whiten:
+    advantages_BT = advantages.whiten(advantages_BT, mask_BT)
+  prepared = flat._replace(
+    old_logprobs=old_BT,
+    ref_logprobs=ref_BT,
+    values=values_BT,
+    advantages=advantages_BT,
+    returns=returns_BT,
+  )
+  tokens = jnp.maximum(mask_BT.sum(), 1)
+  trajectories = jnp.maximum(
+    jnp.max(flat.segment_ids, axis=1).sum(), 1
+  )  # ids count from 1 in each row
+  residual_BT = jnp.where(mask_BT, returns_BT - values_BT, 0.0)
+  metrics = {
+    "kl": log_ratio_BT.sum() / trajectories,
+    "entropy": entropy_BT.sum() / tokens,
+    "advantage_std": jnp.sqrt(jnp.where(mask_BT, jnp.square(raw_BT), 0.0).sum() / tokens),
+    "explained_variance": 1.0
+    - _masked_variance(residual_BT, mask_BT) / (_masked_variance(returns_BT, mask_BT) + 1e-8),
+    "sampler_gap": jnp.where(mask_BT, jnp.abs(old_BT - flat.behaviour_logprobs), 0.0).max(),
+  }
+  return jax.tree.map(lambda x: x.reshape(shape), prepared), metrics
+
+
+def update(
+  learner: Learner, state: TrainState, batch_NBT: TokenBatch, count: jax.Array
+) -> tuple[TrainState, Metrics]:
+  """One optimizer step on the minibatch; gradients are accumulated over its micro-batches.
+
+  Exact: denominators are those of the whole minibatch, so N micro-batches give the gradient of one
+  large batch. A non-finite gradient leaves parameters and optimizer as they were and is reported
+  in metrics["skipped"].
+  """
+  denominators = _total_denominators(learner, batch_NBT, count)
+
+  def loss_of_micro(trainable, micro):
+    outputs = _outputs(learner, lora.join_variables(trainable, state.frozen), micro)
+    terms, metrics = _terms(learner, outputs, micro, state.kl_coef)
+    shares = {k: s / denominators[k] for k, (s, _) in (terms | metrics).items()}
+    return sum(shares[k] for k in terms), shares
+
+  def one(index, carry):
+    grads, totals = carry
+    micro = _micro(batch_NBT, index)
+    more, shares = jax.grad(loss_of_micro, has_aux=True)(state.trainable, micro)
+    return jax.tree.map(jnp.add, (grads, totals), (more, shares))
+
+  zero_grads = jax.tree.map(jnp.zeros_like, state.trainable)
+  zero_totals = {name: jnp.zeros((), jnp.float32) for name in denominators}
+  grads, metrics = jax.lax.fori_loop(0, count, one, (zero_grads, zero_totals))
+  grad_norm = optax.global_norm(grads)
+  finite = jnp.isfinite(grad_norm)
+  updates, opt_state = learner.optimizer.update(grads, state.opt_state, state.trainable)
+  trainable = optax.apply_updates(state.trainable, updates)
+  trainable, opt_state = jax.tree.map(
+    lambda new, old: jnp.where(finite, new, old),
+    (trainable, opt_state),
+    (state.trainable, state.opt_state),
+  )
+  metrics = metrics | {"grad_norm": grad_norm, "skipped": 1.0 - finite.astype(jnp.float32)}
+  return state._replace(step=state.step + 1, trainable=trainable, opt_state=opt_state), metrics
+
+
+def _outputs(learner, variables, micro, with_values=None) -> Outputs:
+  if with_values is None:
+    with_values = learner.algorithm.needs_values
+  return policy_outputs(
+    learner.model,
+    variables,
+    micro,
+    temperature=learner.temperature,
+    chunk=learner.chunk,
+    with_values=with_values,
+  )
+
+
+def _terms(learner, outputs, micro, kl_coef):
+  terms, metrics = learner.algorithm.loss(outputs, micro, learner.hyperparameters)
+  if learner.hyperparameters.kl_placement == "loss" and learner.with_reference:
+    weights_BT = losses.action_weights(micro, learner.hyperparameters.aggregation)
+    total, denominator = losses.kl_to_reference(outputs.logprobs, micro.ref_logprobs, weights_BT)
+    terms = terms | {"kl_loss": (kl_coef * total, denominator)}
+  return terms, metrics
+
+
+def _total_denominators(learner, batch_NBT, count) -> dict[str, jax.Array]:
+  """Denominators depend on masks alone, so zeros stand in for the policy's outputs."""
+  zeros_BT = jnp.zeros(batch_NBT.tokens.shape[1:], jnp.float32)
+  zeros = Outputs(zeros_BT, zeros_BT, zeros_BT)
+
+  def of_micro(index):
+    terms, metrics = _terms(learner, zeros, _micro(batch_NBT, index), jnp.float32(0.0))
+    return {name: denominator for name, (_, denominator) in (terms | metrics).items()}
+
+  empty = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(of_micro, 0))
+  totals = jax.lax.fori_loop(
+    0, count, lambda index, sums: jax.tree.map(jnp.add, sums, of_micro(index)), empty
+  )
+  return jax.tree.map(lambda x: jnp.maximum(x, 1e-8), totals)
+
+
+def _micro(batch_NBT: TokenBatch, index) -> TokenBatch:
+  return jax.tree.map(
+    lambda x: jax.lax.dynamic_index_in_dim(x, index, axis=0, keepdims=False), batch_NBT
+  )
+
+
+def _masked_variance(x_BT, mask_BT):
+  count = jnp.maximum(mask_BT.sum(), 1)
+  mean = jnp.where(mask_BT, x_BT, 0.0).sum() / count
+  return jnp.where(mask_BT, jnp.square(x_BT - mean), 0.0).sum() / count
+
+
+def compile_programs(learner: Learner, batch_sharding: Any = None) -> tuple[Callable, Callable]:
+  """(prepare, update) under jit; the state is donated to update, the batch to prepare.
+
+  `batch_sharding` constrains [N, B, T] arrays (rows over data and fsdp).
+  """
+
+  def jitted_prepare(state, batch_NBT, count):
+    prepared, metrics = prepare(learner, state, batch_NBT, count)
+    if batch_sharding is not None:
+      prepared = jax.lax.with_sharding_constraint(prepared, batch_sharding)
+    return prepared, metrics
+
+  def jitted_update(state, batch_NBT, count):
+    new_state, metrics = update(learner, state, batch_NBT, count)
+    return new_state, metrics
+
+  return jax.jit(jitted_prepare), jax.jit(jitted_update, donate_argnums=0)

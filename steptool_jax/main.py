@@ -1,0 +1,44 @@
+"""python -m steptool_jax.main --config=FILE[:arg] --workdir=DIR [--mode=...] [--config.a.b=value]"""
+
+import importlib
+import pathlib
+import sys
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from steptool_jax import config as config_lib
+
+MODES = ("train", "evaluate", "export", "bench")
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, FILE.py or FILE.py:arg.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; everything is written there.")
+_MODE = flags.DEFINE_enum("mode", "train", MODES, "What to do.")
+flags.mark_flags_as_required(["config", "workdir"])
+
+
+def main(argv: list[str]) -> None:
+  if len(argv) > 1:
+    raise app.UsageError(f"unknown argument {argv[1]!r}; fields are set with --config.NAME=VALUE")
+  logging.set_verbosity(logging.INFO)
+  logging.get_absl_logger().setLevel(logging.INFO)
+  try:
+    config = config_lib.validate(_CONFIG.value)
+    workdir = pathlib.Path(_WORKDIR.value).absolute()
+    workdir.mkdir(parents=True, exist_ok=True)
+    mode = importlib.import_module(f"steptool_jax.run.{_MODE.value}")
+    summary = mode.run(config, workdir)
+  except (ValueError, OSError, RuntimeError) as error:
+    # A mistake of input, or a run that cannot go on: a sentence helps, a traceback does not.
+    logging.debug("traceback", exc_info=True)
+    sys.exit(f"steptool_jax: {error}")
+  for name, value in summary.items():
+    print(f"{name}: {value:.4g}" if isinstance(value, float) else f"{name}: {value}")
+
+
+def run() -> None:
+  app.run(main)
+
+
+if __name__ == "__main__":
+  run()

@@ -1,0 +1,255 @@
+"""The policy engine: KV slots with append, decode, rewind and fork.
+
+A conversation keeps its slot until it ends, so a turn costs its own tokens and not its history. All
+shapes are static and all limits are arguments: decode, rewind and fork compile once, append once
+per power-of-two chunk.
+
+The state holds every slot's token ids. Keys and values are always complete for positions before
+the last one; the last token is pending and is fed when the next one is wanted. So rewind is a new
+length and nothing else.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from steptool_jax.policy import model, sampling
+
+MIN_CHUNK = 16  # the shortest append program, tokens
+
+
+class EngineState(NamedTuple):
+  """Donated to every call. N slots of S positions."""
+
+  cache: model.KVCache  # [layers, N, S, kv_heads, head_dim]
+  tokens: jax.Array  # int32[N, S], what each slot has seen and said
+  length: jax.Array  # int32[N]
+
+
+class Decoded(NamedTuple):
+  """What one decode call sampled: the first count[n] columns of row n."""
+
+  tokens: jax.Array  # int32[N, K], the stop token included
+  logprobs: jax.Array  # float32[N, K]
+  count: jax.Array  # int32[N]
+  stopped: jax.Array  # bool[N], the last of them is a stop token
+
+
+def init_state(config: model.ModelConfig, slots: int, size: int) -> EngineState:
+  """`slots` empty slots of `size` positions."""
+  return EngineState(
+    cache=model.init_cache(config, slots, size),
+    tokens=jnp.zeros((slots, size), jnp.int32),
+    length=jnp.zeros(slots, jnp.int32),
+  )
+
+
+def append(
+  config: model.ModelConfig,
+  variables: dict,
+  state: EngineState,
+  tokens_NC: jax.Array,
+  count_N: jax.Array,
+) -> EngineState:
+  """Forces the first count[n] of C tokens into slot n (prompt, observation)."""
+  slots, size = state.tokens.shape
+  width = tokens_NC.shape[1]
+  columns_C = jnp.arange(width)
+  new_length_N = state.length + count_N
+  targets_NC = jnp.where(
+    columns_C < count_N[:, None], state.length[:, None] + columns_C, size
+  )  # `size` is outside and dropped
+  history_NS = state.tokens.at[jnp.arange(slots)[:, None], targets_NC].set(tokens_NC, mode="drop")
+  # The pending token goes first; the last new one stays pending (or is fed for nothing).
+  start_N = jnp.maximum(state.length - 1, 0)
+  positions_NC = start_N[:, None] + columns_C
+  valid_NC = (positions_NC < new_length_N[:, None]) & (count_N > 0)[:, None]
+  fed_NC = jnp.take_along_axis(history_NS, jnp.minimum(positions_NC, size - 1), axis=1)
+  _, cache = model.forward_cached(config, variables, fed_NC, positions_NC, valid_NC, state.cache)
+  return EngineState(cache, history_NS, new_length_N)
+
+
+def decode(
+  config: model.ModelConfig,
+  variables: dict,
+  state: EngineState,
+  limit_N: jax.Array,
+  stop_ids: jax.Array,
+  seeds_N2: jax.Array,
+  temperature: jax.Array,
+  *,
+  max_tokens: int,
+  top_k: int = 0,
+  top_p: float = 1.0,
+) -> tuple[EngineState, Decoded]:
+  """Samples up to min(limit[n], max_tokens) tokens in every slot, in one while loop.
+
+  Args:
+    limit_N: int32, 0 leaves a slot alone.
+    stop_ids: int32[any]; a stop token is kept and ends the slot's turn.
+    seeds_N2: uint32, one key a slot; the token at position p uses fold_in(key, p), so a step may be
+      split over any number of calls.
+    temperature: float32 scalar, 0 = greedy.
+  """
+  slots, size = state.tokens.shape
+  rows_N = jnp.arange(slots)
+  limit_N = jnp.minimum(jnp.minimum(limit_N, max_tokens), size - state.length)
+  limit_N = jnp.where(state.length > 0, limit_N, 0)
+  keys_N = jax.vmap(jax.random.wrap_key_data)(seeds_N2)
+  out = Decoded(
+    tokens=jnp.zeros((slots, max_tokens), jnp.int32),
+    logprobs=jnp.zeros((slots, max_tokens), jnp.float32),
+    count=jnp.zeros(slots, jnp.int32),
+    stopped=jnp.zeros(slots, bool),
+  )
+
+  def active(out):
+    return (out.count < limit_N) & ~out.stopped
+
+  def one_token(carry):
+    state, out = carry
+    active_N = active(out)
+    position_N = jnp.maximum(state.length - 1, 0)
+    pending_N = state.tokens[rows_N, position_N]
+    hidden_N1D, cache = model.forward_cached(
+      config,
+      variables,
+      pending_N[:, None],
+      position_N[:, None],
+      active_N[:, None],
+      state.cache,
+    )
+    logits_NV = model.project_logits(config, variables, hidden_N1D[:, 0])
+    token_keys_N = jax.vmap(jax.random.fold_in)(keys_N, state.length)
+    new_N, logprobs_N = sampling.sample(logits_NV, token_keys_N, temperature, top_k, top_p)
+    history_NS = state.tokens.at[rows_N, jnp.where(active_N, state.length, size)].set(
+      new_N, mode="drop"
+    )
+    column_N = jnp.where(active_N, out.count, max_tokens)
+    out = Decoded(
+      tokens=out.tokens.at[rows_N, column_N].set(new_N, mode="drop"),
+      logprobs=out.logprobs.at[rows_N, column_N].set(logprobs_N, mode="drop"),
+      count=out.count + active_N,
+      stopped=out.stopped | (active_N & jnp.isin(new_N, stop_ids)),
+    )
+    return EngineState(cache, history_NS, state.length + active_N), out
+
+  return jax.lax.while_loop(lambda carry: jnp.any(active(carry[1])), one_token, (state, out))
+
+
+def rewind(state: EngineState, length_N: jax.Array) -> EngineState:
+  """Back to an earlier length; nothing is copied. A longer length than now is not taken."""
+  return state._replace(length=jnp.minimum(state.length, length_N))
+
+
+def fork(state: EngineState, source_N: jax.Array) -> EngineState:
+  """Slot n becomes a copy of slot source[n]; source[n] == n leaves it as it is."""
+  return EngineState(
+    cache=jax.tree.map(lambda x: x[:, source_N], state.cache),
+    tokens=state.tokens[source_N],
+    length=state.length[source_N],
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class Engine:
+  """The four programs, jitted, and the static facts that the host needs. The state stays outside.
+
+  chunk: tokens that one decode call samples at most; size: positions of a slot.
+  """
+
+  slots: int
+  size: int
+  chunk: int
+  init: Callable[[], EngineState]
+  append_program: Callable
+  decode_program: Callable
+  rewind_program: Callable
+  fork_program: Callable
+
+  def append(
+    self, variables: dict, state: EngineState, pieces: dict[int, np.ndarray]
+  ) -> EngineState:
+    """Appends ids int32[any] to the named slots; the host has checked that they fit."""
+    longest = max(len(ids) for ids in pieces.values())
+    width = MIN_CHUNK
+    while width < min(longest, self.size):
+      width *= 2
+    tokens_NC = np.zeros((self.slots, width), np.int32)
+    count_N = np.zeros(self.slots, np.int32)
+    for slot, ids in pieces.items():
+      tokens_NC[slot, : len(ids)] = ids
+      count_N[slot] = len(ids)
+    return self.append_program(variables, state, tokens_NC, count_N)
+
+  def decode(
+    self,
+    variables: dict,
+    state: EngineState,
+    limits: dict[int, int],
+    seeds: dict[int, np.ndarray],
+    stop_ids: Sequence[int],
+    temperature: float,
+  ) -> tuple[EngineState, Decoded]:
+    """Samples in the named slots; `limits` in tokens, `seeds` uint32[2] each. NumPy results."""
+    limit_N = np.zeros(self.slots, np.int32)
+    seeds_N2 = np.zeros((self.slots, 2), np.uint32)
+    for slot, limit in limits.items():
+      limit_N[slot] = limit
+      seeds_N2[slot] = seeds[slot]
+    state, decoded = self.decode_program(
+      variables,
+      state,
+      limit_N,
+      np.asarray(stop_ids, np.int32),
+      seeds_N2,
+      np.float32(temperature),
+    )
+    return state, Decoded(*jax.device_get(decoded))
+
+  def rewind(self, state: EngineState, lengths: dict[int, int]) -> EngineState:
+    """Cuts the named slots back to the given lengths."""
+    length_N = np.full(self.slots, self.size, np.int32)
+    for slot, length in lengths.items():
+      length_N[slot] = length
+    return self.rewind_program(state, length_N)
+
+  def fork(self, state: EngineState, sources: dict[int, int]) -> EngineState:
+    """Makes slot n a copy of slot sources[n]."""
+    source_N = np.arange(self.slots, dtype=np.int32)
+    for slot, source in sources.items():
+      source_N[slot] = source
+    return self.fork_program(state, source_N)
+
+
+def make_engine(
+  config: model.ModelConfig,
+  slots: int,
+  size: int,
+  chunk: int,
+  top_k: int = 0,
+  top_p: float = 1.0,
+  state_sharding: EngineState | None = None,
+) -> Engine:
+  """Jits the four programs; `state_sharding` places the slots on a mesh."""
+  jit = functools.partial(jax.jit, out_shardings=state_sharding)
+  out = (state_sharding, None) if state_sharding is not None else None
+  return Engine(
+    slots=slots,
+    size=size,
+    chunk=chunk,
+    init=jit(functools.partial(init_state, config, slots, size)),
+    append_program=jit(functools.partial(append, config), donate_argnums=1),
+    decode_program=jax.jit(
+      functools.partial(decode, config, max_tokens=chunk, top_k=top_k, top_p=top_p),
+      donate_argnums=1,
+      out_shardings=out,
+    ),
+    rewind_program=jit(rewind, donate_argnums=0),
+    fork_program=jit(fork, donate_argnums=0),
+  )

@@ -1,0 +1,263 @@
+"""A GGUF file of the Llama architecture -> a Hugging Face directory that load_params reads.
+
+llama.cpp stores the rows of q and k in another order (rotary pairs side by side instead of in two
+halves) and Llama 3.1's frequency scaling as a tensor; both are undone here.
+"""
+
+import dataclasses
+import pathlib
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from steptool_jax.policy import hfconfig
+from steptool_jax.policy.hub import write_shards
+from steptool_jax.policy.model import DTYPES, ModelConfig, RopeScaling, inverse_frequencies
+from steptool_jax.policy.tensorfile import output_directory, write_json
+
+BLOCK_NAMES = {
+  "q": "attn_q",
+  "k": "attn_k",
+  "v": "attn_v",
+  "o": "attn_output",
+  "gate": "ffn_gate",
+  "up": "ffn_up",
+  "down": "ffn_down",
+  "attn_norm": "attn_norm",
+  "mlp_norm": "ffn_norm",
+}
+TOP_NAMES = {
+  "embed": "token_embd.weight",
+  "final_norm": "output_norm.weight",
+  "lm_head": "output.weight",
+}
+# Splitting rules by tokenizer.ggml.pre, as llama.cpp names them.
+LLAMA3_SPLIT = (
+  r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+  r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+QWEN2_SPLIT = LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
+PRE_TOKENIZERS = ("default", "gpt-2", "smollm", "llama-bpe", "qwen2")
+CONTROL, USER_DEFINED = 3, 4  # tokenizer.ggml.token_type
+
+
+def gguf_to_hub(
+  path: str | pathlib.Path, directory: str | pathlib.Path, dtype: str = "float32"
+) -> ModelConfig:
+  """Writes weights (dequantized to `dtype`), config and tokenizer; returns the configuration.
+
+  Needs the extra `gguf`. ValueError when the file is no GGUF, of another architecture, or uses a
+  tokenizer or quantization that is not known; the directory appears only when all went well.
+  """
+  file = _Gguf(pathlib.Path(path))
+  config = _read_config(file)
+  names = {name.hub: name for name in hfconfig.tensor_names(config)}
+  if dtype not in DTYPES:
+    raise ValueError(f"dtype: {dtype!r} is not one of {', '.join(DTYPES)}")
+  kind = jnp.dtype(dtype)
+  entries = {name: (file.shape(_source(spot)), kind) for name, spot in names.items()}
+
+  def fetch(name):
+    spot = names[name]
+    tensor = file.tensor(_source(spot))
+    if spot.path[1:2] == ("q",):
+      tensor = _unpermute(tensor, config.num_heads)
+    elif spot.path[1:2] == ("k",):
+      tensor = _unpermute(tensor, config.num_kv_heads)
+    return tensor
+
+  ids = {
+    "bos_token_id": file.get("tokenizer.ggml.bos_token_id"),
+    "eos_token_id": file.get("tokenizer.ggml.eos_token_id"),
+    "pad_token_id": file.get("tokenizer.ggml.padding_token_id"),
+  }
+  raw = hfconfig.raw_config_of(config, **ids)
+  raw["dtype"] = dtype
+  tokenizer, tokenizer_config = _read_tokenizer(file, config)
+  with output_directory(directory) as out:
+    write_shards(out, entries, fetch)
+    write_json(out / "config.json", raw)
+    ids = {key: value for key, value in ids.items() if value is not None}
+    write_json(out / "generation_config.json", {"_from_model_config": True, **ids})
+    tokenizer.save(str(out / "tokenizer.json"))
+    write_json(out / "tokenizer_config.json", tokenizer_config)
+  return config
+
+
+class _Gguf:
+  def __init__(self, path: pathlib.Path):
+    try:
+      import gguf
+    except ImportError:
+      raise ImportError("reading GGUF needs a package: pip install 'steptool-jax[gguf]'") from None
+    if not path.is_file():
+      raise FileNotFoundError(f"{path}: no such file")
+    self.path, self._gguf = path, gguf
+    try:
+      self._reader = gguf.GGUFReader(path)
+    except (ValueError, IndexError, KeyError, UnicodeDecodeError, OSError) as error:
+      raise ValueError(f"{path}: not a complete GGUF file ({error}); fetch it again") from None
+    self._tensors = {tensor.name: tensor for tensor in self._reader.tensors}
+
+  def get(self, key: str, default: Any = None) -> Any:
+    field = self._reader.fields.get(key)
+    return default if field is None else field.contents()
+
+  def need(self, key: str) -> Any:
+    value = self.get(key)
+    if value is None:
+      raise ValueError(f"{self.path}: has no field {key}; convert the model again")
+    return value
+
+  def has(self, name: str) -> bool:
+    return name in self._tensors
+
+  def shape(self, name: str) -> tuple[int, ...]:
+    if name not in self._tensors:
+      raise ValueError(f"{self.path}: missing tensor {name}")
+    return tuple(int(n) for n in reversed(self._tensors[name].shape))
+
+  def tensor(self, name: str) -> np.ndarray:
+    """float32, dequantized."""
+    tensor = self._tensors[name]
+    try:
+      out = self._gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+    except NotImplementedError:
+      raise ValueError(
+        f"{self.path}: {name} is quantized as {tensor.tensor_type.name}, which the gguf package"
+        " cannot read; take another quantization"
+      ) from None
+    return np.asarray(out, np.float32).reshape(self.shape(name))
+
+
+def _source(spot: hfconfig.Name) -> str:
+  if spot.layer is None:
+    return TOP_NAMES[spot.path[0]]
+  return f"blk.{spot.layer}.{BLOCK_NAMES[spot.path[1]]}.weight"
+
+
+def _unpermute(tensor: np.ndarray, heads: int) -> np.ndarray:
+  """[out, in] with rotary pairs side by side -> in two halves, as Hugging Face has them."""
+  out, inputs = tensor.shape
+  pairs = tensor.reshape(heads, out // heads // 2, 2, inputs)
+  return pairs.swapaxes(1, 2).reshape(out, inputs)
+
+
+def _read_config(file: _Gguf) -> ModelConfig:
+  architecture = file.need("general.architecture")
+  if architecture != "llama":
+    raise ValueError(f"{file.path}: architecture {architecture!r} is not supported; known: llama")
+  if file.get("llama.expert_count"):
+    raise ValueError(f"{file.path}: llama.expert_count: mixtures of experts are not supported")
+  if file.has("blk.0.attn_q.bias"):
+    raise ValueError(f"{file.path}: attention biases in a llama GGUF are not supported")
+  hidden, heads = file.need("llama.embedding_length"), file.need("llama.attention.head_count")
+  head_dim = file.get("llama.attention.key_length", hidden // heads)
+  if file.get("llama.rope.dimension_count", head_dim) != head_dim:
+    raise ValueError(f"{file.path}: llama.rope.dimension_count: partial rotation is not supported")
+  config = ModelConfig(
+    family="llama",
+    vocab_size=file.shape(TOP_NAMES["embed"])[0],
+    hidden_size=hidden,
+    intermediate_size=file.need("llama.feed_forward_length"),
+    num_layers=file.need("llama.block_count"),
+    num_heads=heads,
+    num_kv_heads=file.get("llama.attention.head_count_kv", heads),
+    head_dim=head_dim,
+    rope_theta=_short(file.get("llama.rope.freq_base", 10000.0)),
+    rope_scaling=None,
+    rms_norm_eps=_short(file.need("llama.attention.layer_norm_rms_epsilon")),
+    tie_embeddings=not file.has(TOP_NAMES["lm_head"]),
+    max_position_embeddings=file.need("llama.context_length"),
+  )
+  return dataclasses.replace(config, rope_scaling=_read_rope(file, config))
+
+
+def _short(value: float) -> float:
+  """1e-05 again, where float32 storage made it 9.99999974e-06."""
+  return float(str(np.float32(value)))
+
+
+def _read_rope(file: _Gguf, config: ModelConfig) -> RopeScaling | None:
+  kind = file.get("llama.rope.scaling.type", "none")
+  if kind == "linear":
+    return RopeScaling("linear", float(file.need("llama.rope.scaling.factor")))
+  if kind != "none":
+    raise ValueError(f"{file.path}: llama.rope.scaling.type: {kind!r} is not supported")
+  if not file.has("rope_freqs.weight"):
+    return None
+  # The converter keeps only the resulting divisors: find the published scaling that gives them.
+  divisors = file.tensor("rope_freqs.weight")
+  plain = inverse_frequencies(config)
+  for factor in (8.0, 32.0):  # Llama 3.1 and 3.3, Llama 3.2
+    scaling = RopeScaling("llama3", factor)
+    scaled = inverse_frequencies(dataclasses.replace(config, rope_scaling=scaling))
+    if divisors.shape == plain.shape and np.allclose(plain / scaled, divisors, rtol=1e-4):
+      return scaling
+  raise ValueError(f"{file.path}: rope_freqs.weight is not the scaling of a known Llama 3 model")
+
+
+def _read_tokenizer(file: _Gguf, config: ModelConfig) -> tuple[Any, dict[str, Any]]:
+  """(tokenizers.Tokenizer, tokenizer_config.json)."""
+  import tokenizers
+  from tokenizers import decoders, models, pre_tokenizers, processors
+
+  kind = file.need("tokenizer.ggml.model")
+  if kind != "gpt2":
+    raise ValueError(
+      f"{file.path}: tokenizer.ggml.model: {kind!r} is not supported (only byte-level BPE, 'gpt2');"
+      " take the model's Hugging Face directory instead"
+    )
+  pre = file.get("tokenizer.ggml.pre", "default")
+  if pre not in PRE_TOKENIZERS:
+    raise ValueError(
+      f"{file.path}: tokenizer.ggml.pre: {pre!r} is not known; known: {', '.join(PRE_TOKENIZERS)}"
+    )
+  tokens = file.need("tokenizer.ggml.tokens")
+  types = file.get("tokenizer.ggml.token_type", [1] * len(tokens))
+  if len(tokens) != config.vocab_size:
+    raise ValueError(
+      f"{file.path}: {len(tokens)} tokens, but token_embd.weight has {config.vocab_size} rows"
+    )
+  merges = [tuple(merge.split(" ", 1)) for merge in file.need("tokenizer.ggml.merges")]
+  vocabulary = {token: index for index, token in enumerate(tokens)}
+  tokenizer = tokenizers.Tokenizer(
+    models.BPE(vocab=vocabulary, merges=merges, ignore_merges=pre == "llama-bpe")
+  )
+  steps = {
+    "smollm": [pre_tokenizers.Digits(individual_digits=True)],
+    "llama-bpe": [pre_tokenizers.Split(tokenizers.Regex(LLAMA3_SPLIT), "isolated")],
+    "qwen2": [pre_tokenizers.Split(tokenizers.Regex(QWEN2_SPLIT), "isolated")],
+  }.get(pre, [])
+  own_regex = pre in ("llama-bpe", "qwen2")
+  steps.append(
+    pre_tokenizers.ByteLevel(
+      add_prefix_space=bool(file.get("tokenizer.ggml.add_space_prefix", False)),
+      use_regex=not own_regex,
+    )
+  )
+  tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
+  tokenizer.decoder = decoders.ByteLevel()
+  for token, type_ in zip(tokens, types, strict=True):
+    if type_ in (CONTROL, USER_DEFINED):
+      added = tokenizers.AddedToken(token, special=type_ == CONTROL, normalized=False)
+      (tokenizer.add_special_tokens if type_ == CONTROL else tokenizer.add_tokens)([added])
+
+  settings: dict[str, Any] = {
+    "tokenizer_class": "PreTrainedTokenizerFast",
+    "model_max_length": config.max_position_embeddings,
+    "clean_up_tokenization_spaces": False,
+  }
+  for ours, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
+    index = file.get(f"tokenizer.ggml.{key}_token_id")
+    if index is not None:
+      settings[f"{ours}_token"] = tokens[index]
+  if file.get("tokenizer.chat_template"):
+    settings["chat_template"] = file.get("tokenizer.chat_template")
+  if file.get("tokenizer.ggml.add_bos_token", pre == "llama-bpe") and "bos_token" in settings:
+    bos = settings["bos_token"]
+    tokenizer.post_processor = processors.TemplateProcessing(
+      single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, vocabulary[bos])]
+    )
+  return tokenizer, settings

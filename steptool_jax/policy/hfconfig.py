@@ -1,0 +1,200 @@
+"""config.json and tensor names of Hugging Face models <-> ModelConfig and parameter paths."""
+
+import dataclasses
+import pathlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from steptool_jax.policy.model import FAMILIES, ModelConfig, RopeScaling
+from steptool_jax.policy.tensorfile import load_json
+
+ARCHITECTURES = {
+  "llama": "LlamaForCausalLM",
+  "qwen2": "Qwen2ForCausalLM",
+  "qwen3": "Qwen3ForCausalLM",
+}
+PROJECTIONS = {
+  "q": "self_attn.q_proj",
+  "k": "self_attn.k_proj",
+  "v": "self_attn.v_proj",
+  "o": "self_attn.o_proj",
+  "gate": "mlp.gate_proj",
+  "up": "mlp.up_proj",
+  "down": "mlp.down_proj",
+}
+NORMS = {
+  "attn_norm": "input_layernorm",
+  "mlp_norm": "post_attention_layernorm",
+  "q_norm": "self_attn.q_norm",
+  "k_norm": "self_attn.k_norm",
+}
+# What a config.json can switch on that model.py does not compute.
+REFUSED = {
+  "mlp_bias": False,
+  "use_sliding_window": False,
+  "quantization_config": None,
+  "hidden_act": "silu",
+}
+# Fields that belong to a run and not to a model.
+RUN_FIELDS = ("dtype", "param_dtype", "remat", "lora_scale")
+
+
+@dataclasses.dataclass(frozen=True)
+class Name:
+  """One Hugging Face tensor and where it lives: params[path] (or [path][layer])."""
+
+  hub: str
+  path: tuple[str, ...]
+  layer: int | None
+  transpose: bool
+
+
+def tensor_names(config: ModelConfig) -> Iterator[Name]:
+  """Every tensor of the model but the value head, in file order."""
+  yield Name("model.embed_tokens.weight", ("embed", "embedding"), None, False)
+  for layer in range(config.num_layers):
+    prefix = f"model.layers.{layer}"
+    for ours, theirs in NORMS.items():
+      if config.qk_norm or ours not in ("q_norm", "k_norm"):
+        yield Name(f"{prefix}.{theirs}.weight", ("layers", ours, "scale"), layer, False)
+    for ours, theirs in PROJECTIONS.items():
+      yield Name(f"{prefix}.{theirs}.weight", ("layers", ours, "kernel"), layer, True)
+      if (ours in ("q", "k", "v") and config.qkv_bias) or (ours == "o" and config.output_bias):
+        yield Name(f"{prefix}.{theirs}.bias", ("layers", ours, "bias"), layer, False)
+  yield Name("model.norm.weight", ("final_norm", "scale"), None, False)
+  if not config.tie_embeddings:
+    yield Name("lm_head.weight", ("lm_head", "kernel"), None, True)
+
+
+def load_config(directory: str | pathlib.Path, **run_fields: Any) -> tuple[ModelConfig, dict]:
+  """(ModelConfig, raw config.json) of a model directory.
+
+  `run_fields` (dtype, param_dtype, remat) are the run's choice and override the defaults.
+  """
+  directory = pathlib.Path(directory)
+  if not directory.is_dir():
+    raise FileNotFoundError(f"{directory}: no such model directory")
+  path = directory / "config.json"
+  if not path.is_file():
+    raise FileNotFoundError(f"{path}: not a Hugging Face model directory (no config.json)")
+  raw = load_json(path)
+  try:
+    return dataclasses.replace(config_from_raw(raw), **run_fields), raw
+  except ValueError as error:
+    raise ValueError(f"{path}: {error}") from None
+
+
+def config_from_raw(raw: Mapping[str, Any]) -> ModelConfig:
+  """ValueError names the field that is missing, unknown or not implemented."""
+  family = raw.get("model_type")
+  if family not in FAMILIES:
+    raise ValueError(f"model_type: {family!r} is not supported; known: {', '.join(FAMILIES)}")
+  for field, valid in REFUSED.items():
+    if raw.get(field, valid) != valid:
+      raise ValueError(f"{field}: {raw[field]!r} is not implemented (only {valid!r})")
+  if set(raw.get("layer_types") or ["full_attention"]) != {"full_attention"}:
+    raise ValueError("layer_types: only 'full_attention' is implemented")
+
+  def required(field):
+    value = raw.get(field)
+    if isinstance(value, bool) or not isinstance(value, int):
+      raise ValueError(f"{field}: expected an integer, got {value!r}")
+    return value
+
+  heads = required("num_attention_heads")
+  hidden = required("hidden_size")
+  head_dim = raw.get("head_dim") or (128 if family == "qwen3" else hidden // heads)
+  bias = bool(raw.get("attention_bias", False))
+  theta, scaling = _rope(raw)
+  return ModelConfig(
+    family=family,
+    vocab_size=required("vocab_size"),
+    hidden_size=hidden,
+    intermediate_size=required("intermediate_size"),
+    num_layers=required("num_hidden_layers"),
+    num_heads=heads,
+    num_kv_heads=raw.get("num_key_value_heads") or heads,
+    head_dim=head_dim,
+    rope_theta=theta,
+    rope_scaling=scaling,
+    rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
+    qkv_bias=family == "qwen2" or bias,
+    output_bias=family != "qwen2" and bias,
+    qk_norm=family == "qwen3",
+    tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
+    max_position_embeddings=int(raw.get("max_position_embeddings", 2048)),
+  )
+
+
+def _rope(raw: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
+  """Both layouts: rope_theta with rope_scaling, and transformers 5's rope_parameters."""
+  field = "rope_parameters" if raw.get("rope_parameters") else "rope_scaling"
+  rope = raw.get(field) or {}
+  theta = float(rope.get("rope_theta") or raw.get("rope_theta") or 10000.0)
+  if (rope.get("partial_rotary_factor") or raw.get("partial_rotary_factor") or 1.0) != 1.0:
+    raise ValueError("partial_rotary_factor: only 1.0 is implemented")
+  kind = rope.get("rope_type") or rope.get("type") or "default"
+  if kind == "default":
+    return theta, None
+  if kind not in ("llama3", "linear"):
+    raise ValueError(
+      f"{field}.rope_type: {kind!r} is not supported; known: default, linear, llama3"
+    )
+  fields = ["factor"]
+  if kind == "llama3":
+    fields += ["low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
+  for name in fields:
+    if not isinstance(rope.get(name), int | float):
+      raise ValueError(f"{field}.{name}: expected a number, got {rope.get(name)!r}")
+  values = {name: rope[name] for name in fields}
+  return theta, RopeScaling(kind, **values)
+
+
+def raw_config_of(config: ModelConfig, **token_ids: Any) -> dict[str, Any]:
+  """A config.json for a model that did not come from one.
+
+  `token_ids`: bos_token_id, eos_token_id (int or list), pad_token_id.
+  """
+  if (config.family == "qwen2" and (config.output_bias or not config.qkv_bias)) or (
+    config.family != "qwen2" and config.qkv_bias != config.output_bias
+  ):
+    raise ValueError(f"qkv_bias / output_bias: {config.family} has no such combination to export")
+  if config.qk_norm != (config.family == "qwen3"):
+    raise ValueError(f"qk_norm: {config.qk_norm} cannot be exported as {config.family}")
+  rope: dict[str, Any] = {"rope_type": "default"}
+  if config.rope_scaling is not None:
+    rope = dataclasses.asdict(config.rope_scaling)
+    rope["rope_type"] = rope.pop("type")
+    if rope["rope_type"] == "linear":
+      rope = {"rope_type": "linear", "factor": rope["factor"]}
+  raw: dict[str, Any] = {
+    "architectures": [ARCHITECTURES[config.family]],
+    "model_type": config.family,
+    "vocab_size": config.vocab_size,
+    "hidden_size": config.hidden_size,
+    "intermediate_size": config.intermediate_size,
+    "num_hidden_layers": config.num_layers,
+    "num_attention_heads": config.num_heads,
+    "num_key_value_heads": config.num_kv_heads,
+    "head_dim": config.head_dim,
+    "hidden_act": "silu",
+    "max_position_embeddings": config.max_position_embeddings,
+    "rms_norm_eps": config.rms_norm_eps,
+    # Old readers look for rope_theta and rope_scaling, new ones for rope_parameters.
+    "rope_theta": config.rope_theta,
+    "rope_parameters": {**rope, "rope_theta": config.rope_theta},
+    "rope_scaling": None if config.rope_scaling is None else rope,
+    "tie_word_embeddings": config.tie_embeddings,
+    "attention_dropout": 0.0,
+  }
+  if config.family != "qwen2":
+    raw["attention_bias"] = config.qkv_bias
+  return {**raw, **{name: value for name, value in token_ids.items() if value is not None}}
+
+
+def check_same_model(config: ModelConfig, raw: Mapping[str, Any]) -> None:
+  """ValueError naming the first field in which `raw` describes another model than `config`."""
+  ours, theirs = dataclasses.asdict(config), dataclasses.asdict(config_from_raw(raw))
+  for field, value in ours.items():
+    if field not in RUN_FIELDS and value != theirs[field]:
+      raise ValueError(f"raw config: {field} is {theirs[field]!r}, the model has {value!r}")

@@ -1,0 +1,111 @@
+"""Low-rank adapters as a second pytree, next to the parameters.
+
+y = x W + (alpha / rank) (x A) B with A [in, rank] random and B [rank, out] zero: a fresh adapter
+changes nothing, and the policy without adapters is the reference policy. Hu et al., 2021.
+
+    {layers: {q: {a [L, in, r], b [L, r, out]}, …}, lm_head: {a, b}}     float32
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from steptool_jax.policy.model import ModelConfig, abstract_params
+
+TARGETS = ("q", "k", "v", "o", "gate", "up", "down", "lm_head")
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+  """Which projections get an adapter, and how strong it is."""
+
+  rank: int = 16
+  alpha: float = 32.0
+  targets: tuple[str, ...] = TARGETS[:7]
+
+  def __post_init__(self):
+    object.__setattr__(self, "targets", tuple(self.targets))
+    if self.rank < 1:
+      raise ValueError(f"lora.rank: {self.rank} must be at least 1")
+    if not self.targets:
+      raise ValueError(f"lora.targets: empty; choose from {', '.join(TARGETS)}")
+    for target in self.targets:
+      if target not in TARGETS:
+        raise ValueError(f"lora.targets: {target!r} is not one of {', '.join(TARGETS)}")
+
+  @property
+  def scale(self) -> float:
+    return self.alpha / self.rank
+
+
+def with_lora(config: ModelConfig, lora: LoraConfig) -> ModelConfig:
+  """The model configuration that applies adapters of `lora`."""
+  return dataclasses.replace(config, lora_scale=lora.scale)
+
+
+def init_lora(config: ModelConfig, lora: LoraConfig, key: jax.Array) -> dict[str, Any]:
+  """Adapters float32: A uniform in ±1 / sqrt(in) (PEFT's default), B zero."""
+  if "lm_head" in lora.targets and config.tie_embeddings:
+    raise ValueError("lora.targets: 'lm_head' needs untied embeddings; leave it out")
+  params = abstract_params(config)
+  adapters: dict[str, Any] = {"layers": {}}
+  for target, target_key in zip(
+    lora.targets, jax.random.split(key, len(lora.targets)), strict=True
+  ):
+    home, tree = (
+      (params, adapters) if target == "lm_head" else (params["layers"], adapters["layers"])
+    )
+    *stack, inputs, outputs = home[target]["kernel"].shape
+    bound = 1.0 / math.sqrt(inputs)
+    shape = (*stack, inputs, lora.rank)
+    tree[target] = {
+      "a": jax.random.uniform(target_key, shape, jnp.float32, -bound, bound),
+      "b": jnp.zeros((*stack, lora.rank, outputs), jnp.float32),
+    }
+  return {name: tree for name, tree in adapters.items() if tree}
+
+
+def merge_lora(
+  params: dict[str, Any], adapters: dict[str, Any], lora: LoraConfig
+) -> dict[str, Any]:
+  """Parameters with the adapters added to their kernels (sum in float32, dtype kept)."""
+
+  def merge(module, adapter):
+    kernel = module["kernel"]
+    delta = lora.scale * jnp.matmul(
+      adapter["a"].astype(jnp.float32), adapter["b"].astype(jnp.float32), precision="highest"
+    )
+    return {**module, "kernel": (kernel.astype(jnp.float32) + delta).astype(kernel.dtype)}
+
+  out = dict(params)
+  out["layers"] = dict(params["layers"])
+  for target, adapter in adapters.get("layers", {}).items():
+    out["layers"][target] = merge(params["layers"][target], adapter)
+  if "lm_head" in adapters:
+    out["lm_head"] = merge(params["lm_head"], adapters["lm_head"])
+  return out
+
+
+def adapters_off(variables: dict[str, Any]) -> dict[str, Any]:
+  """The reference policy of a LoRA run: the same parameters without adapters."""
+  return {"params": variables["params"]}
+
+
+def split_variables(variables: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+  """(trainable, frozen). Full fine-tuning trains all; LoRA trains adapters and the value head."""
+  if "lora" not in variables:
+    return {"params": variables["params"]}, {}
+  params = dict(variables["params"])
+  value_head = params.pop("value_head")
+  return {"lora": variables["lora"], "value_head": value_head}, {"params": params}
+
+
+def join_variables(trainable: dict[str, Any], frozen: dict[str, Any]) -> dict[str, Any]:
+  """The inverse of split_variables."""
+  if "params" in trainable:
+    return {"params": trainable["params"]}
+  params = {**frozen["params"], "value_head": trainable["value_head"]}
+  return {"params": params, "lora": trainable["lora"]}

@@ -1,0 +1,452 @@
+"""The Flax orchestrator: a Llama-like decoder with a value head, as pure functions.
+
+Shapes: B rows, T tokens, N slots, C tokens of a chunk, S cache positions, D hidden, H query heads,
+K key-value heads, G = H / K, h head dimension, V vocabulary. Parameters are a plain nested dict;
+everything below `layers` is stacked, leading axis = layer.
+
+    embed/embedding [V, D]            final_norm/scale [D]
+    lm_head/kernel [D, V] (untied)    value_head/{kernel [D, 1], bias [1]} float32
+    layers/{attn_norm, mlp_norm}/scale          layers/{q, k, v, o, gate, up, down}/kernel [in, out]
+    layers/{q, k, v}/bias (qkv_bias), o/bias    layers/{q_norm, k_norm}/scale (qk_norm)
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import PartitionSpec as P
+
+from steptool_jax.policy.sharding import constrain, constrain_rows
+
+FAMILIES = ("llama", "qwen2", "qwen3")
+ROPE_TYPES = ("llama3", "linear")
+DTYPES = ("float32", "bfloat16")
+REMAT = {
+  "none": None,
+  "full": jax.checkpoint_policies.nothing_saveable,
+  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+CACHE_BLOCK = 128  # cache positions that one pass of the cached attention reads
+QUERY_BLOCK = 128  # queries that one pass of the row attention takes, at least
+MAX_QUERY_BLOCKS = 16  # of a row: each is a piece of the program
+MASKED = -1e30  # finite, so that a fully masked block stays free of NaN
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+  """How rotary frequencies are stretched; the last three fields belong to `llama3` only."""
+
+  type: str
+  factor: float
+  low_freq_factor: float = 1.0
+  high_freq_factor: float = 4.0
+  original_max_position_embeddings: int = 8192
+
+  def __post_init__(self):
+    if self.type not in ROPE_TYPES:
+      raise ValueError(f"rope_scaling.type: {self.type!r} is not one of {', '.join(ROPE_TYPES)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+  """Hashable, so that it can be a static argument of jit."""
+
+  family: str
+  vocab_size: int
+  hidden_size: int
+  intermediate_size: int
+  num_layers: int
+  num_heads: int
+  num_kv_heads: int
+  head_dim: int
+  rope_theta: float = 10000.0
+  rope_scaling: RopeScaling | None = None
+  rms_norm_eps: float = 1e-6
+  qkv_bias: bool = False
+  output_bias: bool = False  # Llama's attention_bias puts one on o_proj too
+  qk_norm: bool = False
+  tie_embeddings: bool = False
+  max_position_embeddings: int = 4096
+  dtype: str = "float32"  # compute
+  param_dtype: str = "float32"  # storage; the value head is always float32
+  remat: str = "none"
+  lora_scale: float | None = None  # alpha / rank; set by lora.with_lora
+
+  def __post_init__(self):
+    for field, valid in (
+      ("family", FAMILIES),
+      ("dtype", DTYPES),
+      ("param_dtype", DTYPES),
+      ("remat", tuple(REMAT)),
+    ):
+      if getattr(self, field) not in valid:
+        raise ValueError(f"{field}: {getattr(self, field)!r} is not one of {', '.join(valid)}")
+    for field in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads"):
+      if getattr(self, field) < 1:
+        raise ValueError(f"{field}: {getattr(self, field)} must be at least 1")
+    if self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads:
+      raise ValueError(
+        f"num_kv_heads: {self.num_kv_heads} does not divide num_heads = {self.num_heads}"
+      )
+    if self.head_dim < 2 or self.head_dim % 2:
+      raise ValueError(f"head_dim: {self.head_dim} must be even (rotary pairs)")
+
+
+class KVCache(NamedTuple):
+  """k, v: [layers, slots, S, kv_heads, head_dim] in the compute dtype."""
+
+  k: jax.Array
+  v: jax.Array
+
+
+def init_cache(config: ModelConfig, slots: int, size: int) -> KVCache:
+  """An empty cache of `size` positions for each of `slots` conversations."""
+  shape = (config.num_layers, slots, size, config.num_kv_heads, config.head_dim)
+  return KVCache(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype))
+
+
+def inverse_frequencies(config: ModelConfig) -> np.ndarray:
+  """float32[h / 2], radians a position; as transformers computes them, scaling included."""
+  half = np.arange(0, config.head_dim, 2, dtype=np.float32) / config.head_dim
+  freq = (1.0 / np.float32(config.rope_theta) ** half).astype(np.float32)
+  scaling = config.rope_scaling
+  if scaling is None:
+    return freq
+  if scaling.type == "linear":
+    return freq / np.float32(scaling.factor)
+  wavelen = 2 * math.pi / freq
+  low = scaling.original_max_position_embeddings / scaling.low_freq_factor
+  high = scaling.original_max_position_embeddings / scaling.high_freq_factor
+  smooth = (scaling.original_max_position_embeddings / wavelen - scaling.low_freq_factor) / (
+    scaling.high_freq_factor - scaling.low_freq_factor
+  )
+  blended = (1 - smooth) * freq / scaling.factor + smooth * freq
+  out = np.where(wavelen > low, freq / scaling.factor, np.where(wavelen < high, freq, blended))
+  return out.astype(np.float32)
+
+
+def _rope_tables(config: ModelConfig, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """cos, sin float32[B, T, 1, h / 2]: once for all layers."""
+  angles = positions_BT[..., None, None].astype(jnp.float32) * inverse_frequencies(config)
+  return jnp.cos(angles), jnp.sin(angles)
+
+
+def _rotate(x_BTHh: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
+  cos, sin = rope
+  first, second = jnp.split(x_BTHh.astype(jnp.float32), 2, axis=-1)
+  out = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+  return out.astype(x_BTHh.dtype)
+
+
+def _attend(q_BTHh: jax.Array, k_BTKh: jax.Array, v_BTKh: jax.Array, mask_BTT: jax.Array):
+  """Grouped-query attention over the row itself; float32 softmax.
+
+  In blocks of queries, each against the keys up to its own end: half the products of a causal row.
+  A block's probabilities are recomputed in the backward pass and never kept.
+  """
+  length = q_BTHh.shape[1]
+  size = max(QUERY_BLOCK, -(-length // MAX_QUERY_BLOCKS))
+  outputs = []
+  for start in range(0, length, size):
+    end = min(start + size, length)
+    mask = mask_BTT[:, start:end, :end]
+    outputs.append(_attend_block(q_BTHh[:, start:end], k_BTKh[:, :end], v_BTKh[:, :end], mask))
+  return jnp.concatenate(outputs, axis=1)
+
+
+@jax.checkpoint
+def _attend_block(q_BTHh: jax.Array, k_BSKh: jax.Array, v_BSKh: jax.Array, mask_BTS: jax.Array):
+  B, T, H, h = q_BTHh.shape
+  K = k_BSKh.shape[2]
+  q = (q_BTHh * (h**-0.5)).reshape(B, T, K, H // K, h)
+  scores = jnp.einsum("btkgh,bskh->bkgts", q, k_BSKh, preferred_element_type=jnp.float32)
+  scores = jnp.where(mask_BTS[:, None, None], scores, MASKED)
+  probs = jax.nn.softmax(scores, axis=-1).astype(v_BSKh.dtype)
+  return jnp.einsum("bkgts,bskh->btkgh", probs, v_BSKh).reshape(B, T, H, h)
+
+
+def _write_cache(cache_LNSKh: jax.Array, new_NCKh: jax.Array, layer: jax.Array, slots_NC):
+  """Scatter in place; `slots_NC` holds the position, or S where nothing may be written."""
+  index = jnp.stack([jnp.full_like(slots_NC, layer), slots_NC], axis=-1)
+  # Slots are a batch axis of the scatter, so that a cache sharded over slots needs no collective.
+  dims = lax.ScatterDimensionNumbers(
+    update_window_dims=(2, 3),
+    inserted_window_dims=(0, 2),
+    scatter_dims_to_operand_dims=(0, 2),
+    operand_batching_dims=(1,),
+    scatter_indices_batching_dims=(0,),
+  )
+  new = new_NCKh.astype(cache_LNSKh.dtype)
+  return lax.scatter(cache_LNSKh, index, new, dims, mode=lax.GatherScatterMode.FILL_OR_DROP)
+
+
+def _attend_cache(q_NCHh: jax.Array, cache: KVCache, layer: jax.Array, positions_NC, blocks):
+  """Attention over the first `blocks` blocks of each slot, with a running softmax.
+
+  The number of blocks is dynamic: a token costs what is filled, not what is reserved.
+  """
+  N, C, H, h = q_NCHh.shape
+  S, K = cache.k.shape[2:4]
+  size = min(CACHE_BLOCK, S)
+  q = (q_NCHh * (h**-0.5)).reshape(N, C, K, H // K, h)
+
+  def read(x, start):
+    return lax.dynamic_slice(x, (layer, 0, start, 0, 0), (1, N, size, K, h))[0]
+
+  def body(i, carry):
+    top, total, out = carry
+    start = jnp.minimum(i * size, S - size)  # the last block overlaps where size does not divide S
+    at = start + jnp.arange(size)
+    seen = (at <= positions_NC[..., None]) & (at >= i * size)
+    k, v = read(cache.k, start), read(cache.v, start)
+    scores = jnp.einsum("nckgh,nskh->nkgcs", q, k, preferred_element_type=jnp.float32)
+    scores = jnp.where(seen[:, None, None], scores, MASKED)
+    new_top = jnp.maximum(top, scores.max(axis=-1))
+    probs = jnp.exp(scores - new_top[..., None])
+    decay = jnp.exp(top - new_top)
+    part = jnp.einsum(
+      "nkgcs,nskh->nkgch", probs.astype(v.dtype), v, preferred_element_type=jnp.float32
+    )
+    return new_top, total * decay + probs.sum(axis=-1), out * decay[..., None] + part
+
+  shape = (N, K, H // K, C)
+  start = (
+    jnp.full(shape, MASKED, jnp.float32),
+    jnp.zeros(shape, jnp.float32),
+    jnp.zeros((*shape, h), jnp.float32),
+  )
+  _, total, out = lax.fori_loop(0, blocks, body, start)
+  out = jnp.transpose(out / total[..., None], (0, 3, 1, 2, 4))
+  return out.reshape(N, C, H, h).astype(q_NCHh.dtype)
+
+
+class _Norm(nn.Module):
+  """RMSNorm in float32, back in the compute dtype."""
+
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(self, x):
+    scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.config.param_dtype)
+    y = x.astype(jnp.float32)
+    y = y * lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.config.rms_norm_eps)
+    return (y * scale.astype(jnp.float32)).astype(self.config.dtype)
+
+
+def _adapt(config: ModelConfig, a: jax.Array, b: jax.Array, x: jax.Array) -> jax.Array:
+  if config.lora_scale is None:
+    raise ValueError(
+      "lora_scale: None, but the variables hold adapters; use lora.with_lora(config, lora)"
+    )
+  return config.lora_scale * ((x @ a.astype(config.dtype)) @ b.astype(config.dtype))
+
+
+class _Embed(nn.Module):
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(self, tokens):
+    config = self.config
+    shape = (config.vocab_size, config.hidden_size)
+    init = nn.initializers.normal(0.02)
+    table = self.param("embedding", init, shape, config.param_dtype)
+    # Gathered over fsdp first: rows could not be looked up in columns without copying everything.
+    return constrain(table, P("tensor", None))[tokens].astype(config.dtype)
+
+
+class _Linear(nn.Module):
+  """y = x W + b, plus scale (x A) B where the `lora` collection has adapters for this module."""
+
+  config: ModelConfig
+  features: int
+  use_bias: bool = False
+  init_scale: float = 1.0
+
+  @nn.compact
+  def __call__(self, x):
+    config = self.config
+    init = nn.initializers.variance_scaling(self.init_scale, "fan_in", "normal")
+    shape = (x.shape[-1], self.features)
+    y = x @ self.param("kernel", init, shape, config.param_dtype).astype(config.dtype)
+    if self.use_bias:
+      bias = self.param("bias", nn.initializers.zeros, (self.features,), config.param_dtype)
+      y = y + bias.astype(config.dtype)
+    if self.has_variable("lora", "a"):
+      a, b = self.get_variable("lora", "a"), self.get_variable("lora", "b")
+      y = y + _adapt(config, a, b, x)
+    return y
+
+
+class _Block(nn.Module):
+  """One layer. carry = (x, layer index, cache or None); the rest is the same for all layers."""
+
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(self, carry, rope, mask, cached):
+    config = self.config
+    x, layer, cache = carry
+    rows, length = x.shape[:2]
+    residual_scale = 1.0 / (2 * config.num_layers)
+    linear = functools.partial(_Linear, config)
+
+    y = _Norm(config, name="attn_norm")(x)
+    q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    q = linear(q_size, config.qkv_bias, name="q")(y).reshape(rows, length, -1, config.head_dim)
+    k = linear(kv_size, config.qkv_bias, name="k")(y).reshape(rows, length, -1, config.head_dim)
+    v = linear(kv_size, config.qkv_bias, name="v")(y).reshape(rows, length, -1, config.head_dim)
+    if config.qk_norm:
+      q = _Norm(config, name="q_norm")(q)
+      k = _Norm(config, name="k_norm")(k)
+    q, k = _rotate(q, rope), _rotate(k, rope)
+    if cache is None:
+      out = _attend(q, k, v, mask)
+    else:
+      positions, writes, blocks = cached
+      cache = KVCache(
+        _write_cache(cache.k, k, layer, writes), _write_cache(cache.v, v, layer, writes)
+      )
+      out = _attend_cache(q, cache, layer, positions, blocks)
+    out = out.reshape(rows, length, q_size)
+    x = x + linear(config.hidden_size, config.output_bias, residual_scale, name="o")(out)
+
+    y = _Norm(config, name="mlp_norm")(x)
+    gate = linear(config.intermediate_size, name="gate")(y)
+    up = linear(config.intermediate_size, name="up")(y)
+    down = linear(config.hidden_size, init_scale=residual_scale, name="down")
+    x = constrain_rows(x + down(jax.nn.silu(gate) * up))
+    return (x, layer + 1, cache), None
+
+
+class _Policy(nn.Module):
+  config: ModelConfig
+
+  def setup(self):
+    config = self.config
+    block = _Block
+    if REMAT[config.remat] is not None:
+      block = nn.remat(_Block, policy=REMAT[config.remat], prevent_cse=False)
+    self.embed = _Embed(config)
+    # The cache travels in the carry: as scanned input and output it would be copied every token.
+    self.layers = nn.scan(
+      block,
+      variable_axes={"params": 0, "lora": 0},
+      split_rngs={"params": True},
+      in_axes=nn.broadcast,
+      length=config.num_layers,
+    )(config)
+    self.final_norm = _Norm(config)
+    if not config.tie_embeddings:
+      self.lm_head = _Linear(config, config.vocab_size)
+    self.value_head = nn.Dense(
+      1, dtype="float32", param_dtype="float32", kernel_init=nn.initializers.zeros
+    )
+
+  def trunk(self, tokens, positions, mask, cached, cache):
+    x = constrain_rows(self.embed(tokens))
+    carry = (x, jnp.int32(0), cache)
+    (x, _, cache), _ = self.layers(carry, _rope_tables(self.config, positions), mask, cached)
+    return self.final_norm(x), cache
+
+  def everything(self, tokens):
+    """Touches every parameter; for init only."""
+    mask = jnp.ones((*tokens.shape, tokens.shape[-1]), bool)
+    hidden, _ = self.trunk(tokens, tokens, mask, None, None)
+    if not self.config.tie_embeddings:
+      self.lm_head(hidden)
+    return self.value_head(hidden)
+
+
+def init_params(config: ModelConfig, key: jax.Array) -> dict[str, Any]:
+  """Random parameters in `param_dtype`; the value head is float32 and zero."""
+  tokens = jnp.zeros((1, 1), jnp.int32)
+  init = jax.jit(functools.partial(_Policy(config).init, method=_Policy.everything))
+  return init(key, tokens)["params"]
+
+
+def abstract_params(config: ModelConfig) -> dict[str, Any]:
+  """The parameter tree as jax.ShapeDtypeStruct: shapes and dtypes without memory."""
+  return jax.eval_shape(functools.partial(init_params, config), jax.random.key(0))
+
+
+def forward(
+  config: ModelConfig,
+  variables: dict[str, Any],
+  tokens_BT: jax.Array,
+  positions_BT: jax.Array,
+  segment_ids_BT: jax.Array,
+) -> jax.Array:
+  """Hidden states [B, T, D] behind the final norm, in the compute dtype.
+
+  A token sees what stands before it in its own segment. Padding (segment 0) sees padding only, so
+  it stays finite and nothing else sees it.
+  """
+  causal = jnp.tril(jnp.ones((tokens_BT.shape[1],) * 2, bool))
+  mask_BTT = causal & (segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :])
+  hidden, _ = _Policy(config).apply(
+    variables, tokens_BT, positions_BT, mask_BTT, None, None, method=_Policy.trunk
+  )
+  return hidden
+
+
+def forward_cached(
+  config: ModelConfig,
+  variables: dict[str, Any],
+  tokens_NC: jax.Array,
+  positions_NC: jax.Array,
+  valid_NC: jax.Array,
+  cache: KVCache,
+) -> tuple[jax.Array, KVCache]:
+  """Feeds C tokens to each of N slots: hidden [N, C, D] (compute dtype) and the new cache.
+
+  Keys and values of valid tokens are written at their position of their slot; invalid tokens (and
+  positions outside the cache) write nothing, and their hidden states mean nothing but are finite. A
+  token at position p sees the positions 0..p of its slot.
+  """
+  size = cache.k.shape[2]
+  inside = valid_NC & (positions_NC >= 0) & (positions_NC < size)
+  writes = jnp.where(inside, positions_NC, size)
+  reads = jnp.where(inside, positions_NC, 0)
+  blocks = jnp.max(reads) // min(CACHE_BLOCK, size) + 1
+  return _Policy(config).apply(
+    variables, tokens_NC, reads, None, (reads, writes, blocks), cache, method=_Policy.trunk
+  )
+
+
+def project_logits(config: ModelConfig, variables: dict[str, Any], hidden: jax.Array) -> jax.Array:
+  """float32[..., V] from hidden [..., D]: compute-dtype factors, float32 accumulation."""
+  params = variables["params"]
+  if config.tie_embeddings:
+    kernel, subscripts = params["embed"]["embedding"], "...d,vd->...v"
+  else:
+    kernel, subscripts = params["lm_head"]["kernel"], "...d,dv->...v"
+  hidden = hidden.astype(config.dtype)
+  kernel = kernel.astype(config.dtype)
+  logits = jnp.einsum(subscripts, hidden, kernel, preferred_element_type=jnp.float32)
+  adapter = variables.get("lora", {}).get("lm_head")
+  return logits if adapter is None else logits + _adapt(config, adapter["a"], adapter["b"], hidden)
+
+
+def project_values(config: ModelConfig, variables: dict[str, Any], hidden: jax.Array) -> jax.Array:
+  """float32[...] from hidden [..., D]."""
+  del config
+  head = variables["params"]["value_head"]
+  return (hidden.astype(jnp.float32) @ head["kernel"])[..., 0] + head["bias"][0]
+
+
+def useful_flops(config: ModelConfig, context: float = 0.0) -> float:
+  """Matmul FLOPs of a forward pass for one token, LM head included; backward costs twice as much.
+
+  `context`: mean number of tokens a token sees (T / 2 in an unpacked causal row); 0 leaves the
+  attention products out.
+  """
+  q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+  layer = config.hidden_size * (2 * q_size + 2 * kv_size + 3 * config.intermediate_size)
+  weights = config.num_layers * layer + config.hidden_size * config.vocab_size
+  return 2.0 * weights + 4.0 * config.num_layers * q_size * context

@@ -1,0 +1,153 @@
+"""Mesh and one table: parameter path -> PartitionSpec. Used also with one device.
+
+Axes: `data` replicates parameters, `fsdp` shards them (and rows), `tensor` shards heads, the MLP
+and the vocabulary. Rows of a batch and slots of the engine lie over (data, fsdp).
+"""
+
+import math
+import re
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+P = PartitionSpec
+AXES = ("data", "fsdp", "tensor")
+ROWS = ("data", "fsdp")
+
+# Matched against the end of the path, so that optimizer moments (opt_state/0/mu/params/layers/…),
+# trainable subtrees and copies for the reference find the rule of their parameter.
+RULES: tuple[tuple[str, PartitionSpec], ...] = (
+  (r"embed/embedding", P("tensor", "fsdp")),
+  (r"lm_head/kernel", P("fsdp", "tensor")),
+  (r"lm_head/a", P("fsdp", None)),
+  (r"lm_head/b", P(None, "tensor")),
+  (r"layers/(q|k|v|gate|up)/kernel", P(None, "fsdp", "tensor")),
+  (r"layers/(q|k|v|gate|up)/a", P(None, "fsdp", None)),
+  (r"layers/(q|k|v|gate|up)/b", P(None, None, "tensor")),
+  (r"layers/(o|down)/kernel", P(None, "tensor", "fsdp")),
+  (r"layers/(o|down)/a", P(None, "tensor", None)),
+  (r"layers/(o|down)/b", P(None, None, "fsdp")),
+  (r"layers/(q|k|v)/bias", P(None, "tensor")),
+  (r"layers/o/bias", P(None, None)),
+  (r"layers/(attn|mlp|q|k)_norm/scale", P(None, None)),
+  (r"final_norm/scale", P(None)),
+  (r"value_head/kernel", P(None, None)),
+  (r"value_head/bias", P(None)),
+)
+
+
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Any = None) -> Mesh:
+  """A mesh over all devices (or `devices`); at most one axis is -1 and takes the rest."""
+  devices = jax.devices() if devices is None else devices
+  count = len(devices)
+  sizes = dict(zip(AXES, (data, fsdp, tensor), strict=True))
+  for axis, size in sizes.items():
+    if size != -1 and (size < 1 or count % size):
+      raise ValueError(
+        f"mesh axis {axis}: {size} does not divide {count} devices; valid: -1, {_divisors(count)}"
+      )
+  free = [axis for axis, size in sizes.items() if size == -1]
+  if len(free) > 1:
+    raise ValueError(f"mesh axes {', '.join(free)}: only one of them can be -1")
+  fixed = math.prod(size for size in sizes.values() if size != -1)
+  if free and count % fixed == 0:
+    sizes[free[0]] = count // fixed
+  if math.prod(sizes.values()) != count:
+    axis = free[0] if free else max(sizes, key=sizes.__getitem__)
+    others = {a: s for a, s in sizes.items() if a != axis}
+    rest = math.prod(others.values())
+    remedy = f"valid: {count // rest}" if count % rest == 0 else "make one of the others smaller"
+    raise ValueError(
+      f"mesh axis {axis}: {sizes[axis]} with {others} does not cover {count} devices; {remedy}"
+    )
+  shape = tuple(sizes.values())
+  if devices == jax.devices():  # the order that suits the interconnect
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3)
+  return Mesh(np.asarray(devices).reshape(shape), AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def spec_for(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+  """The rule of one array by its path ('/'-joined); scalars are replicated.
+
+  ValueError with the path when no rule fits, and with parameter, axis and valid sizes when an axis
+  does not divide its dimension.
+  """
+  if not shape:
+    return P()
+  spec = next((spec for rule, spec in RULES if re.search(f"(^|/){rule}$", path)), None)
+  if spec is None:
+    raise ValueError(f"no sharding rule for {path} {shape}: add one to policy/sharding.py RULES")
+  if len(spec) != len(shape):
+    raise ValueError(f"sharding rule {spec} of {path} does not fit the shape {shape}")
+  for size, axis in zip(shape, spec, strict=True):
+    if axis is not None and size % mesh.shape[axis]:
+      raise ValueError(
+        f"mesh axis {axis}: {mesh.shape[axis]} does not divide dimension {size} of {path} {shape}; "
+        f"valid for {axis}: {_divisors(size, mesh.size)}"
+      )
+  return spec
+
+
+def shardings(tree: Any, mesh: Mesh) -> Any:
+  """The same tree with a NamedSharding for every array (or ShapeDtypeStruct)."""
+
+  def leaf(path, x):
+    return NamedSharding(mesh, spec_for(path_string(path), np.shape(x), mesh))
+
+  return jax.tree_util.tree_map_with_path(leaf, tree)
+
+
+def path_string(path: Any) -> str:
+  """A key path of jax.tree_util as 'layers/q/kernel'."""
+  return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  return NamedSharding(mesh, P())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+  """For arrays whose leading axis is rows (or slots)."""
+  return NamedSharding(mesh, P(ROWS))
+
+
+def check_rows(name: str, rows: int, mesh: Mesh) -> None:
+  """ValueError when `rows` (field `name`) does not divide over data x fsdp."""
+  step = mesh.shape["data"] * mesh.shape["fsdp"]
+  if rows % step:
+    raise ValueError(
+      f"{name}: {rows} is not a multiple of mesh axes data x fsdp = {step}; "
+      f"valid: {rows - rows % step or step} or {rows + step - rows % step}"
+    )
+
+
+def cache_sharding(num_kv_heads: int, slots: int, mesh: Mesh) -> NamedSharding:
+  """For k and v [layers, slots, S, kv_heads, head_dim]; heads are replicated where they must."""
+  check_rows("slots", slots, mesh)
+  heads = "tensor" if num_kv_heads % mesh.shape["tensor"] == 0 else None
+  return NamedSharding(mesh, P(None, ROWS, None, heads, None))
+
+
+def constrain(x: jax.Array, spec: PartitionSpec) -> jax.Array:
+  """Pins the layout of an intermediate under `jax.set_mesh`; does nothing outside of one."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or mesh.axis_names != AXES or set(mesh.axis_types) != {AxisType.Auto}:
+    return x
+  return jax.lax.with_sharding_constraint(x, spec)
+
+
+def constrain_rows(x: jax.Array) -> jax.Array:
+  """Keeps activations sharded by rows; a number of rows that does not divide is left alone.
+
+  Without it the partitioner may follow the fsdp axis of a weight and gather activations instead.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or x.shape[0] % math.prod(mesh.shape.get(axis, 1) for axis in ROWS):
+    return x
+  return constrain(x, P(ROWS))
+
+
+def _divisors(size: int, most: int | None = None) -> str:
+  return ", ".join(str(n) for n in range(1, (most or size) + 1) if size % n == 0)

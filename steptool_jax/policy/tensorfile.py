@@ -1,0 +1,190 @@
+"""Safetensors files, read by memory map and written as a stream.
+
+Only slices that are asked for are read, and a file is written tensor by tensor: nothing here holds
+a model. bfloat16 comes out as ml_dtypes.bfloat16. Format: 8 bytes header length (little endian),
+JSON {name: {dtype, shape, data_offsets}}, data.
+"""
+
+import contextlib
+import json
+import os
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+DTYPES = {
+  "F64": np.dtype(np.float64),
+  "F32": np.dtype(np.float32),
+  "F16": np.dtype(np.float16),
+  "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+MAX_HEADER = 100_000_000  # the limit of the reference implementation
+
+
+def load_json(path: pathlib.Path) -> dict[str, Any]:
+  """A JSON object; ValueError with the file when it is anything else."""
+  try:
+    value = json.loads(path.read_text(encoding="utf-8"))
+  except FileNotFoundError:
+    raise FileNotFoundError(f"{path}: no such file") from None
+  except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    raise ValueError(f"{path}: not JSON ({error}); fetch the file again") from None
+  if not isinstance(value, dict):
+    raise ValueError(f"{path}: expected a JSON object, got {type(value).__name__}")
+  return value
+
+
+class TensorFile:
+  """One safetensors file. `shapes`: name -> shape."""
+
+  def __init__(self, path: pathlib.Path):
+    self.path = path
+    if not path.is_file():
+      raise FileNotFoundError(f"{path}: no such file; the directory is incomplete, fetch it again")
+    size = path.stat().st_size
+    cut = f"{path}: truncated safetensors file ({size} bytes); fetch it again"
+    with path.open("rb") as file:
+      prefix = file.read(8)
+      length = int.from_bytes(prefix, "little")
+      if len(prefix) < 8:
+        raise ValueError(cut)
+      if length > MAX_HEADER:
+        raise ValueError(f"{path}: not a safetensors file")
+      header = file.read(length)
+    if len(header) < length:
+      raise ValueError(cut)
+    try:
+      self._entries = json.loads(header)
+      self._entries.pop("__metadata__", None)
+      self.shapes = {name: tuple(entry["shape"]) for name, entry in self._entries.items()}
+      ends = [entry["data_offsets"][1] for entry in self._entries.values()]
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+      raise ValueError(f"{path}: broken safetensors header; fetch the file again") from None
+    self._start = 8 + length
+    if self._start + max(ends, default=0) > size:
+      raise ValueError(cut)
+
+  def read(self, name: str) -> np.ndarray:
+    """A memory map of the tensor: indexing reads what it touches."""
+    entry = self._entries[name]
+    begin, end = entry["data_offsets"]
+    dtype = DTYPES.get(entry["dtype"])
+    if dtype is None:
+      raise ValueError(
+        f"{self.path}: {name} has dtype {entry['dtype']}; valid: {', '.join(DTYPES)}"
+      )
+    shape = self.shapes[name]
+    if end - begin != dtype.itemsize * int(np.prod(shape, dtype=np.int64)):
+      raise ValueError(
+        f"{self.path}: {name} has {end - begin} bytes, its shape {shape} needs others"
+      )
+    if not end - begin:
+      return np.zeros(shape, dtype)
+    return np.memmap(self.path, dtype, "r", self._start + begin, shape)
+
+
+class TensorFiles:
+  """The tensors of a directory: `stem`.safetensors, or the shards of its index."""
+
+  def __init__(self, directory: pathlib.Path, stem: str = "model"):
+    self.directory = directory
+    index = directory / f"{stem}.safetensors.index.json"
+    single = directory / f"{stem}.safetensors"
+    self._home: dict[str, TensorFile] = {}
+    if index.is_file():
+      names = load_json(index).get("weight_map")
+      if not isinstance(names, dict):
+        raise ValueError(f"{index}: has no weight_map; fetch the file again")
+      shards = {}
+      for name, shard in names.items():
+        if pathlib.PurePath(shard).name != shard:
+          raise ValueError(f"{index}: shard {shard!r} lies outside of the directory")
+        if shard not in shards:
+          shards[shard] = TensorFile(directory / shard)
+        if name not in shards[shard].shapes:
+          raise ValueError(f"{index}: {name} is not in {shard}; fetch both again")
+        self._home[name] = shards[shard]
+    elif single.is_file():
+      file = TensorFile(single)
+      self._home = dict.fromkeys(file.shapes, file)
+    else:
+      raise FileNotFoundError(
+        f"{directory}: neither {single.name} nor {index.name}; only safetensors weights are read"
+        " (pytorch_model.bin: save it again with safe_serialization)"
+      )
+    self.shapes = {name: file.shapes[name] for name, file in self._home.items()}
+
+  def read(self, name: str) -> np.ndarray:
+    return self._home[name].read(name)
+
+
+def write_file(
+  path: pathlib.Path,
+  entries: Mapping[str, tuple[tuple[int, ...], Any]],
+  fetch: Callable[[str], np.ndarray],
+) -> None:
+  """Writes {name: (shape, dtype)}, asking `fetch` for one tensor at a time; fsynced."""
+  header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+  offset = 0
+  for name, (shape, dtype) in entries.items():
+    size = np.dtype(dtype).itemsize * int(np.prod(shape, dtype=np.int64))
+    header[name] = {
+      "dtype": CODES[np.dtype(dtype)],
+      "shape": list(shape),
+      "data_offsets": [offset, offset + size],
+    }
+    offset += size
+  text = json.dumps(header, separators=(",", ":")).encode()
+  text += b" " * (-len(text) % 8)
+  with path.open("wb") as file:
+    file.write(len(text).to_bytes(8, "little") + text)
+    for name, (shape, dtype) in entries.items():
+      tensor = np.ascontiguousarray(fetch(name), dtype)
+      if tensor.shape != tuple(shape):
+        raise ValueError(f"{name}: shape {tensor.shape}, expected {tuple(shape)}")
+      file.write(tensor.view(np.uint8).data if tensor.size else b"")
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def split_shards(
+  entries: Mapping[str, tuple[tuple[int, ...], Any]], max_bytes: int
+) -> Iterable[dict[str, tuple[tuple[int, ...], Any]]]:
+  """Consecutive groups of at most `max_bytes` (a larger tensor is a group of its own)."""
+  group: dict[str, tuple[tuple[int, ...], Any]] = {}
+  used = 0
+  for name, (shape, dtype) in entries.items():
+    size = np.dtype(dtype).itemsize * int(np.prod(shape, dtype=np.int64))
+    if group and used + size > max_bytes:
+      yield group
+      group, used = {}, 0
+    group[name] = (shape, dtype)
+    used += size
+  yield group
+
+
+def write_json(path: pathlib.Path, value: Mapping[str, Any]) -> None:
+  path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def output_directory(directory: str | pathlib.Path) -> Iterator[pathlib.Path]:
+  """A temporary directory next to `directory` that takes its name on success, else vanishes."""
+  directory = pathlib.Path(directory).absolute()
+  if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
+    raise FileExistsError(f"{directory}: exists and is not empty; choose another directory")
+  directory.parent.mkdir(parents=True, exist_ok=True)
+  temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+  try:
+    yield temporary
+    temporary.chmod(0o755)  # mkdtemp makes it private
+    os.rename(temporary, directory)
+  except BaseException:
+    shutil.rmtree(temporary, ignore_errors=True)
+    raise

@@ -1,0 +1,181 @@
+"""SuccCalling and Contribution by rules, from what a trajectory really did. Exact, no model.
+
+SC = 1: the call was executed (code OK), repeats nothing and is no no-op.
+Con = 1: SC = 1 and the step made a required change, or a value that it was the first to produce is
+used later: in the arguments of a correct step or in the correct final answer. Correct steps are
+those of the demonstration and, so that other ways to the goal count too, those that contribute.
+Where a demonstrated step produces a value again, the credit is its own and not a distractor's.
+"""
+
+import collections
+import dataclasses
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from steptool_jax.types import Code, Finish, Step, Task, ToolCall, Trajectory
+
+# Here the final state is checked and the answer's text is free, so it proves no use of a value.
+_STATE_CHECKERS = frozenset({"state", "table"})
+
+
+def annotate(task: Task, trajectory: Trajectory) -> Trajectory:
+  """The same trajectory with success_calling and contribution (0 or 1) on every step.
+
+  Reads task.demonstration, task.query and, for environments whose intermediate results go by a
+  session's own handles (t1, t2, ...), task.metadata["handles"]: the handle that each demonstrated
+  call produces ("" = none). ValueError when the trajectory belongs to another task.
+  """
+  if trajectory.task_id != task.id:
+    raise ValueError(f"trajectory of task {trajectory.task_id!r} annotated with task {task.id!r}")
+  facts = _forward(task, trajectory.steps)
+  contributions = _backward(task, trajectory, facts)
+  steps = tuple(
+    dataclasses.replace(step, success_calling=float(fact.success), contribution=float(con))
+    for step, fact, con in zip(trajectory.steps, facts, contributions, strict=True)
+  )
+  return dataclasses.replace(trajectory, steps=steps)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Fact:
+  success: bool = False
+  gold: bool = False  # a call of the demonstration, for the first time
+  changed: bool = False
+  produced: frozenset[str] = frozenset()  # values that it may claim
+  arguments: frozenset[str] = frozenset()
+
+
+_NOTHING = _Fact()
+
+
+def _forward(task: Task, steps: Sequence[Step]) -> list[_Fact]:
+  gold = collections.Counter(_gold_calls(task))
+  by_handle = "handles" in task.metadata
+  origins: dict[str, str] = {}  # handle -> canonical call that made it
+  done: set[str] = set()  # calls since the last change of state
+  seen: set[str] = set()
+  seen_in_gold: set[str] = set()
+  facts = []
+  for step in steps:
+    call, observation = step.action, step.observation
+    if (
+      not isinstance(call, ToolCall)
+      or observation is None
+      or observation.code != Code.OK
+      or observation.injected
+    ):
+      facts.append(_NOTHING)
+      continue
+    key = _canonical(call, origins)
+    values = frozenset(_leaves(observation.value))
+    repeat, empty = key in done, not values and not observation.changed
+    if observation.changed:
+      done.clear()
+    done.add(key)
+    handle = _handle_of(observation.value) if by_handle else ""
+    if handle:
+      # A repeat's handle stands for the same content, so a later use of either one is correct.
+      origins[handle] = key
+      values = frozenset({_key(handle)})
+    is_gold = gold[key] > 0 and not (repeat or empty)
+    # A distractor that lists values at random must not rob the call that singles one out.
+    new = values - (seen_in_gold if is_gold else seen)
+    new = frozenset(v for v in new if handle or not _mentions(task.query, v))
+    seen |= values
+    if repeat or empty:
+      facts.append(_NOTHING)
+      continue
+    if is_gold:
+      gold[key] -= 1
+      seen_in_gold |= values
+    arguments = frozenset(_leaves(call.arguments))
+    facts.append(_Fact(True, is_gold, observation.changed, new, arguments))
+  return facts
+
+
+def _backward(task: Task, trajectory: Trajectory, facts: Sequence[_Fact]) -> list[bool]:
+  solved = trajectory.solved == 1.0
+  used: set[str] = set()  # values in the arguments of later correct steps
+  answer = ""
+  if solved and trajectory.steps and task.checker.get("type") not in _STATE_CHECKERS:
+    last = trajectory.steps[-1].action
+    answer = last.answer if isinstance(last, Finish) else ""
+  claimed: set[str] = set()  # values of the answer that have their producer
+  contributions = []
+  for fact in reversed(facts):
+    # Without a demonstration the checker is the only witness that a change was required.
+    required = fact.changed and (fact.gold or (solved and not task.demonstration))
+    credited = {
+      v for v in fact.produced if v in used or (v not in claimed and _mentions(answer, v))
+    }
+    used -= credited
+    claimed |= credited
+    useful = required or bool(credited)
+    contributions.append(useful)
+    if useful or fact.gold:
+      used |= fact.arguments
+  return contributions[::-1]
+
+
+def _gold_calls(task: Task) -> Iterator[str]:
+  handles: dict[str, str] = {}
+  calls = [action for action in task.demonstration if isinstance(action, ToolCall)]
+  produced = task.metadata.get("handles", ("",) * len(calls))
+  for call, handle in zip(calls, produced, strict=True):
+    key = _canonical(call, handles)
+    if handle:
+      handles[handle] = key
+    yield key
+
+
+def _canonical(call: ToolCall, handles: Mapping[str, str]) -> str:
+  """Tool and arguments as one string: order, case and number format of arguments do not matter."""
+
+  def plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+      return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+      return [plain(v) for v in value]
+    if value is None or isinstance(value, bool):
+      return value
+    key = _key(value)
+    return {"from": handles[key]} if key in handles else key
+
+  return json.dumps([call.name, plain(call.arguments)], sort_keys=True, ensure_ascii=False)
+
+
+def _handle_of(value: Any) -> str:
+  handle = value.get("table") if isinstance(value, Mapping) else None
+  return handle if isinstance(handle, str) else ""
+
+
+def _leaves(value: Any) -> Iterator[str]:
+  """Keys of all leaf values; booleans, None and empty strings carry no information."""
+  if isinstance(value, Mapping):
+    for entry in value.values():
+      yield from _leaves(entry)
+  elif isinstance(value, (list, tuple)):
+    for entry in value:
+      yield from _leaves(entry)
+  elif value is not None and not isinstance(value, bool) and _key(value):
+    yield _key(value)
+
+
+def _key(value: Any) -> str:
+  """Numbers compare by value ("12", 12, 12.0), text without case and outer white space."""
+  text = " ".join(str(value).casefold().split())
+  if re.fullmatch(r"[-+]?\d+(\.\d+)?", text):
+    return f"{float(text):.12g}"
+  return text
+
+
+def _mentions(text: str, key: str) -> bool:
+  """Whether a value stands in a text as whole words."""
+  if not text:
+    return False
+  if _key(text) == key:
+    return True
+  pattern = rf"(?<![\w.]){re.escape(key)}(?!\w|\.\d)"
+  return re.search(pattern, " ".join(text.casefold().split())) is not None

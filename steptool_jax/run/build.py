@@ -1,0 +1,332 @@
+"""The one place that turns a Config into policy, environment, engine and learner."""
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from steptool_jax.config import Config, Optimizer
+from steptool_jax.dialogue import compact
+from steptool_jax.dialogue.codec import Codec
+from steptool_jax.dialogue.template import ChatFormat, get_format
+from steptool_jax.environments.base import Environment
+from steptool_jax.environments.custom import Custom
+from steptool_jax.environments.data_pipeline import DataPipeline
+from steptool_jax.environments.nested_api import NestedApi
+from steptool_jax.learning import algorithms, batching, update
+from steptool_jax.policy import engine as engine_lib
+from steptool_jax.policy import hfconfig, hub, lora, model, sharding
+from steptool_jax.rollout.conversation import Limits
+from steptool_jax.simulators.faults import Faults, FaultyEnvironment
+from steptool_jax.simulators.runner import ToolRunner
+from steptool_jax.types import Task, TokenBatch, TrainState
+
+ASSETS = pathlib.Path(__file__).parent.parent / "assets"
+TOKENIZER_TASKS = 2000  # training tasks whose texts train a compact tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+  """Everything static about the model, and where it came from."""
+
+  model: model.ModelConfig  # with lora_scale where adapters are on
+  lora: lora.LoraConfig | None
+  chat_format: ChatFormat
+  source: pathlib.Path | None  # Hugging Face directory of the weights; None = random
+  tokenizer: pathlib.Path
+  raw_config: dict  # config.json of the source, or one that describes the random model
+
+
+def build_environment(config: Config) -> Environment:
+  c = config.environment
+  if c.name == "custom":
+    environment = Custom(
+      functions=c.functions,
+      tasks_path=c.tasks,
+      heldout_share=c.heldout_share,
+      max_observation_chars=config.rollout.max_observation_chars,
+    )
+  else:
+    generator = {"nested_api": NestedApi, "data_pipeline": DataPipeline}[c.name]
+    environment = generator(
+      num_train=c.num_train,
+      num_heldout=c.num_heldout,
+      seed=c.seed,
+      depths=(c.min_calls, c.max_calls),
+      tools_per_task=c.tools_per_task or None,
+      max_observation_chars=config.rollout.max_observation_chars,
+    )
+  faults = Faults(**dataclasses.asdict(c.faults))
+  if faults.rate_limit + faults.timeout + faults.transient + faults.not_found > 0:
+    environment = FaultyEnvironment(environment, faults)
+  return environment
+
+
+def build_limits(config: Config) -> Limits:
+  r = config.rollout
+  return Limits(
+    max_steps=r.max_steps,
+    max_step_tokens=r.max_step_tokens,
+    max_tokens=r.max_tokens,
+    max_invalid=r.max_invalid,
+    max_observation_chars=r.max_observation_chars,
+  )
+
+
+def build_runner(config: Config) -> ToolRunner:
+  r = config.rollout
+  return ToolRunner(
+    timeout_s=r.tool_timeout,
+    workers=r.tool_workers,
+    max_stuck=r.max_stuck_tools,
+    retries=r.tool_retries,
+  )
+
+
+def build_policy(config: Config, environment: Environment, workdir: pathlib.Path) -> Policy:
+  """Reads or makes configuration and tokenizer; weights come later (`initial_variables`).
+
+  Raises:
+    FileNotFoundError, ValueError: as hub, gguf and codec say, before any work is done.
+  """
+  m = config.model
+  run_fields = {"dtype": m.dtype, "param_dtype": m.param_dtype, "remat": m.remat}
+  if m.path:
+    source = _source(m.path, workdir)
+    model_config, raw = hfconfig.load_config(source, **run_fields)
+    tokenizer = pathlib.Path(m.tokenizer) if m.tokenizer else source
+  else:
+    source = None
+    tokenizer = _tokenizer(config, environment, workdir)
+    model_config = model.ModelConfig(
+      **dataclasses.asdict(m.architecture),
+      max_position_embeddings=config.rollout.max_tokens,
+      **run_fields,
+    )
+    raw = {}
+  codec = Codec.load(tokenizer)
+  chat_format = get_format(m.chat_format, codec)
+  if codec.vocab_size > model_config.vocab_size:
+    raise ValueError(
+      f"model.tokenizer: {tokenizer} has {codec.vocab_size} tokens, the model only "
+      f"{model_config.vocab_size}; it belongs to another model"
+    )
+  if config.rollout.max_tokens > model_config.max_position_embeddings:
+    raise ValueError(
+      f"rollout.max_tokens: {config.rollout.max_tokens} is more than the model's "
+      f"max_position_embeddings = {model_config.max_position_embeddings}"
+    )
+  if not raw:
+    raw = hfconfig.raw_config_of(
+      model_config,
+      bos_token_id=codec.bos_id,
+      eos_token_id=chat_format.stop_ids[0],
+      pad_token_id=codec.pad_id,
+    )
+  lora_config = None
+  if config.lora.rank:
+    lora_config = lora.LoraConfig(config.lora.rank, config.lora.alpha, config.lora.targets)
+    model_config = lora.with_lora(model_config, lora_config)
+  return Policy(model_config, lora_config, chat_format, source, tokenizer, raw)
+
+
+def _source(path: str, workdir: pathlib.Path) -> pathlib.Path:
+  if path.startswith("asset:"):
+    return ASSETS / path.removeprefix("asset:")
+  source = pathlib.Path(path)
+  if source.suffix != ".gguf":
+    return source
+  from steptool_jax.policy import gguf  # needs the extra `gguf`
+
+  imported = workdir / "imported"
+  if not (imported / "config.json").exists():
+    gguf.gguf_to_hub(source, imported)
+  return imported
+
+
+def _tokenizer(config: Config, environment: Environment, workdir: pathlib.Path) -> pathlib.Path:
+  if not config.model.tokenizer:
+    raise ValueError(
+      "model.tokenizer: empty, but a model with random weights (model.path is empty) has none; "
+      "name a directory, or 'compact' to train one on the training tasks"
+    )
+  if config.model.tokenizer != "compact":
+    return pathlib.Path(config.model.tokenizer)
+  out = workdir / "tokenizer"
+  if not (out / "tokenizer_config.json").exists():
+    tasks = environment.tasks("train")[:TOKENIZER_TASKS]
+    texts = (text for task in tasks for text in _texts(environment, task))
+    compact.build_tokenizer(texts, config.model.architecture.vocab_size, out)
+  return out
+
+
+def _texts(environment: Environment, task: Task) -> Iterator[str]:
+  """A task's own texts and what its tools answer to the demonstration."""
+  yield from compact.task_texts(task)
+  session = environment.open(task, 0)
+  for action in task.demonstration[:-1]:
+    yield session.call(action).text
+  session.close()
+
+
+def initial_variables(config: Config, policy: Policy, mesh: Mesh) -> dict:
+  """Weights on the mesh: loaded tensor by tensor, or random; adapters where they are on."""
+  key = jax.random.key(config.seed)
+  if policy.source is not None:
+    params = hub.load_params(policy.source, policy.model, mesh)
+  else:
+    params = jax.jit(
+      lambda: model.init_params(policy.model, key),
+      out_shardings=sharding.shardings(model.abstract_params(policy.model), mesh),
+    )()
+  if policy.lora is None:
+    return {"params": params}
+  return {"params": params, "lora": fresh_adapters(policy, mesh, config.seed)}
+
+
+def fresh_adapters(policy: Policy, mesh: Mesh, seed: int) -> dict:
+  key = jax.random.fold_in(jax.random.key(seed), 1)
+  adapters = lora.init_lora(policy.model, policy.lora, key)
+  return jax.device_put(adapters, sharding.shardings(adapters, mesh))
+
+
+def build_mesh(config: Config) -> Mesh:
+  return sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+
+
+def build_engine(config: Config, policy: Policy, mesh: Mesh) -> engine_lib.Engine:
+  r = config.rollout
+  cache = sharding.cache_sharding(policy.model.num_kv_heads, r.slots, mesh)
+  rows = sharding.batch_sharding(mesh)
+  state_sharding = engine_lib.EngineState(model.KVCache(cache, cache), rows, rows)
+  return engine_lib.make_engine(
+    policy.model, r.slots, r.max_tokens, r.decode_chunk, r.top_k, r.top_p, state_sharding
+  )
+
+
+def build_optimizer(c: Optimizer, total_steps: int) -> optax.GradientTransformation:
+  """AdamW behind a clip of the global norm; the schedule spans `total_steps`."""
+  warmup = round(c.warmup * total_steps)
+  rest = max(total_steps - warmup, 1)
+  main = {
+    "constant": lambda: optax.constant_schedule(c.learning_rate),
+    "linear": lambda: optax.linear_schedule(c.learning_rate, 0.0, rest),
+    "cosine": lambda: optax.cosine_decay_schedule(c.learning_rate, rest),
+  }[c.schedule]()
+  schedule = main
+  if warmup:
+    # Starts above 0, so that the first step already learns.
+    ramp = optax.linear_schedule(c.learning_rate / warmup, c.learning_rate, warmup - 1)
+    schedule = optax.join_schedules([ramp, main], [warmup])
+  adam = optax.adamw(schedule, c.b1, c.b2, c.eps, weight_decay=c.weight_decay)
+  if not c.max_grad_norm:
+    return adam
+  return optax.chain(optax.clip_by_global_norm(c.max_grad_norm), adam)
+
+
+def build_learner(config: Config, policy: Policy, algorithm: str) -> update.Learner:
+  """The learner of a phase: algorithm 'sft' for the warm-up, config.algorithm for RL."""
+  sft = algorithm == "sft"
+  t, a, c = config.train, config.advantage, config.loss
+  hyperparameters = algorithms.Hyperparameters(
+    gamma=a.gamma,
+    lam=a.lam,
+    level=a.level,
+    broadcast=a.broadcast,
+    whiten=a.whiten,
+    clip_low=c.clip_low,
+    clip_high=c.clip_high,
+    value_clip=c.value_clip,
+    value_coef=c.value_coef,
+    entropy_coef=c.entropy_coef,
+    kl_placement="none" if sft else c.kl,
+    aggregation=c.aggregation,
+  )
+  steps = config.sft.steps if sft else t.iterations * t.epochs * t.minibatches
+  return update.Learner(
+    model=policy.model,
+    algorithm=algorithms.get_algorithm(algorithm),
+    hyperparameters=hyperparameters,
+    optimizer=build_optimizer(config.sft.optimizer if sft else t.optimizer, steps),
+    temperature=1.0 if sft else config.rollout.temperature,
+    chunk=c.logprob_chunk,
+    with_reference=not sft and c.kl != "none",
+  )
+
+
+def start_phase(config: Config, mesh: Mesh, learner: update.Learner, variables: dict) -> TrainState:
+  """A fresh TrainState over given variables, laid out on the mesh."""
+  trainable, frozen = lora.split_variables(variables)
+  make = functools.partial(update.init_state, learner, kl_coef=config.loss.kl_coef)
+  layout = sharding.shardings(jax.eval_shape(make, trainable, frozen), mesh)
+  return jax.jit(make, out_shardings=layout)(trainable, frozen)
+
+
+def abstract_state(
+  config: Config, policy: Policy, mesh: Mesh, learner: update.Learner
+) -> TrainState:
+  """The TrainState of a phase as ShapeDtypeStructs with shardings, for a restore."""
+
+  def make():
+    variables = {"params": model.init_params(policy.model, jax.random.key(0))}
+    if policy.lora is not None:
+      variables["lora"] = lora.init_lora(policy.model, policy.lora, jax.random.key(0))
+    return update.init_state(learner, *lora.split_variables(variables), config.loss.kl_coef)
+
+  abstract = jax.eval_shape(make)
+  return jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+    abstract,
+    sharding.shardings(abstract, mesh),
+  )
+
+
+def fold_adapters(config: Config, policy: Policy, mesh: Mesh, variables: dict) -> dict:
+  """Variables with today's adapters merged into the base, and fresh adapters on top.
+
+  So "adapters off", the reference of a LoRA run, is the policy that RL starts from and not the one
+  before SFT.
+  """
+  if policy.lora is None:
+    return variables
+  params = lora.merge_lora(variables["params"], variables["lora"], policy.lora)
+  return {
+    "params": jax.device_put(params, sharding.shardings(params, mesh)),
+    "lora": fresh_adapters(policy, mesh, config.seed + 1),
+  }
+
+
+def to_device(batch: TokenBatch, micro_rows: int, capacity: int, mesh: Mesh) -> TokenBatch:
+  """A packed batch [R, T] as [capacity, micro_rows, T] on the mesh, padded with empty rows."""
+  rows, length = batch.tokens.shape
+  padding = batching.empty_batch(capacity * micro_rows - rows, length)
+  placement = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, sharding.ROWS))
+  return jax.tree.map(
+    lambda x, pad: jax.device_put(
+      np.concatenate([x, pad]).reshape(capacity, micro_rows, length), placement
+    ),
+    batch,
+    padding,
+  )
+
+
+def select_rows(batch_NBT: TokenBatch, index_NB: jax.Array, valid_NB: jax.Array) -> TokenBatch:
+  """Rows by number, as a new [N, B, T] batch; invalid ones become padding."""
+
+  def take(x):
+    return x.reshape(-1, x.shape[-1])[index_NB]
+
+  chosen = jax.tree.map(take, batch_NBT)
+  valid = valid_NB[..., None]
+  return chosen._replace(
+    segment_ids=jnp.where(valid, chosen.segment_ids, 0),
+    action_mask=chosen.action_mask & valid,
+    step_end=chosen.step_end & valid,
+    bootstrap=chosen.bootstrap & valid,
+  )

@@ -1,0 +1,45 @@
+"""--mode=export: the newest checkpoint as a Hugging Face directory, WORKDIR/export."""
+
+import pathlib
+import shutil
+from typing import Any
+
+from steptool_jax.config import Config
+from steptool_jax.policy import hub, lora, peftfile
+from steptool_jax.run import metrics_writer, restore, workbench
+from steptool_jax.run.workbench import Workbench
+
+
+def run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
+  """Writes WORKDIR/export (merged weights) and, for LoRA, WORKDIR/export/adapter (PEFT)."""
+  with workbench.open_workbench(config, workdir, workbench.Stop()) as bench:
+    variables, meta = restore.newest_variables(bench)
+    out = write(bench, variables, folded=config.sft.steps > 0)
+  summary = {
+    "mode": "export",
+    "directory": str(out),
+    "phase": meta["phase"],
+    "iterations": meta["done"],
+    "peak_rss_gib": metrics_writer.peak_rss_gib(),
+  }
+  metrics_writer.write_summary(workdir, summary)
+  return summary
+
+
+def write(bench: Workbench, variables: dict, folded: bool) -> pathlib.Path:
+  """The export itself; replaces an earlier one.
+
+  `folded`: SFT's adapters are part of the base by now, so a PEFT adapter alone would not fit the
+  model that the user started from and is left out.
+  """
+  policy = bench.policy
+  out = bench.workdir / "export"
+  params = variables["params"]
+  if policy.lora is not None:
+    params = lora.merge_lora(params, variables["lora"], policy.lora)
+  if out.exists():
+    shutil.rmtree(out)
+  hub.save_params(out, policy.model, params, policy.raw_config, source=policy.tokenizer)
+  if policy.lora is not None and not folded:
+    peftfile.save_adapter(out / "adapter", policy.model, policy.lora, variables["lora"])
+  return out

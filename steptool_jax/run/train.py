@@ -1,0 +1,433 @@
+"""--mode=train: SFT warm-up on demonstrations, then RL with step rewards.
+
+Run the same command again to go on: a checkpoint holds the state, and everything random follows
+from (seed, iteration), so a resumed run is bit-equal to one that was never stopped.
+"""
+
+import dataclasses
+import functools
+import json
+import pathlib
+import time
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from tqdm import tqdm
+
+from steptool_jax import config as config_lib
+from steptool_jax.config import Config
+from steptool_jax.environments.demonstrations import imperfect
+from steptool_jax.evaluation.metrics import rollout_metrics
+from steptool_jax.learning import algorithms, batching, update
+from steptool_jax.policy import lora
+from steptool_jax.rollout.chain import Interrupted, Stats
+from steptool_jax.rollout.demonstrations import demonstrate
+from steptool_jax.run import build, export, metrics_writer, workbench
+from steptool_jax.run.checkpoint import Checkpoints
+from steptool_jax.run.workbench import Workbench
+from steptool_jax.types import TRUNCATED, Status, Task, TrainState, Trajectory
+
+# Fields that may change between a start and a resume: they do not change what was learnt so far.
+MAY_CHANGE = ("evaluation.", "checkpoint.", "compilation_cache", "train.export", "bench.", "mesh.")
+
+
+@dataclasses.dataclass
+class Progress:
+  """What a checkpoint's meta holds besides the state."""
+
+  phase: str = "sft"  # sft, rl
+  done: int = 0  # iterations of the phase
+  seconds: float = 0.0
+  conversations: int = 0  # rolled out in RL
+  tokens: int = 0  # of trajectories rolled out and trained on in RL
+  rl_seconds: float = 0.0
+  results: dict[str, float] = dataclasses.field(default_factory=dict)
+  train_curve: list[tuple[float, float]] = dataclasses.field(default_factory=list)
+  heldout_curve: list[tuple[float, float]] = dataclasses.field(default_factory=list)
+
+
+def run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
+  """Trains (or goes on training) and returns the summary that it has written."""
+  _claim(config, workdir)
+  with workbench.Stop().listening() as stop, workbench.open_workbench(config, workdir, stop) as b:
+    checkpoints = Checkpoints(workdir, config.checkpoint.keep)
+    try:
+      return _Trainer(b, checkpoints).run()
+    finally:
+      checkpoints.close()
+
+
+def _claim(config: Config, workdir: pathlib.Path) -> None:
+  """Writes config.json at the first start; refuses to go on with another config."""
+  path = workdir / "config.json"
+  if path.exists():
+    names = config_lib.differences(config, json.loads(path.read_text()))
+    names = [name for name in names if not name.startswith(MAY_CHANGE)]
+    if names:
+      raise ValueError(
+        f"{workdir} holds a run with another config; different: {', '.join(names)}; use another "
+        "--workdir, or the values of its config.json"
+      )
+  else:
+    metrics_writer.write_atomically(path, config_lib.to_json(config))
+
+
+class _Trainer:
+  """The run's moving parts: state, progress, clock. Pure work is done by the functions it calls."""
+
+  def __init__(self, bench: Workbench, checkpoints: Checkpoints):
+    self.bench, self.config, self.checkpoints = bench, bench.config, checkpoints
+    self.started = time.monotonic()
+    self.progress = Progress()
+    self.state: TrainState | None = None
+    self.skipped_in_a_row = 0
+    self.algorithm = algorithms.get_algorithm(self.config.algorithm)
+
+  # --- phases ---
+
+  def run(self) -> dict[str, Any]:
+    meta = self.checkpoints.latest_meta()
+    if meta is not None:
+      self.progress = Progress(**meta)
+      logging.info("resuming: %s, iteration %d", self.progress.phase, self.progress.done)
+    self.writer = metrics_writer.MetricsWriter(self.bench.workdir, self._number())
+    self.before = self.progress.seconds
+    try:
+      self._enter(restore=meta is not None)
+      if self.progress.phase == "sft":
+        if meta is None:
+          self._evaluate("pass_rate_base", "before training")
+        self._sft()
+        self._evaluate("pass_rate_sft", "after SFT")
+        if self.algorithm.rewards != "none":
+          self._to_rl()
+      if self.progress.phase == "rl":
+        self._rl()
+        self._evaluate("pass_rate_rl", "after RL")
+      return self._finish()
+    except Interrupted:
+      self._save()
+      self.checkpoints.wait()
+      logging.warning("stopped on request; saved. Run the same command to go on.")
+      return self._summary(interrupted=True)
+    finally:
+      self.writer.close()
+
+  def _enter(self, restore: bool) -> None:
+    """The state of the present phase: fresh, or from the newest checkpoint."""
+    name = "sft" if self.progress.phase == "sft" else self.config.algorithm
+    self.learner = build.build_learner(self.config, self.bench.policy, name)
+    self.programs = update.compile_programs(self.learner)
+    if not restore:
+      variables = build.initial_variables(self.config, self.bench.policy, self.bench.mesh)
+      self.state = self._start(variables)
+      return
+    abstract = build.abstract_state(self.config, self.bench.policy, self.bench.mesh, self.learner)
+    self.state = self.checkpoints.restore(abstract)
+
+  def _start(self, variables: dict) -> TrainState:
+    return build.start_phase(self.config, self.bench.mesh, self.learner, variables)
+
+  def _sft(self) -> None:
+    steps = self.config.sft.steps
+    source = _Demonstrations(self.bench)
+    capacity = -(-self.config.sft.batch // self.config.sft.micro_rows)
+    with self._bar(steps, "SFT") as bar:
+      while self.progress.done < steps:
+        self._check_stop()
+        batch = batching.pack(source.batch(self.progress.done), self.config.train.row_tokens)
+        metrics = self._update(
+          self._to_device(batch, self.config.sft.micro_rows, capacity), batch.tokens.shape[0]
+        )
+        self.writer.write(self._number(), "sft", metrics)
+        self._advance()
+        bar.update()
+        bar.set_postfix_str(f"loss {metrics['loss']:.3f}", refresh=False)
+        every = self.config.sft.checkpoint_every
+        if every and self.progress.done % every == 0:
+          self._save()
+    source.report()
+
+  def _to_rl(self) -> None:
+    variables = build.fold_adapters(
+      self.config, self.bench.policy, self.bench.mesh, self._variables()
+    )
+    self.progress.phase, self.progress.done = "rl", 0
+    self.learner = build.build_learner(self.config, self.bench.policy, self.config.algorithm)
+    self.programs = update.compile_programs(self.learner)
+    self.state = self._start(variables)
+    self._save()
+
+  def _rl(self) -> None:
+    t = self.config.train
+    with self._bar(t.iterations, self.config.algorithm) as bar:
+      while self.progress.done < t.iterations:
+        self._check_stop()
+        started = time.monotonic()
+        figures = self._iteration()
+        self.progress.rl_seconds += time.monotonic() - started
+        self.writer.write(self._number(), "train", figures)
+        self._advance()
+        bar.update()
+        bar.set_postfix_str(
+          f"reward {figures['reward']:.2f}, pass {figures['pass_rate']:.0%}, "
+          f"KL {figures['kl']:.2f}, {figures['tokens_per_second']:.0f} tok/s",
+          refresh=False,
+        )
+        done, every = self.progress.done, self.config.evaluation.every
+        if every and done % every == 0 and done < t.iterations:
+          self._evaluate("", f"iteration {done}", self.config.evaluation.curve_tasks)
+        if done % self.config.checkpoint.every == 0 or done == t.iterations:
+          self._save()
+
+  # --- one RL iteration ---
+
+  def _iteration(self) -> dict[str, float]:
+    started = time.monotonic()
+    jobs = self._jobs()
+    trajectories, stats = workbench.collect(
+      self.bench,
+      self._variables(),
+      jobs,
+      self.progress.done,
+      self.config.rollout.temperature,
+      "rollout",
+    )
+    figures = rollout_metrics(trajectories)
+    usable = [t for t in trajectories if t.steps and t.status is not Status.INFRASTRUCTURE_ERROR]
+    if not usable:
+      raise RuntimeError(
+        "no conversation of this iteration can be trained on: all ended in infrastructure errors "
+        "or before the first call; look at the tools and at rollout.max_tokens"
+      )
+    update_started = time.monotonic()
+    figures |= self._learn(usable)
+    now = time.monotonic()
+    tokens = sum(t.num_tokens for t in usable)
+    self.progress.conversations += len(trajectories)
+    self.progress.tokens += tokens
+    self.progress.train_curve.append((self.progress.conversations, figures["pass_rate"]))
+    return figures | _shares(stats, now - update_started, now - started, tokens)
+
+  def _jobs(self) -> list[tuple[Task, int]]:
+    """Tasks of this iteration: a permutation per pass over the training split, samples in a row."""
+    tasks = self.bench.environment.tasks("train")
+    count = min(self.config.rollout.tasks, len(tasks))
+    first = self.progress.done * count
+    order = _Order(len(tasks), self.config.seed)
+    chosen = [tasks[order[first + k]] for k in range(count)]
+    return [(task, sample) for task in chosen for sample in range(self.config.rollout.samples)]
+
+  def _learn(self, trajectories: list[Trajectory]) -> dict[str, float]:
+    """prepare, then epochs x minibatches of update."""
+    t = self.config.train
+    batch = batching.pack(trajectories, t.row_tokens)
+    rows = batch.tokens.shape[0]
+    capacity = -(-self.config.rollout.tasks * self.config.rollout.samples // t.micro_rows)
+    device_batch = self._to_device(batch, t.micro_rows, capacity)
+    prepare, _ = self.programs
+    prepared, prepare_metrics = prepare(
+      self.state, device_batch, np.int32(-(-rows // t.micro_rows))
+    )
+    per_update: list[dict[str, Any]] = []
+    for epoch in range(t.epochs):
+      for minibatch, count in self._minibatches(prepared, rows, epoch):
+        per_update.append(self._update(minibatch, count))
+    figures = {k: float(v) for k, v in jax.device_get(prepare_metrics).items()}
+    if self.config.loss.kl_adaptive:
+      self.state = self.state._replace(
+        kl_coef=algorithms.adapt_kl(
+          self.state.kl_coef,
+          prepare_metrics["kl"],
+          self.config.loss.kl_target,
+          self.config.loss.kl_horizon,
+          len(trajectories),
+        )
+      )
+    names = per_update[0]
+    figures |= {k: float(np.mean([m[k] for m in per_update])) for k in names if k != "entropy"}
+    return figures | {
+      "kl_coef": float(self.state.kl_coef),
+      "padding": batching.padding_share(batch),
+    }
+
+  def _minibatches(self, prepared: Any, rows: int, epoch: int):
+    """(batch [N, B, T], used rows) of each optimizer step: rows dealt out in a seeded order."""
+    t = self.config.train
+    if t.minibatches == 1:
+      yield prepared, rows
+      return
+    rng = np.random.default_rng((self.config.seed, self.progress.done, epoch))
+    order = rng.permutation(rows)
+    most = prepared.tokens.shape[0] * t.micro_rows  # of all minibatches together
+    shape = (-(-most // (t.minibatches * t.micro_rows)), t.micro_rows)
+    for start in range(min(t.minibatches, rows)):
+      chosen = order[start :: t.minibatches]
+      index, valid = np.zeros(shape, np.int32), np.zeros(shape, bool)
+      index.flat[: len(chosen)] = chosen
+      valid.flat[: len(chosen)] = True
+      yield _SELECT(prepared, index, valid), len(chosen)
+
+  def _update(self, batch: Any, rows: int) -> dict[str, float]:
+    """One optimizer step; stops the run when non-finite gradients come in a row."""
+    count = np.int32(-(-rows // batch.tokens.shape[1]))
+    self.state, metrics = self.programs[1](self.state, batch, count)
+    metrics = {k: float(v) for k, v in jax.device_get(metrics).items()}
+    self.skipped_in_a_row = self.skipped_in_a_row + 1 if metrics["skipped"] else 0
+    if self.skipped_in_a_row >= self.config.train.max_skipped:
+      raise RuntimeError(
+        f"{self.skipped_in_a_row} updates in a row had a non-finite gradient and were skipped; "
+        "lower the learning rate; the last checkpoint holds finite weights"
+      )
+    return metrics
+
+  # --- book-keeping ---
+
+  def _variables(self) -> dict:
+    return lora.join_variables(self.state.trainable, self.state.frozen)
+
+  def _to_device(self, batch, micro_rows, capacity):
+    return build.to_device(batch, micro_rows, capacity, self.bench.mesh)
+
+  def _bar(self, total: int, label: str) -> tqdm:
+    return tqdm(total=total, initial=self.progress.done, desc=label, mininterval=0.5)
+
+  def _number(self) -> int:
+    """Iterations of both phases so far: the number of a checkpoint and of a metrics record."""
+    return self.progress.done + (self.config.sft.steps if self.progress.phase == "rl" else 0)
+
+  def _advance(self) -> None:
+    self.progress.done += 1
+
+  def _check_stop(self) -> None:
+    if self.bench.stop():
+      raise Interrupted
+
+  def _save(self) -> None:
+    self._clock()
+    number = self._number() + (1 if self.progress.phase == "rl" else 0)
+    self.checkpoints.save(number, self.state, dataclasses.asdict(self.progress))
+
+  def _clock(self) -> float:
+    self.progress.seconds = self.before + time.monotonic() - self.started
+    return self.progress.seconds
+
+  def _evaluate(self, name: str, label: str, num_tasks: int = 0) -> None:
+    """Held-out figures; a name puts the pass rate into the results."""
+    num_tasks = num_tasks or self.config.evaluation.tasks
+    figures, _ = workbench.evaluate_policy(self.bench, self._variables(), num_tasks, label)
+    self.writer.write(self._number(), "heldout", figures)
+    tqdm.write(f"{label}: held-out pass rate {figures['pass_rate']:.1%}")
+    if name:
+      self.progress.results[name] = figures["pass_rate"]
+    if self.progress.phase == "rl" or name == "pass_rate_sft":
+      self.progress.heldout_curve.append((self.progress.conversations, figures["pass_rate"]))
+
+  def _finish(self) -> dict[str, Any]:
+    if self.config.train.export:
+      export.write(self.bench, self._variables(), folded=self.config.sft.steps > 0)
+    names = {"pass_rate_base": "start", "pass_rate_sft": "after SFT"}
+    metrics_writer.plot_learning_curve(
+      self.bench.workdir / "learning_curve.png",
+      self.progress.train_curve,
+      self.progress.heldout_curve,
+      {label: self.progress.results[k] for k, label in names.items() if k in self.progress.results},
+      f"{self.config.algorithm} on {self.config.environment.name}, seed {self.config.seed}",
+    )
+    return self._summary(interrupted=False)
+
+  def _summary(self, interrupted: bool) -> dict[str, Any]:
+    p = self.progress
+    summary = dict(p.results) | {
+      "mode": "train",
+      "algorithm": self.config.algorithm,
+      "seed": self.config.seed,
+      "heldout_tasks": self.config.evaluation.tasks,
+      "conversations": p.conversations,
+      "seconds": self._clock(),
+      "peak_rss_gib": metrics_writer.peak_rss_gib(),
+      "tokens_per_second": p.tokens / p.rl_seconds if p.rl_seconds else 0.0,
+      "interrupted": interrupted,
+    }
+    metrics_writer.write_summary(self.bench.workdir, summary)
+    return summary
+
+
+_SELECT = jax.jit(build.select_rows)
+
+
+class _Order:
+  """order[i] = the task of position i in an endless sequence of seeded permutations."""
+
+  def __init__(self, size: int, seed: int):
+    self._size, self._seed = size, seed
+
+  def __getitem__(self, position: int) -> int:
+    epoch, place = divmod(position, self._size)
+    return int(_permutation(self._size, self._seed, epoch)[place])
+
+
+@functools.lru_cache(maxsize=4)
+def _permutation(size: int, seed: int, epoch: int) -> np.ndarray:
+  return np.random.default_rng((seed, epoch)).permutation(size)
+
+
+class _Demonstrations:
+  """Batches of demonstrated trajectories, a function of the step number alone."""
+
+  def __init__(self, bench: Workbench):
+    self._bench, self._sft = bench, bench.config.sft
+    tasks = bench.environment.tasks("train")
+    tasks = [task for task in tasks if task.demonstration]
+    if self._sft.steps and not tasks:
+      raise ValueError(
+        "sft.steps: above 0, but no training task has a demonstration; set it to 0 or add them"
+      )
+    self._tasks = tasks[: self._sft.tasks or None]
+    self._dropped = self._seen = 0
+
+  def batch(self, step: int) -> list[Trajectory]:
+    size = self._sft.batch
+    order = _Order(len(self._tasks), self._bench.config.seed)
+    drawn = [self._draw(order[step * size + k], step * size + k) for k in range(size)]
+    kept = [t for t in drawn if t.status not in TRUNCATED]
+    self._seen, self._dropped = self._seen + len(drawn), self._dropped + len(drawn) - len(kept)
+    if not kept:
+      raise ValueError(
+        "sft: no demonstration of this batch fits rollout.max_tokens / max_steps / "
+        "max_step_tokens; raise them"
+      )
+    return kept
+
+  def report(self) -> None:
+    if self._dropped:
+      logging.warning("%d of %d demonstrations did not fit", self._dropped, self._seen)
+
+  def _draw(self, index: int, position: int) -> Trajectory:
+    task = self._tasks[index]
+    actions = task.demonstration
+    if self._sft.mistakes:
+      rng = np.random.default_rng((self._bench.config.seed, position))
+      actions = imperfect(self._bench.environment, task, rng, self._sft.mistakes)
+    return demonstrate(
+      self._bench.environment,
+      task,
+      actions,
+      self._bench.policy.chat_format,
+      self._bench.limits,
+      self._bench.config.model.system or None,
+    )
+
+
+def _shares(stats: Stats, update_seconds: float, seconds: float, tokens: int) -> dict[str, float]:
+  """Where an iteration's time went."""
+  return {
+    "tokens_per_second": tokens / seconds,
+    "sampled_tokens_per_second": stats.sampled_tokens / max(stats.seconds, 1e-9),
+    "rollout_share": stats.seconds / seconds,
+    "update_share": update_seconds / seconds,
+    "device_share_of_rollout": stats.device_seconds / max(stats.seconds, 1e-9),
+    "tool_wait_share_of_rollout": stats.tool_wait_seconds / max(stats.seconds, 1e-9),
+  }

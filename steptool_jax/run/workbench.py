@@ -1,0 +1,151 @@
+"""What every mode starts from: all parts of a run, built once, and rollouts with them."""
+
+import contextlib
+import dataclasses
+import pathlib
+import signal
+from collections.abc import Iterator, Sequence
+
+import jax
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from steptool_jax.config import Config
+from steptool_jax.environments.base import Environment
+from steptool_jax.evaluation.metrics import rollout_metrics
+from steptool_jax.learning.algorithms import get_algorithm
+from steptool_jax.policy.engine import Engine
+from steptool_jax.rewards import rules, shaping
+from steptool_jax.rollout import chain
+from steptool_jax.rollout.conversation import Limits
+from steptool_jax.run import build
+from steptool_jax.simulators.runner import ToolRunner
+from steptool_jax.types import Status, Task, Trajectory
+
+EVALUATION = -1  # the policy version of evaluation rollouts: the same keys at every evaluation
+
+
+class Stop:
+  """Set by SIGTERM (and the first Ctrl-C); asked at every safe point."""
+
+  def __init__(self):
+    self.requested = False
+
+  def __call__(self) -> bool:
+    return self.requested
+
+  @contextlib.contextmanager
+  def listening(self) -> Iterator["Stop"]:
+    def request(number, frame):
+      del number, frame
+      self.requested = True
+
+    before = {s: signal.signal(s, request) for s in (signal.SIGTERM, signal.SIGINT)}
+    try:
+      yield self
+    finally:
+      for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@dataclasses.dataclass(frozen=True)
+class Workbench:
+  config: Config
+  workdir: pathlib.Path
+  mesh: Mesh
+  environment: Environment
+  policy: build.Policy
+  engine: Engine
+  limits: Limits
+  runner: ToolRunner
+  stop: Stop
+
+
+@contextlib.contextmanager
+def open_workbench(config: Config, workdir: pathlib.Path, stop: Stop) -> Iterator[Workbench]:
+  """Builds all parts; everything that can be wrong with the input is found here."""
+  if jax.process_count() > 1:
+    raise ValueError(
+      f"{jax.process_count()} processes: rollouts over several hosts are not supported yet; "
+      "start one process with all devices"
+    )
+  if config.compilation_cache:
+    jax.config.update("jax_compilation_cache_dir", config.compilation_cache)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+  mesh = build.build_mesh(config)
+  environment = build.build_environment(config)
+  policy = build.build_policy(config, environment, workdir)
+  with jax.set_mesh(mesh), build.build_runner(config) as runner:
+    yield Workbench(
+      config=config,
+      workdir=workdir,
+      mesh=mesh,
+      environment=environment,
+      policy=policy,
+      engine=build.build_engine(config, policy, mesh),
+      limits=build.build_limits(config),
+      runner=runner,
+      stop=stop,
+    )
+
+
+def collect(
+  bench: Workbench,
+  variables: dict,
+  jobs: Sequence[tuple[Task, int]],
+  version: int,
+  temperature: float,
+  label: str,
+) -> tuple[list[Trajectory], chain.Stats]:
+  """Rolls out (task, sample) jobs and puts step rewards on the trajectories."""
+  with tqdm(total=len(jobs), desc=label, leave=False, unit="task", mininterval=0.5) as bar:
+    passed = 0.0
+
+    def on_done(trajectory: Trajectory) -> None:
+      nonlocal passed
+      passed += trajectory.solved
+      bar.update()
+      bar.set_postfix_str(f"pass {passed / bar.n:.0%}", refresh=False)
+
+    trajectories, stats = chain.rollout(
+      bench.engine,
+      variables,
+      bench.environment,
+      jobs,
+      bench.policy.chat_format,
+      bench.limits,
+      bench.runner,
+      chain.Sampling(bench.config.seed, version, temperature),
+      system=bench.config.model.system or None,
+      should_stop=bench.stop,
+      on_done=on_done,
+    )
+  outcome_only = get_algorithm(bench.config.algorithm).rewards == "outcome"
+  rewards = bench.config.rewards
+  shaped = [
+    shaping.shape(
+      rules.annotate(task, trajectory), rewards.alpha, rewards.normalization, outcome_only
+    )
+    for (task, _), trajectory in zip(jobs, trajectories, strict=True)
+  ]
+  return shaped, stats
+
+
+def evaluate_policy(
+  bench: Workbench, variables: dict, num_tasks: int, label: str
+) -> tuple[dict[str, float], list[Trajectory]]:
+  """Figures on the first `num_tasks` held-out tasks, one conversation each."""
+  tasks = bench.environment.tasks("heldout")[:num_tasks]
+  if not tasks:
+    raise ValueError("environment: there are no held-out tasks; evaluation needs at least one")
+  trajectories, _ = collect(
+    bench,
+    variables,
+    [(task, 0) for task in tasks],
+    EVALUATION,
+    bench.config.evaluation.temperature,
+    label,
+  )
+  if all(t.status is Status.INFRASTRUCTURE_ERROR for t in trajectories):
+    raise RuntimeError("evaluation: every conversation ended in an infrastructure error")
+  return rollout_metrics(trajectories), trajectories

@@ -1,0 +1,177 @@
+"""What crosses the borders between rooms: plain data, no behaviour, no jax import.
+
+Shapes: B rows, T tokens, S steps, L sampled tokens of a step, M observation tokens.
+Host records are frozen dataclasses; what goes to a device is a NamedTuple (a pytree without jax).
+"""
+
+import dataclasses
+import enum
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+
+class Status(enum.StrEnum):
+  """How a conversation ended."""
+
+  ANSWERED = "answered"  # terminated: Finish with an answer
+  GAVE_UP = "gave_up"  # terminated: Finish without one, or too many invalid calls in a row
+  STEP_BUDGET = "step_budget"  # truncated: no LLM call left
+  TOKEN_BUDGET = "token_budget"  # truncated: no context or no step tokens left
+  INFRASTRUCTURE_ERROR = "infrastructure_error"  # not the policy's doing: never trained on
+
+
+TRUNCATED = frozenset({Status.STEP_BUDGET, Status.TOKEN_BUDGET})
+
+
+class Code(enum.StrEnum):
+  """What became of one call. Only OK counts as a successful call."""
+
+  OK = "ok"
+  MALFORMED = "malformed"  # the action text did not parse
+  UNKNOWN_TOOL = "unknown_tool"
+  BAD_ARGUMENTS = "bad_arguments"  # the JSON schema refused them
+  NOT_FOUND = "not_found"  # executed, but there is no such thing
+  TOOL_ERROR = "tool_error"  # the tool raised
+  TIMEOUT = "timeout"
+  RATE_LIMIT = "rate_limit"
+  UNAVAILABLE = "unavailable"  # transient: try again
+  INFRASTRUCTURE = "infrastructure"  # the simulator itself failed, retries included
+
+
+@dataclasses.dataclass(frozen=True)
+class ToolSpec:
+  """A tool as the model sees it. `parameters` is a JSON schema of type object."""
+
+  name: str
+  description: str
+  parameters: Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class ToolCall:
+  name: str
+  arguments: Mapping[str, Any]
+  thought: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Finish:
+  """The final answer, or giving up."""
+
+  answer: str
+  gave_up: bool = False
+  thought: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Malformed:
+  """An action text that does not parse; `reason` goes back to the model as an observation."""
+
+  reason: str
+
+
+Action = ToolCall | Finish | Malformed
+
+
+@dataclasses.dataclass(frozen=True)
+class Observation:
+  """Answer to one call. Only `text` is shown to the model; the rest is for rewards and metrics."""
+
+  text: str
+  code: Code
+  value: Any = None  # the structured (JSON-like) result when code is OK
+  changed: bool = False  # the call changed the environment's state
+  injected: bool = False  # the fault injector caused it
+  seconds: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+  """One query with its tools. `demonstration` is a gold action sequence that ends in Finish."""
+
+  id: str
+  environment: str
+  query: str
+  tools: tuple[ToolSpec, ...]
+  checker: Mapping[str, Any]  # JSON data that the environment's checker reads
+  demonstration: tuple[Action, ...] = ()
+  metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Step:
+  """One interaction. Tokens and log-probs are recorded when sampled, never rebuilt from text."""
+
+  tokens: np.ndarray  # int32[L], the stop token included
+  logprobs: np.ndarray  # float32[L], of the distribution sampled from
+  action: Action
+  observation: Observation | None = None  # None behind Finish and behind a token budget
+  observation_tokens: np.ndarray = dataclasses.field(
+    default_factory=lambda: np.zeros(0, np.int32)
+  )  # int32[M], forced after this step
+  success_calling: float = 0.0  # SC in [0, 1]
+  contribution: float = 0.0  # Con in [0, 1]
+  reward: float = 0.0  # r_k, after shaping
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Trajectory:
+  task_id: str
+  sample: int
+  prompt_tokens: np.ndarray  # int32[P]
+  steps: tuple[Step, ...]
+  status: Status
+  solved: float = 0.0  # IsSolved in {0, .5, 1}
+  policy_version: int = 0
+
+  @property
+  def truncated(self) -> bool:
+    return self.status in TRUNCATED
+
+  @property
+  def num_tokens(self) -> int:
+    return len(self.prompt_tokens) + sum(
+      len(s.tokens) + len(s.observation_tokens) for s in self.steps
+    )
+
+
+class TokenBatch(NamedTuple):
+  """Packed trajectories. Every field is [B, T] and aligned with `targets`: value[t] belongs to
+  the state that emits targets[t]. Segment 0 is padding; positions restart in every segment.
+
+  The second group is None until `prepare` has filled it.
+  """
+
+  tokens: Any  # int32, the inputs
+  targets: Any  # int32, the next tokens
+  segment_ids: Any  # int32, 1.. inside a row, 0 = padding
+  positions: Any  # int32
+  action_mask: Any  # bool, targets[t] was sampled by the policy
+  step_ids: Any  # int32, index of the step of targets[t] in its trajectory, -1 outside
+  step_end: Any  # bool, targets[t] is the last sampled token of its step
+  bootstrap: Any  # bool, position behind the last target of a truncated trajectory: V of next state
+  rewards: Any  # float32, r_k on the last sampled token of step k, else 0
+  behaviour_logprobs: Any  # float32, as sampled, 0 outside the action mask
+
+  old_logprobs: Any = None  # float32
+  ref_logprobs: Any = None  # float32
+  values: Any = None  # float32
+  advantages: Any = None  # float32
+  returns: Any = None  # float32
+
+
+class TrainState(NamedTuple):
+  """Everything that the jitted update reads and writes; donated.
+
+  `trainable` and `frozen` together are the policy's variables (policy/lora.py joins them);
+  `reference` is the frozen copy for the KL term, {} where the reference is "adapters off" or unused.
+  """
+
+  step: Any  # int32[], optimizer steps done
+  trainable: Any
+  frozen: Any
+  reference: Any
+  opt_state: Any
+  kl_coef: Any  # float32[], coefficient of the KL penalty (moved by the adaptive controller)

@@ -1,0 +1,270 @@
+import functools
+
+import fakes
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from steptool_jax.learning import algorithms, batching, losses, update
+from steptool_jax.learning.outputs import policy_outputs
+from steptool_jax.policy import model
+
+CONFIG = fakes.tiny_config()
+HP = algorithms.Hyperparameters(
+  gamma=0.9,
+  lam=0.8,
+  level="",
+  broadcast=True,
+  whiten=True,
+  clip_low=0.2,
+  clip_high=0.2,
+  value_clip=0.2,
+  value_coef=0.1,
+  entropy_coef=0.01,
+  kl_placement="reward",
+  aggregation="token",
+)
+
+
+def make_learner(name="steptool", hp=HP, with_reference=True, optimizer=None, temperature=1.0):
+  return update.Learner(
+    model=CONFIG,
+    algorithm=algorithms.get_algorithm(name),
+    hyperparameters=hp,
+    optimizer=optimizer or optax.sgd(0.5),
+    temperature=temperature,
+    chunk=16,
+    with_reference=with_reference,
+  )
+
+
+@pytest.fixture(scope="module")
+def params():
+  params = model.init_params(CONFIG, jax.random.key(0))
+  params["value_head"]["kernel"] = jax.random.normal(jax.random.key(1), (32, 1)) * 0.3
+  return params
+
+
+def trajectories(seed=0, count=10):
+  rng = np.random.default_rng(seed)
+  return [fakes.random_trajectory(rng) for _ in range(count)]
+
+
+def stacked(batch, micro):
+  return jax.tree.map(lambda x: jnp.asarray(x).reshape(-1, micro, x.shape[-1]), batch)
+
+
+def full_logprobs(params, ids, temperature=1.0):
+  ids = jnp.asarray(ids)[None]
+  positions = jnp.arange(ids.shape[1])[None]
+  hidden = model.forward(CONFIG, {"params": params}, ids, positions, jnp.ones_like(ids))
+  logits = model.project_logits(CONFIG, {"params": params}, hidden) / temperature
+  return np.asarray(jax.nn.log_softmax(logits))[0], np.asarray(
+    model.project_values(CONFIG, {"params": params}, hidden)
+  )[0]
+
+
+@pytest.mark.parametrize("chunk", [5, 16, 512])
+def test_packed_chunked_outputs_equal_single_forward_passes(params, chunk):
+  """Peers' defect 4: packed == unpacked, for log-probs, entropy and values."""
+  group = trajectories()
+  batch = batching.pack(group, 64)
+  out = policy_outputs(
+    CONFIG,
+    {"params": params},
+    jax.tree.map(jnp.asarray, batch),
+    temperature=0.7,
+    chunk=chunk,
+    with_values=True,
+  )
+  by_tokens = {}
+  for t in group:
+    ids = np.concatenate(
+      [t.prompt_tokens, *(p for s in t.steps for p in (s.tokens, s.observation_tokens))]
+    )[: batching.packed_length(t) + (0 if t.truncated else 1)]
+    by_tokens[tuple(ids[: batching.packed_length(t)])] = ids
+  for row in range(batch.tokens.shape[0]):
+    for segment in range(1, batch.segment_ids[row].max() + 1):
+      at = np.flatnonzero(batch.segment_ids[row] == segment)
+      ids = by_tokens[tuple(batch.tokens[row, at])]
+      logp, values = full_logprobs(params, ids, 0.7)
+      act = np.flatnonzero(batch.action_mask[row, at])
+      expected = logp[act, ids[act + 1]]
+      np.testing.assert_allclose(np.asarray(out.logprobs)[row, at[act]], expected, atol=2e-5)
+      entropy = -(np.exp(logp[act]) * logp[act]).sum(-1)
+      np.testing.assert_allclose(np.asarray(out.entropy)[row, at[act]], entropy, atol=2e-5)
+      np.testing.assert_allclose(np.asarray(out.values)[row, at], values[: len(at)], atol=2e-5)
+  assert (np.asarray(out.logprobs)[~batch.action_mask] == 0).all()
+
+
+def test_kl_is_zero_for_actor_equal_reference_at_any_temperature(params):
+  """Peers' defect 2."""
+  learner = make_learner(temperature=0.6)
+  state = update.init_state(learner, {"params": params}, {}, 0.3)
+  batch = stacked(batching.pack(trajectories(), 64, 2), 2)
+  prepared, metrics = update.prepare(learner, state, batch, batch.tokens.shape[0])
+  assert float(metrics["kl"]) == 0.0
+  np.testing.assert_array_equal(prepared.old_logprobs, prepared.ref_logprobs)
+
+
+def jitted(learner):
+  prepare = jax.jit(functools.partial(update.prepare, learner))
+  return prepare, jax.jit(functools.partial(update.update, learner))
+
+
+def gradient(learner, params, batch, micro):
+  """The gradient that one SGD step of rate 1 applies."""
+  state = update.init_state(learner, {"params": params}, {}, 0.3)
+  batch = stacked(batch, micro)
+  count = batch.tokens.shape[0]
+  prepare, step = jitted(learner)
+  prepared, _ = prepare(state, batch, count)
+  new, metrics = step(state, prepared, count)
+  return jax.tree.map(jnp.subtract, state.trainable, new.trainable), metrics
+
+
+@pytest.mark.parametrize("name", ["sft", "ppo", "steptool", "steptool_no_step_grained"])
+def test_gradient_accumulation_equals_the_full_batch(params, name):
+  learner = make_learner(name, optimizer=optax.sgd(1.0))
+  if name == "sft":
+    learner = update.dataclasses.replace(
+      learner, algorithm=update.dataclasses.replace(learner.algorithm, advantage=zero_advantage)
+    )
+  batch = batching.pack(trajectories(), 48, 4)
+  whole, metrics = gradient(learner, params, batch, batch.tokens.shape[0])
+  parts, part_metrics = gradient(learner, params, batch, 1)
+  for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(parts), strict=True):
+    np.testing.assert_allclose(a, b, atol=1e-5)
+  for key in metrics:
+    np.testing.assert_allclose(metrics[key], part_metrics[key], atol=1e-4)
+
+
+def zero_advantage(batch, rewards, values, hp):
+  del batch, hp
+  return rewards * 0, values * 0
+
+
+def test_only_counted_micro_batches_are_read(params):
+  learner = make_learner(optimizer=optax.sgd(1.0))
+  state = update.init_state(learner, {"params": params}, {}, 0.0)
+  batch = stacked(batching.pack(trajectories(), 48, 2), 1)
+  padded = jax.tree.map(lambda x: jnp.concatenate([x, x[:2]]), batch)
+  results = []
+  for b in (batch, padded):
+    count = batch.tokens.shape[0]
+    prepared, _ = update.prepare(learner, state, b, count)
+    results.append(update.update(learner, state, prepared, count)[0].trainable)
+  # whitening would see the padding too; the padded copy must have been ignored by the loop
+  assert np.isfinite(np.asarray(results[1]["params"]["embed"]["embedding"])).all()
+
+
+def test_steptool_gradient_equals_a_direct_ppo_loss(params):
+  """The first epoch's gradient is that of -sum(A logp)/tokens + value and entropy terms."""
+  hp = update.dataclasses.replace(HP, kl_placement="none")
+  learner = make_learner(hp=hp, with_reference=False, optimizer=optax.sgd(1.0))
+  batch = batching.pack(trajectories(), 64, 1)
+  got, _ = gradient(learner, params, batch, batch.tokens.shape[0])
+  state = update.init_state(learner, {"params": params}, {}, 0.0)
+  prepared, _ = update.prepare(learner, state, stacked(batch, batch.tokens.shape[0]), 1)
+  micro = jax.tree.map(lambda x: x[0], prepared)
+  mask = np.asarray(micro.action_mask)
+  starts = np.zeros_like(mask)
+  for row in range(mask.shape[0]):
+    seen = set()
+    for t in np.flatnonzero(mask[row]):
+      key = (int(micro.segment_ids[row, t]), int(micro.step_ids[row, t]))
+      starts[row, t] = key not in seen
+      seen.add(key)
+
+  def loss(p):
+    out = policy_outputs(CONFIG, {"params": p}, micro, temperature=1.0, chunk=512, with_values=True)
+    policy = -(micro.advantages * out.logprobs * mask).sum() / mask.sum()
+    value = 0.5 * (jnp.square(out.values - micro.returns) * starts).sum() / starts.sum()
+    entropy = (out.entropy * mask).sum() / mask.sum()
+    return policy + 0.1 * value - 0.01 * entropy
+
+  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(jax.grad(loss)(params)), strict=True):
+    np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+def test_observation_and_prompt_tokens_have_no_gradient(params):
+  """Peers' defect 9: moving a prompt or observation target changes nothing; a sampled one does."""
+  learner = make_learner("sft")
+  batch = stacked(batching.pack(trajectories(count=2), 64, 1), 1)
+
+  def total(targets):
+    out = policy_outputs(
+      CONFIG,
+      {"params": params},
+      batch._replace(targets=targets)._replace()
+      if targets.ndim == 2
+      else jax.tree.map(lambda x: x[0], batch._replace(targets=targets)),
+      temperature=1.0,
+      chunk=16,
+      with_values=False,
+    )
+    return float(losses.weighted(out.logprobs, out.logprobs * 0 + 1)[0])
+
+  base = total(batch.targets)
+  mask = np.asarray(batch.action_mask[0])
+  other = np.where(mask, batch.targets[0], (batch.targets[0] + 1) % fakes.VOCAB)[None]
+  assert total(jnp.asarray(other)) == base
+  action = np.where(mask, (batch.targets[0] + 1) % fakes.VOCAB, batch.targets[0])[None]
+  assert total(jnp.asarray(action)) != base
+  del learner
+
+
+def test_ppo_policy_literal():
+  """Ratios 1.5 and .5 with A = +1, -1: min(1.5, 1.2) = 1.2; min(-.5, -.8) = -.8."""
+  lp = jnp.log(jnp.array([[1.5, 0.5, 1.5, 9.0]]))
+  adv = jnp.array([[1.0, -1.0, -1.0, 5.0]])
+  weights = jnp.array([[1.0, 1.0, 1.0, 0.0]])
+  (total, denominator), metrics = losses.ppo_policy(lp, jnp.zeros((1, 4)), adv, weights, 0.2, 0.2)
+  np.testing.assert_allclose(total, -(1.2 - 0.8 - 1.5), atol=1e-6)
+  assert denominator == 3
+  assert metrics["clip_fraction"][0] == 2
+
+
+def test_value_and_kl_literals():
+  values, old, ret = (jnp.array([[x]]) for x in (2.0, 1.0, 3.0))
+  total, _ = losses.clipped_value(values, old, ret, jnp.array([[True]]), 0.2)
+  np.testing.assert_allclose(total, 0.5 * (1.2 - 3.0) ** 2, atol=1e-6)
+  total, _ = losses.kl_to_reference(jnp.array([[-1.0]]), jnp.array([[-2.0]]), jnp.ones((1, 1)))
+  np.testing.assert_allclose(total, np.exp(-1.0) - 1 + 1, atol=1e-6)
+
+
+def test_masked_infinities_do_not_become_nan():
+  x = jnp.array([[1.0, jnp.inf]])
+  total, denominator = losses.weighted(x, jnp.array([[1.0, 0.0]]))
+  assert (float(total), float(denominator)) == (1.0, 1.0)
+
+
+def test_adaptive_kl_literals():
+  adapt = functools.partial(algorithms.adapt_kl, target=6.0, horizon=10_000.0, trajectories=500)
+  np.testing.assert_allclose(adapt(jnp.float32(0.3), jnp.float32(60.0)), 0.3 * 1.01, rtol=1e-6)
+  np.testing.assert_allclose(adapt(jnp.float32(0.3), jnp.float32(0.0)), 0.3 * 0.99, rtol=1e-6)
+  np.testing.assert_allclose(adapt(jnp.float32(0.3), jnp.float32(6.6)), 0.3 * 1.005, rtol=1e-6)
+
+
+def test_a_non_finite_gradient_skips_the_update(params):
+  learner = make_learner(optimizer=optax.adam(1e-3))
+  state = update.init_state(learner, {"params": params}, {}, 0.0)
+  batch = stacked(batching.pack(trajectories(), 64, 1), 1)
+  count = batch.tokens.shape[0]
+  prepared, _ = update.prepare(learner, state, batch, count)
+  bad = prepared._replace(advantages=prepared.advantages * jnp.nan)
+  new, metrics = update.update(learner, state, bad, count)
+  assert float(metrics["skipped"]) == 1.0
+  for a, b in zip(
+    jax.tree.leaves((state.trainable, state.opt_state)),
+    jax.tree.leaves((new.trainable, new.opt_state)),
+    strict=True,
+  ):
+    np.testing.assert_array_equal(a, b)
+
+
+def test_unknown_algorithm_lists_the_valid_ones():
+  with pytest.raises(ValueError, match=r"no 'pppo'.*steptool"):
+    algorithms.get_algorithm("pppo")

@@ -1,0 +1,175 @@
+import functools
+
+import fakes
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from steptool_jax.policy import engine, model, sampling
+
+CONFIG = fakes.tiny_config()
+STOP = 7
+
+
+@pytest.fixture(scope="module")
+def variables():
+  params = model.init_params(CONFIG, jax.random.key(0))
+  return {"params": jax.tree.map(lambda x: x * 3.0, params)}
+
+
+@pytest.fixture(scope="module")
+def shared():
+  return engine.make_engine(CONFIG, slots=4, size=64, chunk=8)
+
+
+def full_logits(variables, ids):
+  ids = jnp.asarray(ids)[None]
+  positions = jnp.arange(ids.shape[1])[None]
+  hidden = model.forward(CONFIG, variables, ids, positions, jnp.ones_like(ids))
+  return np.asarray(model.project_logits(CONFIG, variables, hidden))[0]
+
+
+def seed(*numbers):
+  return np.array([sum(numbers), len(numbers)], np.uint32)
+
+
+def run_turn(shared, variables, state, slots, limit=8, temperature=1.0, stop=(STOP,), salt=0):
+  return shared.decode(
+    variables,
+    state,
+    dict.fromkeys(slots, limit),
+    {s: seed(s, salt) for s in slots},
+    stop,
+    temperature,
+  )
+
+
+def test_logprobs_equal_the_full_forward_over_turns(shared, variables):
+  """Sampler log-probs equal trainer log-probs, over appends, chunks and turns of a live cache."""
+  rng = np.random.default_rng(0)
+  state, history = shared.init(), {0: [], 2: []}
+  for turn in range(4):
+    pieces = {s: rng.integers(0, 60, 3 + 5 * turn if s else 2).astype(np.int32) for s in history}
+    state = shared.append(variables, state, pieces)
+    for s in history:
+      history[s].extend(pieces[s])
+    state, out = run_turn(shared, variables, state, history, limit=5, salt=turn, stop=())
+    assert out.count.tolist() == [5, 0, 5, 0]
+    for s, ids in history.items():
+      sampled = out.tokens[s, :5]
+      logits = full_logits(variables, [*ids, *sampled])
+      logp = np.asarray(jax.nn.log_softmax(logits))
+      at = np.arange(len(ids) - 1, len(ids) + 4)
+      np.testing.assert_allclose(out.logprobs[s, :5], logp[at, sampled], atol=1e-5)
+      ids.extend(sampled)
+      assert np.asarray(state.tokens)[s, : len(ids)].tolist() == ids
+
+
+def test_greedy_equals_argmax_and_stop_token_is_kept(shared, variables):
+  prompt = np.array([5, 9, 11], np.int32)
+  ids = prompt.tolist()
+  for _ in range(6):
+    ids.append(int(full_logits(variables, ids)[-1].argmax()))
+  state = shared.append(variables, shared.init(), {1: prompt})
+  _, out = run_turn(shared, variables, state, [1], limit=6, temperature=0.0, stop=())
+  assert out.tokens[1, :6].tolist() == ids[3:]
+  assert out.logprobs[1].tolist() == [0.0] * 8
+  stop = ids[5]
+  first = ids[3:].index(stop)
+  state = shared.append(variables, shared.init(), {1: prompt})
+  state, out = run_turn(shared, variables, state, [1], limit=6, temperature=0.0, stop=(stop,))
+  assert out.stopped[1]
+  assert out.count[1] == first + 1
+  assert out.tokens[1, first] == stop
+  assert state.length[1] == 3 + first + 1
+
+
+def test_a_trajectory_does_not_depend_on_its_neighbours_or_on_chunking(shared, variables):
+  a, b = np.array([3, 4, 5], np.int32), np.arange(20, dtype=np.int32)
+  state = shared.append(variables, shared.init(), {0: a})
+  _, alone = run_turn(shared, variables, state, [0], stop=())
+  state = shared.append(variables, shared.init(), {0: a, 1: b, 3: b[:7]})
+  state, first = run_turn(shared, variables, state, [0, 1], limit=3, stop=())
+  _, rest = run_turn(shared, variables, state, [0, 3], limit=5, stop=())
+  together = np.concatenate([first.tokens[0, :3], rest.tokens[0, :5]])
+  assert together.tolist() == alone.tokens[0].tolist()
+
+
+def test_samples_are_distinct_and_keys_reproduce_them(shared, variables):
+  a = np.array([3, 4, 5], np.int32)
+  state = shared.append(variables, shared.init(), dict.fromkeys(range(4), a))
+  _, out = run_turn(shared, variables, state, range(4), stop=())
+  assert len({tuple(row) for row in out.tokens.tolist()}) == 4
+  state = shared.append(variables, shared.init(), dict.fromkeys(range(4), a))
+  _, again = run_turn(shared, variables, state, range(4), stop=())
+  assert again.tokens.tolist() == out.tokens.tolist()
+
+
+def test_rewind_and_fork_equal_a_fresh_prefill(shared, variables):
+  prompt = np.array([3, 4, 5, 9], np.int32)
+  fresh = shared.append(variables, shared.init(), {2: prompt})
+  _, expected = run_turn(shared, variables, fresh, [2], stop=())
+  state = shared.append(variables, shared.init(), {0: prompt})
+  state, _ = run_turn(shared, variables, state, [0], salt=9, stop=())
+  state = shared.append(variables, state, {0: np.arange(10, dtype=np.int32)})
+  state = shared.fork(state, {2: 0})
+  state = shared.rewind(state, {2: 4})
+  assert state.length.tolist() == [22, 0, 4, 0]
+  state, out = run_turn(shared, variables, state, [2], stop=())
+  assert out.tokens[2].tolist() == expected.tokens[2].tolist()
+  np.testing.assert_allclose(out.logprobs[2], expected.logprobs[2], atol=1e-6)
+  assert shared.rewind(state, {0: 60}).length.tolist() == [22, 0, 12, 0]
+
+
+def test_limits_end_at_the_slot_and_empty_slots_stay_empty(shared, variables):
+  state = shared.append(variables, shared.init(), {0: np.ones(60, np.int32)})
+  state, out = run_turn(shared, variables, state, [0, 1], stop=())
+  assert out.count.tolist() == [4, 0, 0, 0]
+  assert state.length.tolist() == [64, 0, 0, 0]
+
+
+def test_zero_compilations_after_warm_up(variables):
+  """Six turns of varied observation lengths and budgets compile nothing new."""
+  eng = engine.make_engine(CONFIG, slots=2, size=256, chunk=8)
+  state = eng.init()
+  for width in (16, 32):
+    state = eng.append(variables, state, {0: np.ones(width, np.int32)})
+  state, _ = run_turn(eng, variables, state, [0])
+  programs = (eng.append_program, eng.decode_program)
+  before = [p._cache_size() for p in programs]
+  rng = np.random.default_rng(0)
+  for turn in range(6):
+    ids = rng.integers(0, 60, rng.integers(1, 32)).astype(np.int32)
+    state = eng.append(variables, state, {0: ids, 1: ids[:3]})
+    state, _ = run_turn(eng, variables, state, [turn % 2], limit=int(rng.integers(1, 8)))
+  assert [p._cache_size() for p in programs] == before == [2, 1]
+
+
+def test_restrict_literals():
+  logits = jnp.log(jnp.array([[0.5, 0.3, 0.15, 0.05]]))
+  assert np.isfinite(sampling.restrict(logits, 2, 1.0)).tolist() == [[True, True, False, False]]
+  assert np.isfinite(sampling.restrict(logits, 0, 0.6)).tolist() == [[True, True, False, False]]
+  assert np.isfinite(sampling.restrict(logits, 0, 0.01)).tolist() == [[True, False, False, False]]
+  assert np.isfinite(sampling.restrict(logits, 0, 1.0)).all()
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (3, 1.0), (0, 0.7)])
+def test_sample_frequencies_and_logprobs(top_k, top_p):
+  """Frequencies of 20,000 draws match exp(log-prob), temperature and restriction included."""
+  probs = np.array([0.4, 0.3, 0.2, 0.07, 0.03])
+  n, temperature = 20000, 0.7
+  logits = jnp.broadcast_to(jnp.log(probs), (n, 5))
+  keys = jax.random.split(jax.random.key(1), n)
+  draw = jax.jit(functools.partial(sampling.sample, top_k=top_k, top_p=top_p))
+  tokens, logprobs = map(np.asarray, draw(logits, keys, jnp.float32(temperature)))
+  tempered = probs ** (1 / temperature)
+  tempered /= tempered.sum()
+  kept = tempered.copy()
+  if top_k:
+    kept[3:] = 0
+  elif top_p < 1:
+    kept[2:] = 0  # tempered mass: .51, .34, ...: the nucleus of .7 holds two
+  kept /= kept.sum()
+  np.testing.assert_allclose(np.bincount(tokens, minlength=5) / n, kept, atol=0.015)
+  np.testing.assert_allclose(np.exp(logprobs), kept[tokens], atol=1e-5)

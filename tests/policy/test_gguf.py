@@ -1,0 +1,190 @@
+"""GGUF import: a tiny file written here in llama.cpp's layout, and the real SmolLM2 when given."""
+
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from fakes import tiny_config
+
+from steptool_jax.policy import hub, model
+from steptool_jax.policy.gguf import gguf_to_hub
+from steptool_jax.policy.model import RopeScaling
+
+gguf = pytest.importorskip("gguf", reason="the test writes its file with the gguf package")
+
+CHARS = [chr(c) for c in range(33, 127)]
+TOKENS = ["<|im_start|>", "<|im_end|>", *CHARS, "Ġ", "Ċ", "he", "ll", "hell", "hello"]
+MERGES = ["h e", "l l", "he ll", "hell o"]
+TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['content'] }}<|im_end|>{% endfor %}"
+CONFIG = tiny_config(
+  vocab_size=len(TOKENS), hidden_size=32, rope_theta=1e5, rms_norm_eps=1e-5, tie_embeddings=False
+)
+
+
+def permute(tensor, heads):
+  """llama.cpp's converter, as convert_hf_to_gguf.py writes it."""
+  shape = (heads, 2, tensor.shape[0] // heads // 2, *tensor.shape[1:])
+  return tensor.reshape(shape).swapaxes(1, 2).reshape(tensor.shape)
+
+
+def write(path, params, config=CONFIG, kind=None, **changes):
+  """`changes`: architecture, pre, model (tokenizer), rope_freqs, drop (a tensor)."""
+  kind = kind or gguf.GGMLQuantizationType.F32
+  writer = gguf.GGUFWriter(path, changes.get("architecture", "llama"))
+  writer.add_context_length(config.max_position_embeddings)
+  writer.add_embedding_length(config.hidden_size)
+  writer.add_block_count(config.num_layers)
+  writer.add_feed_forward_length(config.intermediate_size)
+  writer.add_head_count(config.num_heads)
+  writer.add_head_count_kv(config.num_kv_heads)
+  writer.add_rope_freq_base(config.rope_theta)
+  writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+  writer.add_tokenizer_model(changes.get("model", "gpt2"))
+  writer.add_tokenizer_pre(changes.get("pre", "smollm"))
+  writer.add_token_list(TOKENS)
+  writer.add_token_types([3, 3] + [1] * (len(TOKENS) - 2))
+  writer.add_token_merges(MERGES)
+  writer.add_bos_token_id(0)
+  writer.add_eos_token_id(1)
+  writer.add_chat_template(TEMPLATE)
+  layers = params["layers"]
+  tensors = {
+    "token_embd.weight": params["embed"]["embedding"],
+    "output_norm.weight": params["final_norm"]["scale"],
+    "output.weight": params["lm_head"]["kernel"].T,
+  }
+  for i in range(config.num_layers):
+    for ours, theirs in (("attn_norm", "attn_norm"), ("mlp_norm", "ffn_norm")):
+      tensors[f"blk.{i}.{theirs}.weight"] = layers[ours]["scale"][i]
+    for ours, theirs in (
+      ("v", "attn_v"),
+      ("o", "attn_output"),
+      ("gate", "ffn_gate"),
+      ("up", "ffn_up"),
+      ("down", "ffn_down"),
+    ):
+      tensors[f"blk.{i}.{theirs}.weight"] = layers[ours]["kernel"][i].T
+    q, k = np.asarray(layers["q"]["kernel"][i].T), np.asarray(layers["k"]["kernel"][i].T)
+    tensors[f"blk.{i}.attn_q.weight"] = permute(q, config.num_heads)
+    tensors[f"blk.{i}.attn_k.weight"] = permute(k, config.num_kv_heads)
+  if "rope_freqs" in changes:
+    tensors["rope_freqs.weight"] = changes["rope_freqs"]
+  tensors.pop(changes.get("drop"), None)
+  for name, tensor in tensors.items():
+    tensor = np.asarray(tensor, np.float32)
+    if tensor.ndim == 2 and tensor.shape[1] % 32 == 0:
+      data = gguf.quants.quantize(tensor, kind)
+      writer.add_tensor(name, data, raw_dtype=kind)
+    else:
+      writer.add_tensor(name, tensor)
+  writer.write_header_to_file()
+  writer.write_kv_data_to_file()
+  writer.write_tensors_to_file()
+  writer.close()
+  return path
+
+
+@pytest.fixture(scope="module")
+def params():
+  tree = model.init_params(CONFIG, jax.random.key(0))
+  tree["layers"]["attn_norm"]["scale"] += 0.1 * jnp.arange(32)
+  return tree
+
+
+def test_weights_come_back_exactly(params, tmp_path):
+  config = gguf_to_hub(write(tmp_path / "m.gguf", params), tmp_path / "out")
+  assert config == CONFIG
+  assert hub.load_config(tmp_path / "out")[0] == CONFIG
+  loaded = hub.load_params(tmp_path / "out", config)
+  jax.tree.map(np.testing.assert_array_equal, loaded, params)
+
+
+@pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0", "Q4_1"])
+def test_quantized_weights_are_near(params, tmp_path, kind):
+  kind = gguf.GGMLQuantizationType[kind]
+  gguf_to_hub(write(tmp_path / "m.gguf", params, kind=kind), tmp_path / "out", "bfloat16")
+  loaded = hub.load_params(tmp_path / "out", CONFIG)
+  for name in ("q", "up"):
+    ours, theirs = loaded["layers"][name]["kernel"], params["layers"][name]["kernel"]
+    assert np.abs(ours - theirs).max() < (0.08 if kind.name == "Q4_1" else 0.01)
+    assert np.any(ours != theirs)
+
+
+def test_tokenizer_opens_in_transformers(params, tmp_path):
+  transformers = pytest.importorskip("transformers")
+  gguf_to_hub(write(tmp_path / "m.gguf", params), tmp_path / "out")
+  tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+  ids = tokenizer.encode("hello hell2<|im_end|>")
+  names = ["hello", "Ġ", "hell", "2", "<|im_end|>"]
+  assert ids == [TOKENS.index(name) for name in names]
+  assert tokenizer.decode(ids) == "hello hell2<|im_end|>"
+  assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (0, 1)
+  text = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)
+  assert text == "<|im_start|>hi<|im_end|>"
+
+
+def test_llama3_scaling_is_recognised(params, tmp_path):
+  scaling = RopeScaling("llama3", 32.0)
+  scaled = tiny_config(rope_theta=1e5, rope_scaling=scaling)
+  divisors = model.inverse_frequencies(CONFIG) / model.inverse_frequencies(scaled)
+  path = write(tmp_path / "m.gguf", params, rope_freqs=divisors)
+  assert gguf_to_hub(path, tmp_path / "out").rope_scaling == scaling
+  path = write(tmp_path / "n.gguf", params, rope_freqs=divisors * 1.1)
+  with pytest.raises(ValueError, match=r"rope_freqs.weight is not the scaling of a known"):
+    gguf_to_hub(path, tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+  ("changes", "words"),
+  [
+    ({"architecture": "falcon"}, "architecture 'falcon' is not supported; known: llama"),
+    ({"model": "llama"}, "tokenizer.ggml.model: 'llama' is not supported"),
+    ({"pre": "viking"}, "tokenizer.ggml.pre: 'viking' is not known; known: default"),
+    ({"drop": "blk.1.ffn_up.weight"}, r"missing tensor blk\.1\.ffn_up\.weight"),
+  ],
+)
+def test_files_that_are_refused(params, tmp_path, changes, words):
+  with pytest.raises(ValueError, match=rf"m\.gguf: {words}"):
+    gguf_to_hub(write(tmp_path / "m.gguf", params, **changes), tmp_path / "out")
+  assert not (tmp_path / "out").exists()
+
+
+def test_broken_files(params, tmp_path):
+  with pytest.raises(FileNotFoundError, match="no such file"):
+    gguf_to_hub(tmp_path / "none.gguf", tmp_path / "out")
+  data = write(tmp_path / "m.gguf", params).read_bytes()
+  for name, content in (("cut", data[: len(data) // 2]), ("text", b"<html></html>" * 9)):
+    path = tmp_path / f"{name}.gguf"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{name}\.gguf: not a complete GGUF file"):
+      gguf_to_hub(path, tmp_path / "out")
+  with pytest.raises(ValueError, match="dtype: 'int8' is not one of"):
+    gguf_to_hub(tmp_path / "m.gguf", tmp_path / "out", "int8")
+
+
+def test_real_smollm2(tmp_path):
+  path = os.environ.get("STEPTOOL_SMOLLM2_GGUF")
+  if not path:
+    pytest.skip("STEPTOOL_SMOLLM2_GGUF does not point to SmolLM2-135M-Instruct.Q4_1.gguf")
+  torch = pytest.importorskip("torch", reason="the oracle is transformers on torch")
+  import transformers
+
+  config = gguf_to_hub(path, tmp_path / "out")
+  params = hub.load_params(tmp_path / "out", config)
+  tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+  theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+  messages = [{"role": "user", "content": "What is the capital of France?"}]
+  text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+  ids = tokenizer(text, return_tensors="pt").input_ids
+  with torch.no_grad():
+    answer = theirs.generate(ids, max_new_tokens=12, do_sample=False)
+    expected = theirs(ids).logits.numpy()
+  assert "Paris" in tokenizer.decode(answer[0])
+  tokens = jnp.asarray(ids.numpy(), jnp.int32)
+  positions = jnp.arange(tokens.shape[1])[None]
+  hidden = model.forward(config, {"params": params}, tokens, positions, jnp.ones_like(tokens))
+  logits = model.project_logits(config, {"params": params}, hidden)
+  # 30 layers, logits up to 30: float32 rounding alone is about 1e-4.
+  np.testing.assert_allclose(logits, expected, atol=5e-4)

@@ -1,0 +1,296 @@
+"""Hugging Face directories: parity with transformers' own models, and every broken directory."""
+
+import dataclasses
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from fakes import tiny_config
+from jax.sharding import PartitionSpec as P
+
+from steptool_jax.policy import hub, model, sharding
+from steptool_jax.policy.model import RopeScaling
+
+TOKENS = np.random.default_rng(0).integers(0, 61, (2, 24))
+SIZES = {
+  "vocab_size": 61,
+  "hidden_size": 32,
+  "intermediate_size": 48,
+  "num_hidden_layers": 2,
+  "num_attention_heads": 4,
+  "num_key_value_heads": 2,
+  "max_position_embeddings": 128,
+}
+LLAMA3 = {
+  "rope_type": "llama3",
+  "rope_theta": 1000.0,
+  "factor": 8.0,
+  "low_freq_factor": 1.0,
+  "high_freq_factor": 4.0,
+  "original_max_position_embeddings": 16,
+}
+MODELS = {
+  "llama2": ("Llama", {"num_key_value_heads": 4, "rms_norm_eps": 1e-5}),
+  "llama3.1": ("Llama", {"rope_parameters": LLAMA3}),
+  "llama_bias_linear": (
+    "Llama",
+    {
+      "attention_bias": True,
+      "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 500.0},
+    },
+  ),
+  "smollm2": (
+    "Llama",
+    {
+      "tie_word_embeddings": True,
+      "num_attention_heads": 3,
+      "num_key_value_heads": 1,
+      "hidden_size": 24,
+      "rope_parameters": {"rope_type": "default", "rope_theta": 1e5},
+    },
+  ),
+  "qwen2": ("Qwen2", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
+  "qwen3": ("Qwen3", {"head_dim": 16, "tie_word_embeddings": True}),
+}
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def our_logits(config, variables):
+  tokens = jnp.asarray(TOKENS, jnp.int32)
+  positions = jnp.tile(jnp.arange(tokens.shape[1]), (tokens.shape[0], 1))
+  hidden = model.forward(config, variables, tokens, positions, jnp.ones_like(tokens))
+  return model.project_logits(config, variables, hidden)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_parity_with_transformers_import_and_export(name, tmp_path):
+  torch = pytest.importorskip("torch", reason="the oracle is transformers on torch")
+  import transformers
+
+  family, changes = MODELS[name]
+  torch.manual_seed(0)
+  settings = getattr(transformers, f"{family}Config")(**(SIZES | changes))
+  theirs = getattr(transformers, f"{family}ForCausalLM")(settings).eval().float()
+  with torch.no_grad():
+    for tensor in theirs.parameters():  # norms and biases too, else they test nothing
+      tensor.add_(torch.randn_like(tensor) * 0.1)
+  theirs.save_pretrained(tmp_path / "theirs")
+
+  def their_logits(directory):
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    with torch.no_grad():
+      return loaded.eval()(torch.tensor(TOKENS)).logits.numpy()
+
+  config, raw = hub.load_config(tmp_path / "theirs")
+  params = hub.load_params(tmp_path / "theirs", config)
+  ours = our_logits(config, {"params": params})
+  np.testing.assert_allclose(ours, their_logits(tmp_path / "theirs"), atol=1e-4)
+
+  changed = jax.tree.map(lambda x: x * 1.1, params)
+  for out, raw_config, limit in (("a", raw, 10**9), ("b", None, 4000)):
+    hub.save_params(tmp_path / out, config, changed, raw_config, max_shard_bytes=limit)
+    expected = our_logits(config, {"params": changed})
+    np.testing.assert_allclose(expected, their_logits(tmp_path / out), atol=1e-4)
+    assert hub.load_config(tmp_path / out)[0] == config
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+  """A sharded export with a non-zero value head and a tokenizer next to it."""
+  config = tiny_config(tie_embeddings=False)
+  params = model.init_params(config, jax.random.key(0))
+  params["value_head"] = {"kernel": jnp.arange(32.0)[:, None], "bias": jnp.array([7.0])}
+  source = tmp_path_factory.mktemp("source")
+  (source / "tokenizer.json").write_text("{}")
+  (source / "generation_config.json").write_text('{"eos_token_id": 5}')
+  (source / "secret.txt").write_text("not a tokenizer file")
+  raw = hub.raw_config_of(config, eos_token_id=5)
+  directory = tmp_path_factory.mktemp("parent") / "model"
+  hub.save_params(directory, config, params, raw, source, max_shard_bytes=20_000)
+  return config, params, directory
+
+
+def test_round_trip_is_exact_and_complete(saved):
+  config, params, directory = saved
+  assert hub.load_config(directory)[0] == config
+  loaded = hub.load_params(directory, config)
+  jax.tree.map(np.testing.assert_array_equal, loaded, params)
+  names = {path.name for path in directory.iterdir()}
+  shards = {name for name in names if name.startswith("model-")}
+  assert len(shards) > 2
+  assert all((directory / name).stat().st_size < 21_000 for name in shards)
+  assert names - shards == {
+    "config.json",
+    "generation_config.json",
+    "model.safetensors.index.json",
+    "tokenizer.json",
+    "value_head.safetensors",
+  }
+  assert json.loads((directory / "generation_config.json").read_text()) == {"eos_token_id": 5}
+  assert [path.name for path in directory.parent.iterdir()] == ["model"]  # no temporary left
+
+
+def test_reads_what_safetensors_writes_and_the_other_way_round(saved, tmp_path):
+  numpy_files = pytest.importorskip("safetensors.numpy")
+  _, params, directory = saved
+  index = json.loads((directory / "model.safetensors.index.json").read_text())["weight_map"]
+  name = "model.layers.1.mlp.down_proj.weight"
+  theirs = numpy_files.load_file(directory / index[name])[name]
+  np.testing.assert_array_equal(theirs, params["layers"]["down"]["kernel"][1].T)
+
+
+def test_storage_in_bfloat16(tmp_path):
+  config = tiny_config(param_dtype="bfloat16")
+  params = model.init_params(config, jax.random.key(0))
+  hub.save_params(tmp_path / "m", config, params)
+  assert hub.load_config(tmp_path / "m")[1]["dtype"] == "bfloat16"
+  loaded = hub.load_params(tmp_path / "m", config)
+  jax.tree.map(np.testing.assert_array_equal, loaded, params)
+  wide = hub.load_params(tmp_path / "m", config, param_dtype="float32")
+  assert wide["layers"]["q"]["kernel"].dtype == jnp.float32
+  np.testing.assert_array_equal(wide["layers"]["q"]["kernel"], params["layers"]["q"]["kernel"])
+
+
+def test_loading_onto_a_mesh(saved):
+  config, params, directory = saved
+  mesh = sharding.make_mesh(devices=jax.devices()[:1])
+  loaded = hub.load_params(directory, config, mesh)
+  jax.tree.map(np.testing.assert_array_equal, loaded, params)
+  assert loaded["layers"]["q"]["kernel"].sharding.spec == P(None, "fsdp", "tensor")
+
+
+def test_save_refuses_and_leaves_nothing_behind(saved, tmp_path):
+  config, params, directory = saved
+  with pytest.raises(FileExistsError, match="exists and is not empty"):
+    hub.save_params(directory, config, params)
+  other = hub.raw_config_of(dataclasses.replace(config, rope_theta=5.0))
+  with pytest.raises(ValueError, match=r"rope_theta is 5.0, the model has 10000.0"):
+    hub.save_params(tmp_path / "m", config, params, other)
+  with pytest.raises(FileNotFoundError, match="to take the tokenizer from"):
+    hub.save_params(tmp_path / "m", config, params, source=tmp_path / "none")
+  assert list(tmp_path.iterdir()) == []
+
+
+def copy(directory, tmp_path):
+  out = tmp_path / "copy"
+  out.mkdir()
+  for path in directory.iterdir():
+    (out / path.name).write_bytes(path.read_bytes())
+  return out
+
+
+def edit(path, change):
+  value = json.loads(path.read_text())
+  change(value)
+  path.write_text(json.dumps(value))
+
+
+def test_broken_directories(saved, tmp_path):
+  config, _, directory = saved
+  with pytest.raises(FileNotFoundError, match="no such model directory"):
+    hub.load_params(tmp_path / "none", config)
+  with pytest.raises(FileNotFoundError, match="no such model directory"):
+    hub.load_config(tmp_path / "none")
+  with pytest.raises(FileNotFoundError, match="no config.json"):
+    hub.load_config(tmp_path)
+  with pytest.raises(FileNotFoundError, match=r"neither model.safetensors nor .*index.json"):
+    hub.load_params(tmp_path, config)
+  broken = copy(directory, tmp_path)
+  (broken / "config.json").write_text('{"model_type": ')
+  with pytest.raises(ValueError, match=r"config.json: not JSON"):
+    hub.load_config(broken)
+  with pytest.raises(ValueError, match=r"embed_tokens.weight has shape \(61, 32\).*\(62, 32\)"):
+    hub.load_params(broken, dataclasses.replace(config, vocab_size=62))
+  with pytest.raises(ValueError, match=r"missing tensors: model.layers.2.*and \d+ more"):
+    hub.load_params(broken, dataclasses.replace(config, num_layers=3))
+  with pytest.raises(ValueError, match=r"unknown tensors for llama: model.layers.1"):
+    hub.load_params(broken, dataclasses.replace(config, num_layers=1))
+  shard = next(broken.glob("model-00001*"))
+  (broken / "value_head.safetensors").write_bytes(shard.read_bytes())
+  with pytest.raises(ValueError, match=r"value_head.safetensors: holds"):
+    hub.load_params(broken, config)
+
+
+def test_missing_value_head_is_zero(saved, tmp_path):
+  config, _, directory = saved
+  plain = copy(directory, tmp_path)
+  (plain / "value_head.safetensors").unlink()
+  head = hub.load_params(plain, config)["value_head"]
+  assert not np.any(head["kernel"])
+  assert not np.any(head["bias"])
+
+
+@pytest.mark.parametrize("keep", [4, 40, 0.5, -1])
+def test_truncated_shard(saved, tmp_path, keep):
+  config, _, directory = saved
+  broken = copy(directory, tmp_path)
+  shard = sorted(broken.glob("model-0*"))[1]
+  data = shard.read_bytes()
+  shard.write_bytes(data[: int(len(data) * keep) if isinstance(keep, float) else keep])
+  with pytest.raises(ValueError, match=rf"{shard.name}: truncated safetensors file"):
+    hub.load_params(broken, config)
+
+
+def test_missing_and_foreign_shards(saved, tmp_path):
+  config, _, directory = saved
+  broken = copy(directory, tmp_path)
+  shard = sorted(broken.glob("model-0*"))[1]
+  data = shard.read_bytes()
+  shard.unlink()
+  with pytest.raises(FileNotFoundError, match=f"{shard.name}: no such file; the directory is inc"):
+    hub.load_params(broken, config)
+  shard.write_bytes(b"<html>this is not it</html>")
+  with pytest.raises(ValueError, match="not a safetensors file"):
+    hub.load_params(broken, config)
+  shard.write_bytes(data)
+  index = broken / "model.safetensors.index.json"
+  edit(index, lambda x: x["weight_map"].update({"model.norm.weight": shard.name}))
+  with pytest.raises(ValueError, match=f"model.norm.weight is not in {shard.name}"):
+    hub.load_params(broken, config)
+  edit(index, lambda x: x["weight_map"].update({"model.norm.weight": "../x.safetensors"}))
+  with pytest.raises(ValueError, match="lies outside of the directory"):
+    hub.load_params(broken, config)
+  edit(index, lambda x: x.pop("weight_map"))
+  with pytest.raises(ValueError, match="has no weight_map"):
+    hub.load_params(broken, config)
+
+
+@pytest.mark.parametrize(
+  ("change", "words"),
+  [
+    ({"model_type": "gemma2"}, "model_type: 'gemma2' is not supported; known: llama, qwen2, qwen3"),
+    ({"hidden_size": None}, "hidden_size: expected an integer, got None"),
+    ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "rope_type: 'yarn' is not supported"),
+    ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor: expected a num"),
+    ({"use_sliding_window": True}, "use_sliding_window: True is not implemented"),
+    ({"layer_types": ["sliding_attention"]}, "layer_types: only 'full_attention'"),
+    ({"hidden_act": "gelu"}, "hidden_act: 'gelu' is not implemented"),
+    ({"mlp_bias": True}, "mlp_bias: True"),
+    ({"quantization_config": {"bits": 4}}, "quantization_config"),
+    ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+    ({"num_key_value_heads": 3}, "num_kv_heads: 3 does not divide"),
+  ],
+)
+def test_configs_that_are_refused(tmp_path, change, words):
+  raw = {"model_type": "llama", **SIZES} | change
+  (tmp_path / "config.json").write_text(json.dumps(raw))
+  with pytest.raises(ValueError, match=rf"config.json: .*{words}"):
+    hub.load_config(tmp_path)
+
+
+def test_both_rope_layouts(tmp_path):
+  def load(**fields):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **SIZES, **fields}))
+    return hub.load_config(tmp_path, dtype="bfloat16")[0]
+
+  old = load(rope_theta=1000.0, rope_scaling={k: v for k, v in LLAMA3.items() if k != "rope_theta"})
+  new = load(rope_parameters=LLAMA3)
+  assert old == new
+  assert new.rope_theta == 1000.0
+  assert new.rope_scaling == RopeScaling("llama3", 8.0, 1.0, 4.0, 16)
+  assert (new.head_dim, new.dtype) == (8, "bfloat16")
+  assert load().rope_theta == 10000.0
+  assert load(rope_theta=77.0, rope_scaling=None).rope_theta == 77.0

@@ -1,0 +1,155 @@
+"""Mesh, table, and 8 fake devices (in a process of their own: the count is fixed at start)."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from fakes import tiny_config
+from jax.sharding import PartitionSpec as P
+
+from steptool_jax.policy import hub, lora, model, sharding
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def test_every_parameter_adapter_and_moment_has_a_rule():
+  mesh = sharding.make_mesh(devices=jax.devices()[:1])
+  for family, changes in (
+    ("llama", {"qkv_bias": True, "output_bias": True, "tie_embeddings": False}),
+    ("qwen3", {"qk_norm": True}),
+  ):
+    config = tiny_config(family=family, **changes)
+    targets = lora.TARGETS if not config.tie_embeddings else lora.TARGETS[:7]
+
+    def state(config=config, targets=targets):
+      params = model.init_params(config, jax.random.key(0))
+      adapters = lora.init_lora(config, lora.LoraConfig(targets=targets), jax.random.key(1))
+      variables = {"params": params, "lora": adapters}
+      trainable, frozen = lora.split_variables(variables)
+      optimizer = optax.adamw(1e-3)
+      return trainable, frozen, optimizer.init(trainable), optimizer.init({"params": params})
+
+    abstract = jax.eval_shape(state)
+    specs = sharding.shardings(abstract, mesh)
+    assert jax.tree.structure(specs) == jax.tree.structure(abstract)
+    assert specs[3][0].mu["params"]["layers"]["down"]["kernel"].spec == P(None, "tensor", "fsdp")
+    assert specs[2][0].nu["lora"]["layers"]["q"]["b"].spec == P(None, None, "tensor")
+    assert specs[3][0].count.spec == P()
+
+
+def test_one_device_state_takes_its_shardings():
+  config = tiny_config()
+  params = model.init_params(config, jax.random.key(0))
+  mesh = sharding.make_mesh(devices=jax.devices()[:1])
+  placed = jax.device_put(params, sharding.shardings(params, mesh))
+  jax.tree.map(np.testing.assert_array_equal, placed, params)
+
+
+def test_table_errors_name_the_parameter():
+  mesh = jax.sharding.AbstractMesh((1, 2, 4), sharding.AXES)
+  with pytest.raises(ValueError, match=r"no sharding rule for params/layers/conv/kernel \(2, 3\)"):
+    sharding.spec_for("params/layers/conv/kernel", (2, 3), mesh)
+  with pytest.raises(ValueError, match="does not fit the shape"):
+    sharding.spec_for("layers/q/kernel", (2, 3), mesh)
+  with pytest.raises(
+    ValueError,
+    match=r"mesh axis tensor: 4 does not divide dimension 6 of layers/q/kernel .* tensor: 1, 2, 3",
+  ):
+    sharding.spec_for("layers/q/kernel", (2, 4, 6), mesh)
+  # A rule fits whole names only.
+  with pytest.raises(ValueError, match="no sharding rule for xembed/embedding"):
+    sharding.spec_for("xembed/embedding", (8, 8), mesh)
+
+
+def test_rows_and_cache():
+  mesh = jax.sharding.AbstractMesh((2, 2, 2), sharding.AXES)
+  assert sharding.batch_sharding(mesh).spec == P(("data", "fsdp"))
+  split = P(None, ("data", "fsdp"), None, "tensor", None)
+  assert sharding.cache_sharding(4, 8, mesh).spec == split
+  assert sharding.cache_sharding(3, 8, mesh).spec == P(None, ("data", "fsdp"), None, None, None)
+  with pytest.raises(ValueError, match=r"slots: 6 is not a multiple .* = 4; valid: 4 or 8"):
+    sharding.cache_sharding(4, 6, mesh)
+
+
+@pytest.mark.parametrize(
+  ("axes", "words"),
+  [
+    ((3, 1, 1), "mesh axis data: 3 does not divide 8 devices; valid: -1, 1, 2, 4, 8"),
+    ((1, 0, 1), "mesh axis fsdp: 0 does not divide"),
+    ((-1, -1, 1), "mesh axes data, fsdp: only one of them can be -1"),
+    ((1, 2, 2), "mesh axis fsdp: 2 with .* does not cover 8 devices; valid: 4"),
+    ((-1, 4, 4), "mesh axis data: -1 with .* does not cover 8 devices; make one of the others"),
+  ],
+)
+def test_meshes_that_do_not_work(axes, words):
+  with pytest.raises(ValueError, match=words):
+    sharding.make_mesh(*axes, devices=list(range(8)))
+
+
+def test_eight_devices_equal_one(tmp_path):
+  flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+  env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+  env["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+  command = [sys.executable, __file__, str(tmp_path)]
+  done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
+  assert done.returncode == 0, done.stderr[-4000:]
+  assert "8 devices agree" in done.stdout
+  assert "Involuntary full rematerialization" not in done.stderr
+
+
+def _on_eight_devices(directory: pathlib.Path) -> None:
+  assert jax.device_count() == 8
+  config = lora.with_lora(tiny_config(vocab_size=64, tie_embeddings=False), lora.LoraConfig(4, 8.0))
+  params = model.init_params(config, jax.random.key(0))
+  adapters = lora.init_lora(config, lora.LoraConfig(4, 8.0), jax.random.key(1))
+  adapters = jax.tree.map(
+    lambda x: x + 0.02 * jnp.sin(jnp.arange(x.size)).reshape(x.shape), adapters
+  )
+  tokens = jax.random.randint(jax.random.key(2), (4, 12), 0, 64)
+  positions = jnp.tile(jnp.arange(12), (4, 1))
+
+  def loss(variables, tokens):
+    hidden = model.forward(config, variables, tokens, positions, jnp.ones_like(tokens))
+    return jnp.mean(jax.nn.log_softmax(model.project_logits(config, variables, hidden)) ** 2)
+
+  def cached(variables, tokens, cache):
+    return model.forward_cached(config, variables, tokens, positions, positions < 9, cache)
+
+  variables = {"params": params, "lora": adapters}
+  cache = model.init_cache(config, 4, 16)
+  one = jax.jit(jax.value_and_grad(loss))(variables, tokens)
+  one_cached = jax.jit(cached)(variables, tokens, cache)
+
+  mesh = sharding.make_mesh(2, 2, 2)
+  placed = jax.device_put(variables, sharding.shardings(variables, mesh))
+  kernel = placed["params"]["layers"]["up"]["kernel"]
+  assert kernel.addressable_shards[0].data.shape == (2, 16, 24)
+  rows = jax.device_put(tokens, sharding.batch_sharding(mesh))
+  spot = sharding.cache_sharding(config.num_kv_heads, 4, mesh)
+  with jax.set_mesh(mesh):
+    eight = jax.jit(jax.value_and_grad(loss))(placed, rows)
+    eight_cached = jax.jit(cached)(placed, rows, jax.device_put(cache, spot))
+  assert eight_cached[1].k.sharding.is_equivalent_to(spot, 5)
+
+  def close(a, b):
+    np.testing.assert_allclose(a, b, atol=1e-5)
+
+  jax.tree.map(close, eight, one)
+  jax.tree.map(close, eight_cached, one_cached)
+
+  # Sharded export, and import straight to the shards.
+  hub.save_params(directory / "m", config, placed["params"])
+  loaded = hub.load_params(directory / "m", config, mesh)
+  assert loaded["layers"]["up"]["kernel"].sharding == kernel.sharding
+  jax.tree.map(np.testing.assert_array_equal, loaded, params)
+  print("8 devices agree")
+
+
+if __name__ == "__main__":
+  _on_eight_devices(pathlib.Path(sys.argv[1]))

@@ -1,0 +1,300 @@
+import dataclasses
+
+import numpy as np
+import pytest
+from replays import replay, step, trajectory
+
+from steptool_jax.environments.custom import Custom
+from steptool_jax.environments.data_pipeline import DataPipeline
+from steptool_jax.environments.nested_api import NestedApi
+from steptool_jax.rewards.rules import annotate
+from steptool_jax.types import Code, Finish, Malformed, Observation, Status, Task, ToolCall
+
+SHOP = NestedApi(300, 100, seed=2)
+PIPELINE = DataPipeline(300, 100, seed=2)
+
+
+def pick(env, composition):
+  return next(t for t in env.tasks("train") if t.metadata["composition"] == composition)
+
+
+def annotated(env, task, actions, **rest):
+  """[(SC, Con)] of the steps, and IsSolved."""
+  result = annotate(task, replay(env, task, actions, **rest))
+  return [(s.success_calling, s.contribution) for s in result.steps], result.solved
+
+
+def spliced(task, at, *extra):
+  return [*task.demonstration[:at], *extra, *task.demonstration[at:]]
+
+
+LAST = (0, 0)
+FULL = (1, 1)
+
+
+@pytest.mark.parametrize("env", [SHOP, PIPELINE], ids=lambda e: e.name)
+@pytest.mark.parametrize("split", ["train", "heldout"])
+def test_demonstrations_earn_everything(env, split):
+  for task in env.tasks(split):
+    marks, solved = annotated(env, task, task.demonstration)
+    assert marks == [FULL] * (len(task.demonstration) - 1) + [LAST], task
+    assert solved == 1
+
+
+CHAIN = pick(SHOP, "customer>order>product.price")  # find, last_order, get_order, get_product
+
+
+def test_repeat_earns_nothing_and_costs_the_original_nothing():
+  calls = CHAIN.demonstration
+  marks, solved = annotated(SHOP, CHAIN, spliced(CHAIN, 1, calls[0]))
+  assert (marks, solved) == ([FULL, (0, 0), FULL, FULL, FULL, LAST], 1)
+  # The same in other letters and another order of things is still a repeat.
+  shouted = ToolCall("find_customer", {"name": calls[0].arguments["name"].upper()})
+  marks, _ = annotated(SHOP, CHAIN, spliced(CHAIN, 3, shouted))
+  assert marks == [FULL, FULL, FULL, (0, 0), FULL, LAST]
+
+
+def test_useless_call_earns_its_success_only():
+  for extra in [
+    ToolCall("get_weather", {"city": "x"}),
+    ToolCall("find_employee", CHAIN.demonstration[0].arguments),
+    ToolCall("list_products", {}),
+  ]:
+    marks, _ = annotated(SHOP, CHAIN, spliced(CHAIN, 1, extra))
+    assert marks == [FULL, (1, 0), FULL, FULL, FULL, LAST], extra
+
+
+def test_a_list_of_ids_does_not_rob_the_call_that_singles_one_out():
+  task = next(
+    t
+    for t in SHOP.tasks("train")
+    if t.metadata["composition"] == "customer>order>product.price"
+    and t.demonstration[3].arguments["id"]
+    in list(SHOP._world("train", t.metadata["world"]).tables["products"])[:6]
+  )
+  listed = ToolCall("list_products", {})
+  marks, _ = annotated(SHOP, task, [listed, *task.demonstration])
+  assert marks == [(1, 0), FULL, FULL, FULL, FULL, LAST]
+
+
+def test_empty_result_is_a_no_op():
+  marks, _ = annotated(SHOP, CHAIN, spliced(CHAIN, 1, ToolCall("search_help", {"text": "x"})))
+  assert marks[1] == (0, 0)
+
+
+def test_failed_calls_earn_nothing():
+  extra = [
+    ToolCall("get_order", {"id": "o0"}),
+    ToolCall("get_order", {}),
+    ToolCall("nothing", {}),
+    Malformed("no action"),
+  ]
+  marks, solved = annotated(SHOP, CHAIN, spliced(CHAIN, 2, *extra))
+  assert marks == [FULL, FULL, *[(0, 0)] * 4, FULL, FULL, LAST]
+  assert solved == 1
+
+
+def test_wrong_answer_takes_the_credit_of_the_last_call_only():
+  actions = [*CHAIN.demonstration[:-1], Finish("7")]
+  marks, solved = annotated(SHOP, CHAIN, actions)
+  assert (marks, solved) == ([FULL, FULL, FULL, (1, 0), LAST], 0)
+
+
+def test_premature_answer():
+  actions = [*CHAIN.demonstration[:2], Finish("7")]
+  assert annotated(SHOP, CHAIN, actions)[0] == [FULL, (1, 0), LAST]
+
+
+def test_truncated_trajectory_has_no_last_step():
+  marks, solved = annotated(SHOP, CHAIN, CHAIN.demonstration[:3], status=Status.STEP_BUDGET)
+  assert (marks, solved) == ([FULL, FULL, (1, 0)], 0)
+
+
+def test_another_way_to_the_goal_counts_by_provenance():
+  task = pick(SHOP, "order>product.stock")  # get_order, get_stock
+  order, stock = task.demonstration[:2]
+  # A customer is asked for first, needlessly; then the same order by way of get_order.
+  name = next(iter(SHOP._world("train", task.metadata["world"]).tables["customers"].values()))
+  extra = [ToolCall("find_customer", {"name": name["name"]})]
+  marks, _ = annotated(SHOP, task, [*extra, order, stock, task.demonstration[-1]])
+  assert marks == [(1, 0), FULL, FULL, LAST]
+  # Without a demonstration the answer alone tells what was used.
+  bare = dataclasses.replace(task, demonstration=())
+  marks, _ = annotated(SHOP, bare, [*extra, order, stock, task.demonstration[-1]])
+  assert marks == [(1, 0), FULL, FULL, LAST]
+  wrong, _ = annotated(SHOP, bare, [*extra, order, stock, Finish("x")])
+  assert wrong == [(1, 0)] * 3 + [LAST]
+
+
+WRITE = pick(SHOP, "product!set_price:number")
+
+
+def test_changes_count_once_and_only_the_required_one():
+  find, write, done = WRITE.demonstration
+  wrong = ToolCall("set_price", {**write.arguments, "price": write.arguments["price"] + 1})
+  marks, solved = annotated(SHOP, WRITE, [find, wrong, write, done])
+  assert (marks, solved) == ([FULL, (1, 0), FULL, LAST], 1)
+  marks, solved = annotated(SHOP, WRITE, [find, write, write, done])
+  assert (marks, solved) == ([FULL, FULL, (0, 0), LAST], 1)
+  # Writing what is there already changes nothing, even when it is no repeat.
+  again = [find, write, ToolCall("get_product", {"id": write.arguments["id"]}), write, done]
+  assert annotated(SHOP, WRITE, again)[0] == [FULL, FULL, (1, 0), (0, 0), LAST]
+  old = SHOP._world("train", WRITE.metadata["world"]).tables["products"][write.arguments["id"]]
+  noop = ToolCall("set_price", {**write.arguments, "price": old["price"]})
+  assert annotated(SHOP, WRITE, [find, noop, write, done])[0] == [FULL, (0, 0), FULL, LAST]
+
+
+def test_reading_again_after_a_change_is_no_repeat():
+  find, write, done = WRITE.demonstration
+  look = ToolCall("get_product", {"id": write.arguments["id"]})
+  marks, _ = annotated(SHOP, WRITE, [find, look, write, look, look, done])
+  assert [m[0] for m in marks] == [1, 1, 1, 1, 0, 0]
+
+
+def test_free_text_of_a_finish_behind_a_change_earns_nothing_for_what_it_names():
+  find, write, _ = WRITE.demonstration
+  weather = ToolCall("get_weather", {"city": "x"})
+  marks, solved = annotated(SHOP, WRITE, [weather, find, write, Finish("sun, done")])
+  assert (marks[0], solved) == ((1, 0), 1)
+
+
+JOINED = pick(PIPELINE, "sales+stores>filter>aggregate")
+
+
+def test_handles_are_the_provenance():
+  load, right, _, where, what, write, done = JOINED.demonstration
+  moved = {
+    "join": ToolCall("join", {"left": "t2", "right": "t3"}),
+    "where": ToolCall("filter_rows", {**where.arguments, "table": "t4"}),
+    "what": ToolCall("aggregate", {**what.arguments, "table": "t5"}),
+    "write": ToolCall("write_table", {**write.arguments, "table": "t6"}),
+  }
+  useless = ToolCall("load_csv", {"file": "items"})
+  actions = [useless, load, right, *moved.values(), done]
+  marks, solved = annotated(PIPELINE, JOINED, actions)
+  assert (marks, solved) == ([(1, 0), *[FULL] * 6, LAST], 1)
+
+
+def test_loading_twice_is_a_repeat_but_using_either_is_right():
+  load, right, *_, done = JOINED.demonstration
+  where, what, write = JOINED.demonstration[3:6]
+  actions = [
+    load,
+    load,
+    right,
+    ToolCall("join", {"left": "t1", "right": "t3"}),
+    ToolCall("filter_rows", {**where.arguments, "table": "t4"}),
+    ToolCall("aggregate", {**what.arguments, "table": "t5"}),
+    ToolCall("write_table", {**write.arguments, "table": "t6"}),
+    done,
+  ]
+  marks, solved = annotated(PIPELINE, JOINED, actions)
+  assert (marks, solved) == ([FULL, (0, 0), *[FULL] * 5, LAST], 1)
+
+
+def test_an_operation_on_the_wrong_table_contributes_nothing():
+  load, done = JOINED.demonstration[0], JOINED.demonstration[-1]
+  actions = [load, ToolCall("sort", {"table": "t1", "by": "amount asc"}), done]
+  assert annotated(PIPELINE, JOINED, actions)[0] == [(1, 0), (1, 0), LAST]
+
+
+def hand_made(observations, answer="12", solved=1.0, checker=None, gold=()):
+  task = Task("t", "x", "what is it for ann?", (), checker or {"type": "exact"}, gold)
+  steps = [step(ToolCall("f", {"k": i}), o) for i, o in enumerate(observations)]
+  result = annotate(task, trajectory(task, [*steps, step(Finish(answer))], solved))
+  return [(s.success_calling, s.contribution) for s in result.steps[:-1]]
+
+
+def ok(value, **rest):
+  return Observation("", Code.OK, value, **rest)
+
+
+def test_every_code_but_ok_and_every_injected_fault_earns_nothing():
+  for code in Code:
+    expected = FULL if code == Code.OK else (0, 0)
+    assert hand_made([Observation("", code, 12)]) == [expected], code
+  assert hand_made([ok(12, injected=True)]) == [(0, 0)]
+
+
+def test_a_retry_behind_a_fault_is_no_repeat():
+  task = Task("t", "x", "q", (), {"type": "exact"})
+  call = ToolCall("f", {})
+  fault = Observation("try again", Code.UNAVAILABLE, injected=True)
+  steps = [step(call, fault), step(call, ok(12)), step(Finish("12"))]
+  result = annotate(task, trajectory(task, steps, 1.0))
+  assert [(s.success_calling, s.contribution) for s in result.steps] == [(0, 0), FULL, LAST]
+
+
+@pytest.mark.parametrize(
+  ("values", "answer", "marks"),
+  [
+    ([{"a": [1, {"b": 12}]}], "12", [FULL]),  # nested
+    ([12.0], "12", [FULL]),  # number formats
+    (["KARO"], "karo", [FULL]),
+    (["karo"], "it is karo.", [FULL]),  # a lenient checker took the sentence
+    ([512], "12", [(1, 0)]),  # no substring luck
+    ([1], "1.5", [(1, 0)]),
+    (["ann"], "ann", [(1, 0)]),  # known from the query
+    ([12, 12], "12", [FULL, (1, 0)]),  # the first to produce it
+    ([True], "true", [(0, 0)]),  # no leaf that carries information
+    ([[]], "12", [(0, 0)]),
+    ([{"rows": []}], "12", [(0, 0)]),
+    ([""], "12", [(0, 0)]),
+    ([0], "0", [FULL]),  # zero is a value
+  ],
+)
+def test_values_by_hand(values, answer, marks):
+  assert hand_made([ok(v) for v in values], answer) == marks
+
+
+def test_the_demonstrated_call_has_the_credit_of_the_answer():
+  gold = (ToolCall("f", {"k": 1}), Finish("12"))
+  assert hand_made([ok({"some": [3, 12]}), ok(12)], gold=gold) == [(1, 0), FULL]
+  assert hand_made([ok({"some": [3, 12]}), ok(12)]) == [FULL, (1, 0)]
+
+
+def test_unsolved_or_half_solved_answers_prove_no_use():
+  assert hand_made([ok(12)], solved=0.0) == [(1, 0)]
+  assert hand_made([ok(12)], solved=0.5) == [(1, 0)]
+
+
+def test_custom_changes_without_a_demonstration(tmp_path):
+  path = tmp_path / "tools.py"
+  path.write_text(
+    "from steptool_jax.simulators.functions import Result\n"
+    "def make_tools():\n"
+    "  state = {}\n"
+    "  def put(key: str, value: int) -> Result:\n"
+    "    changed = state.get(key) != value\n"
+    "    state[key] = value\n"
+    "    return Result({'put': value} if changed else {}, changed)\n"
+    "  def get(key: str) -> int:\n"
+    "    return state[key]\n"
+    "  return [put, get]\n"
+    "def holds(answer, tools, key, value):\n"
+    "  return tools['get'](key) == value\n"
+  )
+  tasks = tmp_path / "tasks.jsonl"
+  tasks.write_text(
+    '{"id": "t", "query": "put", "split": "train",'
+    ' "checker": {"type": "holds", "key": "a", "value": 3}}\n'
+  )
+  env = Custom(str(path), tasks)
+  (task,) = env.tasks("train")
+  put = ToolCall("put", {"key": "a", "value": 3})
+  marks, solved = annotated(env, task, [put, put, Finish("done")])
+  assert (marks, solved) == ([FULL, (0, 0), LAST], 1)
+
+
+def test_another_tasks_trajectory_is_refused_and_nothing_is_mutated():
+  task = SHOP.tasks("train")[0]
+  original = replay(SHOP, task, task.demonstration)
+  result = annotate(task, original)
+  assert original.steps[0].success_calling == 0
+  assert result.steps[0].tokens is original.steps[0].tokens
+  assert isinstance(result.steps[0].success_calling, float)
+  with pytest.raises(ValueError, match="annotated with task"):
+    annotate(SHOP.tasks("train")[1], original)
+  empty = dataclasses.replace(original, steps=())
+  assert annotate(task, empty).steps == ()
+  assert np.array_equal(result.prompt_tokens, original.prompt_tokens)

@@ -1,0 +1,255 @@
+"""The scheduler over a real engine and a tiny random model; tools that fail, hang and flood."""
+
+import dataclasses
+import threading
+import time
+
+import fakes
+import jax
+import numpy as np
+import pytest
+
+from steptool_jax.dialogue import compact
+from steptool_jax.dialogue.codec import Codec
+from steptool_jax.dialogue.template import get_format
+from steptool_jax.policy import engine, model
+from steptool_jax.rollout import chain
+from steptool_jax.rollout.conversation import Limits
+from steptool_jax.simulators.runner import ToolRunner
+from steptool_jax.types import Code, Observation, Status, Task, ToolSpec
+
+ECHO = ToolSpec("echo", "", {"type": "object", "properties": {}})
+LIMITS = Limits(
+  max_steps=4, max_step_tokens=12, max_tokens=160, max_invalid=9, max_observation_chars=200
+)
+
+
+class Script:
+  """An environment whose sessions answer from a function; counts what is open."""
+
+  name = "script"
+
+  def __init__(self, answer):
+    self.answer, self.open_sessions, self.lock = answer, 0, threading.Lock()
+
+  def open(self, task, sample):
+    environment = self
+    with self.lock:
+      self.open_sessions += 1
+
+    class Session:
+      def call(self, call):
+        return environment.answer(call)
+
+      def grade(self, answer):
+        return float(answer == "7")
+
+      def close(self):
+        with environment.lock:
+          environment.open_sessions -= 1
+
+    return Session()
+
+
+@pytest.fixture(scope="module")
+def chat_format(tmp_path_factory):
+  out = tmp_path_factory.mktemp("tokenizer")
+  compact.build_tokenizer(["echo {} answer 7 give_up"] * 50, 300, out)
+  return get_format("compact", Codec.load(out))
+
+
+@pytest.fixture(scope="module")
+def policy(chat_format):
+  config = fakes.tiny_config(vocab_size=chat_format.codec.vocab_size)
+  eng = engine.make_engine(config, slots=3, size=160, chunk=5)
+  params = model.init_params(config, jax.random.key(0))
+  return eng, {"params": params}
+
+
+class ScriptedEngine:
+  """The real engine's interface; samples fixed turns. turns[key of prompt] -> list of id lists."""
+
+  slots, size, chunk = 2, 160, 4
+
+  def __init__(self, chat_format, turns):
+    self.format, self.turns = chat_format, turns
+    self.seen = {n: [] for n in range(self.slots)}
+    self.todo = {n: [] for n in range(self.slots)}
+    self.turn = dict.fromkeys(range(self.slots), 0)
+
+  def init(self):
+    return None
+
+  def rewind(self, state, lengths):
+    for slot, length in lengths.items():
+      self.seen[slot] = self.seen[slot][:length]
+      self.turn[slot], self.todo[slot] = 0, []
+
+  def fork(self, state, sources):
+    for slot, source in sources.items():
+      self.seen[slot] = list(self.seen[source])
+
+  def append(self, variables, state, pieces):
+    for slot, ids in pieces.items():
+      self.seen[slot].extend(ids.tolist())
+
+  def decode(self, variables, state, limits, seeds, stop_ids, temperature):
+    out = engine.Decoded(
+      np.zeros((self.slots, self.chunk), np.int32),
+      np.full((self.slots, self.chunk), -0.5, np.float32),
+      np.zeros(self.slots, np.int32),
+      np.zeros(self.slots, bool),
+    )
+    for slot, limit in limits.items():
+      if not self.todo[slot]:
+        self.todo[slot] = self.format.render_action(self.turns[self.turn[slot]]).tolist()
+        self.turn[slot] += 1
+      take = self.todo[slot][: min(limit, self.chunk)]
+      self.todo[slot] = self.todo[slot][len(take) :]
+      out.tokens[slot, : len(take)] = take
+      out.count[slot] = len(take)
+      out.stopped[slot] = take[-1] in stop_ids
+      self.seen[slot].extend(take)
+    return None, out
+
+
+def run(eng, variables, environment, chat_format, jobs, runner=None, limits=LIMITS, **kwargs):
+  runner = runner or ToolRunner(timeout_s=5, workers=4, retries=0)
+  with runner:
+    return chain.rollout(
+      eng,
+      variables,
+      environment,
+      jobs,
+      chat_format,
+      limits,
+      runner,
+      kwargs.pop("sampling", chain.Sampling(0, 0, 1.0)),
+      **kwargs,
+    )
+
+
+def task(name="t", query="say seven"):
+  return Task(name, "script", query, (ECHO,), {})
+
+
+def call():
+  from steptool_jax.types import ToolCall
+
+  return ToolCall("echo", {})
+
+
+def answer(text="7"):
+  from steptool_jax.types import Finish
+
+  return Finish(text)
+
+
+def ok(_):
+  return Observation("seven", Code.OK, "seven")
+
+
+def test_ids_are_the_engines_and_sessions_are_closed(chat_format):
+  eng = ScriptedEngine(chat_format, [call(), answer()])
+  environment = Script(ok)
+  (trajectory,), stats = run(eng, None, environment, chat_format, [(task(), 0)])
+  assert trajectory.status is Status.ANSWERED
+  assert trajectory.solved == 1.0
+  parts = [p for s in trajectory.steps for p in (s.tokens, s.observation_tokens)]
+  assert np.concatenate([trajectory.prompt_tokens, *parts]).tolist() == eng.seen[0]
+  assert environment.open_sessions == 0
+  assert stats.sampled_tokens == sum(len(s.tokens) for s in trajectory.steps)
+
+
+def test_continuous_batching_keeps_the_order_and_shares_prefills(chat_format):
+  eng = ScriptedEngine(chat_format, [call(), answer()])
+  jobs = [(task(f"t{i}", f"query {i}"), s) for i in range(3) for s in range(2)]
+  trajectories, stats = run(eng, None, Script(ok), chat_format, jobs)
+  assert [(t.task_id, t.sample) for t in trajectories] == [(j.id, s) for j, s in jobs]
+  assert stats.shared_prefills == 3
+
+
+@pytest.mark.parametrize(
+  ("answers", "status"),
+  [
+    (lambda c: Observation("x", Code.INFRASTRUCTURE), Status.INFRASTRUCTURE_ERROR),
+    (lambda c: 1 / 0, Status.INFRASTRUCTURE_ERROR),  # the simulator itself is broken
+    (lambda c: Observation("boom", Code.TOOL_ERROR), Status.ANSWERED),
+    (lambda c: Observation("x" * 10_000_000, Code.OK), Status.ANSWERED),
+  ],
+)
+def test_broken_tools_never_stop_a_rollout(chat_format, answers, status):
+  limits = dataclasses.replace(LIMITS, max_observation_chars=20)
+  eng = ScriptedEngine(chat_format, [call(), answer()])
+  (trajectory,), _ = run(eng, None, Script(answers), chat_format, [(task(), 0)], limits=limits)
+  assert trajectory.status is status
+  assert trajectory.solved == float(status is Status.ANSWERED)
+
+
+def test_a_hanging_tool_is_left_behind_while_others_go_on(chat_format):
+  release = threading.Event()
+
+  def hang(_):
+    release.wait(30)
+    return ok(_)
+
+  eng = ScriptedEngine(chat_format, [call(), answer()])
+  started = time.monotonic()
+  try:
+    runner = ToolRunner(timeout_s=0.2, workers=1, retries=0)
+    trajectories, _ = run(
+      eng, None, Script(hang), chat_format, [(task(), s) for s in range(3)], runner
+    )
+  finally:
+    release.set()
+  assert time.monotonic() - started < 10
+  assert all(t.steps[0].observation.code is Code.TIMEOUT for t in trajectories)
+
+
+def test_should_stop_interrupts_and_closes(chat_format):
+  environment = Script(ok)
+  eng = ScriptedEngine(chat_format, [call(), answer()])
+  with pytest.raises(chain.Interrupted):
+    run(eng, None, environment, chat_format, [(task(), 0)], should_stop=lambda: True)
+  assert environment.open_sessions == 0
+
+
+def test_a_prompt_that_does_not_fit_ends_alone(chat_format):
+  eng = ScriptedEngine(chat_format, [call(), answer()])
+  jobs = [(task("long", "word " * 400), 0), (task(), 0)]
+  long, short = run(eng, None, Script(ok), chat_format, jobs)[0]
+  assert (long.status, long.steps) == (Status.TOKEN_BUDGET, ())
+  assert short.status is Status.ANSWERED
+
+
+def test_a_trajectory_depends_on_its_own_keys_only(chat_format, policy):
+  """Alone, beside others, in another order: the same ids and log-probs (real engine)."""
+  eng, variables = policy
+  jobs = [(task(f"t{i}", f"query {i}"), s) for i in range(3) for s in range(2)]
+
+  def ids(jobs, **kwargs):
+    trajectories, _ = run(eng, variables, Script(ok), chat_format, jobs, **kwargs)
+    return {(t.task_id, t.sample): [s.tokens.tolist() for s in t.steps] for t in trajectories}
+
+  together = ids(jobs)
+  assert len({str(v) for v in together.values()}) == 6
+  assert ids(jobs[::-1]) == together
+  assert ids(jobs[2:3])[("t1", 0)] == together[("t1", 0)]
+  assert ids(jobs, sampling=chain.Sampling(0, 1, 1.0)) != together
+  assert ids(jobs, sampling=chain.Sampling(1, 0, 1.0)) != together
+
+
+def test_sampler_logprobs_are_the_trainers(chat_format, policy):
+  eng, variables = policy
+  jobs = [(task("a"), s) for s in range(3)]
+  config = fakes.tiny_config(vocab_size=chat_format.codec.vocab_size)
+  for t in run(eng, variables, Script(ok), chat_format, jobs)[0]:
+    parts = [p for s in t.steps for p in (s.tokens, s.observation_tokens)]
+    ids = np.concatenate([t.prompt_tokens, *parts])[None]
+    hidden = model.forward(config, variables, ids, np.arange(ids.shape[1])[None], np.ones_like(ids))
+    logp = np.asarray(jax.nn.log_softmax(model.project_logits(config, variables, hidden)))[0]
+    at = len(t.prompt_tokens)
+    for step in t.steps:
+      where = np.arange(at, at + len(step.tokens)) - 1
+      np.testing.assert_allclose(step.logprobs, logp[where, step.tokens], atol=2e-5)
+      at += len(step.tokens) + len(step.observation_tokens)

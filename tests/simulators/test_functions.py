@@ -1,0 +1,223 @@
+import sys
+from typing import Any, Literal
+
+import pytest
+
+from steptool_jax.simulators.functions import (
+  InfrastructureError,
+  NotFound,
+  RateLimited,
+  Result,
+  Tool,
+  Toolbox,
+  Unavailable,
+  tool,
+)
+from steptool_jax.types import Code, ToolCall, ToolSpec
+
+
+def book(
+  name: str,
+  seats: int,
+  kind: Literal["window", "aisle"] = "aisle",
+  note: str | None = None,
+  extras: list[str] | None = None,
+  price: float = 1.5,
+  options: dict[str, Any] | None = None,
+  fast: bool = False,
+) -> dict:
+  """Book seats.
+
+  On a train.
+
+  Args:
+    name: Who travels,
+      in full.
+    seats (int): How many.
+
+  Returns:
+    seats: not a parameter text
+  """
+  return {"name": name, "seats": seats, "kind": kind}
+
+
+def test_schema_of_a_signature():
+  spec = tool(book).spec
+  assert spec.name == "book"
+  assert spec.description == "Book seats. On a train."
+  assert spec.parameters == {
+    "type": "object",
+    "properties": {
+      "name": {"type": "string", "description": "Who travels, in full."},
+      "seats": {"type": "integer", "description": "How many."},
+      "kind": {"enum": ["window", "aisle"], "default": "aisle"},
+      "note": {"anyOf": [{"type": "string"}, {"type": "null"}], "default": None},
+      "extras": {
+        "anyOf": [{"type": "array", "items": {"type": "string"}}, {"type": "null"}],
+        "default": None,
+      },
+      "price": {"type": "number", "default": 1.5},
+      "options": {
+        "anyOf": [{"type": "object", "additionalProperties": {}}, {"type": "null"}],
+        "default": None,
+      },
+      "fast": {"type": "boolean", "default": False},
+    },
+    "required": ["name", "seats"],
+    "additionalProperties": False,
+  }
+
+
+def stars(*values: int): ...
+def keywords(**values: int): ...
+def unhinted(value): ...
+def positional(value: int, /): ...
+def foreign(value: object): ...
+def keyed(value: dict[int, str]): ...
+def unresolved(value: "Nowhere"): ...  # noqa: F821
+async def waits(value: int): ...
+
+
+def default_not_json(value: int = float("nan")): ...  # type: ignore[assignment]
+
+
+def misdescribed(value: int):
+  """Does it.
+
+  Args:
+    valeu: a typo
+  """
+
+
+@pytest.mark.parametrize(
+  ("function", "names"),
+  [
+    (stars, ["stars", "'values'"]),
+    (keywords, ["keywords", "'values'"]),
+    (unhinted, ["unhinted", "'value'", "type hint"]),
+    (positional, ["positional", "'value'", "keyword"]),
+    (foreign, ["foreign", "'value'"]),
+    (keyed, ["keyed", "'value'", "keys"]),
+    (unresolved, ["unresolved", "Nowhere"]),
+    (waits, ["waits", "async"]),
+    (default_not_json, ["default_not_json", "'value'"]),
+    (misdescribed, ["misdescribed", "'valeu'"]),
+    (lambda x: x, ["<lambda>", "def"]),
+  ],
+)
+def test_underivable_schema_names_function_and_parameter(function, names):
+  with pytest.raises(ValueError, match="tool") as caught:
+    tool(function)
+  for name in names:
+    assert name in str(caught.value)
+
+
+@pytest.mark.parametrize(
+  ("arguments", "reason"),
+  [
+    ({"name": "a"}, "'seats' is a required property"),
+    ({"name": "a", "seats": "two"}, "seats: 'two' is not of type 'integer'"),
+    ({"name": "a", "seats": True}, "seats: True is not of type 'integer'"),
+    ({"name": "a", "seats": 1, "kind": "roof"}, "kind: 'roof' is not one of"),
+    ({"name": "a", "seats": 1, "colour": 1}, "'colour' was unexpected"),
+    ("name", "arguments must be an object"),
+  ],
+)
+def test_bad_arguments_do_not_run_the_tool(arguments, reason):
+  ran = []
+
+  def book(name: str, seats: int, kind: Literal["window", "aisle"] = "aisle") -> None:
+    ran.append(name)
+
+  observation = Toolbox([tool(book)]).call(ToolCall("book", arguments))
+  assert observation.code == Code.BAD_ARGUMENTS
+  assert reason in observation.text
+  assert ran == []
+
+
+def test_ok_call_gives_compact_json_and_value():
+  observation = Toolbox([tool(book)]).call(ToolCall("book", {"name": "ä", "seats": 2}))
+  assert observation.text == '{"name":"ä","seats":2,"kind":"aisle"}'
+  assert observation.value == {"name": "ä", "seats": 2, "kind": "aisle"}
+  assert (observation.code, observation.changed) == (Code.OK, False)
+
+
+def test_changed_is_what_the_tool_says():
+  def write(x: int) -> Result:
+    return Result({"x": x}, changed=x > 0)
+
+  box = Toolbox([tool(write)])
+  assert box.call(ToolCall("write", {"x": 1})).changed
+  assert not box.call(ToolCall("write", {"x": 0})).changed
+
+
+def test_procedure_without_result_counts_as_done():
+  def act() -> None: ...
+
+  observation = Toolbox([tool(act)]).call(ToolCall("act", {}))
+  assert (observation.text, observation.value) == ("ok", "ok")
+
+
+class Unprintable(Exception):
+  def __str__(self):
+    raise ValueError("no text")
+
+
+@pytest.mark.parametrize(
+  ("error", "code", "text"),
+  [
+    (NotFound("no c9"), Code.NOT_FOUND, "error: no c9"),
+    (Unavailable("busy"), Code.UNAVAILABLE, "error: busy"),
+    (RateLimited(), Code.RATE_LIMIT, "error: RateLimited"),
+    (InfrastructureError("disk"), Code.INFRASTRUCTURE, "error: disk"),
+    (KeyError("k"), Code.TOOL_ERROR, "error: KeyError: 'k'"),
+    (SystemExit(3), Code.TOOL_ERROR, "error: SystemExit: 3"),
+    (RecursionError("deep"), Code.TOOL_ERROR, "error: RecursionError: deep"),
+    (Unprintable(), Code.TOOL_ERROR, "error: Unprintable"),
+  ],
+)
+def test_raising_tool_is_an_observation(error, code, text):
+  def fails() -> str:
+    raise error
+
+  observation = Toolbox([tool(fails)]).call(ToolCall("fails", {}))
+  assert (observation.code, observation.text, observation.value) == (code, text, None)
+
+
+def test_unknown_tool():
+  observation = Toolbox([tool(book)]).call(ToolCall("boook", {}))
+  assert (observation.code, observation.text) == (Code.UNKNOWN_TOOL, "error: no tool named boook")
+
+
+def test_huge_argument_and_huge_error_are_bounded():
+  def fails(text: str, number: int = 0) -> str:
+    raise ValueError(text)
+
+  box = Toolbox([tool(fails)], max_observation_chars=100)
+  raised = box.call(ToolCall("fails", {"text": "x" * 10_000_000}))
+  assert len(raised.text) == 100
+  assert raised.text.endswith("...")
+  refused = box.call(ToolCall("fails", {"text": "", "number": "y" * 1_000_000}))
+  assert refused.code == Code.BAD_ARGUMENTS
+  assert len(refused.text) <= 100
+
+
+def test_deeply_nested_arguments_are_refused_or_run():
+  def keep(value: list) -> int:
+    return len(value)
+
+  nested: list = []
+  for _ in range(sys.getrecursionlimit() * 2):
+    nested = [nested]
+  observation = Toolbox([tool(keep)]).call(ToolCall("keep", {"value": nested}))
+  assert observation.code in (Code.OK, Code.BAD_ARGUMENTS)
+
+
+def test_two_tools_of_one_name_and_a_broken_schema_are_refused():
+  with pytest.raises(ValueError, match="two tools are named 'book'"):
+    Toolbox([tool(book), tool(book)])
+  broken = ToolSpec("odd", "", {"type": "thing"})
+  with pytest.raises(ValueError, match="tool 'odd': invalid JSON schema"):
+    Toolbox([Tool(broken, book)])
+  with pytest.raises(ValueError, match="max_observation_chars"):
+    Toolbox([tool(book)], max_observation_chars=3)

@@ -1,0 +1,146 @@
+import threading
+import time
+from concurrent.futures import wait
+
+import pytest
+
+from steptool_jax.simulators.errors import InfrastructureError
+from steptool_jax.simulators.runner import ToolRunner
+from steptool_jax.types import Code, Observation, ToolCall
+
+CALL = ToolCall("f", {})
+OK = Observation("fine", Code.OK, 1)
+
+
+class Scripted:
+  """A session whose call runs a function of the number of the call."""
+
+  def __init__(self, function):
+    self.function, self.count = function, 0
+    self.lock = threading.Lock()
+
+  def call(self, call):
+    with self.lock:
+      index, self.count = self.count, self.count + 1
+    return self.function(index)
+
+
+def test_hung_call_times_out_and_its_worker_is_replaced():
+  release = threading.Event()
+  hung = Scripted(lambda _: release.wait(20) and OK)
+  with ToolRunner(timeout_s=0.1, workers=1) as runner:
+    started = time.monotonic()
+    first = runner.submit(hung, CALL)
+    second = runner.submit(Scripted(lambda _: OK), CALL)  # behind it, with one worker
+    assert first.result(5).code == Code.TIMEOUT
+    assert "0.1 s" in first.result().text
+    assert second.result(5).code == Code.OK
+    assert time.monotonic() - started < 2
+    assert runner.stuck == 1
+    release.set()
+    deadline = time.monotonic() + 5
+    while runner.stuck and time.monotonic() < deadline:
+      time.sleep(0.01)
+    assert runner.stuck == 0  # a late return gives the leak back
+    assert first.result().code == Code.TIMEOUT  # and changes no observation
+    assert runner.submit(Scripted(lambda _: OK), CALL).result(5).code == Code.OK
+
+
+def test_too_many_hung_calls_end_the_run_and_not_the_memory():
+  release = threading.Event()
+  hung = Scripted(lambda _: release.wait(20) and OK)
+  with ToolRunner(timeout_s=0.05, workers=2, max_stuck=2) as runner:
+    try:
+      futures = [runner.submit(hung, CALL) for _ in range(8)]
+      wait(futures, 5)
+      outcomes = [f.exception(0) or f.result().code for f in futures]
+      assert outcomes[:3] == [Code.TIMEOUT] * 3
+      assert isinstance(outcomes[-1], InfrastructureError)
+      assert "max_stuck is 2" in str(outcomes[-1])
+      with pytest.raises(InfrastructureError, match="hang"):
+        runner.submit(hung, CALL)
+      assert hung.count <= 4  # the others never started
+    finally:
+      release.set()
+
+
+def test_infrastructure_is_retried_with_back_off():
+  down = Observation("down", Code.INFRASTRUCTURE)
+  session = Scripted(lambda i: OK if i == 2 else down)
+  with ToolRunner(retries=2, backoff_s=0.02) as runner:
+    started = time.monotonic()
+    assert runner.submit(session, CALL).result(5).code == Code.OK
+    assert session.count == 3
+    assert time.monotonic() - started >= 0.06  # 0.02 + 0.04
+  session = Scripted(lambda i: OK if i == 3 else down)
+  with ToolRunner(retries=2, backoff_s=0.001) as runner:
+    assert runner.submit(session, CALL).result(5).code == Code.INFRASTRUCTURE
+    assert session.count == 3
+
+
+def test_other_failures_are_not_retried():
+  session = Scripted(lambda _: Observation("slow down", Code.RATE_LIMIT))
+  with ToolRunner(retries=3, backoff_s=0.001) as runner:
+    assert runner.submit(session, CALL).result(5).code == Code.RATE_LIMIT
+  assert session.count == 1
+
+
+def test_crashed_session_is_an_infrastructure_error_and_no_empty_observation():
+  def crash(_):
+    raise ZeroDivisionError("lost the database")
+
+  with ToolRunner(retries=1, backoff_s=0.001) as runner:
+    observation = runner.submit(Scripted(crash), CALL).result(5)
+    assert observation.code == Code.INFRASTRUCTURE
+    assert "lost the database" in observation.text
+    assert runner.submit(Scripted(lambda _: OK), CALL).result(5).code == Code.OK
+
+
+def test_calls_run_at_the_same_time_and_none_is_lost():
+  together = threading.Barrier(4, timeout=5)
+
+  def meet(_):
+    together.wait()
+    return OK
+
+  with ToolRunner(timeout_s=10, workers=4) as runner:
+    futures = [runner.submit(Scripted(meet), CALL) for _ in range(4)]
+    assert [f.result(10).code for f in futures] == [Code.OK] * 4
+  sessions = [
+    Scripted(lambda _, n=n: Observation(str(n), Code.OK, changed=bool(n % 2))) for n in range(200)
+  ]
+  with ToolRunner(workers=3) as runner:
+    answers = [runner.submit(s, CALL) for s in sessions]
+    assert [f.result(10).text for f in answers] == [str(n) for n in range(200)]
+
+
+def test_seconds_are_measured():
+  def slow(_):
+    time.sleep(0.05)
+    return OK
+
+  with ToolRunner() as runner:
+    assert 0.05 <= runner.submit(Scripted(slow), CALL).result(5).seconds < 2
+
+
+def test_close_cancels_what_waits():
+  release = threading.Event()
+  runner = ToolRunner(workers=1)
+  running = runner.submit(Scripted(lambda _: release.wait(5) and OK), CALL)
+  waiting = runner.submit(Scripted(lambda _: OK), CALL)
+  while not running.running():
+    time.sleep(0.001)
+  runner.close()
+  assert waiting.cancelled()
+  release.set()
+  assert running.result(5).code == Code.OK
+  with pytest.raises(RuntimeError, match="closed"):
+    runner.submit(Scripted(lambda _: OK), CALL)
+
+
+@pytest.mark.parametrize(
+  "bad", [{"timeout_s": 0}, {"workers": 0}, {"max_stuck": -1}, {"retries": -1}, {"backoff_s": -1}]
+)
+def test_settings_are_checked(bad):
+  with pytest.raises(ValueError, match=next(iter(bad))):
+    ToolRunner(**bad)
