@@ -17,16 +17,16 @@ def get_config(arg=""):
   config.model.chat_format = "compact"
   a = config.model.architecture
   a.vocab_size = 512
-  a.hidden_size, a.intermediate_size, a.num_layers = 160, 448, 4
-  a.num_heads, a.num_kv_heads, a.head_dim = 5, 5, 32
+  a.hidden_size, a.intermediate_size, a.num_layers = 128, 352, 4
+  a.num_heads, a.num_kv_heads, a.head_dim = 4, 4, 32
   config.environment.num_train, config.environment.num_heldout = 20000, 400
-  config.environment.tools_per_task = 12
+  config.environment.tools_per_task = 8
   config.rollout.max_tokens = config.train.row_tokens = 384
-  config.sft.steps, config.sft.batch, config.sft.micro_rows = 1500, 64, 16
+  config.sft.steps, config.sft.batch, config.sft.micro_rows = 1500, 32, 8
   config.sft.mistakes = 0.3
   config.sft.checkpoint_every = 500
   o = config.sft.optimizer
-  o.learning_rate, o.schedule, o.warmup, o.b2 = 2e-3, "cosine", 0.03, 0.98
+  o.learning_rate, o.schedule, o.warmup, o.b2 = 3e-3, "cosine", 0.03, 0.98
   config.evaluation.tasks = 200
   config.train.export = True
   return config

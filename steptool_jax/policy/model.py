@@ -273,6 +273,8 @@ class _Linear(nn.Module):
     config = self.config
     init = nn.initializers.variance_scaling(self.init_scale, "fan_in", "normal")
     shape = (x.shape[-1], self.features)
+    # Two-dimensional products: XLA on CPU runs their backward passes half as fast again.
+    lead, x = x.shape[:-1], x.reshape(-1, x.shape[-1])
     y = x @ self.param("kernel", init, shape, config.param_dtype).astype(config.dtype)
     if self.use_bias:
       bias = self.param("bias", nn.initializers.zeros, (self.features,), config.param_dtype)
@@ -280,7 +282,7 @@ class _Linear(nn.Module):
     if self.has_variable("lora", "a"):
       a, b = self.get_variable("lora", "a"), self.get_variable("lora", "b")
       y = y + _adapt(config, a, b, x)
-    return y
+    return y.reshape(*lead, self.features)
 
 
 class _Block(nn.Module):
