@@ -22,9 +22,9 @@ def get_config(arg=""):
   config.environment.num_train, config.environment.num_heldout = 20000, 400
   config.environment.tools_per_task = 8
   config.rollout.max_tokens = config.train.row_tokens = 384
-  config.sft.steps, config.sft.batch, config.sft.micro_rows = 1500, 32, 8
+  config.sft.steps, config.sft.batch, config.sft.micro_rows = 700, 32, 8
   config.sft.mistakes = 0.3
-  config.sft.checkpoint_every = 500
+  config.sft.checkpoint_every = 350
   o = config.sft.optimizer
   o.learning_rate, o.schedule, o.warmup, o.b2 = 3e-3, "cosine", 0.03, 0.98
   config.evaluation.tasks = 200

@@ -28,10 +28,16 @@ def get_config(arg=""):
   config.advantage.gamma, config.advantage.lam = 0.99, 0.95
   # The release sums alpha = 1 rewards; 'mean' keeps a retry from outscoring a first-try success.
   config.rewards.alpha, config.rewards.normalization = 1.0, "mean"
-  l = config.loss
-  l.clip_low = l.clip_high = l.value_clip = 0.2
-  l.value_coef = 0.1
-  l.kl, l.kl_coef, l.kl_adaptive, l.kl_target, l.kl_horizon = "reward", 0.3, True, 6.0, 10000.0
+  loss = config.loss
+  loss.clip_low = loss.clip_high = loss.value_clip = 0.2
+  loss.value_coef = 0.1
+  loss.kl, loss.kl_coef, loss.kl_adaptive, loss.kl_target, loss.kl_horizon = (
+    "reward",
+    0.3,
+    True,
+    6.0,
+    10000.0,
+  )
   s = config.sft
   # Released SFT: 5 epochs at 2e-5, cosine, 4 % warm-up. Set sft.steps for your data; 0 starts RL
   # from the model as it is.

@@ -1,8 +1,8 @@
 """The configuration: every field with its meaning, unit and default.
 
 The dataclasses below are the only source. `base_config` turns them into a ConfigDict for
-configs/*.py and the command line (`--config.a.b=value`), `validate` turns it back, once, into frozen
-dataclasses. Below main, config and run nobody sees a ConfigDict.
+configs/*.py and the command line (`--config.a.b=value`), `validate` turns it back, once, into
+frozen dataclasses. Below main, config and run nobody sees a ConfigDict.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""python -m steptool_jax.main --config=FILE[:arg] --workdir=DIR [--mode=...] [--config.a.b=value]"""
+"""python -m steptool_jax.main --config=FILE[:arg] --workdir=DIR [--mode=M] [--config.a.b=value]"""
 
 import importlib
 import pathlib

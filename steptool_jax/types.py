@@ -166,7 +166,7 @@ class TrainState(NamedTuple):
   """Everything that the jitted update reads and writes; donated.
 
   `trainable` and `frozen` together are the policy's variables (policy/lora.py joins them);
-  `reference` is the frozen copy for the KL term, {} where the reference is "adapters off" or unused.
+  `reference` is the frozen copy for the KL term; {} where that is "adapters off", or unused.
   """
 
   step: Any  # int32[], optimizer steps done

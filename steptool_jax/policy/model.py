@@ -13,7 +13,7 @@ everything below `layers` is stacked, leading axis = layer.
 import dataclasses
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -22,6 +22,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
+from steptool_jax.policy.attention import KVCache, attend, attend_cache, cache_blocks, write_cache
 from steptool_jax.policy.sharding import constrain, constrain_rows
 
 FAMILIES = ("llama", "qwen2", "qwen3")
@@ -98,13 +99,6 @@ class ModelConfig:
       raise ValueError(f"head_dim: {self.head_dim} must be even (rotary pairs)")
 
 
-class KVCache(NamedTuple):
-  """k, v: [layers, slots, S, kv_heads, head_dim] in the compute dtype."""
-
-  k: jax.Array
-  v: jax.Array
-
-
 def init_cache(config: ModelConfig, slots: int, size: int) -> KVCache:
   """An empty cache of `size` positions for each of `slots` conversations."""
   shape = (config.num_layers, slots, size, config.num_kv_heads, config.head_dim)
@@ -144,86 +138,19 @@ def _rotate(x_BTHh: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
   return out.astype(x_BTHh.dtype)
 
 
-def _attend(q_BTHh: jax.Array, k_BTKh: jax.Array, v_BTKh: jax.Array, mask_BTT: jax.Array):
-  """Grouped-query attention over the row itself; float32 softmax.
-
-  In blocks of queries, each against the keys up to its own end: half the products of a causal row.
-  A block's probabilities are recomputed in the backward pass and never kept.
-  """
-  length = q_BTHh.shape[1]
-  size = max(QUERY_BLOCK, -(-length // MAX_QUERY_BLOCKS))
-  outputs = []
-  for start in range(0, length, size):
-    end = min(start + size, length)
-    mask = mask_BTT[:, start:end, :end]
-    outputs.append(_attend_block(q_BTHh[:, start:end], k_BTKh[:, :end], v_BTKh[:, :end], mask))
-  return jnp.concatenate(outputs, axis=1)
+def _cheap(function, *static):
+  """Computed again in the backward pass: keeping the intermediates costs more than they do."""
+  return jax.checkpoint(functools.partial(function, *static), prevent_cse=False)
 
 
-@jax.checkpoint
-def _attend_block(q_BTHh: jax.Array, k_BSKh: jax.Array, v_BSKh: jax.Array, mask_BTS: jax.Array):
-  B, T, H, h = q_BTHh.shape
-  K = k_BSKh.shape[2]
-  q = (q_BTHh * (h**-0.5)).reshape(B, T, K, H // K, h)
-  scores = jnp.einsum("btkgh,bskh->bkgts", q, k_BSKh, preferred_element_type=jnp.float32)
-  scores = jnp.where(mask_BTS[:, None, None], scores, MASKED)
-  probs = jax.nn.softmax(scores, axis=-1).astype(v_BSKh.dtype)
-  return jnp.einsum("bkgts,bskh->btkgh", probs, v_BSKh).reshape(B, T, H, h)
+def _rms_norm(eps: float, x: jax.Array, scale: jax.Array) -> jax.Array:
+  y = x.astype(jnp.float32)
+  y = y * lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + eps)
+  return y * scale.astype(jnp.float32)
 
 
-def _write_cache(cache_LNSKh: jax.Array, new_NCKh: jax.Array, layer: jax.Array, slots_NC):
-  """Scatter in place; `slots_NC` holds the position, or S where nothing may be written."""
-  index = jnp.stack([jnp.full_like(slots_NC, layer), slots_NC], axis=-1)
-  # Slots are a batch axis of the scatter, so that a cache sharded over slots needs no collective.
-  dims = lax.ScatterDimensionNumbers(
-    update_window_dims=(2, 3),
-    inserted_window_dims=(0, 2),
-    scatter_dims_to_operand_dims=(0, 2),
-    operand_batching_dims=(1,),
-    scatter_indices_batching_dims=(0,),
-  )
-  new = new_NCKh.astype(cache_LNSKh.dtype)
-  return lax.scatter(cache_LNSKh, index, new, dims, mode=lax.GatherScatterMode.FILL_OR_DROP)
-
-
-def _attend_cache(q_NCHh: jax.Array, cache: KVCache, layer: jax.Array, positions_NC, blocks):
-  """Attention over the first `blocks` blocks of each slot, with a running softmax.
-
-  The number of blocks is dynamic: a token costs what is filled, not what is reserved.
-  """
-  N, C, H, h = q_NCHh.shape
-  S, K = cache.k.shape[2:4]
-  size = min(CACHE_BLOCK, S)
-  q = (q_NCHh * (h**-0.5)).reshape(N, C, K, H // K, h)
-
-  def read(x, start):
-    return lax.dynamic_slice(x, (layer, 0, start, 0, 0), (1, N, size, K, h))[0]
-
-  def body(i, carry):
-    top, total, out = carry
-    start = jnp.minimum(i * size, S - size)  # the last block overlaps where size does not divide S
-    at = start + jnp.arange(size)
-    seen = (at <= positions_NC[..., None]) & (at >= i * size)
-    k, v = read(cache.k, start), read(cache.v, start)
-    scores = jnp.einsum("nckgh,nskh->nkgcs", q, k, preferred_element_type=jnp.float32)
-    scores = jnp.where(seen[:, None, None], scores, MASKED)
-    new_top = jnp.maximum(top, scores.max(axis=-1))
-    probs = jnp.exp(scores - new_top[..., None])
-    decay = jnp.exp(top - new_top)
-    part = jnp.einsum(
-      "nkgcs,nskh->nkgch", probs.astype(v.dtype), v, preferred_element_type=jnp.float32
-    )
-    return new_top, total * decay + probs.sum(axis=-1), out * decay[..., None] + part
-
-  shape = (N, K, H // K, C)
-  start = (
-    jnp.full(shape, MASKED, jnp.float32),
-    jnp.zeros(shape, jnp.float32),
-    jnp.zeros((*shape, h), jnp.float32),
-  )
-  _, total, out = lax.fori_loop(0, blocks, body, start)
-  out = jnp.transpose(out / total[..., None], (0, 3, 1, 2, 4))
-  return out.reshape(N, C, H, h).astype(q_NCHh.dtype)
+def _gated(gate: jax.Array, up: jax.Array) -> jax.Array:
+  return jax.nn.silu(gate) * up
 
 
 class _Norm(nn.Module):
@@ -234,9 +161,7 @@ class _Norm(nn.Module):
   @nn.compact
   def __call__(self, x):
     scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.config.param_dtype)
-    y = x.astype(jnp.float32)
-    y = y * lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.config.rms_norm_eps)
-    return (y * scale.astype(jnp.float32)).astype(self.config.dtype)
+    return _cheap(_rms_norm, self.config.rms_norm_eps)(x, scale).astype(self.config.dtype)
 
 
 def _adapt(config: ModelConfig, a: jax.Array, b: jax.Array, x: jax.Array) -> jax.Array:
@@ -275,7 +200,9 @@ class _Linear(nn.Module):
     shape = (x.shape[-1], self.features)
     # Two-dimensional products: XLA on CPU runs their backward passes half as fast again.
     lead, x = x.shape[:-1], x.reshape(-1, x.shape[-1])
-    y = x @ self.param("kernel", init, shape, config.param_dtype).astype(config.dtype)
+    kernel = self.param("kernel", init, shape, config.param_dtype).astype(config.dtype)
+    # Two-dimensional: the gradient of a product over two row axes is a fifth slower on CPU.
+    y = (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], self.features)
     if self.use_bias:
       bias = self.param("bias", nn.initializers.zeros, (self.features,), config.param_dtype)
       y = y + bias.astype(config.dtype)
@@ -291,7 +218,7 @@ class _Block(nn.Module):
   config: ModelConfig
 
   @nn.compact
-  def __call__(self, carry, rope, mask, cached):
+  def __call__(self, carry, rope, segments, cached):
     config = self.config
     x, layer, cache = carry
     rows, length = x.shape[:2]
@@ -308,13 +235,13 @@ class _Block(nn.Module):
       k = _Norm(config, name="k_norm")(k)
     q, k = _rotate(q, rope), _rotate(k, rope)
     if cache is None:
-      out = _attend(q, k, v, mask)
+      out = attend(q, k, v, segments)
     else:
       positions, writes, blocks = cached
       cache = KVCache(
-        _write_cache(cache.k, k, layer, writes), _write_cache(cache.v, v, layer, writes)
+        write_cache(cache.k, k, layer, writes), write_cache(cache.v, v, layer, writes)
       )
-      out = _attend_cache(q, cache, layer, positions, blocks)
+      out = attend_cache(q, cache, layer, positions, blocks)
     out = out.reshape(rows, length, q_size)
     x = x + linear(config.hidden_size, config.output_bias, residual_scale, name="o")(out)
 
@@ -322,7 +249,7 @@ class _Block(nn.Module):
     gate = linear(config.intermediate_size, name="gate")(y)
     up = linear(config.intermediate_size, name="up")(y)
     down = linear(config.hidden_size, init_scale=residual_scale, name="down")
-    x = constrain_rows(x + down(jax.nn.silu(gate) * up))
+    x = constrain_rows(x + down(_cheap(_gated)(gate, up)))
     return (x, layer + 1, cache), None
 
 
@@ -350,16 +277,15 @@ class _Policy(nn.Module):
       1, dtype="float32", param_dtype="float32", kernel_init=nn.initializers.zeros
     )
 
-  def trunk(self, tokens, positions, mask, cached, cache):
+  def trunk(self, tokens, positions, segments, cached, cache):
     x = constrain_rows(self.embed(tokens))
     carry = (x, jnp.int32(0), cache)
-    (x, _, cache), _ = self.layers(carry, _rope_tables(self.config, positions), mask, cached)
+    (x, _, cache), _ = self.layers(carry, _rope_tables(self.config, positions), segments, cached)
     return self.final_norm(x), cache
 
   def everything(self, tokens):
     """Touches every parameter; for init only."""
-    mask = jnp.ones((*tokens.shape, tokens.shape[-1]), bool)
-    hidden, _ = self.trunk(tokens, tokens, mask, None, None)
+    hidden, _ = self.trunk(tokens, tokens, tokens, None, None)
     if not self.config.tie_embeddings:
       self.lm_head(hidden)
     return self.value_head(hidden)
@@ -389,10 +315,8 @@ def forward(
   A token sees what stands before it in its own segment. Padding (segment 0) sees padding only, so
   it stays finite and nothing else sees it.
   """
-  causal = jnp.tril(jnp.ones((tokens_BT.shape[1],) * 2, bool))
-  mask_BTT = causal & (segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :])
   hidden, _ = _Policy(config).apply(
-    variables, tokens_BT, positions_BT, mask_BTT, None, None, method=_Policy.trunk
+    variables, tokens_BT, positions_BT, segment_ids_BT, None, None, method=_Policy.trunk
   )
   return hidden
 
@@ -415,9 +339,14 @@ def forward_cached(
   inside = valid_NC & (positions_NC >= 0) & (positions_NC < size)
   writes = jnp.where(inside, positions_NC, size)
   reads = jnp.where(inside, positions_NC, 0)
-  blocks = jnp.max(reads) // min(CACHE_BLOCK, size) + 1
   return _Policy(config).apply(
-    variables, tokens_NC, reads, None, (reads, writes, blocks), cache, method=_Policy.trunk
+    variables,
+    tokens_NC,
+    reads,
+    None,
+    (reads, writes, cache_blocks(reads, size)),
+    cache,
+    method=_Policy.trunk,
   )
 
 

@@ -230,7 +230,9 @@ def build_optimizer(c: Optimizer, total_steps: int) -> optax.GradientTransformat
   return optax.chain(optax.clip_by_global_norm(c.max_grad_norm), adam)
 
 
-def build_learner(config: Config, policy: Policy, algorithm: str) -> update.Learner:
+def build_learner(
+  config: Config, model_config: model.ModelConfig, algorithm: str
+) -> update.Learner:
   """The learner of a phase: algorithm 'sft' for the warm-up, config.algorithm for RL."""
   sft = algorithm == "sft"
   t, a, c = config.train, config.advantage, config.loss
@@ -250,7 +252,7 @@ def build_learner(config: Config, policy: Policy, algorithm: str) -> update.Lear
   )
   steps = config.sft.steps if sft else t.iterations * t.epochs * t.minibatches
   return update.Learner(
-    model=policy.model,
+    model=model_config,
     algorithm=algorithms.get_algorithm(algorithm),
     hyperparameters=hyperparameters,
     optimizer=build_optimizer(config.sft.optimizer if sft else t.optimizer, steps),

@@ -69,4 +69,8 @@ class Checkpoints:
 
 def _without_empty(state: TrainState) -> dict[str, Any]:
   """Fields as a dict; an empty subtree has nothing to save."""
-  return {name: value for name, value in state._asdict().items() if value != {}}
+  return {
+    name: value
+    for name, value in state._asdict().items()
+    if not (isinstance(value, dict) and not value)
+  }

@@ -20,7 +20,7 @@ def newest_variables(bench: Workbench) -> tuple[dict, dict[str, Any]]:
     if meta is None:
       raise FileNotFoundError(f"{bench.workdir}: no checkpoint; train first, or check --workdir")
     name = "sft" if meta["phase"] == "sft" else bench.config.algorithm
-    learner = build.build_learner(bench.config, bench.policy, name)
+    learner = build.build_learner(bench.config, bench.policy.model, name)
     abstract = build.abstract_state(bench.config, bench.policy, bench.mesh, learner)
     state = checkpoints.restore(abstract)
     return lora.join_variables(state.trainable, state.frozen), meta

@@ -118,7 +118,7 @@ class _Trainer:
   def _enter(self, restore: bool) -> None:
     """The state of the present phase: fresh, or from the newest checkpoint."""
     name = "sft" if self.progress.phase == "sft" else self.config.algorithm
-    self.learner = build.build_learner(self.config, self.bench.policy, name)
+    self.learner = build.build_learner(self.config, self.bench.policy.model, name)
     self.programs = update.compile_programs(self.learner)
     if not restore:
       variables = build.initial_variables(self.config, self.bench.policy, self.bench.mesh)
@@ -155,7 +155,7 @@ class _Trainer:
       self.config, self.bench.policy, self.bench.mesh, self._variables()
     )
     self.progress.phase, self.progress.done = "rl", 0
-    self.learner = build.build_learner(self.config, self.bench.policy, self.config.algorithm)
+    self.learner = build.build_learner(self.config, self.bench.policy.model, self.config.algorithm)
     self.programs = update.compile_programs(self.learner)
     self.state = self._start(variables)
     self._save()

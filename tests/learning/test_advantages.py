@@ -1,6 +1,8 @@
 import dataclasses
+import functools
 
 import fakes
+import jax
 import jax.numpy as jnp
 import numpy as np
 import oracles
@@ -18,7 +20,8 @@ GAMMA, LAM = 0.9, 0.8
 def packed(seed, count=6, row_tokens=64, **kwargs):
   rng = np.random.default_rng(seed)
   trajectories = [fakes.random_trajectory(rng, **kwargs) for _ in range(count)]
-  batch = batching.pack(trajectories, row_tokens)
+  # One shape for all examples: one compilation.
+  batch = batching.pack(trajectories, row_tokens, row_multiple=6)
   values = rng.normal(size=batch.tokens.shape).astype(np.float32)
   return trajectories, batch, values
 
@@ -30,9 +33,13 @@ def segments_of(batch):
       yield row, np.flatnonzero(batch.segment_ids[row] == segment)
 
 
-def run_gae(batch, values, **kwargs):
-  kwargs = {"gamma": GAMMA, "lam": LAM} | kwargs
-  adv, ret = advantages.gae(batch, jnp.asarray(batch.rewards), jnp.asarray(values), **kwargs)
+@functools.partial(jax.jit, static_argnames=("level", "broadcast", "step_episodes"))
+def jitted_gae(batch, values, gamma, lam, **kwargs):
+  return advantages.gae(batch, batch.rewards, values, gamma=gamma, lam=lam, **kwargs)
+
+
+def run_gae(batch, values, gamma=GAMMA, lam=LAM, **kwargs):
+  adv, ret = jitted_gae(batch, values, gamma, lam, **kwargs)
   return np.asarray(adv), np.asarray(ret)
 
 
@@ -180,11 +187,14 @@ def test_whitening_uses_the_mask_and_the_whole_batch():
   np.testing.assert_allclose(out, [[-2 / std, -1 / std, 0], [0, 3 / std, 0]], atol=1e-5)
 
 
+weights_of = jax.jit(losses.action_weights, static_argnums=1)
+
+
 @settings(max_examples=15, deadline=None)
 @given(st.integers(0, 10_000))
 def test_aggregation_weights(seed):
   trajectories, batch, _ = packed(seed)
-  total = {a: np.asarray(losses.action_weights(batch, a)) for a in losses.AGGREGATIONS}
+  total = {a: np.asarray(weights_of(batch, a)) for a in losses.AGGREGATIONS}
   steps = sum(len(t.steps) for t in trajectories)
   assert total["token"].sum() == sum(len(s.tokens) for t in trajectories for s in t.steps)
   np.testing.assert_allclose(total["step"].sum(), steps, atol=1e-4)

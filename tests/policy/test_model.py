@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from fakes import tiny_config
 
-from steptool_jax.policy import model
+from steptool_jax.policy import attention, model
 from steptool_jax.policy.model import RopeScaling
 
 CONFIG = tiny_config(family="qwen3", qk_norm=True, qkv_bias=True)
@@ -49,7 +49,9 @@ def test_packed_equals_unpacked():
   assert np.isfinite(packed).all()
 
 
-def test_gradients_are_causal_and_stay_in_their_segment():
+@pytest.mark.parametrize("block", [128, 4])
+def test_gradients_are_causal_and_stay_in_their_segment(block, monkeypatch):
+  monkeypatch.setattr(attention, "QUERY_BLOCK", block)
   # Every token id occurs once, so that row i of the embedding's gradient belongs to token i.
   length, cut = 11, 5
   segments = jnp.array([[1] * cut + [2] * (length - cut - 2) + [0] * 2])
@@ -73,7 +75,7 @@ def test_gradients_are_causal_and_stay_in_their_segment():
 
 @pytest.mark.parametrize("block", [128, 8, 7])
 def test_cached_equals_full_over_chunks(block, monkeypatch):
-  monkeypatch.setattr(model, "CACHE_BLOCK", block)
+  monkeypatch.setattr(attention, "CACHE_BLOCK", block)
   tokens = tokens_of((2, 20))
   positions = jnp.tile(jnp.arange(20), (2, 1))
   full = run(tokens, positions, jnp.ones_like(tokens))
