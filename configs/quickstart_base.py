@@ -21,12 +21,13 @@ def get_config(arg=""):
   a.num_heads, a.num_kv_heads, a.head_dim = 4, 4, 32
   config.environment.num_train, config.environment.num_heldout = 20000, 400
   config.environment.tools_per_task = 8
-  config.rollout.max_tokens = config.train.row_tokens = 384
-  config.sft.steps, config.sft.batch, config.sft.micro_rows = 700, 32, 8
+  config.rollout.max_tokens = config.train.row_tokens = 320
+  config.sft.steps, config.sft.batch, config.sft.micro_rows = 800, 32, 8
   config.sft.mistakes = 0.3
-  config.sft.checkpoint_every = 350
+  config.sft.checkpoint_every = 200
   o = config.sft.optimizer
-  o.learning_rate, o.schedule, o.warmup, o.b2 = 3e-3, "cosine", 0.03, 0.98
+  o.learning_rate, o.muon_rate = 3e-3, 0.02
+  o.schedule, o.warmup, o.b2 = "cosine", 0.03, 0.98
   config.evaluation.tasks = 200
   config.train.export = True
   return config

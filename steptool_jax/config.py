@@ -159,6 +159,9 @@ class Loss:
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
   learning_rate: float = _is(1e-5, "peak learning rate of AdamW")
+  muon_rate: float = _is(
+    0.0, "above 0: the layers' kernels by Muon with this peak rate; for training from scratch"
+  )
   schedule: str = _is("constant", "behind the warm-up: constant, linear or cosine (to 0)")
   warmup: float = _is(0.0, "share of the steps that warm up")
   b1: float = _is(0.9, "decay of the first moment")
@@ -331,7 +334,8 @@ _POSITIVE = (
 _NOT_NEGATIVE = (
   "seed lora.rank sft.steps sft.tasks train.iterations evaluation.every evaluation.temperature "
   "rollout.top_k rewards.alpha loss.kl_coef loss.value_coef sft.checkpoint_every "
-  "train.optimizer.max_grad_norm sft.optimizer.max_grad_norm environment.tools_per_task "
+  "train.optimizer.max_grad_norm sft.optimizer.max_grad_norm train.optimizer.muon_rate "
+  "sft.optimizer.muon_rate environment.tools_per_task "
   "rollout.tool_retries rollout.max_stuck_tools loss.clip_low loss.clip_high loss.value_clip"
 ).split()
 _SHARES = (

@@ -179,7 +179,7 @@ class _Embed(nn.Module):
   def __call__(self, tokens):
     config = self.config
     shape = (config.vocab_size, config.hidden_size)
-    init = nn.initializers.normal(0.02)
+    init = nn.initializers.normal(config.hidden_size**-0.5)
     table = self.param("embedding", init, shape, config.param_dtype)
     # Gathered over fsdp first: rows could not be looked up in columns without copying everything.
     return constrain(table, P("tensor", None))[tokens].astype(config.dtype)

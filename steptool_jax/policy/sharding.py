@@ -35,6 +35,7 @@ RULES: tuple[tuple[str, PartitionSpec], ...] = (
   (r"final_norm/scale", P(None)),
   (r"value_head/kernel", P(None, None)),
   (r"value_head/bias", P(None)),
+  (r"ns_coeffs", P(None)),  # Muon's constants
 )
 
 

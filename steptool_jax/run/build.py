@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optax.contrib
 from jax.sharding import Mesh
 
 from steptool_jax.config import Config, Optimizer
@@ -211,23 +212,53 @@ def build_engine(config: Config, policy: Policy, mesh: Mesh) -> engine_lib.Engin
 
 
 def build_optimizer(c: Optimizer, total_steps: int) -> optax.GradientTransformation:
-  """AdamW behind a clip of the global norm; the schedule spans `total_steps`."""
+  """AdamW (Muon for the layers' kernels if asked for) behind a clip of the gradient's global norm.
+
+  The schedule spans `total_steps`.
+  """
+  if c.muon_rate:
+    optimizer = optax.contrib.muon(
+      _schedule(c, c.muon_rate, total_steps),
+      eps=c.eps,
+      weight_decay=c.weight_decay,
+      muon_weight_dimension_numbers=_muon_dimensions,
+      adam_b1=c.b1,
+      adam_b2=c.b2,
+      adam_weight_decay=c.weight_decay,
+      adam_learning_rate=_schedule(c, c.learning_rate, total_steps),
+    )
+  else:
+    schedule = _schedule(c, c.learning_rate, total_steps)
+    optimizer = optax.adamw(schedule, c.b1, c.b2, c.eps, weight_decay=c.weight_decay)
+  if not c.max_grad_norm:
+    return optimizer
+  return optax.chain(optax.clip_by_global_norm(c.max_grad_norm), optimizer)
+
+
+def _schedule(c: Optimizer, peak: float, total_steps: int) -> optax.Schedule:
   warmup = round(c.warmup * total_steps)
   rest = max(total_steps - warmup, 1)
   main = {
-    "constant": lambda: optax.constant_schedule(c.learning_rate),
-    "linear": lambda: optax.linear_schedule(c.learning_rate, 0.0, rest),
-    "cosine": lambda: optax.cosine_decay_schedule(c.learning_rate, rest),
+    "constant": lambda: optax.constant_schedule(peak),
+    "linear": lambda: optax.linear_schedule(peak, 0.0, rest),
+    "cosine": lambda: optax.cosine_decay_schedule(peak, rest),
   }[c.schedule]()
-  schedule = main
-  if warmup:
-    # Starts above 0, so that the first step already learns.
-    ramp = optax.linear_schedule(c.learning_rate / warmup, c.learning_rate, warmup - 1)
-    schedule = optax.join_schedules([ramp, main], [warmup])
-  adam = optax.adamw(schedule, c.b1, c.b2, c.eps, weight_decay=c.weight_decay)
-  if not c.max_grad_norm:
-    return adam
-  return optax.chain(optax.clip_by_global_norm(c.max_grad_norm), adam)
+  if not warmup:
+    return main
+  # Starts above 0, so that the first step already learns.
+  ramp = optax.linear_schedule(peak / warmup, peak, warmup - 1)
+  return optax.join_schedules([ramp, main], [warmup])
+
+
+def _muon_dimensions(params: dict) -> dict:
+  """Stacked kernels [layer, in, out] are matrices for Muon; None leaves the rest to AdamW."""
+
+  def leaf(path, x):
+    name = sharding.path_string(path)
+    is_kernel = "layers/" in name and name.endswith("/kernel")
+    return optax.contrib.MuonDimensionNumbers(1, 2) if is_kernel and np.ndim(x) == 3 else None
+
+  return jax.tree_util.tree_map_with_path(leaf, params)
 
 
 def build_learner(

@@ -5,8 +5,17 @@ from collections.abc import Mapping
 from typing import Any
 
 import orbax.checkpoint as ocp
+from absl import logging
 
 from steptool_jax.types import TrainState
+
+
+def _worth_reading(record) -> bool:
+  return record.levelname != "INFO" or "orbax" not in record.pathname
+
+
+# Orbax reports dozens of lines a checkpoint; its warnings and errors stay.
+logging.get_absl_handler().addFilter(_worth_reading)
 
 
 class Checkpoints:

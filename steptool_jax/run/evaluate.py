@@ -11,15 +11,18 @@ from steptool_jax.run import build, metrics_writer, restore, workbench
 
 def run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
   """Evaluates the policy of WORKDIR's newest checkpoint; without one, the model of the config."""
-  with workbench.Stop().listening() as stop, workbench.open_workbench(config, workdir, stop) as b:
-    try:
-      variables, meta = restore.newest_variables(b)
+  with workbench.open_workbench(config, workdir, workbench.Stop()) as b:
+    newest = restore.newest_variables(b)
+    if newest is not None:
+      variables, meta = newest
       source = f"checkpoint: {meta['phase']}, iteration {meta['done']}"
-    except FileNotFoundError:
+    else:
       variables = build.initial_variables(config, b.policy, b.mesh)
       source = f"model: {config.model.path or 'random weights'}"
     logging.info("evaluating the %s", source)
-    figures, _ = workbench.evaluate_policy(b, variables, config.evaluation.tasks, "evaluation")
-  summary = {"mode": "evaluate", "source": source, "tasks": config.evaluation.tasks} | figures
+    figures, trajectories = workbench.evaluate_policy(
+      b, variables, config.evaluation.tasks, "evaluation"
+    )
+  summary = {"mode": "evaluate", "source": source, "tasks": len(trajectories)} | figures
   metrics_writer.write_summary(workdir, summary)
   return summary

@@ -13,8 +13,11 @@ from steptool_jax.run.workbench import Workbench
 def run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
   """Writes WORKDIR/export (merged weights) and, for LoRA, WORKDIR/export/adapter (PEFT)."""
   with workbench.open_workbench(config, workdir, workbench.Stop()) as bench:
-    variables, meta = restore.newest_variables(bench)
-    out = write(bench, variables, folded=config.sft.steps > 0)
+    newest = restore.newest_variables(bench)
+    if newest is None:
+      raise FileNotFoundError(f"{workdir}: no checkpoint; train first, or check --workdir")
+    variables, meta = newest
+    out = write(bench, variables, folded=meta["phase"] == "rl" and config.sft.steps > 0)
   summary = {
     "mode": "export",
     "directory": str(out),

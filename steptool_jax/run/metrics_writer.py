@@ -13,22 +13,25 @@ import tensorboardX
 class MetricsWriter:
   """Appends to WORKDIR/metrics.jsonl and WORKDIR/tensorboard.
 
-  `resume_at`: records of this and later steps are dropped first, because they are written again.
+  A resumed run keeps the first `keep` records, those that its checkpoint knows, and drops the
+  others, because they are written again. `resumed_at`: the checkpoint's step, for TensorBoard.
   """
 
-  def __init__(self, workdir: pathlib.Path, resume_at: int = 0):
-    self._path = workdir / "metrics.jsonl"
-    kept = [r for r in read_jsonl(self._path) if r["step"] < resume_at]
-    write_atomically(self._path, "".join(json.dumps(r) + "\n" for r in kept))
-    self._file = self._path.open("a")
+  def __init__(self, workdir: pathlib.Path, keep: int = 0, resumed_at: int = 0):
+    path = workdir / "metrics.jsonl"
+    kept = read_jsonl(path)[:keep]
+    write_atomically(path, "".join(json.dumps(r) + "\n" for r in kept))
+    self.records = len(kept)
+    self._file = path.open("a")
     self._board = tensorboardX.SummaryWriter(
-      str(workdir / "tensorboard"), purge_step=resume_at or None
+      str(workdir / "tensorboard"), purge_step=resumed_at + 1 if kept else None
     )
 
   def write(self, step: int, prefix: str, metrics: Mapping[str, float]) -> None:
     record = {"step": step} | {f"{prefix}/{k}": float(v) for k, v in metrics.items()}
     self._file.write(json.dumps(record) + "\n")
     self._file.flush()
+    self.records += 1
     for name, value in record.items():
       if name != "step":
         self._board.add_scalar(name, value, step)

@@ -4,9 +4,10 @@ Run the same command again to go on: a checkpoint holds the state, and everythin
 from (seed, iteration), so a resumed run is bit-equal to one that was never stopped.
 """
 
+import collections
 import dataclasses
 import functools
-import json
+import math
 import pathlib
 import time
 from typing import Any
@@ -16,15 +17,14 @@ import numpy as np
 from absl import logging
 from tqdm import tqdm
 
-from steptool_jax import config as config_lib
 from steptool_jax.config import Config
 from steptool_jax.environments.demonstrations import imperfect
 from steptool_jax.evaluation.metrics import rollout_metrics
 from steptool_jax.learning import algorithms, batching, update
-from steptool_jax.policy import lora
+from steptool_jax.policy import lora, sharding
 from steptool_jax.rollout.chain import Interrupted, Stats
 from steptool_jax.rollout.demonstrations import demonstrate
-from steptool_jax.run import build, export, metrics_writer, workbench
+from steptool_jax.run import build, export, metrics_writer, restore, workbench
 from steptool_jax.run.checkpoint import Checkpoints
 from steptool_jax.run.workbench import Workbench
 from steptool_jax.types import TRUNCATED, Status, Task, TrainState, Trajectory
@@ -39,6 +39,8 @@ class Progress:
 
   phase: str = "sft"  # sft, rl
   done: int = 0  # iterations of the phase
+  evaluated: int = 0  # RL iteration of the newest evaluation between start and end
+  records: int = 0  # lines of metrics.jsonl
   seconds: float = 0.0
   conversations: int = 0  # rolled out in RL
   tokens: int = 0  # of trajectories rolled out and trained on in RL
@@ -50,28 +52,13 @@ class Progress:
 
 def run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
   """Trains (or goes on training) and returns the summary that it has written."""
-  _claim(config, workdir)
+  restore.refuse_other_config(config, workdir, MAY_CHANGE)
   with workbench.Stop().listening() as stop, workbench.open_workbench(config, workdir, stop) as b:
     checkpoints = Checkpoints(workdir, config.checkpoint.keep)
     try:
       return _Trainer(b, checkpoints).run()
     finally:
       checkpoints.close()
-
-
-def _claim(config: Config, workdir: pathlib.Path) -> None:
-  """Writes config.json at the first start; refuses to go on with another config."""
-  path = workdir / "config.json"
-  if path.exists():
-    names = config_lib.differences(config, json.loads(path.read_text()))
-    names = [name for name in names if not name.startswith(MAY_CHANGE)]
-    if names:
-      raise ValueError(
-        f"{workdir} holds a run with another config; different: {', '.join(names)}; use another "
-        "--workdir, or the values of its config.json"
-      )
-  else:
-    metrics_writer.write_atomically(path, config_lib.to_json(config))
 
 
 class _Trainer:
@@ -92,12 +79,16 @@ class _Trainer:
     if meta is not None:
       self.progress = Progress(**meta)
       logging.info("resuming: %s, iteration %d", self.progress.phase, self.progress.done)
-    self.writer = metrics_writer.MetricsWriter(self.bench.workdir, self._number())
     self.before = self.progress.seconds
+    self._enter(resume=meta is not None)
+    # Only now: a start that fails on its input must not bind the folder to that input.
+    restore.claim(self.config, self.bench.workdir)
+    self.writer = metrics_writer.MetricsWriter(
+      self.bench.workdir, self.progress.records, self._number()
+    )
     try:
-      self._enter(restore=meta is not None)
       if self.progress.phase == "sft":
-        if meta is None:
+        if "pass_rate_base" not in self.progress.results:
           self._evaluate("pass_rate_base", "before training")
         self._sft()
         self._evaluate("pass_rate_sft", "after SFT")
@@ -115,12 +106,17 @@ class _Trainer:
     finally:
       self.writer.close()
 
-  def _enter(self, restore: bool) -> None:
+  def _enter(self, resume: bool) -> None:
     """The state of the present phase: fresh, or from the newest checkpoint."""
+    for name, rows in (
+      ("sft.micro_rows", self.config.sft.micro_rows),
+      ("train.micro_rows", self.config.train.micro_rows),
+    ):
+      sharding.check_rows(name, rows, self.bench.mesh)
     name = "sft" if self.progress.phase == "sft" else self.config.algorithm
     self.learner = build.build_learner(self.config, self.bench.policy.model, name)
     self.programs = update.compile_programs(self.learner)
-    if not restore:
+    if not resume:
       variables = build.initial_variables(self.config, self.bench.policy, self.bench.mesh)
       self.state = self._start(variables)
       return
@@ -141,12 +137,12 @@ class _Trainer:
         metrics = self._update(
           self._to_device(batch, self.config.sft.micro_rows, capacity), batch.tokens.shape[0]
         )
-        self.writer.write(self._number(), "sft", metrics)
         self._advance()
+        self.writer.write(self._number(), "sft", metrics)
         bar.update()
         bar.set_postfix_str(f"loss {metrics['loss']:.3f}", refresh=False)
         every = self.config.sft.checkpoint_every
-        if every and self.progress.done % every == 0:
+        if (every and self.progress.done % every == 0) or self.progress.done == steps:
           self._save()
     source.report()
 
@@ -164,23 +160,30 @@ class _Trainer:
     t = self.config.train
     with self._bar(t.iterations, self.config.algorithm) as bar:
       while self.progress.done < t.iterations:
+        self._evaluate_between()
         self._check_stop()
         started = time.monotonic()
         figures = self._iteration()
         self.progress.rl_seconds += time.monotonic() - started
-        self.writer.write(self._number(), "train", figures)
         self._advance()
+        self.writer.write(self._number(), "train", figures)
         bar.update()
         bar.set_postfix_str(
           f"reward {figures['reward']:.2f}, pass {figures['pass_rate']:.0%}, "
           f"KL {figures['kl']:.2f}, {figures['tokens_per_second']:.0f} tok/s",
           refresh=False,
         )
-        done, every = self.progress.done, self.config.evaluation.every
-        if every and done % every == 0 and done < t.iterations:
-          self._evaluate("", f"iteration {done}", self.config.evaluation.curve_tasks)
+        done = self.progress.done
         if done % self.config.checkpoint.every == 0 or done == t.iterations:
           self._save()
+
+  def _evaluate_between(self) -> None:
+    """Held-out figures every few iterations; behind the checkpoint, so that a resume makes up for
+    an evaluation that was cut off."""
+    done, every = self.progress.done, self.config.evaluation.every
+    if every and done % every == 0 and done > self.progress.evaluated:
+      self._evaluate("", f"iteration {done}", self.config.evaluation.curve_tasks)
+      self.progress.evaluated = done
 
   # --- one RL iteration ---
 
@@ -212,13 +215,24 @@ class _Trainer:
     return figures | _shares(stats, now - update_started, now - started, tokens)
 
   def _jobs(self) -> list[tuple[Task, int]]:
-    """Tasks of this iteration: a permutation per pass over the training split, samples in a row."""
+    """Tasks of this iteration: a permutation per pass over the training split, samples in a row.
+
+    A task that ends one pass and begins the next gets further sample numbers, and with them other
+    keys.
+    """
     tasks = self.bench.environment.tasks("train")
-    count = min(self.config.rollout.tasks, len(tasks))
+    if not tasks:
+      raise ValueError("environment: there are no training tasks; RL needs at least one")
+    count, samples = min(self.config.rollout.tasks, len(tasks)), self.config.rollout.samples
     first = self.progress.done * count
     order = _Order(len(tasks), self.config.seed)
-    chosen = [tasks[order[first + k]] for k in range(count)]
-    return [(task, sample) for task in chosen for sample in range(self.config.rollout.samples)]
+    seen: collections.Counter[int] = collections.Counter()
+    jobs = []
+    for position in range(first, first + count):
+      index = order[position]
+      jobs += [(tasks[index], samples * seen[index] + k) for k in range(samples)]
+      seen[index] += 1
+    return jobs
 
   def _learn(self, trajectories: list[Trajectory]) -> dict[str, float]:
     """prepare, then epochs x minibatches of update."""
@@ -236,7 +250,8 @@ class _Trainer:
       for minibatch, count in self._minibatches(prepared, rows, epoch):
         per_update.append(self._update(minibatch, count))
     figures = {k: float(v) for k, v in jax.device_get(prepare_metrics).items()}
-    if self.config.loss.kl_adaptive:
+    # A NaN would stay in the coefficient for good.
+    if self.config.loss.kl_adaptive and math.isfinite(figures["kl"]):
       self.state = self.state._replace(
         kl_coef=algorithms.adapt_kl(
           self.state.kl_coef,
@@ -295,7 +310,7 @@ class _Trainer:
     return tqdm(total=total, initial=self.progress.done, desc=label, mininterval=0.5)
 
   def _number(self) -> int:
-    """Iterations of both phases so far: the number of a checkpoint and of a metrics record."""
+    """Iterations of both phases so far: the step of a metrics record."""
     return self.progress.done + (self.config.sft.steps if self.progress.phase == "rl" else 0)
 
   def _advance(self) -> None:
@@ -307,6 +322,7 @@ class _Trainer:
 
   def _save(self) -> None:
     self._clock()
+    self.progress.records = self.writer.records
     number = self._number() + (1 if self.progress.phase == "rl" else 0)
     self.checkpoints.save(number, self.state, dataclasses.asdict(self.progress))
 
@@ -325,9 +341,13 @@ class _Trainer:
     if self.progress.phase == "rl" or name == "pass_rate_sft":
       self.progress.heldout_curve.append((self.progress.conversations, figures["pass_rate"]))
 
+  def _heldout_tasks(self) -> int:
+    return min(self.config.evaluation.tasks, len(self.bench.environment.tasks("heldout")))
+
   def _finish(self) -> dict[str, Any]:
     if self.config.train.export:
-      export.write(self.bench, self._variables(), folded=self.config.sft.steps > 0)
+      folded = self.progress.phase == "rl" and self.config.sft.steps > 0
+      export.write(self.bench, self._variables(), folded)
     names = {"pass_rate_base": "start", "pass_rate_sft": "after SFT"}
     metrics_writer.plot_learning_curve(
       self.bench.workdir / "learning_curve.png",
@@ -344,7 +364,7 @@ class _Trainer:
       "mode": "train",
       "algorithm": self.config.algorithm,
       "seed": self.config.seed,
-      "heldout_tasks": self.config.evaluation.tasks,
+      "heldout_tasks": self._heldout_tasks(),
       "conversations": p.conversations,
       "seconds": self._clock(),
       "peak_rss_gib": metrics_writer.peak_rss_gib(),

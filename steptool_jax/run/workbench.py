@@ -19,6 +19,7 @@ from steptool_jax.rewards import rules, shaping
 from steptool_jax.rollout import chain
 from steptool_jax.rollout.conversation import Limits
 from steptool_jax.run import build
+from steptool_jax.simulators.errors import InfrastructureError
 from steptool_jax.simulators.runner import ToolRunner
 from steptool_jax.types import Status, Task, Trajectory
 
@@ -37,10 +38,14 @@ class Stop:
   @contextlib.contextmanager
   def listening(self) -> Iterator["Stop"]:
     def request(number, frame):
-      del number, frame
+      del frame
       self.requested = True
+      if number == signal.SIGINT:
+        signal.signal(number, before[number])  # the second one ends the run at once
 
-    before = {s: signal.signal(s, request) for s in (signal.SIGTERM, signal.SIGINT)}
+    before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
+    for number in before:
+      signal.signal(number, request)
     try:
       yield self
     finally:
@@ -107,19 +112,22 @@ def collect(
       bar.update()
       bar.set_postfix_str(f"pass {passed / bar.n:.0%}", refresh=False)
 
-    trajectories, stats = chain.rollout(
-      bench.engine,
-      variables,
-      bench.environment,
-      jobs,
-      bench.policy.chat_format,
-      bench.limits,
-      bench.runner,
-      chain.Sampling(bench.config.seed, version, temperature),
-      system=bench.config.model.system or None,
-      should_stop=bench.stop,
-      on_done=on_done,
-    )
+    try:
+      trajectories, stats = chain.rollout(
+        bench.engine,
+        variables,
+        bench.environment,
+        jobs,
+        bench.policy.chat_format,
+        bench.limits,
+        bench.runner,
+        chain.Sampling(bench.config.seed, version, temperature),
+        system=bench.config.model.system or None,
+        should_stop=bench.stop,
+        on_done=on_done,
+      )
+    except InfrastructureError as error:
+      raise RuntimeError(f"{label}: {error}") from error
   outcome_only = get_algorithm(bench.config.algorithm).rewards == "outcome"
   rewards = bench.config.rewards
   shaped = [

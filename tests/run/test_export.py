@@ -1,0 +1,177 @@
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from steptool_jax.policy import hub, model
+from steptool_jax.run import build, evaluate, export, restore, train, workbench
+
+torch = pytest.importorskip("torch", reason="the oracle is transformers on torch")
+transformers = pytest.importorskip("transformers")
+
+TEXT = "Which orders did Mira Tol place?"
+CASES = {
+  "full": ("", {"sft__steps": 1, "train__export": True}),
+  "lora": ("lora", {"sft__steps": 0}),
+  "lora_sft": ("lora", {"sft__steps": 1}),
+}
+
+
+def config_of(name, compiled):
+  arg, changes = CASES[name]
+  one = {
+    "train__iterations": 1,
+    "train__minibatches": 1,
+    "evaluation__tasks": 1,
+    "train__optimizer__learning_rate": 2e-2,
+    "sft__optimizer__learning_rate": 2e-2,
+    "compilation_cache": compiled,
+  }
+  return tiny.make(arg, **(one | changes))
+
+
+def open_torch(directory):
+  return transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+
+
+def torch_logits(loaded, ids):
+  with torch.no_grad():
+    return loaded(torch.tensor(np.asarray(ids)[None])).logits[0].numpy()
+
+
+def our_logits(bench, variables, ids):
+  tokens = jnp.asarray(ids, jnp.int32)[None]
+  positions = jnp.arange(tokens.shape[1])[None]
+  hidden = model.forward(bench.policy.model, variables, tokens, positions, jnp.ones_like(tokens))
+  return np.asarray(model.project_logits(bench.policy.model, variables, hidden)[0])
+
+
+def engine_greedy(bench, variables, prompt, count):
+  state = bench.engine.append(variables, bench.engine.init(), {0: prompt})
+  ids = []
+  while len(ids) < count:
+    seed = np.zeros(2, np.uint32)
+    state, decoded = bench.engine.decode(
+      variables, state, {0: count - len(ids)}, {0: seed}, [-1], 0.0
+    )
+    ids += decoded.tokens[0, : decoded.count[0]].tolist()
+  return ids
+
+
+def torch_greedy(loaded, prompt, count):
+  ids = list(prompt)
+  for _ in range(count):
+    ids.append(int(torch_logits(loaded, ids)[-1].argmax()))
+  return ids[len(prompt) :]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_transformers_opens_the_export(name, tmp_path, compiled):
+  config = config_of(name, compiled)
+  train.run(config, tmp_path)
+  if config.train.export:  # written by training already: the same bytes again
+    written = (tmp_path / "export/model.safetensors").read_bytes()
+  summary = export.run(config, tmp_path)
+  assert json.loads((tmp_path / "summary.json").read_text()) == summary
+  assert summary["mode"] == "export"
+  assert (summary["phase"], summary["iterations"]) == ("rl", 1)
+  out = tmp_path / "export"
+  assert summary["directory"] == str(out)
+  if config.train.export:
+    assert (out / "model.safetensors").read_bytes() == written
+
+  with workbench.open_workbench(config, tmp_path, workbench.Stop()) as bench:
+    variables, _ = restore.newest_variables(bench)
+    start = build.initial_variables(config, bench.policy, bench.mesh)
+    codec = bench.policy.chat_format.codec if hasattr(bench.policy.chat_format, "codec") else None
+    tasks = bench.environment.tasks("heldout")
+    prompt = bench.policy.chat_format.prompt(None, tasks[0].tools, tasks[0].query)
+    ours = our_logits(bench, variables, prompt)
+    greedy = engine_greedy(bench, variables, prompt, 64)
+    before = our_logits(bench, start, prompt)
+    base = tmp_path / "base"
+    hub.save_params(base, bench.policy.model, start["params"], bench.policy.raw_config)
+  assert codec is None or codec.vocab_size
+  assert np.abs(ours - before).max() > 0.01, "training changed nothing: the test would be empty"
+
+  loaded = open_torch(out)
+  np.testing.assert_allclose(torch_logits(loaded, prompt), ours, atol=1e-4)
+  assert torch_greedy(loaded, prompt.tolist(), 64) == greedy
+
+  tokenizer = transformers.AutoTokenizer.from_pretrained(out)
+  messages = [{"role": "user", "content": tasks[0].query}]
+  tools = [
+    {"type": "function", "function": {"name": t.name, "parameters": dict(t.parameters)}}
+    for t in tasks[0].tools
+  ]
+  rendered = tokenizer.apply_chat_template(
+    messages, tools=tools, add_generation_prompt=True, return_dict=False
+  )
+  assert rendered == prompt.tolist()
+
+  if name == "lora":
+    peft = pytest.importorskip("peft")
+    adapted = peft.PeftModel.from_pretrained(open_torch(base), out / "adapter")
+    np.testing.assert_allclose(torch_logits(adapted, prompt), ours, atol=1e-4)
+  else:  # SFT is folded into the base: an adapter alone would not fit the user's model
+    assert not (out / "adapter").exists()
+
+
+def test_evaluate_reads_the_newest_checkpoint(tmp_path, compiled):
+  config = config_of("full", compiled)
+  bare = evaluate.run(config, tmp_path)
+  assert bare["source"] == "model: random weights"
+  assert not (tmp_path / "config.json").exists(), "evaluation does not bind the folder"
+  trained = train.run(config, tmp_path)
+  summary = evaluate.run(tiny.replace(config, evaluation__tasks=99), tmp_path)
+  assert json.loads((tmp_path / "summary.json").read_text()) == summary
+  assert summary["source"] == "checkpoint: rl, iteration 1"
+  assert (summary["mode"], summary["tasks"]) == ("evaluate", 10), "tasks that there really are"
+  assert {"pass_rate", "calls_per_task", "tokens_per_task", "answered"} <= summary.keys()
+  assert trained["heldout_tasks"] == 1
+
+  with pytest.raises(ValueError, match=r"another config; different: lora\.rank;"):
+    evaluate.run(tiny.replace(config, lora__rank=4), tmp_path)
+  with pytest.raises(ValueError, match=r"different: sft\.steps;"):
+    export.run(tiny.replace(config, sft__steps=0), tmp_path)
+
+  # A checkpoint that is damaged must not be taken for none.
+  for part in (tmp_path / "checkpoints").glob("*/state"):
+    for file in part.rglob("*"):
+      if file.is_file():
+        file.unlink()
+  with pytest.raises((ValueError, OSError)):
+    evaluate.run(config, tmp_path)
+
+
+def test_an_sft_run_with_adapters_exports_its_adapter(tmp_path, compiled):
+  config = tiny.replace(config_of("lora_sft", compiled), algorithm="sft")
+  trained = train.run(config, tmp_path)
+  assert {"pass_rate_base", "pass_rate_sft"} <= trained.keys()
+  assert "pass_rate_rl" not in trained
+  summary = export.run(config, tmp_path)
+  assert (summary["phase"], summary["iterations"]) == ("sft", 1)
+  assert (tmp_path / "export/adapter/adapter_config.json").exists()
+
+
+def test_export_and_evaluate_without_what_they_need(tmp_path):
+  with pytest.raises(FileNotFoundError, match="no checkpoint; train first"):
+    export.run(tiny.make(), tmp_path)
+  config = tiny.make(model__path="/nowhere/model", model__chat_format="auto")
+  with pytest.raises(FileNotFoundError, match="/nowhere/model"):
+    evaluate.run(config, tmp_path)
+  with pytest.raises(FileNotFoundError, match="/nowhere/model"):
+    train.run(config, tmp_path)
+  assert not (tmp_path / "config.json").exists(), "a failed start does not bind the folder"
+
+
+def test_rows_that_do_not_divide_the_mesh(tmp_path, monkeypatch):
+  mesh = jax.sharding.AbstractMesh((2, 2, 1), ("data", "fsdp", "tensor"))
+  trainer = object.__new__(train._Trainer)
+  trainer.config = tiny.make(train__micro_rows=6)
+  trainer.bench = type("Bench", (), {"mesh": mesh})()
+  with pytest.raises(ValueError, match=r"train\.micro_rows: 6 is not a multiple .*valid: 4 or 8"):
+    trainer._enter(resume=False)

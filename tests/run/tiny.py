@@ -1,0 +1,85 @@
+"""A run that takes seconds, for tests: random weights, 40 tasks, 2 SFT steps, 3 RL iterations.
+
+As a config file for main (--config=tests/run/tiny.py:lora) and as a module.
+"""
+
+import dataclasses
+import os
+import pathlib
+import subprocess
+import sys
+
+from steptool_jax import config as config_lib
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def get_config(arg=""):
+  """':lora' puts adapters on."""
+  config = config_lib.base_config()
+  config.model.tokenizer, config.model.chat_format = "compact", "compact"
+  a = config.model.architecture
+  a.vocab_size, a.hidden_size, a.intermediate_size, a.num_layers = 512, 32, 48, 2
+  a.num_heads, a.num_kv_heads, a.head_dim = 4, 2, 8
+  e = config.environment
+  e.num_train, e.num_heldout, e.tools_per_task, e.max_calls = 40, 10, 5, 2
+  r = config.rollout
+  r.tasks, r.samples, r.slots = 4, 2, 8
+  r.max_tokens, r.max_steps, r.max_step_tokens, r.decode_chunk = 320, 4, 40, 8
+  config.loss.logprob_chunk = 64
+  config.sft.steps, config.sft.batch, config.sft.micro_rows = 2, 4, 4
+  config.sft.optimizer.learning_rate = 3e-3
+  t = config.train
+  t.iterations, t.minibatches, t.micro_rows, t.row_tokens = 3, 2, 4, 320
+  t.optimizer.learning_rate = 1e-3
+  config.evaluation.every, config.evaluation.tasks, config.evaluation.curve_tasks = 2, 4, 2
+  config.checkpoint.every = 1
+  if arg == "lora":
+    config.lora.rank = 4
+  return config
+
+
+def make(arg="", **changes) -> config_lib.Config:
+  """The frozen config; changes as sft__steps=0."""
+  config = get_config(arg)
+  for name, value in changes.items():
+    *groups, last = name.split("__")
+    target = config
+    for group in groups:
+      target = target[group]
+    target[last] = value
+  return config_lib.validate(config)
+
+
+def replace(config, **changes):
+  """A frozen dataclass with changes; nested ones as sft__steps=0."""
+  for name, value in changes.items():
+    group, _, rest = name.partition("__")
+    if rest:
+      value = replace(getattr(config, group), **{rest: value})
+    config = dataclasses.replace(config, **{group: value})
+  return config
+
+
+def command(workdir, *flags, config=f"{ROOT}/tests/run/tiny.py") -> list[str]:
+  """main in a process of its own."""
+  return [
+    *(sys.executable, "-m", "steptool_jax.main"),
+    *(f"--config={config}", f"--workdir={workdir}", *flags),
+  ]
+
+
+def environment() -> dict[str, str]:
+  paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+  return os.environ | {"PYTHONPATH": os.pathsep.join(paths), "JAX_PLATFORMS": "cpu"}
+
+
+def main(workdir, *flags, **kwargs) -> subprocess.CompletedProcess:
+  return subprocess.run(
+    command(workdir, *flags, **kwargs),
+    env=environment(),
+    capture_output=True,
+    text=True,
+    timeout=200,
+    check=False,
+  )
