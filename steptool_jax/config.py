@@ -273,6 +273,14 @@ def differences(config: Config, saved: Mapping[str, Any]) -> list[str]:
   return sorted(k for k in mine.keys() | theirs.keys() if mine.get(k) != theirs.get(k))
 
 
+def check_name(name: str) -> None:
+  """ValueError, with the nearest valid one, for a field that does not exist ("rollout.taks")."""
+  names = _flatten(dataclasses.asdict(Config()))
+  if name not in names:
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
+    raise ValueError(f"config.{name}: no such field; did you mean config.{near[0]}?")
+
+
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
   flat = {}
   for key, value in tree.items():

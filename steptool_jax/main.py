@@ -3,6 +3,8 @@
 import importlib
 import pathlib
 import sys
+from collections.abc import Callable
+from typing import Any
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -22,22 +24,40 @@ def main(argv: list[str]) -> None:
     raise app.UsageError(f"unknown argument {argv[1]!r}; fields are set with --config.NAME=VALUE")
   logging.set_verbosity(logging.INFO)
   logging.get_absl_logger().setLevel(logging.INFO)
-  try:
-    config = config_lib.validate(_CONFIG.value)
-    workdir = pathlib.Path(_WORKDIR.value).absolute()
-    workdir.mkdir(parents=True, exist_ok=True)
-    mode = importlib.import_module(f"steptool_jax.run.{_MODE.value}")
-    summary = mode.run(config, workdir)
-  except (ValueError, OSError, RuntimeError) as error:
-    # A mistake of input, or a run that cannot go on: a sentence helps, a traceback does not.
-    logging.debug("traceback", exc_info=True)
-    sys.exit(f"steptool_jax: {error}")
+  summary = _or_exit(_dispatch)
   for name, value in summary.items():
     print(f"{name}: {value:.4g}" if isinstance(value, float) else f"{name}: {value}")
 
 
+def _dispatch() -> dict[str, Any]:
+  config = config_lib.validate(_CONFIG.value)
+  workdir = pathlib.Path(_WORKDIR.value).absolute()
+  workdir.mkdir(parents=True, exist_ok=True)
+  mode = importlib.import_module(f"steptool_jax.run.{_MODE.value}")
+  return mode.run(config, workdir)
+
+
+def _parse(argv: list[str]) -> list[str]:
+  try:
+    return app.parse_flags_with_usage(argv)
+  except AttributeError:  # config_flags, for a field that does not exist
+    for word in argv:
+      if word.startswith("--config."):
+        _or_exit(config_lib.check_name, word.removeprefix("--config.").partition("=")[0])
+    raise
+
+
+def _or_exit(function: Callable[..., Any], *args: Any) -> Any:
+  """A mistake of input, or a run that cannot go on: a sentence helps, a traceback does not."""
+  try:
+    return function(*args)
+  except (ValueError, OSError, RuntimeError) as error:
+    logging.debug("traceback", exc_info=True)
+    sys.exit(f"steptool_jax: {error}")
+
+
 def run() -> None:
-  app.run(main)
+  app.run(main, flags_parser=_parse)
 
 
 if __name__ == "__main__":

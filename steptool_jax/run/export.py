@@ -44,5 +44,5 @@ def write(bench: Workbench, variables: dict, folded: bool) -> pathlib.Path:
     shutil.rmtree(out)
   hub.save_params(out, policy.model, params, policy.raw_config, source=policy.tokenizer)
   if policy.lora is not None and not folded:
-    peftfile.save_adapter(out / "adapter", policy.model, policy.lora, variables["lora"])
+    peftfile.save_adapter(out / "adapter", policy.model, variables["lora"], policy.lora)
   return out

@@ -89,13 +89,14 @@ def make_cases(folder: pathlib.Path) -> dict[str, tuple[list[str], str]]:
     ]
 
   auto = "--config.model.chat_format=auto"
+  own = "--config.model.tokenizer="  # the model's own
   return {
-    "no model": ([f"--config.model.path={folder}/none", auto], f"{folder}/none"),
-    "no weights": ([f"--config.model.path={no_weights}", auto], f"{no_weights}"),
-    "truncated": ([f"--config.model.path={folder}/cut"], "truncated safetensors file"),
-    "other shape": ([f"--config.model.path={folder}/other"], "config.json expects (64, 32)"),
+    "no model": ([f"--config.model.path={folder}/none", own], f"{folder}/none"),
+    "no weights": ([f"--config.model.path={no_weights}", own], f"{no_weights}"),
+    "truncated": ([f"--config.model.path={folder}/cut", own], "truncated safetensors file"),
+    "other shape": ([f"--config.model.path={folder}/other", own], "config.json expects (64, 32)"),
     "no template": ([f"--config.model.tokenizer={bare}", auto], "has no chat template"),
-    "unknown field": (["--config.rollout.taks=3"], "rollout.taks"),
+    "unknown field": (["--config.rollout.taks=3"], "did you mean config.rollout.tasks?"),
     "unknown flag": (["--confg=3"], "Unknown command line flag 'confg'"),
     "wrong type": (["--config.rollout.tasks=many"], "rollout.tasks"),
     "bad value": (["--config.rollout.tasks=0"], "config.rollout.tasks: must be above 0, found 0"),

@@ -86,7 +86,6 @@ def test_transformers_opens_the_export(name, tmp_path, compiled):
   with workbench.open_workbench(config, tmp_path, workbench.Stop()) as bench:
     variables, _ = restore.newest_variables(bench)
     start = build.initial_variables(config, bench.policy, bench.mesh)
-    codec = bench.policy.chat_format.codec if hasattr(bench.policy.chat_format, "codec") else None
     tasks = bench.environment.tasks("heldout")
     prompt = bench.policy.chat_format.prompt(None, tasks[0].tools, tasks[0].query)
     ours = our_logits(bench, variables, prompt)
@@ -94,7 +93,6 @@ def test_transformers_opens_the_export(name, tmp_path, compiled):
     before = our_logits(bench, start, prompt)
     base = tmp_path / "base"
     hub.save_params(base, bench.policy.model, start["params"], bench.policy.raw_config)
-  assert codec is None or codec.vocab_size
   assert np.abs(ours - before).max() > 0.01, "training changed nothing: the test would be empty"
 
   loaded = open_torch(out)

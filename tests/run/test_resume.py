@@ -46,6 +46,8 @@ def assert_same_run(workdir, other):
   theirs, other_meta = saved(other)
   assert mine.keys() == theirs.keys()
   assert {p.split("'")[1] for p in mine} >= {"trainable", "opt_state", "step", "kl_coef"}
+  moments = [x for path, x in mine.items() if "opt_state" in path and "mu" in path]
+  assert any(np.any(x) for x in moments), "RL learnt nothing: the comparison would be empty"
   for path, array in mine.items():
     np.testing.assert_array_equal(array, theirs[path], err_msg=path)
   for name in ("phase", "done", "conversations", "tokens", "train_curve", "heldout_curve"):

@@ -27,6 +27,8 @@ def get_config(arg=""):
   r.tasks, r.samples, r.slots = 4, 2, 8
   r.max_tokens, r.max_steps, r.max_step_tokens, r.decode_chunk = 320, 4, 40, 8
   config.loss.logprob_chunk = 64
+  # Random weights earn no reward; the bonus gives RL a gradient all the same.
+  config.loss.entropy_coef = 0.1
   config.sft.steps, config.sft.batch, config.sft.micro_rows = 2, 4, 4
   config.sft.optimizer.learning_rate = 3e-3
   t = config.train

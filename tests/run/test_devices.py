@@ -1,0 +1,113 @@
+"""8 fake devices (mesh 2x2x2) do what one device does: SFT step, rollout, update; full and LoRA."""
+
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+
+import numpy as np
+import pytest
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_eight_devices_equal_one(kind, compiled):
+  import tiny
+
+  env = tiny.environment()
+  env["XLA_FLAGS"] = f"{env.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+  env["PYTHONPATH"] += f"{os.pathsep}{tiny.ROOT / 'tests/run'}"
+  command = [sys.executable, __file__, kind, compiled]
+  done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=250, check=False)
+  assert done.returncode == 0, done.stderr[-4000:]
+  assert "8 devices agree with 1" in done.stdout
+
+
+def _run(config, workdir, mesh):
+  """(parameters and moments after each phase, sampled ids, trainer) of one SFT step and one RL
+  iteration."""
+  import jax
+
+  from steptool_jax.run import build, train, workbench
+  from steptool_jax.run.checkpoint import Checkpoints
+  from steptool_jax.run.metrics_writer import MetricsWriter
+
+  build.build_mesh = lambda config: mesh
+  collect, sampled = workbench.collect, []
+
+  def recording(*args, **kwargs):
+    trajectories, stats = collect(*args, **kwargs)
+    sampled.extend(step.tokens for t in trajectories for step in t.steps)
+    return trajectories, stats
+
+  workbench.collect = recording
+  workdir.mkdir()
+  try:
+    with workbench.open_workbench(config, workdir, workbench.Stop()) as bench:
+      trainer = train._Trainer(bench, Checkpoints(workdir, 1))
+      trainer.writer, trainer.before = MetricsWriter(workdir), 0.0
+      trainer._enter(resume=False)
+      trainer._sft()
+      after_sft = jax.device_get(trainer.state.trainable)
+      trainer._to_rl()
+      before_rl = jax.device_get(trainer.state.trainable)
+      trainer._iteration()
+      trainer.checkpoints.close()
+      trainer.writer.close()
+      cache = bench.engine.init().cache
+      after_rl = jax.device_get(trainer.state.trainable)
+      return after_sft, before_rl, after_rl, sampled, trainer.state, cache
+  finally:
+    workbench.collect = collect
+
+
+def _main(kind, compiled):
+  import jax
+  import tiny
+
+  from steptool_jax.policy import sharding
+
+  assert jax.device_count() == 8
+  config = tiny.make(
+    "lora" if kind == "lora" else "",
+    compilation_cache=compiled,
+    sft__steps=1,
+    train__minibatches=1,
+    train__iterations=1,
+    rollout__max_steps=2,
+  )
+  # Adam divides by the gradient's size: where that is rounding noise, so would be the update.
+  config = tiny.replace(config, sft__optimizer__eps=1e-3, train__optimizer__eps=1e-3)
+  with tempfile.TemporaryDirectory() as folder:
+    folder = pathlib.Path(folder)
+    one = _run(config, folder / "1", sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1]))
+    eight = _run(config, folder / "8", sharding.make_mesh(2, 2, 2))
+
+  assert len(one[3]) == len(eight[3]) >= 16
+  for ours, theirs in zip(one[3], eight[3], strict=True):
+    np.testing.assert_array_equal(ours, theirs)
+  for phase in range(3):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), eight[phase], one[phase])
+  moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), one[1], one[2])
+  assert max(jax.tree.leaves(moved)) > 1e-4, "the update moved nothing: an empty comparison"
+
+  # Really sharded: a kernel, its optimizer moment, the slots and heads of the cache.
+  state, cache = eight[4], eight[5]
+  params = state.frozen["params"] if kind == "lora" else state.trainable["params"]
+  kernel = params["layers"]["up"]["kernel"]
+  assert kernel.shape == (2, 32, 48)
+  assert kernel.addressable_shards[0].data.shape == (2, 16, 24)
+  if kind == "full":
+    moments = [
+      x
+      for path, x in jax.tree_util.tree_leaves_with_path(state.opt_state)
+      if sharding.path_string(path).endswith("mu/params/layers/up/kernel")
+    ]
+    assert [m.addressable_shards[0].data.shape for m in moments] == [(2, 16, 24)]
+  assert cache.k.shape == (2, 8, 320, 2, 8)
+  assert cache.k.addressable_shards[0].data.shape == (2, 2, 320, 1, 8)
+  print("8 devices agree with 1")
+
+
+if __name__ == "__main__":
+  _main(sys.argv[1], sys.argv[2])

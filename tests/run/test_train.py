@@ -1,0 +1,314 @@
+import dataclasses
+import json
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from steptool_jax.learning import batching
+from steptool_jax.policy.engine import Decoded
+from steptool_jax.run import build, train, workbench
+from steptool_jax.run.metrics_writer import read_jsonl
+from steptool_jax.simulators.errors import InfrastructureError
+from steptool_jax.types import Code, Observation, Status, ToolCall
+
+
+def test_what_a_run_leaves_behind(tmp_path, compiled):
+  summary = train.run(tiny.make(compilation_cache=compiled), tmp_path)
+  assert json.loads((tmp_path / "summary.json").read_text()) == summary
+  numbers = (
+    *("pass_rate_base", "pass_rate_sft", "pass_rate_rl"),
+    *("seconds", "peak_rss_gib", "tokens_per_second"),
+  )
+  assert all(isinstance(summary[name], float) for name in numbers)
+  assert 0.1 < summary["peak_rss_gib"] < 8
+  assert summary["seconds"] > 0.1
+  assert summary["tokens_per_second"] > 1
+  assert summary["conversations"] == 3 * 4 * 2
+  assert (summary["algorithm"], summary["seed"], summary["heldout_tasks"]) == ("steptool", 0, 4)
+  assert summary["interrupted"] is False
+  assert (tmp_path / "learning_curve.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+  assert list((tmp_path / "tensorboard").glob("events.out.tfevents.*"))
+  records = read_jsonl(tmp_path / "metrics.jsonl")
+  kinds = [(r["step"], next(k for k in r if k != "step").split("/")[0]) for r in records]
+  assert kinds == [
+    *((0, "heldout"), (1, "sft"), (2, "sft"), (2, "heldout")),
+    *((3, "train"), (4, "train"), (4, "heldout"), (5, "train"), (5, "heldout")),
+  ]
+  rl = next(r for r in records if "train/kl" in r)
+  assert {"train/reward", "train/pass_rate", "train/policy_loss", "train/grad_norm"} <= rl.keys()
+  assert rl["train/sampler_gap"] < 1e-3, "log-probs of sampler and trainer agree"
+
+
+# --- one iteration with scripted conversations ---
+
+
+class Script:
+  """An engine that says the same call in every turn."""
+
+  def __init__(self, slots, ids):
+    self.slots, self.ids = slots, np.asarray(ids, np.int32)
+
+  def init(self):
+    return None
+
+  def append(self, variables, state, pieces):
+    return state
+
+  def rewind(self, state, lengths):
+    return state
+
+  def fork(self, state, sources):
+    return state
+
+  def decode(self, variables, state, limits, seeds, stop_ids, temperature):
+    tokens = np.tile(self.ids, (self.slots, 1))
+    count = np.array([len(self.ids) if n in limits else 0 for n in range(self.slots)])
+    return state, Decoded(tokens, np.full(tokens.shape, -1.0, np.float32), count, count > 0)
+
+
+class Session:
+  def __init__(self, broken):
+    self.broken = broken
+
+  def call(self, call):
+    if self.broken:
+      raise InfrastructureError("the simulator is down")
+    return Observation('{"id": 1}', Code.OK, value={"id": 1})
+
+  def grade(self, answer):
+    return 1.0
+
+  def close(self):
+    pass
+
+
+class Half:
+  """Every sample of `broken` ends in an infrastructure error."""
+
+  def __init__(self, environment, broken):
+    self.name, self.tasks, self.broken = environment.name, environment.tasks, broken
+
+  def open(self, task, sample):
+    return Session(sample in self.broken)
+
+
+def scripted(config, folder, broken):
+  """A trainer whose conversations are scripted; `learnt` collects what reaches the update."""
+  config = tiny.replace(config, rollout__max_steps=2, rollout__tool_retries=0)
+  environment = build.build_environment(config)
+  policy = build.build_policy(config, environment, folder)
+  tool = environment.tasks("train")[0].tools[0].name
+  trainer = object.__new__(train._Trainer)
+  trainer.config, trainer.progress, trainer.state = config, train.Progress(), None
+  trainer.learnt = []
+
+  def learn(trajectories):
+    trainer.learnt += trajectories
+    return {}
+
+  trainer._learn, trainer._variables = learn, lambda: {}
+  runner = build.build_runner(config)
+  trainer.bench = workbench.Workbench(
+    config=config,
+    workdir=folder,
+    mesh=None,
+    environment=Half(environment, broken),
+    policy=policy,
+    engine=Script(config.rollout.slots, policy.chat_format.render_action(ToolCall(tool, {}))),
+    limits=build.build_limits(config),
+    runner=runner,
+    stop=workbench.Stop(),
+  )
+  return trainer, runner
+
+
+def test_infrastructure_errors_never_reach_the_update(tmp_path):
+  trainer, runner = scripted(tiny.make(), tmp_path, broken={1})
+  with runner:
+    figures = trainer._iteration()
+  assert figures["infrastructure_errors"] == 4
+  assert [(t.sample, t.status) for t in trainer.learnt] == [(0, Status.STEP_BUDGET)] * 4
+  assert trainer.progress.tokens == sum(t.num_tokens for t in trainer.learnt)
+
+
+def test_an_iteration_of_infrastructure_errors_only_ends_the_run(tmp_path):
+  trainer, runner = scripted(tiny.make(), tmp_path, broken={0, 1})
+  with runner, pytest.raises(RuntimeError, match="all ended in infrastructure errors"):
+    trainer._iteration()
+  assert trainer.learnt == []
+
+
+@pytest.mark.parametrize(
+  ("algorithm", "intermediate"),
+  [("ppo", False), ("steptool", True), ("steptool_no_step_rewards", False)],
+)
+def test_which_algorithm_is_paid_for_a_step(algorithm, intermediate, tmp_path):
+  trainer, runner = scripted(tiny.make(algorithm=algorithm), tmp_path, broken=())
+  with runner:
+    trainer._iteration()
+  batch = batching.pack(trainer.learnt, 320)
+  first = batch.step_end & (batch.step_ids == 0)
+  last = batch.step_end & (batch.step_ids == 1)
+  assert first.sum() == last.sum() == 8
+  assert (batch.rewards[first] > 0).all() == intermediate
+  assert (batch.rewards[first] == 0).all() != intermediate
+  np.testing.assert_array_equal(batch.rewards[last], 1.0)
+  assert np.count_nonzero(batch.rewards) == (16 if intermediate else 8)
+
+
+# --- updates that are not finite ---
+
+
+def test_non_finite_updates_stop_the_run_and_reach_no_checkpoint(tmp_path, compiled, monkeypatch):
+  pack = batching.pack
+
+  def poisoned(trajectories, row_tokens):
+    batch = pack(trajectories, row_tokens)
+    return batch._replace(rewards=np.full_like(batch.rewards, np.nan))  # SFT does not read them
+
+  monkeypatch.setattr(train.batching, "pack", poisoned)
+  config = tiny.make(
+    compilation_cache=compiled, train__max_skipped=3, loss__kl_adaptive=True, evaluation__every=0
+  )
+  with pytest.raises(RuntimeError, match=r"3 updates in a row had a non-finite gradient"):
+    train.run(config, tmp_path)
+  records = read_jsonl(tmp_path / "metrics.jsonl")
+  assert records[-1]["step"] == 3, "two of them in the first iteration, the third in the second"
+  assert records[-1]["train/skipped"] == 1.0
+  with workbench.open_workbench(config, tmp_path, workbench.Stop()) as bench:
+    checkpoints = train.Checkpoints(tmp_path, 2)
+    learner = build.build_learner(config, bench.policy.model, "steptool")
+    state = checkpoints.restore(build.abstract_state(config, bench.policy, bench.mesh, learner))
+    meta = checkpoints.latest_meta()
+    checkpoints.close()
+  assert (meta["phase"], meta["done"]) == ("rl", 1)
+  assert all(np.isfinite(x).all() for x in jax.tree.leaves(state))
+
+
+def test_a_nan_does_not_stay_in_the_kl_coefficient(monkeypatch, tmp_path):
+  trainer = object.__new__(train._Trainer)
+  trainer.config = tiny.make(loss__kl_adaptive=True, train__minibatches=1)
+  trainer.state = types.SimpleNamespace(kl_coef=jnp.float32(0.05))
+  metrics = {"kl": jnp.float32(jnp.nan)}
+  trainer.programs = (lambda state, batch, count: (batch, metrics), None)
+  trainer._to_device = lambda batch, micro_rows, capacity: batch
+  trainer._update = lambda batch, rows: {"skipped": 1.0}
+  empty = batching.empty_batch(4, 320)
+  monkeypatch.setattr(train.batching, "pack", lambda trajectories, row_tokens: empty)
+  assert trainer._learn([])["kl_coef"] == pytest.approx(0.05)
+
+
+# --- order and keys ---
+
+
+def trainer_at(done, **changes):
+  """A trainer that knows its tasks and nothing else."""
+  trainer = object.__new__(train._Trainer)
+  trainer.config = tiny.make(**changes)
+  trainer.progress = train.Progress(phase="rl", done=done)
+  tasks = [types.SimpleNamespace(id=f"t{n}") for n in range(40)]
+  environment = types.SimpleNamespace(tasks=lambda split: tasks)
+  trainer.bench = types.SimpleNamespace(environment=environment)
+  return trainer
+
+
+def test_every_task_once_an_epoch_in_a_seeded_order():
+  def epoch(first, **changes):
+    jobs = [trainer_at(first + k, **changes)._jobs() for k in range(10)]
+    assert all(len(j) == 8 for j in jobs)
+    assert all([s for _, s in j] == [0, 1] * 4 for j in jobs)
+    return [task.id for j in jobs for task, sample in j if sample == 0]
+
+  everything = sorted(f"t{n}" for n in range(40))
+  assert sorted(epoch(0)) == sorted(epoch(10)) == everything
+  assert epoch(0) == epoch(0)
+  assert epoch(0) != epoch(10)
+  assert epoch(0) != epoch(0, seed=1)
+
+
+def test_a_task_on_both_sides_of_an_epochs_end_has_other_samples():
+  met = 0
+  for done in range(20):
+    jobs = [(task.id, s) for task, s in trainer_at(done, rollout__tasks=28)._jobs()]
+    assert len(jobs) == 56
+    assert len(set(jobs)) == 56, "the same key twice in one iteration"
+    met += any(s >= 2 for _, s in jobs)
+  assert met, "no epoch ended in the midst of an iteration"
+
+
+def test_more_tasks_than_there_are_and_none():
+  assert len(trainer_at(0, rollout__tasks=99)._jobs()) == 80
+  trainer = trainer_at(0)
+  trainer.bench.environment.tasks = lambda split: []
+  with pytest.raises(ValueError, match="no training tasks"):
+    trainer._jobs()
+
+
+def test_the_same_task_gives_new_samples_in_every_iteration(tmp_path, compiled):
+  config = tiny.make(compilation_cache=compiled, rollout__max_steps=1)
+  with workbench.open_workbench(config, tmp_path, workbench.Stop()) as bench:
+    variables = build.initial_variables(config, bench.policy, bench.mesh)
+    task = bench.environment.tasks("train")[0]
+
+    def ids(version, jobs):
+      found, _ = workbench.collect(bench, variables, jobs, version, 1.0, "test")
+      return [t.steps[0].tokens.tolist() for t in found]
+
+    both = [(task, 0), (task, 1)]
+    first, again, second = ids(0, both), ids(0, both), ids(1, both)
+    assert first == again
+    assert len({tuple(x) for x in first + second}) == 4
+    assert ids(0, [(bench.environment.tasks("train")[1], 0), (task, 1)])[1] == first[1]
+
+
+@pytest.mark.parametrize(("rows", "sizes"), [(7, [3, 2, 2]), (2, [1, 1]), (8, [3, 3, 2])])
+def test_every_row_once_an_epoch(rows, sizes):
+  trainer = trainer_at(0, train__minibatches=3, train__micro_rows=2)
+  batch = batching.empty_batch(8, 5)
+  used = (np.arange(8) < rows)[:, None] & np.ones(5, bool)
+  batch = batch._replace(
+    tokens=np.repeat(np.arange(8, dtype=np.int32), 5).reshape(8, 5),
+    segment_ids=used.astype(np.int32),
+    action_mask=used,
+    step_end=used,
+    bootstrap=used,
+  )
+  filled = {name: np.zeros((8, 5), np.float32) for name in batch._fields[-5:]}
+  device = jax.tree.map(lambda x: jnp.asarray(x).reshape(4, 2, 5), batch._replace(**filled))
+
+  def dealt(epoch):
+    order = []
+    for mini, count in trainer._minibatches(device, rows, epoch):
+      flat = jax.tree.map(lambda x: np.asarray(x).reshape(-1, 5), mini)
+      assert flat.tokens.shape == (4, 5)
+      assert flat.segment_ids[:count].all()
+      for name in ("segment_ids", "action_mask", "step_end", "bootstrap"):
+        assert not getattr(flat, name)[count:].any(), name
+      order.append(flat.tokens[:count, 0].tolist())
+    return order
+
+  first = dealt(0)
+  assert [len(part) for part in first] == sizes
+  assert sorted(sum(first, [])) == list(range(rows))
+  assert dealt(0) == first
+  if rows > 2:
+    assert dealt(1) != first
+
+
+def test_epochs_and_minibatches_make_optimizer_steps(monkeypatch):
+  trainer = trainer_at(0, train__minibatches=2, train__epochs=3)
+  calls = []
+  trainer.state = types.SimpleNamespace(kl_coef=jnp.float32(0.0))
+  trainer._to_device = lambda batch, micro_rows, capacity: batch
+  trainer.programs = (lambda state, batch, count: (batch, {"kl": jnp.float32(0)}), None)
+  trainer._minibatches = lambda prepared, rows, epoch: [((epoch, k), 1) for k in range(2)]
+  trainer._update = lambda batch, rows: calls.append(batch) or {"skipped": 0.0}
+  packed = dataclasses.make_dataclass("Packed", ["tokens", "segment_ids"])
+  empty = packed(np.zeros((4, 5)), np.zeros((4, 5)))
+  monkeypatch.setattr(train.batching, "pack", lambda trajectories, row_tokens: empty)
+  trainer._learn([])
+  assert calls == [(e, k) for e in range(3) for k in range(2)]
