@@ -1,16 +1,17 @@
-"""Makes the quickstart's start checkpoint (steptool_jax/assets/quickstart).
+"""Makes the quickstart's start checkpoint (steptool_jax/assets/quickstart), in two runs.
 
-    python -m steptool_jax.main --config=configs/quickstart_base.py --workdir=/tmp/quickstart_base
+    python -m steptool_jax.main --config=configs/quickstart_base.py --workdir=/tmp/base
+    python -m steptool_jax.main --config=configs/quickstart_base.py:more --workdir=/tmp/more
 
 A model with random weights imitates a demonstrator who gets many calls wrong, on training tasks
-only. It learns the tools' grammar and how to copy values, and it learns the mistakes too.
+only. It learns the tools' grammar and how to copy values, and it learns the mistakes too. The
+second run goes on from /tmp/base/export; its WORKDIR/export is the asset.
 """
 
 from steptool_jax.config import base_config
 
 
 def get_config(arg=""):
-  del arg
   config = base_config()
   config.algorithm = "sft"
   config.model.tokenizer = "compact"
@@ -30,4 +31,7 @@ def get_config(arg=""):
   o.schedule, o.warmup, o.b2 = "cosine", 0.03, 0.98
   config.evaluation.tasks = 200
   config.train.export = True
+  if arg == "more":
+    config.model.path, config.model.tokenizer = "/tmp/base/export", ""
+    config.sft.steps, config.sft.mistakes, config.seed = 1100, 0.2, 1
   return config

@@ -29,7 +29,7 @@ def test_values_and_gradients(block, monkeypatch):
   keys = jax.random.split(jax.random.key(0), 4)
   q, weight = (jax.random.normal(key, (1, 10, 4, 6)) for key in keys[:2])
   k, v = (jax.random.normal(key, (1, 10, 2, 6)) for key in keys[2:])
-  segments = jnp.array([[1, 1, 1, 1, 1, 2, 2, 2, 0, 0]])
+  segments = np.array([[1, 1, 1, 1, 1, 2, 2, 2, 0, 0]])
 
   def both(function):
     def value(q, k, v):

@@ -18,10 +18,8 @@ CONFIG = tiny_config(family="qwen3", qk_norm=True, qkv_bias=True)
 @functools.cache
 def params():
   tree = model.init_params(CONFIG, jax.random.key(0))
-  leaves, treedef = jax.tree.flatten(tree)
-  keys = jax.random.split(jax.random.key(1), len(leaves))
-  noise = [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
-  return treedef.unflatten(noise)
+  rng = np.random.default_rng(1)  # norms, biases and value head too
+  return jax.tree.map(lambda x: x + 0.1 * rng.normal(size=x.shape).astype(np.float32), tree)
 
 
 FORWARD = jax.jit(model.forward, static_argnums=0)

@@ -74,7 +74,7 @@ def _main(kind, compiled):
     sft__steps=1,
     train__minibatches=1,
     train__iterations=1,
-    rollout__max_steps=2,
+    rollout__max_steps=3,
   )
   # Adam divides by the gradient's size: where that is rounding noise, so would be the update.
   config = tiny.replace(config, sft__optimizer__eps=1e-3, train__optimizer__eps=1e-3)

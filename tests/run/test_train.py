@@ -13,7 +13,7 @@ from steptool_jax.policy.engine import Decoded
 from steptool_jax.run import build, train, workbench
 from steptool_jax.run.metrics_writer import read_jsonl
 from steptool_jax.simulators.errors import InfrastructureError
-from steptool_jax.types import Code, Observation, Status, ToolCall
+from steptool_jax.types import Code, Finish, Observation, Status, ToolCall
 
 
 def test_what_a_run_leaves_behind(tmp_path, compiled):
@@ -47,10 +47,10 @@ def test_what_a_run_leaves_behind(tmp_path, compiled):
 
 
 class Script:
-  """An engine that says the same call in every turn."""
+  """An engine whose slots say the given turns, one after the other."""
 
-  def __init__(self, slots, ids):
-    self.slots, self.ids = slots, np.asarray(ids, np.int32)
+  def __init__(self, slots, turns):
+    self.slots, self.turns, self.said = slots, turns, np.zeros(slots, int)
 
   def init(self):
     return None
@@ -59,14 +59,21 @@ class Script:
     return state
 
   def rewind(self, state, lengths):
+    for slot, length in lengths.items():
+      if length == 0:
+        self.said[slot] = 0
     return state
 
   def fork(self, state, sources):
     return state
 
   def decode(self, variables, state, limits, seeds, stop_ids, temperature):
-    tokens = np.tile(self.ids, (self.slots, 1))
-    count = np.array([len(self.ids) if n in limits else 0 for n in range(self.slots)])
+    tokens = np.zeros((self.slots, max(map(len, self.turns))), np.int32)
+    count = np.zeros(self.slots, int)
+    for slot in limits:
+      ids = self.turns[self.said[slot]]
+      tokens[slot, : len(ids)], count[slot] = ids, len(ids)
+      self.said[slot] += 1
     return state, Decoded(tokens, np.full(tokens.shape, -1.0, np.float32), count, count > 0)
 
 
@@ -98,10 +105,11 @@ class Half:
 
 def scripted(config, folder, broken):
   """A trainer whose conversations are scripted; `learnt` collects what reaches the update."""
-  config = tiny.replace(config, rollout__max_steps=2, rollout__tool_retries=0)
+  config = tiny.replace(config, rollout__max_steps=3, rollout__tool_retries=0)
   environment = build.build_environment(config)
   policy = build.build_policy(config, environment, folder)
-  tool = environment.tasks("train")[0].tools[0].name
+  call = ToolCall(environment.tasks("train")[0].tools[0].name, {})
+  turns = [policy.chat_format.render_action(a) for a in (call, Finish("1"))]
   trainer = object.__new__(train._Trainer)
   trainer.config, trainer.progress, trainer.state = config, train.Progress(), None
   trainer.learnt = []
@@ -118,7 +126,7 @@ def scripted(config, folder, broken):
     mesh=None,
     environment=Half(environment, broken),
     policy=policy,
-    engine=Script(config.rollout.slots, policy.chat_format.render_action(ToolCall(tool, {}))),
+    engine=Script(config.rollout.slots, turns),
     limits=build.build_limits(config),
     runner=runner,
     stop=workbench.Stop(),
@@ -131,7 +139,7 @@ def test_infrastructure_errors_never_reach_the_update(tmp_path):
   with runner:
     figures = trainer._iteration()
   assert figures["infrastructure_errors"] == 4
-  assert [(t.sample, t.status) for t in trainer.learnt] == [(0, Status.STEP_BUDGET)] * 4
+  assert [(t.sample, t.status) for t in trainer.learnt] == [(0, Status.ANSWERED)] * 4
   assert trainer.progress.tokens == sum(t.num_tokens for t in trainer.learnt)
 
 
@@ -293,7 +301,7 @@ def test_every_row_once_an_epoch(rows, sizes):
 
   first = dealt(0)
   assert [len(part) for part in first] == sizes
-  assert sorted(sum(first, [])) == list(range(rows))
+  assert sorted(row for part in first for row in part) == list(range(rows))
   assert dealt(0) == first
   if rows > 2:
     assert dealt(1) != first
