@@ -13,6 +13,7 @@ import tiny
 DRIVER = """
 import json, os, sys
 from steptool_jax import main
+from steptool_jax.run import train
 cases = json.load(sys.stdin)
 for name, (arguments, out) in cases.items():
   child = os.fork()
