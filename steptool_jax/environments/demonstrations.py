@@ -15,11 +15,16 @@ class _Random(Protocol):
   def random(self) -> float: ...
 
 
+_VALUES = (str, int, float)
+
+
 def imperfect(env: Environment, task: Task, rng: _Random, rate: float) -> tuple[Action, ...]:
   """The demonstration with a plausible mistake at each action with probability `rate`.
 
-  Mistakes: a wrong or distractor tool (instead of the right call or before it), the right call
-  twice, a wrong id, a skipped call, a premature or wrong answer. Ends in Finish. rate in [0, 1].
+  Mistakes: a wrong or distractor tool before the right call or instead of it, the right call twice,
+  a wrong value before the right one, a premature or wrong answer. Every value that is used was
+  known by then (an argument so far), so the copying is right where the choice is wrong. Ends in
+  Finish. rate in [0, 1].
   """
   if not 0 <= rate <= 1:
     raise ValueError(f"rate is {rate}: must be in [0, 1]")
@@ -28,16 +33,18 @@ def imperfect(env: Environment, task: Task, rng: _Random, rate: float) -> tuple[
   if not task.demonstration:
     raise ValueError(f"task {task.id} has no demonstration to spoil")
   actions: list[Action] = []
+  known: dict[Any, None] = {}
   for action in task.demonstration:
+    if isinstance(action, ToolCall):
+      known |= dict.fromkeys(v for v in action.arguments.values() if isinstance(v, _VALUES))
     if rng.random() >= rate:
       actions.append(action)
     elif isinstance(action, ToolCall):
-      spoiled = _spoil(action, task, rng)
-      actions.extend(spoiled)
-      if spoiled and isinstance(spoiled[-1], Finish):
+      actions.extend(_spoil(action, task, list(known), rng))
+      if isinstance(actions[-1], Finish):
         break
     else:
-      actions.append(Finish(_guess(task, rng)))
+      actions.append(_guess(list(known), rng))
   return tuple(actions)
 
 
@@ -45,22 +52,20 @@ def _pick(options: list, rng: _Random) -> Any:
   return options[min(int(rng.random() * len(options)), len(options) - 1)]
 
 
-def _spoil(call: ToolCall, task: Task, rng: _Random) -> list[Action]:
-  kind = _pick(["other", "before", "twice", "wrong value", "skip", "answer"], rng)
-  if kind == "other":
-    return [_other_tool(call, task, rng)]
+def _spoil(call: ToolCall, task: Task, known: list, rng: _Random) -> list[Action]:
+  kind = _pick(["before", "twice", "wrong value", "lost", "answer"], rng)
   if kind == "before":
-    return [_other_tool(call, task, rng), call]
+    return [_other_tool(call, task, known, rng), call]
   if kind == "twice":
     return [call, call]
   if kind == "wrong value":
-    return [ToolCall(call.name, _wrong_values(call, task, rng)), *_pick([[], [call]], rng)]
-  if kind == "skip":
-    return []
-  return [Finish(_guess(task, rng))]
+    return [_wrong_value(call, known, rng), call]
+  if kind == "lost":
+    return [_other_tool(call, task, known, rng), _guess(known, rng)]
+  return [_guess(known, rng)]
 
 
-def _other_tool(call: ToolCall, task: Task, rng: _Random) -> ToolCall:
+def _other_tool(call: ToolCall, task: Task, known: list, rng: _Random) -> ToolCall:
   """Another tool with as many arguments, so that the call looks right."""
 
   def width(spec: ToolSpec) -> int:
@@ -71,32 +76,22 @@ def _other_tool(call: ToolCall, task: Task, rng: _Random) -> ToolCall:
   if not others:
     return call
   spec = _pick(alike or others, rng)
-  values = [*call.arguments.values()] or [_guess(task, rng)]
+  values = [*call.arguments.values()] or known or ["none"]
   names = list(spec.parameters.get("properties", {}))
   return ToolCall(spec.name, {n: values[i % len(values)] for i, n in enumerate(names)})
 
 
-def _wrong_values(call: ToolCall, task: Task, rng: _Random) -> dict[str, Any]:
-  """One argument replaced by another value of the same task."""
+def _wrong_value(call: ToolCall, known: list, rng: _Random) -> ToolCall:
+  """One argument replaced by another known value of its type, where there is one."""
   arguments = dict(call.arguments)
-  if not arguments:
-    return arguments
-  name = _pick(list(arguments), rng)
-  others = [v for v in _values(task) if v != arguments[name]]
-  alike = [v for v in others if type(v) is type(arguments[name])]
-  if alike:
-    arguments[name] = _pick(alike, rng)
-  return arguments
+  if arguments:
+    name = _pick(list(arguments), rng)
+    right = arguments[name]
+    alike = [v for v in known if v != right and type(v) is type(right)]
+    if alike:
+      arguments[name] = _pick(alike, rng)
+  return ToolCall(call.name, arguments)
 
 
-def _guess(task: Task, rng: _Random) -> str:
-  return str(_pick([*_values(task), "none"], rng))
-
-
-def _values(task: Task) -> list[Any]:
-  """Values that the demonstration passes around, each once, without the answer."""
-  calls = [action for action in task.demonstration if isinstance(action, ToolCall)]
-  values = (
-    v for call in calls for v in call.arguments.values() if isinstance(v, (str, int, float))
-  )
-  return list(dict.fromkeys(values))
+def _guess(known: list, rng: _Random) -> Finish:
+  return Finish(str(_pick([*known, "none"], rng)))

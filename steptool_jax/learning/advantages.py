@@ -39,7 +39,7 @@ def gae(
   """Advantages and returns, float32 [B, T], 0 outside the action mask.
 
   Args:
-    batch: masks and ids; its own rewards and values are not read.
+    batch: masks and ids; its own values are not read, its rewards at level released only.
     rewards_BT: float32, on sampled tokens (step rewards, KL penalty included if it is a reward).
     values_BT: float32, V of the state that emits targets[t].
     gamma: discount per step (level step) or per token.
@@ -96,7 +96,9 @@ def _released_gae(batch, rewards_BT, values_BT, gamma, lam):
   last_ids_BT = segments.linear_recurrence(
     jnp.where(last_BT, 0.0, continues_BT), jnp.where(last_BT, ids_BT, 0.0), reverse=True
   )
-  rewards_BT = rewards_BT * jnp.where(batch.step_end, last_ids_BT - ids_BT, 1.0)
+  # The weight is on the steps' rewards alone: a KL penalty in rewards_BT keeps its size.
+  weight_BT = jnp.where(batch.step_end, last_ids_BT - ids_BT, 1.0)
+  rewards_BT = rewards_BT + (weight_BT - 1.0) * batch.rewards
   next_values_BT = continues_BT * segments.shift_left(values_BT, 0.0)
   delta_BT = rewards_BT + gamma * next_values_BT - values_BT
   return segments.linear_recurrence(gamma * lam * continues_BT, delta_BT, reverse=True)

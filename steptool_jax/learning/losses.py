@@ -29,9 +29,7 @@ def action_weights(batch: TokenBatch, aggregation: Aggregation) -> jax.Array:
     return action_BT
   if aggregation == "step":
     start_BT = segments.step_starts(batch.action_mask, batch.step_ids, batch.segment_ids)
-    # Observation tokens behind a step fall into its group; they have no weight.
-    border_BT = batch.segment_ids != segments.shift_right(batch.segment_ids, -1)
-    start_BT = start_BT | border_BT
+    # Tokens between two steps fall into the group of the first; they have no weight.
   else:
     start_BT = batch.segment_ids != segments.shift_right(batch.segment_ids, -1)
   return action_BT / jnp.maximum(segments.group_totals(action_BT, start_BT), 1.0)

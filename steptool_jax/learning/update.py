@@ -5,6 +5,7 @@ a short batch costs only its own rows and every batch size shares one compilatio
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -59,8 +60,7 @@ def reference_variables(state: TrainState) -> dict:
   """The reference policy's variables: the frozen copy, or the base model with adapters off."""
   if state.reference:
     return lora.join_variables(state.reference, {})
-  variables = lora.join_variables(state.trainable, state.frozen)
-  return {"params": variables["params"]}
+  return lora.adapters_off(lora.join_variables(state.trainable, state.frozen))
 
 
 def prepare(
@@ -117,7 +117,7 @@ def prepare(
   metrics = {
     "kl": log_ratio_BT.sum() / trajectories,
     "entropy": entropy_BT.sum() / tokens,
-    "advantage_std": jnp.sqrt(jnp.where(mask_BT, jnp.square(raw_BT), 0.0).sum() / tokens),
+    "advantage_std": jnp.sqrt(_masked_variance(raw_BT, mask_BT)),
     "explained_variance": 1.0
     - _masked_variance(residual_BT, mask_BT) / (_masked_variance(returns_BT, mask_BT) + 1e-8),
     "sampler_gap": jnp.where(mask_BT, jnp.abs(old_BT - flat.behaviour_logprobs), 0.0).max(),
@@ -214,20 +214,9 @@ def _masked_variance(x_BT, mask_BT):
   return jnp.where(mask_BT, jnp.square(x_BT - mean), 0.0).sum() / count
 
 
-def compile_programs(learner: Learner, batch_sharding: Any = None) -> tuple[Callable, Callable]:
-  """(prepare, update) under jit; the state is donated to update, the batch to prepare.
-
-  `batch_sharding` constrains [N, B, T] arrays (rows over data and fsdp).
-  """
-
-  def jitted_prepare(state, batch_NBT, count):
-    prepared, metrics = prepare(learner, state, batch_NBT, count)
-    if batch_sharding is not None:
-      prepared = jax.lax.with_sharding_constraint(prepared, batch_sharding)
-    return prepared, metrics
-
-  def jitted_update(state, batch_NBT, count):
-    new_state, metrics = update(learner, state, batch_NBT, count)
-    return new_state, metrics
-
-  return jax.jit(jitted_prepare), jax.jit(jitted_update, donate_argnums=0)
+def compile_programs(learner: Learner) -> tuple[Callable, Callable]:
+  """(prepare, update) under jit; the state is donated to update."""
+  return (
+    jax.jit(functools.partial(prepare, learner)),
+    jax.jit(functools.partial(update, learner), donate_argnums=0),
+  )

@@ -33,10 +33,6 @@ REMAT = {
   "full": jax.checkpoint_policies.nothing_saveable,
   "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
-CACHE_BLOCK = 128  # cache positions that one pass of the cached attention reads
-QUERY_BLOCK = 128  # queries that one pass of the row attention takes, at least
-MAX_QUERY_BLOCKS = 16  # of a row: each is a piece of the program
-MASKED = -1e30  # finite, so that a fully masked block stays free of NaN
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,8 +197,7 @@ class _Linear(nn.Module):
     # Two-dimensional products: XLA on CPU runs their backward passes half as fast again.
     lead, x = x.shape[:-1], x.reshape(-1, x.shape[-1])
     kernel = self.param("kernel", init, shape, config.param_dtype).astype(config.dtype)
-    # Two-dimensional: the gradient of a product over two row axes is a fifth slower on CPU.
-    y = (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], self.features)
+    y = x @ kernel
     if self.use_bias:
       bias = self.param("bias", nn.initializers.zeros, (self.features,), config.param_dtype)
       y = y + bias.astype(config.dtype)

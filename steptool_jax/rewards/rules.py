@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from steptool_jax.environments.checkers import number
 from steptool_jax.types import Code, Finish, Step, Task, ToolCall, Trajectory
 
 # Here the final state is checked and the answer's text is free, so it proves no use of a value.
@@ -175,7 +176,8 @@ def _mentions(text: str, key: str) -> bool:
   """Whether a value stands in a text as whole words."""
   if not text:
     return False
-  if _key(text) == key:
+  whole = number(text)  # written as the checkers allow it: "1,234", "$5"
+  if _key(text if whole is None else whole) == key:
     return True
   pattern = rf"(?<![\w.]){re.escape(key)}(?!\w|\.\d)"
   return re.search(pattern, " ".join(text.casefold().split())) is not None

@@ -51,7 +51,17 @@ class Progress:
 
 
 def run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
-  """Trains (or goes on training) and returns the summary that it has written."""
+  """Trains (or goes on training) and returns the summary that it has written.
+
+  Raises:
+    ValueError: input that does not fit, named; RL on samples of a restricted distribution.
+  """
+  r = config.rollout
+  if algorithms.get_algorithm(config.algorithm).rewards != "none" and (r.top_k or r.top_p < 1):
+    raise ValueError(
+      f"config.rollout.top_k = {r.top_k}, top_p = {r.top_p:g}: RL learns from samples of the whole "
+      "distribution, because its log-probs are those of the whole one; train with 0 and 1"
+    )
   restore.refuse_other_config(config, workdir, MAY_CHANGE)
   with workbench.Stop().listening() as stop, workbench.open_workbench(config, workdir, stop) as b:
     checkpoints = Checkpoints(workdir, config.checkpoint.keep)
@@ -412,23 +422,25 @@ class _Demonstrations:
     size = self._sft.batch
     order = _Order(len(self._tasks), self._bench.config.seed)
     drawn = [self._draw(order[step * size + k], step * size + k) for k in range(size)]
-    kept = [t for t in drawn if t.status not in TRUNCATED]
+    kept = [t for t in drawn if t.status not in TRUNCATED | {Status.INFRASTRUCTURE_ERROR}]
     self._seen, self._dropped = self._seen + len(drawn), self._dropped + len(drawn) - len(kept)
     if not kept:
       raise ValueError(
         "sft: no demonstration of this batch fits rollout.max_tokens / max_steps / "
-        "max_step_tokens; raise them"
+        "max_step_tokens (raise them), or their tools are down"
       )
     return kept
 
   def report(self) -> None:
     if self._dropped:
-      logging.warning("%d of %d demonstrations did not fit", self._dropped, self._seen)
+      logging.warning(
+        "%d of %d demonstrations did not fit, or their tools were down", self._dropped, self._seen
+      )
 
   def _draw(self, index: int, position: int) -> Trajectory:
     task = self._tasks[index]
     actions = task.demonstration
-    if self._sft.mistakes:
+    if self._sft.mistakes and position >= self._sft.clean_share * self._sft.steps * self._sft.batch:
       rng = np.random.default_rng((self._bench.config.seed, position))
       actions = imperfect(self._bench.environment, task, rng, self._sft.mistakes)
     return demonstrate(

@@ -18,7 +18,7 @@ from steptool_jax.policy.engine import Engine
 from steptool_jax.rewards import rules, shaping
 from steptool_jax.rollout import chain
 from steptool_jax.rollout.conversation import Limits
-from steptool_jax.run import build
+from steptool_jax.run import allocator, build
 from steptool_jax.simulators.errors import InfrastructureError
 from steptool_jax.simulators.runner import ToolRunner
 from steptool_jax.types import Status, Task, Trajectory
@@ -77,6 +77,8 @@ def open_workbench(config: Config, workdir: pathlib.Path, stop: Stop) -> Iterato
   if config.compilation_cache:
     jax.config.update("jax_compilation_cache_dir", config.compilation_cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+  if jax.default_backend() == "cpu":
+    allocator.keep_memory()
   mesh = build.build_mesh(config)
   environment = build.build_environment(config)
   policy = build.build_policy(config, environment, workdir)

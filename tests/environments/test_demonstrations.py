@@ -58,6 +58,20 @@ def test_every_kind_of_mistake_happens(env):
   assert kinds == {"twice", "other tool", "wrong value", "short", "wrong answer"}
 
 
+@pytest.mark.parametrize("env", ENVS, ids=lambda e: e.name)
+def test_no_value_is_used_before_it_is_known(env):
+  """An imitator of values out of nowhere would learn to make values up."""
+  rng = random.Random(2)
+  for task in env.tasks("train"):
+    known = 0  # gold calls whose results the demonstrator may have seen, and one more
+    gold = [a for a in task.demonstration if isinstance(a, ToolCall)]
+    for action in imperfect(env, task, rng, 0.5):
+      if isinstance(action, ToolCall):
+        allowed = [v for call in gold[: known + 1] for v in call.arguments.values()]
+        assert all(v in allowed for v in action.arguments.values())
+        known += known < len(gold) and action == gold[known]
+
+
 def test_numpy_generators_fit_and_repeat():
   env = ENVS[0]
   task = env.tasks("train")[0]

@@ -11,7 +11,7 @@ import rlax
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from steptool_jax.learning import advantages, batching, losses
+from steptool_jax.learning import advantages, algorithms, batching, losses
 from steptool_jax.types import Finish, Status, Step, Trajectory
 
 GAMMA, LAM = 0.9, 0.8
@@ -69,7 +69,8 @@ def test_gae_equals_the_token_oracle_on_packed_rows(seed, level):
 @given(st.integers(0, 10_000))
 def test_step_level_broadcast_equals_gae_over_steps(seed):
   """The paper: one advantage a step, shared by its tokens; checked against oracle and rlax."""
-  _, batch, values = packed(seed)
+  # With a prompt of one token, sampled tokens of two trajectories stand side by side.
+  _, batch, values = packed(seed, prompt=1)
   adv, ret = run_gae(batch, values)
   for row, at in segments_of(batch):
     act = at[batch.action_mask[row, at]]
@@ -92,18 +93,32 @@ def test_step_level_broadcast_equals_gae_over_steps(seed):
 @settings(max_examples=10, deadline=None)
 @given(st.integers(0, 10_000))
 def test_released_level_equals_the_authors_formula(seed):
-  trajectories, batch, values = packed(seed, count=1, status=Status.ANSWERED)
+  _, batch, values = packed(seed)  # truncated ones too: the authors never bootstrap
   adv, _ = run_gae(batch, values, level="released", gamma=0.99, lam=0.95)
-  (at,) = (at for _, at in segments_of(batch))
-  expected = oracles.gae_released(
-    [s.reward for s in trajectories[0].steps],
-    values[0, at],
-    batch.action_mask[0, at],
-    batch.step_end[0, at],
-    0.99,
-    0.95,
-  )
-  np.testing.assert_allclose(adv[0, at], expected, atol=1e-4)
+  for row, at in segments_of(batch):
+    expected = oracles.gae_released(
+      batch.rewards[row, at][batch.step_end[row, at]],
+      values[row, at],
+      batch.action_mask[row, at],
+      batch.step_end[row, at],
+      0.99,
+      0.95,
+    )
+    np.testing.assert_allclose(adv[row, at], expected, atol=1e-4)
+
+
+def test_released_weights_are_on_rewards_and_not_on_a_kl_penalty():
+  """The authors add (n - i - 1) r_i to the penalty; the last step's penalty is not multiplied by 0.
+
+  One step of two tokens (n = 1): its reward counts nothing, its penalties -.1 and -.2 count.
+  """
+  step = Step(np.arange(2, dtype=np.int32), np.zeros(2, np.float32), Finish("x"), reward=0.7)
+  trajectory = Trajectory("t", 0, np.arange(2, dtype=np.int32), (step,), Status.ANSWERED)
+  batch = batching.pack([trajectory], 4)
+  rewards = jnp.asarray(batch.rewards) + jnp.array([[0, -0.1, -0.2, 0]], jnp.float32)
+  zero = jnp.zeros((1, 4), jnp.float32)
+  adv, _ = advantages.gae(batch, rewards, zero, gamma=0.5, lam=0.5, level="released")
+  np.testing.assert_allclose(adv[0], [0, -0.15, -0.2, 0], atol=1e-6)
 
 
 def test_step_episodes_cut_the_flow_at_step_ends():
@@ -151,6 +166,40 @@ def test_hand_computed_literal():
   # token 2: .7 + .5 * .2 - .1 + .25 * .8 = .9
   np.testing.assert_allclose(adv[0], [0, 0.5, 0.9, 0, 0.8, 0, 0, 0], atol=1e-6)
   np.testing.assert_allclose(ret[0, [1, 4]], [1.0, 1.0], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+  ("name", "level", "expected"),
+  [
+    ("ppo", "", [-0.225, 0.9, 0.8]),  # 0 + .5 * .1 - .5 + .25 * .9
+    ("steptool", "", [0.5, 0.5, 0.8]),
+    ("steptool_no_step_rewards", "", [0.5, 0.5, 0.8]),
+    ("steptool_no_step_grained", "", [-0.3, 0.6, 0.8]),  # .7 - .1; .5 * .1 - .5 + .25 * .6
+    ("ppo", "step", [0.5, 0.5, 0.8]),  # the config's word counts
+    ("steptool", "token", [-0.225, 0.9, 0.8]),
+  ],
+)
+def test_the_advantage_of_every_algorithm_by_hand(name, level, expected):
+  """The trajectory of the literal above, gamma = lambda = .5."""
+  hp = algorithms.Hyperparameters(
+    gamma=0.5,
+    lam=0.5,
+    level=level,
+    broadcast=True,
+    whiten=True,
+    clip_low=0.2,
+    clip_high=0.2,
+    value_clip=0.2,
+    value_coef=0.1,
+    entropy_coef=0.0,
+    kl_placement="none",
+    aggregation="token",
+  )
+  batch = batching.pack([literal_trajectory(Status.ANSWERED)], 8)
+  values = jnp.array([[9, 0.5, 0.1, 9, 0.2, 9, 9, 9]], jnp.float32)
+  advantage = algorithms.get_algorithm(name).advantage
+  adv, _ = advantage(batch, jnp.asarray(batch.rewards), values, hp)
+  np.testing.assert_allclose(adv[0, [1, 2, 4]], expected, atol=1e-6)
 
 
 def test_truncation_bootstraps_and_termination_does_not():
@@ -221,6 +270,29 @@ def test_packing_keeps_ids_and_counts():
   assert seen == sorted(expected)
   assert batch.action_mask.sum() == sum(len(s.tokens) for t in trajectories for s in t.steps)
   assert batching.padding_share(batch) < 0.1
+
+
+def test_what_was_sampled_stands_at_its_targets():
+  """Peers' defect 8: ids, log-probs and rewards are the recorded ones, token by token."""
+  rng = np.random.default_rng(2)
+  trajectories = [fakes.random_trajectory(rng) for _ in range(12)]
+  batch = batching.pack(trajectories, 64)
+  found = {}
+  for row, at in segments_of(batch):
+    act = at[batch.action_mask[row, at]]
+    found[tuple(batch.targets[row, act])] = (row, act)
+  for t in trajectories:
+    row, act = found[tuple(np.concatenate([s.tokens for s in t.steps]))]
+    logprobs = np.concatenate([s.logprobs for s in t.steps])
+    np.testing.assert_array_equal(batch.behaviour_logprobs[row, act], logprobs)
+    ids = np.repeat(np.arange(len(t.steps)), [len(s.tokens) for s in t.steps])
+    np.testing.assert_array_equal(batch.step_ids[row, act], ids)
+    ends = act[batch.step_end[row, act]]
+    rewards = np.array([s.reward for s in t.steps], np.float32)
+    np.testing.assert_array_equal(batch.rewards[row, ends], rewards)
+  assert np.count_nonzero(batch.rewards) == sum(len(t.steps) for t in trajectories)
+  for name in ("behaviour_logprobs", "rewards", "step_end"):
+    assert not getattr(batch, name)[~batch.action_mask].any(), name
 
 
 def test_packing_refuses_what_does_not_fit():

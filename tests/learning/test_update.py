@@ -9,7 +9,7 @@ import pytest
 
 from steptool_jax.learning import algorithms, batching, losses, update
 from steptool_jax.learning.outputs import policy_outputs
-from steptool_jax.policy import model
+from steptool_jax.policy import lora, model
 
 CONFIG = fakes.tiny_config()
 HP = algorithms.Hyperparameters(
@@ -110,6 +110,68 @@ def test_kl_is_zero_for_actor_equal_reference_at_any_temperature(params):
   prepared, metrics = jitted(learner)[0](state, batch, batch.tokens.shape[0])
   assert float(metrics["kl"]) == 0.0
   np.testing.assert_array_equal(prepared.old_logprobs, prepared.ref_logprobs)
+
+
+def off_reference(learner, params):
+  """A state whose reference is another policy, with V = 0."""
+  head = jax.tree.map(jnp.zeros_like, params["value_head"])
+  params = params | {"value_head": head}
+  state = update.init_state(learner, {"params": params}, {}, 0.3)
+  return state._replace(reference=jax.tree.map(lambda x: 1.3 * x, state.reference))
+
+
+def test_the_kl_penalty_in_the_reward_by_hand(params):
+  """r - coefficient * log(pi / ref) a token, and the metric in nats per trajectory."""
+  hp = update.dataclasses.replace(HP, whiten=False, gamma=0.0, level="token")
+  learner = make_learner(hp=hp)
+  state = off_reference(learner, params)
+  group = trajectories()
+  batch = stacked(batching.pack(group, 64, 2), 2)
+  prepared, metrics = jitted(learner)[0](state, batch, batch.tokens.shape[0])
+  mask = np.asarray(batch.action_mask)
+  gap = np.asarray(prepared.old_logprobs - prepared.ref_logprobs)
+  assert np.abs(gap[mask]).min() > 1e-6, "an empty comparison"
+  expected = (np.asarray(batch.rewards) - 0.3 * gap) * mask  # gamma 0, V 0: the reward itself
+  np.testing.assert_allclose(prepared.advantages, expected, atol=1e-6)
+  np.testing.assert_allclose(metrics["kl"], gap[mask].sum() / len(group), rtol=1e-4)
+  np.testing.assert_allclose(metrics["advantage_std"], expected[mask].std(), rtol=1e-4)
+  assert (np.asarray(prepared.ref_logprobs)[~mask] == 0).all()
+
+
+def test_the_kl_penalty_in_the_loss_by_hand(params):
+  """coefficient * mean k3, and the step moves the policy towards the reference."""
+  hp = update.dataclasses.replace(HP, kl_placement="loss", value_coef=0.0, entropy_coef=0.0)
+  learner = make_learner(hp=hp, optimizer=optax.sgd(0.05))
+  state = off_reference(learner, params)
+  batch = stacked(batching.pack(trajectories(), 64, 2), 2)
+  count = batch.tokens.shape[0]
+  prepare, step = jitted(learner)
+  prepared, _ = prepare(state, batch, count)
+  mask = np.asarray(batch.action_mask)
+  assert (np.asarray(prepared.rewards) == np.asarray(batch.rewards)).all()
+  d = np.asarray(prepared.ref_logprobs - prepared.old_logprobs)[mask]
+  no_signal = prepared._replace(advantages=jnp.zeros_like(prepared.advantages))
+  new, after = step(state, no_signal, count)
+  np.testing.assert_allclose(after["kl_loss"], 0.3 * (np.exp(d) - 1 - d).mean(), rtol=1e-4)
+  again = step(new, no_signal, count)[1]
+  assert float(again["kl_loss"]) < float(after["kl_loss"])
+
+
+def test_the_reference_of_a_lora_run_is_the_policy_without_adapters(params):
+  settings = lora.LoraConfig(rank=2, alpha=8.0, targets=("q", "up"))
+  adapters = jax.tree.map(lambda x: x + 0.2, lora.init_lora(CONFIG, settings, jax.random.key(2)))
+  learner = update.dataclasses.replace(make_learner(), model=lora.with_lora(CONFIG, settings))
+  split = lora.split_variables({"params": params, "lora": adapters})
+  state = update.init_state(learner, *split, 0.3)
+  assert state.reference == {}, "nothing is copied"
+  batch = stacked(batching.pack(trajectories(), 64, 2), 2)
+  prepared, metrics = jitted(learner)[0](state, batch, batch.tokens.shape[0])
+  flat = jax.tree.map(lambda x: x.reshape(-1, 64), batch)
+  base = functools.partial(policy_outputs, CONFIG, temperature=1.0, chunk=16, with_values=False)
+  expected = jax.jit(base)({"params": params}, flat).logprobs
+  np.testing.assert_allclose(prepared.ref_logprobs.reshape(-1, 64), expected, atol=1e-5)
+  assert float(jnp.abs(prepared.old_logprobs.reshape(-1, 64) - expected).max()) > 0.01
+  assert float(metrics["kl"]) != 0.0
 
 
 @functools.lru_cache

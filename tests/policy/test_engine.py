@@ -66,6 +66,24 @@ def test_logprobs_equal_the_full_forward_over_turns(shared, variables):
       assert np.asarray(state.tokens)[s, : len(ids)].tolist() == ids
 
 
+def test_stop_and_padding_ids_in_a_prompt_are_tokens_like_any_other(shared, variables):
+  """Peers' defect 5: masks go by length; an end-of-turn or padding id is seen, and ends nothing."""
+  prompt = [STOP, 0, 5, STOP, 0, 0, 9, STOP]
+  state = shared.append(variables, shared.init(), {1: np.array(prompt, np.int32)})
+  state, out = run_turn(shared, variables, state, [1], limit=4, stop=(60,))
+  assert out.count[1] == 4
+  ids = [*prompt, *out.tokens[1, :4]]
+  logp = np.asarray(jax.nn.log_softmax(full_logits(variables, ids)))
+  expected = logp[np.arange(7, 11), ids[8:]]
+  np.testing.assert_allclose(out.logprobs[1, :4], expected, atol=1e-5)
+  # A stop token that is forced, as the last one or in front of it, ends no turn.
+  state = shared.append(variables, shared.init(), {1: np.array(prompt, np.int32)})
+  _, again = run_turn(shared, variables, state, [1], limit=4, stop=(STOP, 60))
+  first = again.tokens[1, : again.count[1]].tolist()
+  assert first == out.tokens[1, : len(first)].tolist()
+  assert len(first) == 4 or first[-1] == STOP
+
+
 def test_greedy_equals_argmax_and_stop_token_is_kept(shared, variables):
   prompt = np.array([5, 9, 11], np.int32)
   ids = prompt.tolist()

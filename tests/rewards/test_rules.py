@@ -230,6 +230,8 @@ def test_a_retry_behind_a_fault_is_no_repeat():
   [
     ([{"a": [1, {"b": 12}]}], "12", [FULL]),  # nested
     ([12.0], "12", [FULL]),  # number formats
+    ([1234], "1,234", [FULL]),
+    ([1234.5], "$1,234.50", [FULL]),
     (["KARO"], "karo", [FULL]),
     (["karo"], "it is karo.", [FULL]),  # a lenient checker took the sentence
     ([512], "12", [(1, 0)]),  # no substring luck

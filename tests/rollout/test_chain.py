@@ -15,6 +15,7 @@ from steptool_jax.dialogue.template import get_format
 from steptool_jax.policy import engine, model
 from steptool_jax.rollout import chain
 from steptool_jax.rollout.conversation import Limits
+from steptool_jax.simulators.errors import InfrastructureError
 from steptool_jax.simulators.runner import ToolRunner
 from steptool_jax.types import Code, Observation, Status, Task, ToolSpec
 
@@ -169,6 +170,26 @@ def test_continuous_batching_keeps_the_order_and_shares_prefills(chat_format):
   assert stats.shared_prefills == 3
 
 
+def test_a_fork_from_a_slot_that_has_gone_on_gets_the_prompt_only(chat_format):
+  class Uneven(Script):
+    """The tools of task `short` are down, so that its slot is free while the other one goes on."""
+
+    def open(self, task, sample):
+      session = super().open(task, sample)
+      if task.id == "short":
+        session.call = lambda call: Observation("down", Code.INFRASTRUCTURE)
+      return session
+
+  eng = ScriptedEngine(chat_format, [call(), call(), answer()])
+  jobs = [(task("short", "another query"), 0), (task(), 0), (task(), 1)]
+  trajectories, stats = run(eng, None, Uneven(ok), chat_format, jobs)
+  assert stats.shared_prefills == 1
+  assert [t.solved for t in trajectories] == [0.0, 1.0, 1.0]
+  for slot, t in ((1, trajectories[1]), (0, trajectories[2])):
+    parts = [p for s in t.steps for p in (s.tokens, s.observation_tokens)]
+    assert np.concatenate([t.prompt_tokens, *parts]).tolist() == eng.seen[slot]
+
+
 @pytest.mark.parametrize(
   ("answers", "status"),
   [
@@ -184,6 +205,49 @@ def test_broken_tools_never_stop_a_rollout(chat_format, answers, status):
   (trajectory,), _ = run(eng, None, Script(answers), chat_format, [(task(), 0)], limits=limits)
   assert trajectory.status is status
   assert trajectory.solved == float(status is Status.ANSWERED)
+
+
+class Checked(Script):
+  """A script whose checker fails with an exception, for sample 1 only."""
+
+  def __init__(self, error):
+    super().__init__(ok)
+    self.error = error
+
+  def open(self, task, sample):
+    session = super().open(task, sample)
+    whole = session.grade
+
+    def grade(answer):
+      if sample == 1:
+        raise self.error
+      return whole(answer)
+
+    session.grade = grade
+    return session
+
+
+def test_a_checker_that_is_down_marks_its_trajectory_and_stops_no_other(chat_format):
+  """Peers' defect 14, in grading: not scored 0, not trained on, and nothing else is lost."""
+  environment = Checked(InfrastructureError("the judge is down"))
+  eng = ScriptedEngine(chat_format, [call(), answer()])
+  jobs = [(task(), sample) for sample in range(3)]
+  trajectories, _ = run(eng, None, environment, chat_format, jobs)
+  assert [t.status for t in trajectories] == [
+    Status.ANSWERED,
+    Status.INFRASTRUCTURE_ERROR,
+    Status.ANSWERED,
+  ]
+  assert [t.solved for t in trajectories] == [1.0, 0.0, 1.0]
+  assert environment.open_sessions == 0
+
+
+def test_a_checker_that_is_wrong_stops_the_rollout_and_leaves_no_session_open(chat_format):
+  environment = Checked(RuntimeError("checker f returned 3"))
+  eng = ScriptedEngine(chat_format, [call(), answer()])
+  with pytest.raises(RuntimeError, match="checker f returned 3"):
+    run(eng, None, environment, chat_format, [(task(), sample) for sample in range(3)])
+  assert environment.open_sessions == 0
 
 
 def test_a_hanging_tool_is_left_behind_while_others_go_on(chat_format):
@@ -209,8 +273,17 @@ def test_a_hanging_tool_is_left_behind_while_others_go_on(chat_format):
 def test_should_stop_interrupts_and_closes(chat_format):
   environment = Script(ok)
   eng = ScriptedEngine(chat_format, [call(), answer()])
+  opened = []
+
+  def should_stop():
+    opened.append(environment.open_sessions)
+    return len(opened) == 2
+
   with pytest.raises(chain.Interrupted):
-    run(eng, None, environment, chat_format, [(task(), 0)], should_stop=lambda: True)
+    run(
+      eng, None, environment, chat_format, [(task(), s) for s in range(2)], should_stop=should_stop
+    )
+  assert opened == [0, 2]
   assert environment.open_sessions == 0
 
 
@@ -237,6 +310,21 @@ def test_a_trajectory_depends_on_its_own_keys_only(chat_format, policy):
   assert ids(jobs[2:3])[("t1", 0)] == together[("t1", 0)]
   assert ids(jobs, sampling=chain.Sampling(0, 1, 1.0)) != together
   assert ids(jobs, sampling=chain.Sampling(1, 0, 1.0)) != together
+
+
+def test_every_step_of_every_conversation_has_its_own_key():
+  """What a retry of the same step is sampled with, in any process."""
+  base = (chain.Sampling(0, 0, 1.0), "t", 0, 0)
+  others = [
+    (chain.Sampling(1, 0, 1.0), "t", 0, 0),
+    (chain.Sampling(0, 1, 1.0), "t", 0, 0),
+    (base[0], "u", 0, 0),
+    (base[0], "t", 1, 0),
+    (base[0], "t", 0, 1),
+  ]
+  seeds = [tuple(chain.step_seed(*key).tolist()) for key in (base, *others)]
+  assert len(set(seeds)) == 6
+  assert seeds[0] == (480973878, 200400714)
 
 
 def test_sampler_logprobs_are_the_trainers(chat_format, policy):

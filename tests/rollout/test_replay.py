@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
@@ -11,7 +12,8 @@ from steptool_jax.evaluation.metrics import rollout_metrics
 from steptool_jax.rewards import rules, shaping
 from steptool_jax.rollout.conversation import Limits
 from steptool_jax.rollout.demonstrations import demonstrate
-from steptool_jax.types import Status, ToolCall
+from steptool_jax.simulators.faults import Faults, FaultyEnvironment
+from steptool_jax.types import Code, Observation, Status, ToolCall
 
 LIMITS = Limits(
   max_steps=8, max_step_tokens=64, max_tokens=1024, max_invalid=3, max_observation_chars=500
@@ -50,6 +52,41 @@ def test_one_that_does_not_fit_ends_in_its_status(parts):
   t = demonstrate(env, task, task.demonstration, chat_format, narrow)
   assert t.status is Status.TOKEN_BUDGET
   assert t.num_tokens <= 120
+
+
+def test_a_faulted_call_is_repeated_so_that_nothing_is_known_that_was_not_told(parts):
+  env, chat_format = parts
+  faulty = FaultyEnvironment(env, Faults(seed=3, transient=0.4))
+  limits = dataclasses.replace(LIMITS, max_steps=20)
+  met = 0
+  for task in env.tasks("train"):
+    t = demonstrate(faulty, task, task.demonstration, chat_format, limits)
+    assert (t.status, t.solved) == (Status.ANSWERED, 1.0)
+    healthy = [s.action for s in t.steps if s.observation is None or s.observation.code is Code.OK]
+    assert tuple(healthy) == task.demonstration
+    for step, following in itertools.pairwise(t.steps):
+      if step.observation.injected:
+        met += 1
+        assert following.action == step.action
+  assert met > 10
+
+
+def test_one_whose_tools_are_down_is_marked(parts):
+  """Peers' defect 14: the trainer leaves it out by its status."""
+  env, chat_format = parts
+
+  class Down:
+    name = env.name
+
+    def open(self, task, sample):
+      session = env.open(task, sample)
+      session.call = lambda call: Observation("connection refused", Code.INFRASTRUCTURE)
+      return session
+
+  task = env.tasks("train")[0]
+  t = demonstrate(Down(), task, task.demonstration, chat_format, LIMITS)
+  assert t.status is Status.INFRASTRUCTURE_ERROR
+  assert len(t.steps) == 1
 
 
 def test_one_that_does_not_finish_is_refused(parts):

@@ -1,4 +1,7 @@
-"""8 fake devices (mesh 2x2x2) do what one device does: SFT step, rollout, update; full and LoRA."""
+"""8 fake devices (mesh 2x2x2) do what one device does: SFT step, rollout, update; full and LoRA.
+
+LoRA goes without the SFT step, for time.
+"""
 
 import os
 import pathlib
@@ -71,12 +74,17 @@ def _main(kind, compiled):
   config = tiny.make(
     "lora" if kind == "lora" else "",
     compilation_cache=compiled,
-    sft__steps=1,
+    sft__steps=1 if kind == "full" else 0,
     train__minibatches=1,
     train__iterations=1,
     rollout__max_steps=3,
   )
   # Adam divides by the gradient's size: where that is rounding noise, so would be the update.
+  config = tiny.replace(
+    config, train__optimizer__learning_rate=1e-3, sft__optimizer__learning_rate=1e-3
+  )
+  if kind == "lora":
+    config = tiny.replace(config, rollout__max_steps=2, rollout__max_step_tokens=8)
   config = tiny.replace(config, sft__optimizer__eps=1e-3, train__optimizer__eps=1e-3)
   with tempfile.TemporaryDirectory() as folder:
     folder = pathlib.Path(folder)

@@ -24,10 +24,7 @@ def config_of(name, compiled):
   arg, changes = CASES[name]
   one = {
     "train__iterations": 1,
-    "train__minibatches": 1,
     "evaluation__tasks": 1,
-    "train__optimizer__learning_rate": 2e-2,
-    "sft__optimizer__learning_rate": 2e-2,
     "compilation_cache": compiled,
   }
   return tiny.make(arg, **(one | changes))
@@ -45,8 +42,14 @@ def torch_logits(loaded, ids):
 def our_logits(bench, variables, ids):
   tokens = jnp.asarray(ids, jnp.int32)[None]
   positions = jnp.arange(tokens.shape[1])[None]
-  hidden = model.forward(bench.policy.model, variables, tokens, positions, jnp.ones_like(tokens))
-  return np.asarray(model.project_logits(bench.policy.model, variables, hidden)[0])
+
+  @jax.jit
+  def logits(variables):
+    shape = bench.policy.model
+    hidden = model.forward(shape, variables, tokens, positions, jnp.ones_like(tokens))
+    return model.project_logits(shape, variables, hidden)[0]
+
+  return np.asarray(logits(variables))
 
 
 def engine_greedy(bench, variables, prompt, count):

@@ -2,6 +2,7 @@ import dataclasses
 import json
 import types
 
+import fakes
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +14,7 @@ from steptool_jax.policy.engine import Decoded
 from steptool_jax.run import build, train, workbench
 from steptool_jax.run.metrics_writer import read_jsonl
 from steptool_jax.simulators.errors import InfrastructureError
-from steptool_jax.types import Code, Finish, Observation, Status, ToolCall
+from steptool_jax.types import Code, Finish, Observation, Status, ToolCall, TrainState
 
 
 def test_what_a_run_leaves_behind(tmp_path, compiled):
@@ -197,17 +198,49 @@ def test_non_finite_updates_stop_the_run_and_reach_no_checkpoint(tmp_path, compi
   assert all(np.isfinite(x).all() for x in jax.tree.leaves(state))
 
 
-def test_a_nan_does_not_stay_in_the_kl_coefficient(monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+  ("kl", "expected"),
+  [(jnp.nan, 0.05), (60.0, 0.05 * 1.01), (0.0, 0.05 * 0.99)],  # 500 of 10,000 trajectories
+)
+def test_the_kl_coefficient_follows_its_target_and_no_nan(kl, expected, monkeypatch):
   trainer = object.__new__(train._Trainer)
   trainer.config = tiny.make(loss__kl_adaptive=True, train__minibatches=1)
-  trainer.state = types.SimpleNamespace(kl_coef=jnp.float32(0.05))
-  metrics = {"kl": jnp.float32(jnp.nan)}
+  trainer.state = TrainState(0, {}, {}, {}, (), kl_coef=jnp.float32(0.05))
+  metrics = {"kl": jnp.float32(kl)}
   trainer.programs = (lambda state, batch, count: (batch, metrics), None)
   trainer._to_device = lambda batch, micro_rows, capacity: batch
   trainer._update = lambda batch, rows: {"skipped": 1.0}
   empty = batching.empty_batch(4, 320)
   monkeypatch.setattr(train.batching, "pack", lambda trajectories, row_tokens: empty)
-  assert trainer._learn([])["kl_coef"] == pytest.approx(0.05)
+  assert trainer._learn([None] * 500)["kl_coef"] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("part", [{"rollout__top_k": 5}, {"rollout__top_p": 0.9}])
+def test_rl_on_a_part_of_the_distribution_is_refused(part, tmp_path):
+  """The sampler's log-probs would not be the trainer's, and no ratio would tell."""
+  with pytest.raises(ValueError, match=r"config\.rollout\.top_k = \d, top_p"):
+    train.run(tiny.make(**part), tmp_path)
+  assert not list(tmp_path.iterdir())
+
+
+def test_one_temperature_for_the_sampler_and_all_log_probs_of_the_update():
+  """Peers' defect 2, where the parts are put together; demonstrations have none."""
+  config = tiny.make(rollout__temperature=0.6)
+  assert build.build_learner(config, fakes.tiny_config(), "steptool").temperature == 0.6
+  assert build.build_learner(config, fakes.tiny_config(), "sft").temperature == 1.0
+
+
+def test_demonstrations_whose_tools_are_down_are_not_learnt(monkeypatch):
+  """Peers' defect 14, in SFT."""
+  statuses = [Status.ANSWERED, Status.INFRASTRUCTURE_ERROR, Status.ANSWERED, Status.STEP_BUDGET]
+  drawn = [types.SimpleNamespace(status=status) for status in statuses]
+  source = object.__new__(train._Demonstrations)
+  source._tasks, source._sft = [None], types.SimpleNamespace(batch=4)
+  source._bench = types.SimpleNamespace(config=types.SimpleNamespace(seed=0))
+  source._dropped = source._seen = 0
+  monkeypatch.setattr(source, "_draw", lambda index, position: drawn[position])
+  assert source.batch(0) == [drawn[0], drawn[2]]
+  assert (source._dropped, source._seen) == (2, 4)
 
 
 # --- order and keys ---

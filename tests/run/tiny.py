@@ -30,10 +30,10 @@ def get_config(arg=""):
   # Random weights earn no reward; the bonus gives RL a gradient all the same.
   config.loss.entropy_coef = 0.1
   config.sft.steps, config.sft.batch, config.sft.micro_rows = 2, 4, 4
-  config.sft.optimizer.learning_rate = 3e-3
+  config.sft.optimizer.learning_rate = 2e-2
   t = config.train
   t.iterations, t.minibatches, t.micro_rows, t.row_tokens = 3, 2, 4, 320
-  t.optimizer.learning_rate = 1e-3
+  t.optimizer.learning_rate = 2e-2
   config.evaluation.every, config.evaluation.tasks, config.evaluation.curve_tasks = 2, 4, 2
   config.checkpoint.every = 1
   if arg == "lora":
