@@ -26,7 +26,13 @@ from steptool_jax.types import Action, Malformed, ToolSpec
 
 Tools = tuple[ToolSpec, ...]
 
+
+class _Whole(str):
+  """A system text that lists the tools and the output format itself."""
+
+
 FORMATS = ("toolllama", "chatml_react", "llama31", "hermes", "compact")
+_REACT_FORMATS = ("toolllama", "chatml_react", "llama31")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -41,24 +47,45 @@ class ChatFormat:
   stop_ids: tuple[int, ...]
   open_pieces: Callable[[str | None, Tools, str], list[Piece]]
   observation_pieces: Callable[[str], list[Piece]]
+  user_pieces: Callable[[str], list[Piece]]  # a user's turn behind an observation, no header
+  header: tuple[Piece, ...]  # opens an assistant turn; ends every prompt and observation
   write: Callable[[Action], str]
   read: Callable[[str], Action]
   tags: tuple[str, ...] = ()  # control tokens that belong into a turn
 
-  def prompt(self, system: str | None, tools: Tools, query: str) -> np.ndarray:
+  def prompt(
+    self, system: str | None, tools: Tools, query: str, whole: str | None = None
+  ) -> np.ndarray:
     """int32[P], the assistant header included: the next token is the model's.
 
-    system: the task description in front of the tool list; None for the format's default.
+    system: the task description in front of the tool list; None for the format's default. whole:
+    a whole system text, tools and output format included, e.g. a benchmark's own; the ReAct formats
+    take it as it is, hermes and compact have their own way to list tools and ignore it.
     ValueError for a tool whose name the format reserves, or two of one name.
     """
     names = [tool.name for tool in tools]
     if len(set(names)) != len(names):
       raise ValueError(f"tools: two tools share a name in {sorted(names)}")
+    if whole is not None and self.name in _REACT_FORMATS:
+      system = _Whole(whole)
     return self.codec.join(self.open_pieces(system, tuple(tools), query))
 
   def observation(self, text: str) -> np.ndarray:
     """int32[M] that follow a turn's stop token: the observation and the next assistant header."""
     return self.codec.join(self.observation_pieces(text))
+
+  def interject(self, shown: np.ndarray, text: str) -> tuple[int, np.ndarray]:
+    """A user's turn between what was shown last (a prompt or an observation) and the model's turn.
+
+    Returns (cut, int32[M]): take the last `cut` ids of `shown` back (the assistant header), then
+    append the ids: the user's turn and the header. A tokenizer that glues the header to the text
+    in front of it leaves no such place: there the cut is 0 and an empty assistant turn is closed.
+    """
+    header = self.codec.join(self.header)
+    inserted = self.codec.join([*self.user_pieces(text), *self.header])
+    if len(header) < len(shown) and (shown[-len(header) :] == header).all():
+      return len(header), inserted
+    return 0, np.concatenate([np.asarray(self.stop_ids[:1], np.int32), inserted])
 
   def render_action(self, action: Action) -> np.ndarray:
     """int32[L] of an assistant turn, stop token included; `parse` inverts it exactly.
@@ -145,6 +172,8 @@ def _function(tool: ToolSpec) -> dict:
 def react_system(system: str | None, tools: Tools) -> str:
   """The system text of the ReAct formats: task, numbered tools, output format, JSON schemas."""
   tools = _with_finish(tools)
+  if isinstance(system, _Whole):
+    return str(system)
   numbered = "\n".join(f"{n}.{t.name}: {t.description}" for n, t in enumerate(tools, start=1))
   schemas = json.dumps([_function(t) for t in tools], ensure_ascii=False)
   task = _TASK if system is None else system
@@ -202,6 +231,8 @@ def _toolllama(codec: Codec) -> ChatFormat:
     stop_ids=(codec.eos_id,),
     open_pieces=opening,
     observation_pieces=lambda text: [f"\nFunction: {text}\nAssistant:\n"],
+    user_pieces=lambda text: [f"\nUser: {text}"],
+    header=("\nAssistant:\n",),
     write=parser.write_react,
     read=parser.parse_react,
   )
@@ -233,6 +264,8 @@ def _chatml_react(codec: Codec) -> ChatFormat:
     stop_ids=_stops(codec, _IM_END.name, "<|endoftext|>"),
     open_pieces=opening,
     observation_pieces=lambda text: ["\n", *_chatml_turn("function", text), *_CHATML_ASSISTANT],
+    user_pieces=lambda text: _chatml_turn("user", text),
+    header=tuple(_CHATML_ASSISTANT),
     write=parser.write_react,
     read=parser.parse_react,
   )
@@ -261,6 +294,8 @@ def _llama31(codec: Codec) -> ChatFormat:
     stop_ids=_stops(codec, eot.name, "<|eom_id|>", "<|end_of_text|>"),
     open_pieces=opening,
     observation_pieces=lambda text: [*header("function"), text, eot, *header("assistant")],
+    user_pieces=lambda text: [*header("user"), text, eot],
+    header=tuple(header("assistant")),
     write=parser.write_react,
     read=parser.parse_react,
   )
@@ -304,6 +339,8 @@ def _hermes(codec: Codec) -> ChatFormat:
     stop_ids=_stops(codec, _IM_END.name, "<|endoftext|>"),
     open_pieces=opening,
     observation_pieces=observation,
+    user_pieces=lambda text: _chatml_turn("user", text),
+    header=tuple(_CHATML_ASSISTANT),
     write=lambda action: parser.write_tool_call(action, think),
     read=parser.parse_tool_call,
     tags=_HERMES_TAGS,
@@ -319,6 +356,8 @@ def _compact(codec: Codec) -> ChatFormat:
     stop_ids=(codec.token_id(compact.END),),
     open_pieces=compact.prompt_pieces,
     observation_pieces=compact.observation_pieces,
+    user_pieces=lambda text: compact.observation_pieces(text)[:-1],  # it has no user's turn
+    header=(Control(compact.CALL),),
     write=parser.write_compact,
     read=parser.parse_compact,
   )

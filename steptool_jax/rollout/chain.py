@@ -18,6 +18,7 @@ import numpy as np
 from steptool_jax.dialogue.template import ChatFormat
 from steptool_jax.environments.base import Environment, Session
 from steptool_jax.rollout.conversation import Conversation, Limits, State
+from steptool_jax.simulators.errors import InfrastructureError
 from steptool_jax.simulators.runner import ToolRunner
 from steptool_jax.types import Status, Task, Trajectory
 
@@ -49,8 +50,8 @@ class Sampling:
 
 
 @dataclasses.dataclass
-class _Seat:
-  """A conversation in its slot."""
+class Seat:
+  """A conversation in its slot. tree.py seats a whole search, with the same methods."""
 
   conversation: Conversation
   session: Session
@@ -89,7 +90,7 @@ def rollout(
     Interrupted: should_stop answered True.
     InfrastructureError: tools hang beyond what the runner may leave behind.
   """
-  loop = _Loop(engine, variables, environment, chat_format, limits, runner, sampling, system)
+  loop = Loop(engine, variables, environment, chat_format, limits, runner, sampling, system)
   started = time.monotonic()
   try:
     trajectories = loop.run(jobs, should_stop, on_done)
@@ -99,14 +100,24 @@ def rollout(
   return trajectories, loop.stats
 
 
-class _Loop:
-  """The scheduler's state; lives for one rollout."""
+def graded(trajectory: Trajectory, grade: Callable[[], float]) -> Trajectory:
+  """The trajectory with IsSolved; a checker (a judge) that is down is not the policy's failure."""
+  if trajectory.status is Status.INFRASTRUCTURE_ERROR:
+    return trajectory
+  try:
+    return dataclasses.replace(trajectory, solved=grade())
+  except InfrastructureError:
+    return dataclasses.replace(trajectory, status=Status.INFRASTRUCTURE_ERROR)
+
+
+class Loop:
+  """The scheduler's state; lives for one rollout. Searches over trees (tree.py) extend it."""
 
   def __init__(self, engine, variables, environment, chat_format, limits, runner, sampling, system):
     self.engine, self.variables, self.environment = engine, variables, environment
     self.format, self.limits, self.runner = chat_format, limits, runner
     self.sampling, self.system = sampling, system
-    self.seats: dict[int, _Seat] = {}
+    self.seats: dict[int, Seat] = {}
     self.state = engine.init()
     self.stats = Stats()
 
@@ -141,17 +152,16 @@ class _Loop:
 
   def _sit(self, slot: int, task: Task, sample: int) -> None:
     conversation = Conversation(task, sample, self.format, self.limits, self.system)
-    self.seats[slot] = _Seat(conversation, self.environment.open(task, sample))
+    self.seats[slot] = Seat(conversation, self.environment.open(task, sample))
 
   def _stand(self, slot: int) -> Trajectory:
     """Grades and frees a finished conversation."""
     seat = self.seats.pop(slot)
-    conversation = seat.conversation
-    solved = 0.0
-    if conversation.status is not Status.INFRASTRUCTURE_ERROR:
-      solved = seat.session.grade(conversation.answer)
-    seat.session.close()
-    return conversation.trajectory(solved, self.sampling.version)
+    trajectory = seat.conversation.trajectory(0.0, self.sampling.version)
+    try:
+      return graded(trajectory, lambda: seat.session.grade(seat.conversation.answer))
+    finally:
+      seat.session.close()
 
   def _start(self, fresh: list[int]) -> None:
     """Prompts into new slots; a prompt that stands in another slot is forked, not computed."""
@@ -159,7 +169,7 @@ class _Loop:
       self.state = self.engine.rewind(self.state, dict.fromkeys(fresh, 0))
     holders: dict[bytes, int] = {}
     for slot, seat in self.seats.items():
-      if slot not in fresh:
+      if slot not in fresh and self._holds_prompt(seat):
         holders.setdefault(_prompt_key(seat), slot)
     copies: dict[int, int] = {}
     prompts: dict[int, np.ndarray] = {}
@@ -191,8 +201,12 @@ class _Loop:
       self.sampling,
       seat.conversation.task.id,
       seat.conversation.sample,
-      len(seat.conversation.steps),
+      seat.conversation.turns,
     )
+
+  def _holds_prompt(self, seat: Seat) -> bool:
+    """Whether the slot begins with the whole prompt at this moment."""
+    return True
 
   def _collect(self) -> None:
     """Takes finished tool calls; waits for one only if no slot has anything else to do."""
@@ -256,7 +270,7 @@ class _Loop:
       if state is State.CALLING:
         seat.future = self._submit(seat)
 
-  def _submit(self, seat: _Seat) -> Future:
+  def _submit(self, seat: Seat) -> Future:
     """A tool call in a thread."""
     return self.runner.submit(seat.session, seat.conversation.call)
 
@@ -275,5 +289,5 @@ class _Stopwatch:
     self.stats.device_seconds += time.monotonic() - self.started
 
 
-def _prompt_key(seat: _Seat) -> bytes:
+def _prompt_key(seat: Seat) -> bytes:
   return seat.conversation.prompt_tokens.tobytes()

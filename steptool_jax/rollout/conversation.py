@@ -8,6 +8,7 @@ The caller owns the engine's slot: it appends `pending_tokens()`, decodes at mos
 hands them to `sampled`, runs `call` in the environment and hands the answer to `observe`.
 """
 
+import copy
 import dataclasses
 import enum
 import json
@@ -60,6 +61,9 @@ class State(enum.StrEnum):
 class Conversation:
   """State of one (task, sample). Use from one thread at a time.
 
+  system: the task description for the chat format; task.metadata["system"], where there is one, is
+  the whole system text instead, in the formats that take one (ChatFormat.prompt's `whole`).
+
   A prompt that leaves no room for a single sampled token ends at once: TOKEN_BUDGET, no steps, no
   prompt tokens (nothing was shown to the model).
   """
@@ -83,7 +87,9 @@ class Conversation:
     self._invalid_in_a_row = 0
     self._tokens: list[int] = []
     self._logprobs: list[float] = []
-    self._prompt = chat_format.prompt(system, task.tools, task.query)
+    self._prompt = chat_format.prompt(
+      system, task.tools, task.query, whole=task.metadata.get("system")
+    )
     self._pending = self._prompt
     self._length = len(self._prompt)
     if self._length >= limits.max_tokens:
@@ -100,6 +106,11 @@ class Conversation:
   def prompt_tokens(self) -> np.ndarray:
     """int32[P], empty when the prompt did not fit."""
     return self._prompt
+
+  @property
+  def turns(self) -> int:
+    """Turns of the model that have ended."""
+    return len(self.steps)
 
   @property
   def answer(self) -> str | None:
@@ -162,6 +173,14 @@ class Conversation:
     call, self.call = self.call, None
     self._answer_call(call, observation, closing=())
     return self.state
+
+  def branch(self) -> "Conversation":
+    """An independent copy between two turns (NEEDS_APPEND), to go on from the same state twice."""
+    self._expect(State.NEEDS_APPEND)
+    # All fields but the open turn's lists are immutable, and no turn is open.
+    other = copy.copy(self)
+    other._tokens, other._logprobs = [], []
+    return other
 
   def trajectory(self, solved: float, policy_version: int) -> Trajectory:
     """The finished conversation. prompt_tokens and every step's tokens and observation_tokens, one

@@ -1,0 +1,87 @@
+"""Annotated trajectories as a TFDS dataset in array_record files, read without TensorFlow.
+
+    build({"train": "train.jsonl"}, data_dir)
+    source = open_source(data_dir, "train")  # random access: len(source), source[i]
+
+`open_source` gives AnnotatedTrajectory records; other programs read the same files with
+`tfds.builder_from_directory(directory).as_data_source(split)` and need none of this code.
+Everything that TFDS does is imported when it is used, so the package works without it.
+"""
+
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from steptool_jax.data.trajectories import AnnotatedTrajectory, read_trajectories
+
+NAME = "annotated_trajectories"
+VERSION = "1.0.0"
+
+
+def build(files: Mapping[str, str | pathlib.Path], data_dir: str | pathlib.Path) -> pathlib.Path:
+  """Writes {split: JSON lines file} to data_dir/annotated_trajectories/1.0.0; returns that folder.
+
+  ValueError for a broken line, an empty file or no split at all, and for a folder that is there
+  already: data are never mixed. A build that fails leaves no dataset behind.
+  """
+  builders = _import()
+  if not files:
+    raise ValueError("files: name at least one split")
+  folder = pathlib.Path(data_dir) / NAME / VERSION
+  if folder.exists():
+    raise ValueError(f"{folder} exists: remove it, or build into another data_dir")
+  for split, path in files.items():
+    if next(iter(read_trajectories(path)), None) is None:
+      raise ValueError(f"{path} (split {split!r}) holds no trajectory")
+  builder = builders.Builder(files=files, data_dir=data_dir, file_format="array_record")
+  builder.download_and_prepare()
+  return pathlib.Path(builder.data_dir)
+
+
+class Source(Sequence[AnnotatedTrajectory]):
+  """Random access to the records of one split."""
+
+  def __init__(self, source: Any, decode: Any):
+    self._source = source
+    self._decode = decode
+
+  def __len__(self) -> int:
+    return len(self._source)
+
+  def __getitem__(self, index: Any) -> Any:
+    if isinstance(index, slice):
+      return [self[i] for i in range(*index.indices(len(self)))]
+    if not -len(self) <= index < len(self):
+      raise IndexError(f"record {index} of {len(self)}")
+    return self._decode(self._source[index % len(self)])
+
+  def __iter__(self) -> Iterator[AnnotatedTrajectory]:
+    return (self[i] for i in range(len(self)))
+
+
+def open_source(data_dir: str | pathlib.Path, split: str) -> Source:
+  """The records of one split, in the order of its file.
+
+  FileNotFoundError when nothing was built there, ValueError for an unknown split.
+  """
+  builders = _import()
+  folder = pathlib.Path(data_dir) / NAME / VERSION
+  if not (folder / "dataset_info.json").is_file():
+    raise FileNotFoundError(f"no dataset in {folder}: build it first from JSON lines")
+  builder = builders.tfds.builder_from_directory(folder)
+  if split not in builder.info.splits:
+    raise ValueError(f"split {split!r}: {folder} has {', '.join(sorted(builder.info.splits))}")
+  return Source(builder.as_data_source(split), builders.decode)
+
+
+def _import():
+  try:
+    from steptool_jax.data.annotated_trajectories import (
+      annotated_trajectories_dataset_builder as builders,
+    )
+  except ImportError as error:
+    raise ImportError(
+      f"annotated trajectories as a TFDS dataset need tensorflow-datasets ({error}): pip install "
+      "tensorflow-datasets importlib_resources, or use the JSON lines"
+    ) from error
+  return builders

@@ -1,0 +1,336 @@
+"""Official rows -> training trajectories, tokenised as one conversation.
+
+The files spell one model family's scaffolding (`<|im_start|>` and so on). Here a row is taken apart
+into messages and put together again in the layout of a chat format, so that any of them trains any
+model: one BOS, control tokens as control ids, a stop token behind every response, and a tool's text
+as plain text even where it spells a control token. What the messages say is not changed.
+
+A conversation that is longer than the limit is left out whole and reported: a cut one would be
+another conversation, with other rewards.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from steptool_jax.data.official import Dialogue, Message, PreferenceRow, StepRow
+from steptool_jax.data.trajectories import AnnotatedTrajectory
+from steptool_jax.dialogue.codec import Control, Piece
+from steptool_jax.dialogue.template import ChatFormat
+from steptool_jax.types import Code, Finish, Malformed, Observation, Status, Step, Trajectory
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Conversion:
+  """What became of `total` rows: records[i] comes from row kept[i]; too_long holds (row, tokens)
+  of those that were left out because of `max_tokens`.
+  """
+
+  records: tuple[AnnotatedTrajectory, ...]
+  kept: tuple[int, ...]
+  too_long: tuple[tuple[int, int], ...]
+  total: int
+  max_tokens: int
+
+  def report(self) -> str:
+    """One line for the log."""
+    line = f"{len(self.kept)} of {self.total} rows converted"
+    if self.too_long:
+      rows = ", ".join(f"{row} ({tokens})" for row, tokens in self.too_long[:10])
+      more = ", …" if len(self.too_long) > 10 else ""
+      line += (
+        f"; {len(self.too_long)} left out, longer than {self.max_tokens} tokens: row {rows}{more}"
+      )
+    return line
+
+
+def from_step_rows(
+  rows: Sequence[StepRow], chat_format: ChatFormat, max_tokens: int, source: str
+) -> Conversion:
+  """Annotated rows as trajectories whose steps hold `reward`; row n is task "<source>:<n>".
+
+  SC and Con cannot be told from their sum: they stay 0, so do not shape these rewards again. The
+  annotators scored every last step as final, so each trajectory is terminated (GAVE_UP where it
+  does not end in an answer). Behaviour log-probs are NaN and flagged unknown.
+
+  ValueError that names the row, for scaffolding of no known family and a final reward outside
+  [0, 1]; and for a chat format that is not a ReAct one.
+  """
+
+  def convert(n: int, row: StepRow) -> AnnotatedTrajectory:
+    where = f"{source}, row {n + 1}"
+    messages = _split_row(row, where)
+    if not 0 <= row.rewards[-1] <= 1:
+      raise ValueError(f"{where}: the final reward is {row.rewards[-1]}, must be in [0, 1]")
+    prompt, turns = _tokenise(messages[:2], messages[2:], chat_format)
+    steps = []
+    for k, (reward, response) in enumerate(zip(row.rewards, turns[::2], strict=True)):
+      forced = turns[2 * k + 1] if 2 * k + 1 < len(turns) else None
+      observation = messages[2 * k + 3].text if forced is not None else None
+      steps.append(_step(response, forced, observation, reward, chat_format))
+    return _record(f"{source}:{n + 1}", messages, prompt, steps, row.rewards[-1])
+
+  return _fitting([convert(n, row) for n, row in enumerate(rows)], max_tokens)
+
+
+def from_dialogues(
+  dialogues: Sequence[Dialogue], chat_format: ChatFormat, max_tokens: int
+) -> Conversion:
+  """SFT and RFT instances: all before the last message is the prompt, the last one the only step.
+
+  Task ids are "<query id>:<number>"; rewards are 0. ValueError that names the instance when it does
+  not start with a system and a user message.
+  """
+
+  def convert(dialogue: Dialogue) -> AnnotatedTrajectory:
+    where = f"{dialogue.query_id}:{dialogue.number}"
+    if [m.role for m in dialogue.messages[:2]] != ["system", "user"]:
+      raise ValueError(f"dialogue {where}: must start with a system and a user message")
+    return _last_turn(where, dialogue.messages, chat_format)
+
+  return _fitting([convert(dialogue) for dialogue in dialogues], max_tokens)
+
+
+def from_preferences(
+  rows: Sequence[PreferenceRow], chat_format: ChatFormat, max_tokens: int, source: str
+) -> tuple[Conversion, Conversion]:
+  """ETO rows as (chosen, rejected): entry i of both is one pair, with the same prompt tokens.
+
+  A pair is left out whole when either side is too long. Task ids are "<source>:<row>".
+  """
+  pairs = []
+  for n, row in enumerate(rows, start=1):
+    prompt = split_react(row.prompt, f"{source}, row {n}")
+    ends = (Message("assistant", text) for text in (row.chosen, row.rejected))
+    pairs.append([_last_turn(f"{source}:{n}", (*prompt, end), chat_format) for end in ends])
+  lengths = [max(record.trajectory.num_tokens for record in pair) for pair in pairs]
+  chosen, rejected = zip(*pairs, strict=True) if pairs else ((), ())
+  return _fitting(chosen, max_tokens, lengths), _fitting(rejected, max_tokens, lengths)
+
+
+def _fitting(
+  records: Sequence[AnnotatedTrajectory], max_tokens: int, lengths: Sequence[int] | None = None
+) -> Conversion:
+  """Keeps what is no longer than max_tokens, by the records' own lengths or those given."""
+  if lengths is None:
+    lengths = [record.trajectory.num_tokens for record in records]
+  kept = [n for n, length in enumerate(lengths) if length <= max_tokens]
+  return Conversion(
+    records=tuple(records[n] for n in kept),
+    kept=tuple(n + 1 for n in kept),
+    too_long=tuple((n + 1, length) for n, length in enumerate(lengths) if length > max_tokens),
+    total=len(records),
+    max_tokens=max_tokens,
+  )
+
+
+def _last_turn(
+  task_id: str, messages: Sequence[Message], chat_format: ChatFormat
+) -> AnnotatedTrajectory:
+  prompt, (response,) = _tokenise(messages[:-1], messages[-1:], chat_format)
+  steps = [_step(response, None, None, 0.0, chat_format)]
+  return _record(task_id, messages, prompt, steps, 0.0)
+
+
+def _record(
+  task_id: str,
+  messages: Sequence[Message],
+  prompt: np.ndarray,
+  steps: Sequence[Step],
+  solved: float,
+) -> AnnotatedTrajectory:
+  last = steps[-1].action
+  answered = isinstance(last, Finish) and not last.gave_up
+  status = Status.ANSWERED if answered else Status.GAVE_UP
+  trajectory = Trajectory(task_id, 0, prompt, tuple(steps), status, solved)
+  return AnnotatedTrajectory(trajectory, logprobs_known=False, query=_query(messages[1].text))
+
+
+def _step(response, forced, text: str | None, reward: float, chat_format: ChatFormat) -> Step:
+  action = chat_format.parse(response)
+  observation = None
+  if text is not None:
+    code = Code.MALFORMED if isinstance(action, Malformed) else observation_code(text)
+    observation = Observation(text, code)
+  return Step(
+    tokens=response,
+    logprobs=np.full(len(response), np.nan, np.float32),
+    action=action,
+    observation=observation,
+    observation_tokens=np.zeros(0, np.int32) if forced is None else forced,
+    reward=reward,
+  )
+
+
+# --- rows into messages ----------------------------------------------------------------------
+
+# Scaffolding of the three families: opening, observation, and what may end a response.
+_FAMILIES = (
+  (
+    r"<\|im_start\|>system\n(.*?)<\|im_end\|>\n<\|im_start\|>user\n(.*)<\|im_end\|>\n"
+    r"<\|im_start\|>assistant\n",
+    r"<\|im_start\|>function\n(.*)<\|im_end\|>\n<\|im_start\|>assistant\n",
+    "<|im_end|>",
+  ),
+  (
+    r"(?:<\|begin_of_text\|>)?<\|start_header_id\|>system<\|end_header_id\|>\n\n(.*?)<\|eot_id\|>"
+    r"<\|start_header_id\|>user<\|end_header_id\|>\n\n(.*)<\|eot_id\|>"
+    r"<\|start_header_id\|>assistant<\|end_header_id\|>\n\n",
+    r"<\|start_header_id\|>function<\|end_header_id\|>\n\n(.*)<\|eot_id\|>"
+    r"<\|start_header_id\|>assistant<\|end_header_id\|>\n\n",
+    "<|eot_id|>",
+  ),
+  (
+    r"System:[ \n](.*?)\nUser:[ \n](.*)\nAssistant:\s*",
+    r"Function:[ \n](.*)\nAssistant:\s*",
+    "</s>",
+  ),
+)
+
+
+def _split_row(row: StepRow, where: str) -> list[Message]:
+  """system, user, (assistant, function)*, assistant."""
+  matches = [(re.fullmatch(f[0], row.prompts[0], re.DOTALL), *f[1:]) for f in _FAMILIES]
+  match, observation, end = next((m for m in matches if m[0]), (None, "", ""))
+  if match is None:
+    raise ValueError(
+      f"{where}: the prompt is of no known family (ToolLLaMA, ChatML, Llama-3.1), it starts with "
+      f"{row.prompts[0]!r:.60}"
+    )
+  messages = [Message("system", match[1]), Message("user", match[2])]
+  for k, response in enumerate(row.responses):
+    if k:
+      match = re.fullmatch(observation, row.prompts[k], re.DOTALL)
+      if match is None:
+        raise ValueError(
+          f"{where}, step {k}: the observation is not in the scaffolding of its prompt, it starts "
+          f"with {row.prompts[k]!r:.60}"
+        )
+      messages.append(Message("function", match[1]))
+    messages.append(Message("assistant", response.rstrip("\n").removesuffix(end)))
+  return messages
+
+
+_TURN = re.compile(r"^(System|User|Assistant|Function):[ \n]?", re.MULTILINE)
+
+
+def split_react(prompt: str, where: str) -> list[Message]:
+  """A prompt of `Role: text` lines that ends in an empty `Assistant:` -> its messages.
+
+  ValueError when the roles are not system, user, (assistant, function)*.
+  """
+  parts = _TURN.split(prompt)
+  messages = [
+    Message(role.lower(), text.removesuffix("\n"))
+    for role, text in zip(parts[1::2], parts[2::2], strict=True)
+  ]
+  expected = ["system", "user", "assistant"] + ["function", "assistant"] * (len(messages) // 2 - 1)
+  if parts[0].strip() or [m.role for m in messages] != expected or messages[-1].text.strip():
+    raise ValueError(
+      f"{where}: the prompt must hold System, User, then Assistant and Function in turn, and end "
+      f"in an empty Assistant; found {[m.role for m in messages]}"
+    )
+  return messages[:-1]
+
+
+def _query(text: str) -> str:
+  """The query of the official user text "{query}\\nBegin!"."""
+  return text.strip().removesuffix("Begin!").strip()
+
+
+# --- messages into ids -----------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Layout:
+  """How a format spells a turn. `between` stands between two turns, not in front of the first."""
+
+  start: list[Piece]
+  between: str
+  turn: Callable[[str, str], list[Piece]]  # of (role, text)
+  header: list[Piece]  # of the assistant's turn
+
+
+def _layout(chat_format: ChatFormat) -> _Layout:
+  codec = chat_format.codec
+  if chat_format.name == "toolllama":
+    # Llama-2's own tokenizer puts a space in front of a prompt, and only there.
+    start: list[Piece] = [Control(codec.control_name(codec.bos_id))]
+    start += [" "] if codec.prefix_space else []
+    return _Layout(
+      start, "\n", lambda role, text: [f"{role.capitalize()}: {text}"], ["Assistant:\n"]
+    )
+  if chat_format.name == "chatml_react":
+    begin, end = Control("<|im_start|>"), Control("<|im_end|>")
+    return _Layout(
+      [], "\n", lambda role, text: [begin, f"{role}\n", text, end], [begin, "assistant\n"]
+    )
+  if chat_format.name == "llama31":
+    names = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+    first, last, eot = (Control(name) for name in names)
+    return _Layout(
+      [Control("<|begin_of_text|>")],
+      "",
+      lambda role, text: [first, role, last, "\n\n", text, eot],
+      [first, "assistant", last, "\n\n"],
+    )
+  raise ValueError(
+    f"chat_format {chat_format.name!r}: the official rows are ReAct text (Thought, Action, Action "
+    "Input); choose toolllama, chatml_react or llama31"
+  )
+
+
+def _tokenise(
+  prompt: Sequence[Message], rest: Sequence[Message], chat_format: ChatFormat
+) -> tuple[np.ndarray, list[np.ndarray]]:
+  """(int32[P] of the prompt, int32 ids of every message of `rest`), which starts with a response.
+
+  Each response ends in the stop token; every other message carries the assistant header behind it.
+  """
+  layout = _layout(chat_format)
+  stop = np.int32(chat_format.stop_ids[0])
+  parts: list[np.ndarray] = []
+  pending: list[Piece] = list(layout.start)
+  for number, message in enumerate((*prompt, *rest)):
+    if number:
+      pending.append(layout.between)
+    if message.role == "assistant":
+      parts.append(chat_format.codec.join([*pending, *layout.header]))
+      # Outer newlines belong to the scaffolding, which the files spell with and without.
+      parts.append(np.append(chat_format.codec.join([message.text.strip("\n")]), stop))
+      pending = []
+    else:
+      text = message.text
+      if number == 1:  # the query, as the formats spell it
+        text = "\n" + text.strip("\n") + "\n"
+      pending += layout.turn(message.role, text)
+  split = len(parts) - len(rest)
+  return np.concatenate(parts[:split]), parts[split:]
+
+
+# --- observations ----------------------------------------------------------------------------
+
+# What the official server puts into "error".
+_ERRORS = (
+  ("timeout error", Code.TIMEOUT),
+  ("too many requests", Code.RATE_LIMIT),
+  ("rate limit", Code.RATE_LIMIT),
+  ("api not working", Code.UNAVAILABLE),
+  ("no such function", Code.UNKNOWN_TOOL),
+)
+
+
+def observation_code(text: str) -> Code:
+  """The code of a stored observation `{"error": "…", "response": …}`, cut or whole.
+
+  OK is an empty error, whatever the response says; text of another shape is TOOL_ERROR.
+  """
+  match = re.match(r"""\{\s*["']error["']\s*:\s*(["'])(.*?)\1""", text.strip(), re.DOTALL)
+  if match is None:
+    return Code.TOOL_ERROR
+  error = match[2].casefold()
+  if not error:
+    return Code.OK
+  return next((code for phrase, code in _ERRORS if phrase in error), Code.TOOL_ERROR)

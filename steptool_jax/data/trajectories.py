@@ -1,0 +1,296 @@
+"""Annotated trajectories as JSON lines: one trajectory a line, nothing lost.
+
+Token ids come back as int32, log-probs as float32 with the same bits, rewards as the same floats.
+A file is written beside its place and moved there when it is whole, so a reader sees the old file
+or the new one. A line that cannot be read is named; nothing is skipped.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from steptool_jax.types import (
+  Action,
+  Code,
+  Finish,
+  Malformed,
+  Observation,
+  Status,
+  Step,
+  ToolCall,
+  Trajectory,
+)
+
+_FORMAT = 1  # of a line; a reader refuses what it does not know
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class AnnotatedTrajectory:
+  """A trajectory with rewards, and what a trainer must know of where it comes from.
+
+  logprobs_known: False when nobody recorded the behaviour policy. The steps' log-probs are NaN
+  then, so that a trainer that forgets to compute them fails at once instead of learning from zeros.
+  """
+
+  trajectory: Trajectory
+  logprobs_known: bool = True
+  query: str = ""
+  metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # JSON data
+
+  def __post_init__(self):
+    for k, step in enumerate(self.trajectory.steps):
+      finite = np.isfinite(step.logprobs)
+      if len(step.logprobs) != len(step.tokens) or not (
+        finite.all() if self.logprobs_known else np.isnan(step.logprobs).all()
+      ):
+        wanted = "finite" if self.logprobs_known else "NaN, since logprobs_known is False"
+        raise ValueError(
+          f"trajectory of task {self.trajectory.task_id!r}, step {k}: the log-probs must be "
+          f"{wanted}, one for each token"
+        )
+
+
+def write_trajectories(path: str | pathlib.Path, records: Iterable[AnnotatedTrajectory]) -> int:
+  """Writes all records, atomically; returns their number.
+
+  ValueError for what JSON cannot carry back (a tuple, NaN, keys that are no text in arguments or
+  values): the file at `path` stays what it was.
+  """
+  path = pathlib.Path(path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  count = 0
+  handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+  try:
+    with open(handle, "w", encoding="ascii", newline="\n") as file:
+      for record in records:
+        file.write(dump(record) + "\n")
+        count += 1
+      file.flush()
+      os.fsync(file.fileno())
+    os.chmod(name, 0o644)  # mkstemp makes private files
+    os.replace(name, path)
+  except BaseException:
+    os.unlink(name)
+    raise
+  return count
+
+
+def read_trajectories(path: str | pathlib.Path) -> Iterator[AnnotatedTrajectory]:
+  """The records of a file, one by one; ValueError that names the file and the line."""
+  path = pathlib.Path(path)
+  with path.open("rb") as file:
+    for number, line in enumerate(file, start=1):
+      try:
+        if not line.endswith(b"\n"):
+          raise ValueError("the line has no end, the file was cut")
+        yield load(line.decode("utf-8"))
+      except ValueError as error:
+        raise ValueError(
+          f"{path}, line {number}: {error}; write the file again, or delete this line"
+        ) from error
+
+
+def dump(record: AnnotatedTrajectory) -> str:
+  """One record as a line of ASCII JSON, without the line's end."""
+  try:
+    return json.dumps(to_document(record), allow_nan=False, separators=(",", ":"))
+  except ValueError as error:
+    raise ValueError(f"task {record.trajectory.task_id!r}: {error}") from error
+
+
+def load(line: str) -> AnnotatedTrajectory:
+  """Inverts `dump`; ValueError for a line that `dump` did not write."""
+  return from_document(json.loads(line, parse_constant=_refuse_constant))
+
+
+def to_document(record: AnnotatedTrajectory) -> dict[str, Any]:
+  """One record as JSON data; ValueError for what JSON cannot carry back."""
+  trajectory = record.trajectory
+  steps = [
+    {
+      "tokens": _ids(step.tokens),
+      "logprobs": _floats(step.logprobs) if record.logprobs_known else None,
+      "action": _dump_action(step.action),
+      "observation": _dump_observation(step.observation),
+      "observation_tokens": _ids(step.observation_tokens),
+      "success_calling": float(step.success_calling),
+      "contribution": float(step.contribution),
+      "reward": float(step.reward),
+    }
+    for step in trajectory.steps
+  ]
+  return {
+    "format": _FORMAT,
+    "task_id": trajectory.task_id,
+    "sample": int(trajectory.sample),
+    "query": record.query,
+    "prompt_tokens": _ids(trajectory.prompt_tokens),
+    "steps": steps,
+    "status": str(trajectory.status),
+    "solved": float(trajectory.solved),
+    "policy_version": int(trajectory.policy_version),
+    "logprobs_known": record.logprobs_known,
+    "metadata": _plain(record.metadata, "metadata"),
+  }
+
+
+def from_document(document: Any) -> AnnotatedTrajectory:
+  """Inverts `to_document`; ValueError for anything else."""
+  if not isinstance(document, dict) or document.get("format") != _FORMAT:
+    raise ValueError(f"not a trajectory of format {_FORMAT}")
+  try:
+    known = _typed(document["logprobs_known"], bool)
+    trajectory = Trajectory(
+      task_id=_typed(document["task_id"], str),
+      sample=_typed(document["sample"], int),
+      prompt_tokens=_load_ids(document["prompt_tokens"]),
+      steps=tuple(_load_step(step, known) for step in document["steps"]),
+      status=Status(document["status"]),
+      solved=_typed(document["solved"], float),
+      policy_version=_typed(document["policy_version"], int),
+    )
+    return AnnotatedTrajectory(
+      trajectory,
+      known,
+      _typed(document["query"], str),
+      _typed(document["metadata"], dict),
+    )
+  except KeyError as error:
+    raise ValueError(f"the field {error} is missing") from error
+  except (TypeError, AttributeError) as error:
+    raise ValueError(f"a field has the wrong type ({error})") from error
+
+
+def _load_step(entry: Mapping[str, Any], known: bool) -> Step:
+  tokens = _load_ids(entry["tokens"])
+  if known:
+    logprobs = np.asarray(_typed(entry["logprobs"], list), np.float32)
+  else:
+    logprobs = np.full(len(tokens), np.nan, np.float32)
+    _typed(entry["logprobs"], type(None))
+  return Step(
+    tokens=tokens,
+    logprobs=logprobs,
+    action=_load_action(entry["action"]),
+    observation=_load_observation(entry["observation"]),
+    observation_tokens=_load_ids(entry["observation_tokens"]),
+    success_calling=_typed(entry["success_calling"], float),
+    contribution=_typed(entry["contribution"], float),
+    reward=_typed(entry["reward"], float),
+  )
+
+
+# --- actions and observations ----------------------------------------------------------------
+
+
+def _dump_action(action: Action) -> dict[str, Any]:
+  if isinstance(action, ToolCall):
+    arguments = _plain(action.arguments, f"arguments of {action.name!r}")
+    return {"call": action.name, "arguments": arguments, "thought": action.thought}
+  if isinstance(action, Finish):
+    return {"finish": action.answer, "gave_up": action.gave_up, "thought": action.thought}
+  return {"malformed": action.reason}
+
+
+def _load_action(entry: Mapping[str, Any]) -> Action:
+  if "call" in entry:
+    return ToolCall(
+      _typed(entry["call"], str),
+      _typed(entry["arguments"], dict),
+      _typed(entry["thought"], str),
+    )
+  if "finish" in entry:
+    return Finish(
+      _typed(entry["finish"], str),
+      _typed(entry["gave_up"], bool),
+      _typed(entry["thought"], str),
+    )
+  return Malformed(_typed(entry["malformed"], str))
+
+
+def _dump_observation(observation: Observation | None) -> dict[str, Any] | None:
+  if observation is None:
+    return None
+  return {
+    "text": observation.text,
+    "code": str(observation.code),
+    "value": _plain(observation.value, "value of an observation"),
+    "changed": bool(observation.changed),
+    "injected": bool(observation.injected),
+    "seconds": float(observation.seconds),
+  }
+
+
+def _load_observation(entry: Mapping[str, Any] | None) -> Observation | None:
+  if entry is None:
+    return None
+  return Observation(
+    text=_typed(entry["text"], str),
+    code=Code(entry["code"]),
+    value=entry["value"],
+    changed=_typed(entry["changed"], bool),
+    injected=_typed(entry["injected"], bool),
+    seconds=_typed(entry["seconds"], float),
+  )
+
+
+# --- plain values ----------------------------------------------------------------------------
+
+
+def _ids(tokens: np.ndarray) -> list[int]:
+  array = np.asarray(tokens)
+  if array.ndim != 1 or array.dtype != np.int32:
+    raise ValueError(f"token ids must be int32[N], found {array.dtype}{list(array.shape)}")
+  return array.tolist()
+
+
+def _floats(values: np.ndarray) -> list[float]:
+  array = np.asarray(values)
+  if array.ndim != 1 or array.dtype != np.float32:
+    raise ValueError(f"log-probs must be float32[N], found {array.dtype}{list(array.shape)}")
+  return array.tolist()  # as float64, which holds every float32 exactly
+
+
+def _load_ids(values: Any) -> np.ndarray:
+  try:
+    array = np.asarray(_typed(values, list) or np.zeros(0, np.int32))
+    if array.ndim != 1 or array.dtype.kind != "i" or (array != array.astype(np.int32)).any():
+      raise ValueError("token ids must be a list of 32-bit integers")
+  except OverflowError as error:
+    raise ValueError("token ids must be a list of 32-bit integers") from error
+  return array.astype(np.int32)
+
+
+def _plain(value: Any, where: str) -> Any:
+  """JSON data that reads back equal; ValueError for the rest."""
+  if isinstance(value, Mapping):
+    for key in value:
+      if not isinstance(key, str):
+        raise ValueError(f"{where}: the key {key!r} is no text, JSON would change it")
+    return {key: _plain(entry, where) for key, entry in value.items()}
+  if isinstance(value, list):
+    return [_plain(entry, where) for entry in value]
+  exact = value is None or type(value) in (str, bool, int)
+  if not exact and not (type(value) is float and math.isfinite(value)):
+    raise ValueError(
+      f"{where}: {value!r:.60} ({type(value).__name__}) is no JSON data; use lists, text, finite "
+      "numbers, booleans and None"
+    )
+  return value
+
+
+def _typed(value: Any, kind: type) -> Any:
+  if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+    raise ValueError(f"{value!r:.60} must be of type {kind.__name__}")
+  return value
+
+
+def _refuse_constant(name: str) -> Any:
+  raise ValueError(f"{name} is no JSON number")

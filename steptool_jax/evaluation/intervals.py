@@ -1,0 +1,135 @@
+"""How sure a figure is: bootstrap intervals over tasks, and where its variance comes from.
+
+A score y[t, r, j] of task t, rollout r and judge run j is modelled as
+
+    y[t, r, j] = mean + task[t] + rollout[t, r] + judge[t, r, j]
+
+with independent terms of variance task, rollout, judge (a balanced nested design, as in an analysis
+of variance). Their estimates come from the mean squares between tasks, between the rollouts of a
+task, and between the judge runs of a rollout:
+
+    judge = MS_judge    rollout = (MS_rollout - MS_judge) / J    task = (MS_task - MS_rollout) / RJ
+
+What a table prints as ± over judge runs of one rollout estimates sqrt(judge / T) only. An estimate
+below 0 is reported as 0. A component that the data cannot tell is NaN: rollout and task with one
+rollout a task, judge and rollout with one judge run.
+"""
+
+import dataclasses
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Interval:
+  """A mean and its bootstrap percentile interval."""
+
+  mean: float
+  low: float
+  high: float
+  confidence: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Components:
+  """Variances of one score (not of a mean), and standard errors of the mean over all scores."""
+
+  judge: float
+  rollout: float
+  task: float
+  within_task: float  # rollout + judge of one rollout judged once; known where rollouts > 1
+  judge_error: float  # of the mean, from judge runs alone: sqrt(judge / TRJ)
+  rollout_error: float  # of the mean on these tasks, from rollouts and judge runs
+  task_error: float  # of the mean as a figure for tasks like these: everything
+
+
+def bootstrap(
+  scores: np.ndarray, confidence: float = 0.95, resamples: int = 10_000, seed: int = 0
+) -> Interval:
+  """Interval of the mean over tasks; scores [T] or [T, …], whose further axes are averaged first.
+
+  Tasks are drawn with replacement, all scores of a task together. ValueError for no task, a score
+  that is not finite, or a confidence outside (0, 1).
+  """
+  values = _task_means(scores, "scores")
+  if not (0 < confidence < 1 and resamples >= 1):
+    raise ValueError(
+      f"confidence {confidence} must be between 0 and 1, resamples {resamples} at least 1"
+    )
+  rng = np.random.default_rng(seed)
+  tail = 100 * (1 - confidence) / 2
+  means = np.empty(resamples)
+  # In blocks, so that tens of thousands of resamples of thousands of tasks need little memory.
+  block = max(1, 4_000_000 // len(values))
+  for start in range(0, resamples, block):
+    size = min(block, resamples - start)
+    drawn = rng.integers(0, len(values), (size, len(values)), dtype=np.int32)
+    means[start : start + size] = values[drawn].mean(axis=1)
+  low, high = np.percentile(means, [tail, 100 - tail])
+  return Interval(float(values.mean()), float(low), float(high), confidence)
+
+
+def bootstrap_difference(
+  ours: np.ndarray,
+  theirs: np.ndarray,
+  confidence: float = 0.95,
+  resamples: int = 10_000,
+  seed: int = 0,
+) -> Interval:
+  """Interval of mean(ours) - mean(theirs), paired: row t of both is one task.
+
+  The further axes (rollouts, judge runs) may differ. ValueError for different numbers of tasks.
+  """
+  a, b = _task_means(ours, "ours"), _task_means(theirs, "theirs")
+  if len(a) != len(b):
+    raise ValueError(f"{len(a)} and {len(b)} tasks: a paired difference needs the same tasks")
+  return bootstrap(a - b, confidence, resamples, seed)
+
+
+def components(scores: np.ndarray) -> Components:
+  """Where the variance of float[T, R, J] (tasks, rollouts, judge runs) comes from.
+
+  ValueError for another shape and for fewer than two tasks.
+  """
+  scores = np.asarray(scores, np.float64)
+  if scores.ndim != 3 or 0 in scores.shape or len(scores) < 2:
+    raise ValueError(
+      f"scores must be [tasks, rollouts, judge runs] with at least two tasks, found {scores.shape}"
+    )
+  if not np.isfinite(scores).all():
+    raise ValueError("scores: all must be finite; leave tasks with infrastructure errors out")
+  tasks, rollouts, runs = scores.shape
+  nan = float("nan")
+  rollout_means = scores.mean(axis=2)
+  task_means = rollout_means.mean(axis=1)
+  ms_judge = float(scores.var(axis=2, ddof=1).mean()) if runs > 1 else nan
+  ms_rollout = runs * float(rollout_means.var(axis=1, ddof=1).mean()) if rollouts > 1 else nan
+  ms_task = rollouts * runs * float(task_means.var(ddof=1))
+
+  judge = ms_judge
+  rollout = _not_negative((ms_rollout - ms_judge) / runs)
+  # With one judge run, what varies between rollouts is rollout and judge in one.
+  within = rollout + judge if runs > 1 else ms_rollout
+  number = tasks * rollouts * runs
+  return Components(
+    judge=judge,
+    rollout=rollout,
+    task=_not_negative((ms_task - ms_rollout) / (rollouts * runs)),
+    within_task=within,
+    judge_error=float(np.sqrt(judge / number)),
+    rollout_error=float(np.sqrt(ms_rollout / number)),
+    task_error=float(np.sqrt(ms_task / number)),
+  )
+
+
+def _task_means(scores: np.ndarray, name: str) -> np.ndarray:
+  scores = np.asarray(scores, np.float64)
+  if scores.ndim == 0 or scores.size == 0:
+    raise ValueError(f"{name}: must hold at least one task, found shape {scores.shape}")
+  if not np.isfinite(scores).all():
+    raise ValueError(f"{name}: all must be finite; leave tasks with infrastructure errors out")
+  return scores.reshape(len(scores), -1).mean(axis=1)
+
+
+def _not_negative(value: float) -> float:
+  return value if np.isnan(value) else max(0.0, value)

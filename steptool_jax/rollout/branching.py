@@ -1,0 +1,145 @@
+"""Sessions that follow a search tree: every call runs in the state its node's path has led to.
+
+An environment whose sessions can copy themselves offers `fork`. All others are replayed: where the
+search has backed up, a fresh session repeats the calls of the path before the next one. That is
+right only if it answers as it did before, so every repeated answer is compared with the recorded
+one; a difference ends the search as an infrastructure error, never as the model's failure.
+"""
+
+import threading
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
+
+from steptool_jax.environments.base import Environment, Session
+from steptool_jax.simulators.errors import InfrastructureError
+from steptool_jax.types import Code, Observation, Step, Task, ToolCall
+
+ROOT = -1  # the node in front of the first turn
+
+
+@runtime_checkable
+class Forkable(Protocol):
+  """A session that can go on twice from one state (and a Session besides)."""
+
+  def fork(self) -> Session:
+    """An independent session in the same state; neither sees what the other does later."""
+    ...
+
+
+class Branches:
+  """The sessions of one search. Used by one thread; only a Branch's `call` runs in any thread."""
+
+  def __init__(self, environment: Environment, task: Task, sample: int):
+    self._environment, self._task, self._sample = environment, task, sample
+    root = self._open()
+    self._forks = isinstance(root, Forkable)
+    # Forkable: the session of every node. Else: one live session and the path that it has gone.
+    self._sessions: dict[int, Session] = {ROOT: root} if self._forks else {}
+    self._live: Session | None = None if self._forks else root
+    self._live_path: tuple[Step, ...] = ()
+    self._running: Branch | None = None
+    self.replayed_calls = 0
+
+  def branch(self, node: int, path: Sequence[Step]) -> "Branch":
+    """What runs the next call behind `node`, whose steps are `path`; then comes `enter`."""
+    path = tuple(path)
+    if self._forks:
+      session = self._sessions[node].fork()
+    else:
+      session = self._live if self._live_path == path else None
+    self._running = Branch(self, path, session)
+    return self._running
+
+  def enter(self, node: int, parent: int, path: Sequence[Step]) -> None:
+    """The search has made `node` behind `parent`, by the call of `branch` or without a call."""
+    branch, self._running = self._running, None
+    if self._forks:
+      self._sessions[node] = self._sessions[parent] if branch is None else branch.take()
+    elif branch is None:
+      if self._live_path == tuple(path[:-1]):
+        self._live_path = tuple(path)  # a turn without a call changes nothing
+    else:
+      session = branch.take()
+      if session is not None:  # None: the runner gave it up while it was replaying
+        if self._live is not session:
+          self._drop_live()
+        self._live, self._live_path = session, tuple(path)
+
+  def grade(self, node: int, path: Sequence[Step], answer: str | None) -> float:
+    """IsSolved behind `node`. InfrastructureError when the calls of its path cannot be repeated."""
+    if self._forks:
+      return self._sessions[node].grade(answer)
+    if self._live is None or self._live_path != tuple(path):
+      self._drop_live()
+      self._live, self._live_path = self.replay(tuple(path)), tuple(path)
+    return self._live.grade(answer)
+
+  def replay(self, path: tuple[Step, ...]) -> Session:
+    """A fresh session that has repeated the calls of `path`; InfrastructureError if it differs."""
+    session = self._open()
+    try:
+      for step in path:
+        if not isinstance(step.action, ToolCall) or step.observation is None:
+          continue
+        got = session.call(step.action)
+        self.replayed_calls += 1
+        if (got.text, got.code) != (step.observation.text, step.observation.code):
+          raise InfrastructureError(
+            f"environment {self._environment.name!r}: {step.action.name!r} answered differently "
+            "when the search backed up and repeated the call; a tree search needs deterministic "
+            "tools, or sessions with fork()"
+          )
+    except BaseException:
+      session.close()
+      raise
+    return session
+
+  def close(self) -> None:
+    """Frees all sessions; harmless when repeated."""
+    if self._running is not None:
+      late = self._running.take()
+      if late is not None and late is not self._live:
+        late.close()
+      self._running = None
+    for session in {id(s): s for s in self._sessions.values()}.values():
+      session.close()
+    self._sessions = {}
+    self._drop_live()
+
+  def _open(self) -> Session:
+    return self._environment.open(self._task, self._sample)
+
+  def _drop_live(self) -> None:
+    live, self._live = self._live, None
+    if live is not None:
+      live.close()
+
+
+class Branch:
+  """Runs one call of a search in the right state; the tool runner may try it several times."""
+
+  def __init__(self, branches: Branches, path: tuple[Step, ...], session: Session | None):
+    self._branches, self._path, self._session = branches, path, session
+    self._lock = threading.Lock()
+    self._taken = False
+
+  def call(self, call: ToolCall) -> Observation:
+    """The environment's answer; INFRASTRUCTURE when the path cannot be repeated."""
+    if self._session is None:
+      try:
+        session = self._branches.replay(self._path)
+      except InfrastructureError as error:
+        return Observation(f"error: {error}", Code.INFRASTRUCTURE)
+      with self._lock:
+        if not self._taken:
+          self._session = session
+      if self._session is None:  # the runner gave this call up: nobody else closes the session
+        session.close()
+        return Observation("error: the call was given up", Code.INFRASTRUCTURE)
+    return self._session.call(call)
+
+  def take(self) -> Session | None:
+    """The session behind the call, the caller's from now on; None while it is being replayed."""
+    with self._lock:
+      self._taken = True
+      return self._session

@@ -1,0 +1,302 @@
+"""Client of an OpenAI-compatible chat endpoint, for judges and simulated tools.
+
+Thread-safe and synchronous: callers use threads. Replies are kept on disk by what was asked, so
+that an interrupted run goes on where it stopped and a repeated one costs nothing.
+"""
+
+import dataclasses
+import datetime
+import email.utils
+import hashlib
+import json
+import os
+import pathlib
+import random
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import httpx
+
+from steptool_jax.simulators.errors import InfrastructureError
+
+_RETRIED = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
+_MAX_BODY_BYTES = 16 << 20
+_MAX_BACKOFF_S = 20.0
+_MAX_WAIT_S = 120.0  # a server that asks for more patience than this counts as down
+
+
+@dataclasses.dataclass(frozen=True)
+class Reply:
+  """`arguments`: those of the forced function call; None when there is none that parses."""
+
+  text: str
+  arguments: dict[str, Any] | None
+  prompt_tokens: int
+  completion_tokens: int
+  cached: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Usage:
+  """Calls answered by the server, and what they cost; those answered from disk cost nothing."""
+
+  calls: int = 0
+  cached_calls: int = 0
+  prompt_tokens: int = 0
+  completion_tokens: int = 0
+  cost_usd: float = 0.0
+
+
+class _Failed(Exception):
+  """One attempt without a reply; `wait_s` is what the server asked for."""
+
+  def __init__(self, reason: str, again: bool = True, wait_s: float = 0.0):
+    super().__init__(reason)
+    self.again, self.wait_s = again, wait_s
+
+
+class Endpoint:
+  """POST {base_url}/chat/completions with one model, e.g. base_url = http://localhost:8000/v1.
+
+  timeout_s: seconds for one attempt, from the connection to the last byte. retries: further
+  attempts, after backoff_s, 2 backoff_s, ... at most 20 s (each times a random 0.5 to 1.5) and not
+  before a Retry-After; a server that asks for more than two minutes has failed. max_in_flight:
+  requests at the same time, further ones wait. cache_dir: replies are kept there, one file each,
+  by model and request (not by base_url: the same model may move); None keeps none. prices: USD per
+  million prompt and completion tokens.
+  """
+
+  def __init__(
+    self,
+    base_url: str,
+    model: str,
+    *,
+    api_key: str = "",
+    timeout_s: float = 60.0,
+    retries: int = 3,
+    max_in_flight: int = 64,
+    cache_dir: pathlib.Path | str | None = None,
+    prices: tuple[float, float] = (0.0, 0.0),
+    backoff_s: float = 0.5,
+  ):
+    if not base_url.startswith(("http://", "https://")):
+      raise ValueError(f"base_url is {base_url!r}: give http://host:port/v1")
+    if not model:
+      raise ValueError("model is empty: name the model that the endpoint serves")
+    if not timeout_s > 0:
+      raise ValueError(f"timeout_s is {timeout_s}: must be above 0 seconds")
+    if retries < 0 or not backoff_s >= 0:
+      raise ValueError("retries and backoff_s must not be negative")
+    if max_in_flight < 1:
+      raise ValueError(f"max_in_flight is {max_in_flight}: must be at least 1")
+    if len(prices) != 2 or not min(prices) >= 0:
+      raise ValueError(f"prices is {prices}: must be USD per million (prompt, completion) tokens")
+    self.model = model
+    self.max_in_flight = max_in_flight
+    self._url = base_url.rstrip("/") + "/chat/completions"
+    self._timeout_s, self._retries, self._backoff_s = timeout_s, retries, backoff_s
+    self._prices = prices
+    self._cache = pathlib.Path(cache_dir) if cache_dir is not None else None
+    if self._cache is not None:
+      self._cache.mkdir(parents=True, exist_ok=True)
+    self._lock = threading.Lock()
+    self._usage = Usage()
+    self._slots = threading.BoundedSemaphore(max_in_flight)
+    headers = {"content-type": "application/json", "accept-encoding": "identity"}
+    if api_key:
+      headers["authorization"] = f"Bearer {api_key}"
+    self._client = httpx.Client(
+      timeout=httpx.Timeout(timeout_s, pool=None),
+      limits=httpx.Limits(
+        max_connections=max_in_flight, max_keepalive_connections=max_in_flight, keepalive_expiry=30
+      ),
+      headers=headers,
+    )
+
+  def chat(
+    self,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    function: Mapping[str, Any] | None = None,
+    json_mode: bool = False,
+    max_tokens: int = 1024,
+    temperature: float = 0.0,
+    sample: int = 0,
+    accept: Callable[[Reply], None] | None = None,
+  ) -> Reply:
+    """One completion; blocks. `function` (an OpenAI function schema) is forced to be called.
+
+    `sample` tells apart draws from the same request: each has its own place in the cache.
+    `accept` may raise ValueError on a reply that is no use to the caller; it is then not kept.
+    InfrastructureError when the attempts are used up or the server refuses the request.
+    """
+    body: dict[str, Any] = {
+      "model": self.model,
+      "messages": list(messages),
+      "max_tokens": max_tokens,
+      "temperature": temperature,
+    }
+    if function is not None:
+      body["tools"] = [{"type": "function", "function": dict(function)}]
+      body["tool_choice"] = {"type": "function", "function": {"name": function["name"]}}
+    if json_mode:
+      body["response_format"] = {"type": "json_object"}
+    content = json.dumps(body, sort_keys=True)
+    file = self._file(content, sample)
+    name = function["name"] if function is not None else ""
+    document = self._stored(file)
+    if document is not None:
+      reply = dataclasses.replace(_reply(document, name), cached=True)
+      self._count(cached_calls=1)
+      if accept is not None:
+        accept(reply)
+      return reply
+    document = self._ask(content)
+    reply = _reply(document, name)
+    prompt, completion = reply.prompt_tokens, reply.completion_tokens
+    cost = (prompt * self._prices[0] + completion * self._prices[1]) / 1e6
+    self._count(calls=1, prompt_tokens=prompt, completion_tokens=completion, cost_usd=cost)
+    if accept is not None:
+      accept(reply)
+    if file is not None:
+      _write(file, {"request": body, "sample": sample, "reply": document})
+    return reply
+
+  def usage(self) -> Usage:
+    with self._lock:
+      return self._usage
+
+  def close(self) -> None:
+    self._client.close()
+
+  def _count(self, **more: float) -> None:
+    with self._lock:
+      now = dataclasses.asdict(self._usage)
+      self._usage = Usage(**{**now, **{name: now[name] + n for name, n in more.items()}})
+
+  # --- cache ---
+
+  def _file(self, content: str, sample: int) -> pathlib.Path | None:
+    if self._cache is None:
+      return None
+    key = hashlib.sha256(f"{sample}\n{content}".encode()).hexdigest()
+    return self._cache / key[:2] / f"{key}.json"
+
+  def _stored(self, file: pathlib.Path | None) -> Any:
+    """The kept reply; None when there is none, or the file is broken (it is then replaced)."""
+    if file is None:
+      return None
+    try:
+      document = json.loads(file.read_bytes())["reply"]
+      _reply(document, "")
+    except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
+      return None
+    return document
+
+  # --- network ---
+
+  def _ask(self, content: str) -> Any:
+    # The place is kept while waiting: an overloaded server sees fewer requests, not others.
+    with self._slots:
+      for attempt in range(self._retries + 1):
+        try:
+          return self._attempt(content)
+        except _Failed as failure:
+          reason = f"{self._url}, model {self.model}: {failure}"
+          if not failure.again or failure.wait_s > _MAX_WAIT_S:
+            raise InfrastructureError(reason) from None
+          backoff_s = min(self._backoff_s * 2**attempt, _MAX_BACKOFF_S) * random.uniform(0.5, 1.5)
+          pause_s = max(backoff_s, failure.wait_s)
+        if attempt < self._retries:
+          time.sleep(pause_s)
+    raise InfrastructureError(f"{reason} (tried {self._retries + 1} times)")
+
+  def _attempt(self, content: str) -> Any:
+    deadline = time.monotonic() + self._timeout_s
+    try:
+      with self._client.stream("POST", self._url, content=content) as response:
+        body = bytearray()
+        for chunk in response.iter_raw():
+          body += chunk
+          if len(body) > _MAX_BODY_BYTES:
+            raise _Failed(f"a reply of more than {_MAX_BODY_BYTES} bytes, given up", again=False)
+          # httpx limits the wait for each piece, not for all of them.
+          if time.monotonic() > deadline:
+            raise _Failed(f"no complete reply after {self._timeout_s:g} s")
+    except httpx.TimeoutException:
+      raise _Failed(f"no reply after {self._timeout_s:g} s") from None
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+      raise _Failed(f"{type(error).__name__}: {error}") from None
+    start = repr(bytes(body[:200]).decode(errors="replace"))
+    if response.status_code != 200:
+      raise _Failed(
+        f"status {response.status_code}: {start}",
+        again=response.status_code in _RETRIED,
+        wait_s=_retry_after_s(response.headers.get("retry-after", "")),
+      )
+    try:
+      document = json.loads(bytes(body))
+      _reply(document, "")
+    except (ValueError, RecursionError) as error:
+      raise _Failed(f"the reply is no chat completion ({error}): {start}") from None
+    return document
+
+
+def _reply(document: Any, function: str) -> Reply:
+  """ValueError when the document is no chat completion; an odd function call is the caller's."""
+  try:
+    message = document["choices"][0]["message"]
+    text = message.get("content") or ""
+    calls = message.get("tool_calls") or []
+    usage = document.get("usage") or {}
+    tokens = [int(usage.get(name) or 0) for name in ("prompt_tokens", "completion_tokens")]
+  except (KeyError, IndexError, TypeError, AttributeError) as error:
+    raise ValueError(f"{type(error).__name__}: {error}") from None
+  if not isinstance(text, str) or not isinstance(calls, list):
+    raise ValueError("content is no text, or tool_calls no list")
+  arguments = None
+  if function:
+    for call in calls:
+      called = call.get("function") if isinstance(call, dict) else None
+      if isinstance(called, dict) and called.get("name") == function:
+        text = text or str(called.get("arguments"))
+        arguments = _object(called.get("arguments"))
+        break
+  return Reply(text, arguments, *tokens, cached=False)
+
+
+def _object(text: Any) -> dict[str, Any] | None:
+  try:
+    value = json.loads(text) if isinstance(text, str) else text
+  except (ValueError, RecursionError):
+    return None
+  return value if isinstance(value, dict) else None
+
+
+def _write(file: pathlib.Path, document: Any) -> None:
+  """All or nothing: another process sees the old file, no file, or the whole new one."""
+  file.parent.mkdir(exist_ok=True)
+  handle, temporary = tempfile.mkstemp(dir=file.parent, suffix=".tmp")
+  try:
+    with os.fdopen(handle, "w", encoding="utf-8") as stream:
+      json.dump(document, stream)
+    os.replace(temporary, file)
+  except BaseException:
+    pathlib.Path(temporary).unlink(missing_ok=True)
+    raise
+
+
+def _retry_after_s(value: str) -> float:
+  """Seconds of a Retry-After header (a number or a date); 0 without a readable one."""
+  try:
+    if value.strip()[:1].isdigit():
+      return max(0.0, float(value))
+    when = email.utils.parsedate_to_datetime(value)
+  except (TypeError, ValueError):
+    return 0.0
+  if when.tzinfo is None:
+    when = when.replace(tzinfo=datetime.UTC)
+  return max(0.0, (when - datetime.datetime.now(datetime.UTC)).total_seconds())
