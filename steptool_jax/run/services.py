@@ -43,6 +43,10 @@ class Services:
   judging: Judging | None = None  # toolbench
   mcp: McpServer | None = None  # custom, with environment.mcp
 
+  def beside(self, figure: str) -> str:
+    """A printed figure, with who judged where there is a judge."""
+    return figure if self.judging is None else self.judging.beside(figure)
+
 
 NO_SERVICES = Services()
 
