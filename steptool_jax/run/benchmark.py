@@ -252,6 +252,10 @@ def _write_answers(bench: Workbench, run: _Run, folder: str, name: str) -> None:
       answer = dfs_answer(task, solution.search, strategy, bench.limits, codec.decode)
     else:
       answer = cot_answer(task, solution.attempts, bench.limits, codec.decode)
+      answer["forward_args"] |= {
+        "max_llm_calls": build.build_budget(bench.config),
+        "pass_at": bench.config.evaluation.attempts,
+      }
     subset = task.metadata["subset"]
     written[subset] = bench.workdir / "answers" / folder / subset
     write_answer(written[subset], task, name, answer)

@@ -121,11 +121,12 @@ def open_endpoint(
 
   Raises ValueError for an empty or wrong address, a missing model and a missing key.
   """
+  key = secret(endpoint.api_key_variable, f"{name}.api_key_variable")
   try:
     client = endpoint_lib.Endpoint(
       endpoint.base_url,
       endpoint.model,
-      api_key=secret(endpoint.api_key_variable, f"{name}.api_key_variable"),
+      api_key=key,
       timeout_s=endpoint.timeout,
       retries=endpoint.retries,
       max_in_flight=endpoint.in_flight,

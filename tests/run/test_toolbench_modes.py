@@ -31,12 +31,13 @@ DATA = pathlib.Path(
 )
 FIND = "find_for_ip_lookup"
 BERLIN = {"error": "", "response": "Berlin, Germany"}
+AGAIN = {"error": "", "response": "Berlin, Germany, by a second look"}
 GOOD = "The address in question is in Berlin, Germany."
 
 
 @pytest.fixture(scope="module")
 def bench_folder(tmp_path_factory):
-  """Five queries with one API, ids 1 to 5, and a cache that knows the address 10.0.0.1."""
+  """Five queries with one API, ids 1 to 5, and a cache that knows two addresses."""
   folder = tmp_path_factory.mktemp("bench")
   api = {
     "category_name": "Data",
@@ -60,7 +61,7 @@ def bench_folder(tmp_path_factory):
   path.write_text(json.dumps(queries))
   cached = folder / "cache/Data/ip_lookup_for_Data/find.json"
   cached.parent.mkdir(parents=True)
-  cached.write_text(json.dumps({"{'ip': '10.0.0.1'}": BERLIN}))
+  cached.write_text(json.dumps({"{'ip': '10.0.0.1'}": BERLIN, "{'ip': '10.0.0.2'}": AGAIN}))
   return folder
 
 
@@ -69,13 +70,17 @@ def call(ip="10.0.0.1"):
 
 
 def policy(text):
-  """1: call, answer. 2: nonsense. 3: gives up, at a second try as 1. 4: a call that the cache does
-  not know, then an apology. 5: calls for ever."""
+  """1: call, answer. 2: nonsense. 3: call, gives up; as a sibling another call, answer. 4: a call
+  that the cache does not know, then an apology. 5: calls for ever."""
   case = int(re.search(r"Case (\d)", text)[1])
   if case == 2:
     return Malformed("")
-  if case == 3 and "been at this point before" not in text and "Berlin" not in text:
-    return Finish("", gave_up=True)
+  if case == 3:
+    if "been at this point before" in text:
+      return call("10.0.0.2")
+    if "Berlin" not in text:
+      return call()
+    return Finish(GOOD) if "second look" in text else Finish("", gave_up=True)
   if case == 4:
     return Finish("Sorry, I could not find it.") if "not working" in text else call("10.9.9.9")
   if case == 5 or "Berlin" not in text:
@@ -133,15 +138,15 @@ def read_answers(workdir, method, rollout=0):
 def test_chains_over_a_cache(bench_folder, tmp_path, compiled, scripted):
   summary, engine = scripted(make(bench_folder, compiled), tmp_path)
   assert (summary["method"], summary["budget_llm_calls"], summary["tasks"]) == ("CoT@1", 4, 5)
-  # 2 + 3 nonsense turns + 1 + 2 + the budget of 4
-  assert summary["llm_calls_per_task"] == 12 / 5
+  # 2 + 3 nonsense turns + 2 + 2 + the budget of 4
+  assert summary["llm_calls_per_task"] == 13 / 5
   assert summary["most_llm_calls"] == 4
   assert summary["answered"] == 2 / 5
   assert summary["gave_up"] == 2 / 5
-  assert summary["recall"] == 3 / 5
-  # Nine calls and nonsense turns: one call of case 1 and four of case 5 were executed.
-  assert summary["invocation_success"] == pytest.approx(5 / 9)
-  assert summary["calls_per_task"] == 9 / 5
+  assert summary["recall"] == 4 / 5
+  # Ten calls and nonsense turns: one call of cases 1 and 3 and four of case 5 were executed.
+  assert summary["invocation_success"] == 6 / 10
+  assert summary["calls_per_task"] == 10 / 5
   assert summary["simulator"]["cache"]["misses"] == 1
   work = summary["work"]
   assert work["forced_tokens"] == engine.forced > 0
@@ -244,14 +249,16 @@ def test_cot_at_n_spends_one_budget(bench_folder, tmp_path, compiled, scripted):
   tried = [len(a["1"].document["trys"]) for a in answers]
   assert tried == [2, 1]
   assert answers[0]["1"].document["answer_generation"]["query_count"] == 3
-  # Case 2: 3 nonsense turns, then the 2 calls that are left. Case 3: 1 call each time.
+  # Case 2: 3 nonsense turns, then the 2 calls that are left. Case 3: 2 calls, 2 calls, 1 call.
   assert [len(answers[0][n].document["trys"]) for n in "2345"] == [2, 3, 1, 2]
-  assert [answers[0][n].document["answer_generation"]["query_count"] for n in "2345"] == [
-    5,
-    3,
-    2,
-    5,
-  ]
+  counts = [answers[0][n].document["answer_generation"]["query_count"] for n in "2345"]
+  assert counts == [5, 5, 2, 5]
+  assert answers[0]["2"].document["forward_args"] == {
+    "max_llm_calls": 5,
+    "max_chain_llm_calls": 4,
+    "pass_at": 3,
+    "answer": 1,
+  }
   assert summary["most_llm_calls"] == 5
   assert summary["work"]["prefilled_again_tokens"] == 0
   records = list(read_trajectories(tmp_path / "trajectories.jsonl"))
@@ -279,7 +286,7 @@ def test_a_real_tiny_model_searches(bench_folder, tmp_path, compiled):
   assert len(list((tmp_path / "answers/rollout_0/G1_x").iterdir())) == 5
 
 
-def test_rl_learns_from_the_verdicts(bench_folder, tmp_path, compiled, monkeypatch):
+def test_rl_learns_from_the_verdicts(bench_folder, tmp_path, compiled):
   config = make(
     bench_folder,
     compiled,
@@ -290,6 +297,7 @@ def test_rl_learns_from_the_verdicts(bench_folder, tmp_path, compiled, monkeypat
   )
   summary = train.run(config, tmp_path)
   assert summary["conversations"] == 8
+  assert summary["judge"]["kind"] == "rule"
   with pytest.raises(ValueError, match=r"config\.rollout\.strategy: 'dfsdt' is for --mode=eval"):
     train.run(tiny.replace(config, rollout__strategy="dfsdt"), tmp_path)
 
@@ -327,7 +335,7 @@ def test_an_llm_judge(bench_folder, tmp_path, compiled, scripted, monkeypatch):
     summary, _ = scripted(config, tmp_path / "a")
     asked = len(server.bodies)
     again, _ = scripted(config, tmp_path / "b")
-    assert server.headers[0][1]["authorization"] == "Bearer secret-key"
+    assert "Bearer secret-key" in server.headers[0][1].values()
   assert summary["left_out"] == ["toolbench/G1_x/4"]
   assert summary["scored_tasks"] == 4
   assert summary["pass_rate"] == again["pass_rate"] == 1 / 4
@@ -338,7 +346,7 @@ def test_an_llm_judge(bench_folder, tmp_path, compiled, scripted, monkeypatch):
   assert again["judge"]["usage"]["cached_calls"] == 4
   assert asked == 4 + 2  # and case 4, refused in both runs
   assert set(read_answers(tmp_path / "a", "CoT@1")) == {"1", "2", "3", "5"}
-  text = "".join(p.read_text() for p in (tmp_path / "a").rglob("*") if p.is_file())
+  text = "".join(p.read_text(errors="ignore") for p in tmp_path.rglob("*") if p.is_file())
   assert "secret-key" not in text
 
 
@@ -363,7 +371,8 @@ def test_cache_then_http_then_llm_and_what_they_say_is_kept(
     )
     summary, _ = scripted(config, tmp_path / "a")
   assert summary["infrastructure_errors"] == 0
-  assert asked.count({"ip": "10.0.0.1"}) == 1, "the second time it is in the writable cache"
+  # Six calls; those that three slots make at the same time may all come too early for the cache.
+  assert 1 <= asked.count({"ip": "10.0.0.1"}) <= 3
   assert asked.count({"ip": "10.9.9.9"}) == 1
   assert summary["simulator"]["cache"]["appended"] == 1
   # The server is gone now: what was kept is answered, the rest is infrastructure.
