@@ -30,7 +30,10 @@ from steptool_jax.run.workbench import Workbench
 from steptool_jax.types import TRUNCATED, Status, Task, TrainState, Trajectory
 
 # Fields that may change between a start and a resume: they do not change what was learnt so far.
-MAY_CHANGE = ("evaluation.", "checkpoint.", "compilation_cache", "train.export", "bench.", "mesh.")
+MAY_CHANGE = (
+  *("evaluation.", "checkpoint.", "compilation_cache", "train.export", "bench.", "mesh."),
+  *("simulator.", "judge.endpoint.", "serve."),
+)
 
 
 @dataclasses.dataclass
@@ -61,6 +64,11 @@ def run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
     raise ValueError(
       f"config.rollout.top_k = {r.top_k}, top_p = {r.top_p:g}: RL learns from samples of the whole "
       "distribution, because its log-probs are those of the whole one; train with 0 and 1"
+    )
+  if r.strategy != "chain":
+    raise ValueError(
+      f"config.rollout.strategy: {r.strategy!r} is for --mode=evaluate; its siblings are sampled "
+      "behind prompts that a trajectory does not hold, so RL trains on 'chain'"
     )
   restore.refuse_other_config(config, workdir, MAY_CHANGE)
   with workbench.Stop().listening() as stop, workbench.open_workbench(config, workdir, stop) as b:
@@ -345,7 +353,8 @@ class _Trainer:
     num_tasks = num_tasks or self.config.evaluation.tasks
     figures, _ = workbench.evaluate_policy(self.bench, self._variables(), num_tasks, label)
     self.writer.write(self._number(), "heldout", figures)
-    tqdm.write(f"{label}: held-out pass rate {figures['pass_rate']:.1%}")
+    figure = f"{label}: held-out pass rate {figures['pass_rate']:.1%}"
+    tqdm.write(self.bench.services.beside(figure))
     if name:
       self.progress.results[name] = figures["pass_rate"]
     if self.progress.phase == "rl" or name == "pass_rate_sft":
@@ -381,6 +390,8 @@ class _Trainer:
       "tokens_per_second": p.tokens / p.rl_seconds if p.rl_seconds else 0.0,
       "interrupted": interrupted,
     }
+    if self.bench.services.judging is not None:
+      summary["judge"] = self.bench.services.judging.report()
     metrics_writer.write_summary(self.bench.workdir, summary)
     return summary
 
