@@ -187,7 +187,7 @@ class Sft:
 
 @dataclasses.dataclass(frozen=True)
 class Train:
-  iterations: int = _is(100, "rollout and update rounds of RL")
+  iterations: int = _is(100, "rollout and update rounds of RL (offline: see data.passes)")
   epochs: int = _is(1, "passes over each rollout batch")
   minibatches: int = _is(1, "optimizer steps in one pass")
   micro_rows: int = _is(8, "packed rows in one forward pass (gradients are accumulated)")
@@ -200,9 +200,61 @@ class Train:
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
   every: int = _is(10, "RL iterations between evaluations; 0 = at start and end only")
-  tasks: int = _is(200, "held-out tasks at start and end")
+  tasks: int = _is(200, "held-out tasks at start and end; 0 = no evaluation in training")
   curve_tasks: int = _is(100, "held-out tasks of the evaluations between")
   temperature: float = _is(0.0, "0 = greedy")
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+  """Offline training: stored trajectories take the place of rollouts."""
+
+  path: str = _is(
+    "", "file, or pattern such as 'data/*/rows.csv', of stored trajectories; empty = rollouts"
+  )
+  format: str = _is("jsonl", "jsonl (annotated.jsonl) or tsv (official step-grained rows)")
+  passes: int = _is(5, "passes over the data; with data.batch they decide the iterations")
+  batch: int = _is(8, "trajectories of one iteration")
+  behaviour: str = _is(
+    "start",
+    "policy that old log-probs are of: 'start' (recorded, else of the policy before training) or "
+    "'current' (of the policy at each batch, as the release)",
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class Annotate:
+  """Input and source of --mode=annotate."""
+
+  input: str = _is("", "file, or pattern, of trajectories without rewards")
+  format: str = _is("jsonl", "of the input: jsonl, converted or annotations (official files)")
+  source: str = _is("rules", "of SC, Con and IsSolved: rules, judge or table")
+  rule: str = _is(
+    "evidence", "source rules: evidence or lcs (texts), environment (its tasks; jsonl only)"
+  )
+  table: str = _is("", "source table: official annotations; empty = the input's own")
+
+
+@dataclasses.dataclass(frozen=True)
+class Endpoint:
+  """An OpenAI-compatible server."""
+
+  base_url: str = _is("", "such as http://localhost:8000/v1")
+  model: str = _is("", "name of the model that it serves")
+  api_key_variable: str = _is("", "name of the environment variable with the key; empty = no key")
+  timeout: float = _is(60.0, "seconds for one attempt")
+  retries: int = _is(3, "further attempts")
+  in_flight: int = _is(64, "requests at the same time")
+  cache: str = _is("", "folder that keeps replies; empty = in WORKDIR")
+  prompt_price: float = _is(0.0, "USD per million prompt tokens")
+  completion_price: float = _is(0.0, "USD per million completion tokens")
+
+
+@dataclasses.dataclass(frozen=True)
+class Judge:
+  kind: str = _is("rule", "rule (offline) or llm")
+  runs: int = _is(3, "times that an LLM judges each trajectory; the mean counts")
+  endpoint: Endpoint = _is(Endpoint(), "where the LLM is served")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -240,6 +292,9 @@ class Config:
   sft: Sft = _is(Sft(), "supervised warm-up")
   train: Train = _is(Train(), "RL")
   evaluation: Evaluation = _is(Evaluation(), "held-out evaluation")
+  data: Data = _is(Data(), "offline training")
+  annotate: Annotate = _is(Annotate(), "annotation of stored trajectories")
+  judge: Judge = _is(Judge(), "who says what is solved and what helped")
   checkpoint: Checkpoint = _is(Checkpoint(), "checkpoints")
   bench: Bench = _is(Bench(), "benchmarks")
 
@@ -337,15 +392,18 @@ _POSITIVE = (
   "rollout.tool_timeout rollout.tool_workers sft.batch sft.micro_rows train.epochs "
   "train.minibatches train.micro_rows train.row_tokens train.max_skipped loss.logprob_chunk "
   "loss.kl_target loss.kl_horizon checkpoint.every checkpoint.keep train.optimizer.learning_rate "
-  "rollout.temperature sft.optimizer.learning_rate evaluation.tasks evaluation.curve_tasks "
-  "bench.repeats bench.turns environment.faults.max_consecutive"
+  "rollout.temperature sft.optimizer.learning_rate evaluation.curve_tasks "
+  "bench.repeats bench.turns environment.faults.max_consecutive data.passes data.batch "
+  "judge.runs judge.endpoint.timeout judge.endpoint.in_flight"
 ).split()
 _NOT_NEGATIVE = (
   "seed lora.rank sft.steps sft.tasks train.iterations evaluation.every evaluation.temperature "
   "rollout.top_k rewards.alpha loss.kl_coef loss.value_coef sft.checkpoint_every "
   "train.optimizer.max_grad_norm sft.optimizer.max_grad_norm train.optimizer.muon_rate "
   "sft.optimizer.muon_rate environment.tools_per_task "
-  "rollout.tool_retries rollout.max_stuck_tools loss.clip_low loss.clip_high loss.value_clip"
+  "rollout.tool_retries rollout.max_stuck_tools loss.clip_low loss.clip_high loss.value_clip "
+  "evaluation.tasks judge.endpoint.retries judge.endpoint.prompt_price "
+  "judge.endpoint.completion_price"
 ).split()
 _SHARES = (
   "sft.mistakes sft.clean_share environment.faults.rate_limit environment.faults.timeout "
@@ -362,6 +420,12 @@ _CHOICES = {
   "advantage.level": ("", *LEVELS),
   "loss.kl": ("reward", "loss", "none"),
   "loss.aggregation": AGGREGATIONS,
+  "data.format": ("jsonl", "tsv"),
+  "data.behaviour": ("start", "current"),
+  "annotate.format": ("jsonl", "converted", "annotations"),
+  "annotate.source": ("rules", "judge", "table"),
+  "annotate.rule": ("evidence", "lcs", "environment"),
+  "judge.kind": ("rule", "llm"),
   "train.optimizer.schedule": ("constant", "linear", "cosine"),
   "sft.optimizer.schedule": ("constant", "linear", "cosine"),
 }
@@ -390,6 +454,11 @@ def _check(config: Config) -> None:
     raise ValueError(
       f"config.sft.steps: 0, but algorithm {config.algorithm!r} learns from demonstrations only; "
       "set it above 0"
+    )
+  if algorithm.rewards == "none" and config.data.path:
+    raise ValueError(
+      f"config.data.path: algorithm {config.algorithm!r} learns from demonstrations of the "
+      "environment's tasks; stored trajectories are for an algorithm with rewards"
     )
   if config.rollout.max_tokens > config.train.row_tokens:
     raise ValueError(
