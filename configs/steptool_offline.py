@@ -10,7 +10,7 @@ The file comes from --mode=annotate, here by a language model that judges every 
       --config.judge.kind=llm --config.judge.endpoint.base_url=https://api.openai.com/v1 \
       --config.judge.endpoint.model=gpt-4o --config.judge.endpoint.api_key_variable=OPENAI_API_KEY
 
-Official step-grained rows: --config.data.format=tsv. With SmolLM2-135M on a CPU (30 rows, 2 passes):
+Official step-grained rows (data.format=tsv), with SmolLM2-135M on a CPU, 30 rows in 2 passes:
 
     python -m steptool_jax.main --config=configs/steptool_offline.py --workdir=/tmp/offline \
       --config.model.path=$(find /tmp/smollm2 -name '*.gguf') --config.model.dtype=float32 \

@@ -89,8 +89,59 @@ class Faults:
 
 
 @dataclasses.dataclass(frozen=True)
+class Endpoint:
+  """An OpenAI-compatible chat endpoint."""
+
+  base_url: str = _is("", "http://host:port/v1; empty = none")
+  model: str = _is("", "model that the endpoint serves")
+  api_key_variable: str = _is("", "NAME of the environment variable with the key; empty = no key")
+  timeout: float = _is(60.0, "seconds for one attempt")
+  retries: int = _is(3, "further attempts, with growing pauses")
+  in_flight: int = _is(64, "requests at the same time")
+  cache: str = _is("", "folder that keeps replies by their content; empty = none")
+  prompt_price: float = _is(0.0, "USD per million prompt tokens")
+  completion_price: float = _is(0.0, "USD per million completion tokens")
+
+
+@dataclasses.dataclass(frozen=True)
+class Simulator:
+  """How API calls are answered: cache, then http, then llm; at least one of them."""
+
+  cache: str = _is("", "official tool_response_cache folder, only read; empty = none")
+  writable_cache: str = _is("", "folder that keeps what http and llm answered; empty = none")
+  http: str = _is("", "full address of a server, http://host:8080/virtual; empty = none")
+  http_timeout: float = _is(60.0, "seconds for one attempt")
+  http_retries: int = _is(4, "further attempts, with growing pauses")
+  http_in_flight: int = _is(64, "requests at the same time")
+  toolbench_key_variable: str = _is("", "NAME of the environment variable with the server's key")
+  llm: Endpoint = _is(Endpoint(), "model that simulates answers")
+  llm_style: str = _is("gpt", "gpt (any chat model) or mirror (a trained MirrorAPI)")
+
+
+@dataclasses.dataclass(frozen=True)
+class ToolBench:
+  folder: str = _is("", "StableToolBench folder with solvable_queries/")
+  subsets: tuple[str, ...] = _is(("G1_instruction",), "held-out subsets")
+  train_subsets: tuple[str, ...] = _is((), "subsets to train on, in the same layout")
+  ids: tuple[str, ...] = _is((), "held-out query ids; empty = all")
+  tools: str = _is("", "folder of the tool environment; empty = the query files' descriptions")
+  prompt: str = _is(
+    "", "text file of the system prompt, with {tools} and {apis} or {names}; empty = our own"
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class Judge:
+  """Who says whether an answer of ToolBench solves the query; kind llm also annotates steps."""
+
+  kind: str = _is("rule", "rule (offline; right on about four of five answers) or llm")
+  runs: int = _is(3, "times that an llm judges each answer; its noise is told by them")
+  endpoint: Endpoint = _is(Endpoint(), "kind llm: the judge")
+
+
+@dataclasses.dataclass(frozen=True)
 class Environment:
-  name: str = _is("nested_api", "nested_api, data_pipeline or custom")
+  name: str = _is("nested_api", "nested_api, data_pipeline, toolbench or custom")
   num_train: int = _is(5000, "generated training tasks")
   num_heldout: int = _is(400, "generated held-out tasks")
   seed: int = _is(0, "seed of the task generator")
@@ -98,13 +149,32 @@ class Environment:
   max_calls: int = _is(5, "most gold calls of a task")
   tools_per_task: int = _is(0, "tools offered in a task, its own among them; 0 = all")
   functions: str = _is("", "custom: module or .py file with the tools")
+  mcp: tuple[str, ...] = _is(
+    (), "custom: instead of functions, an MCP server: the words of its command, or its one http url"
+  )
   tasks: str = _is("", "custom: JSONL file with the tasks")
   heldout_share: float = _is(0.2, "custom: share of tasks without a split field held out")
+  toolbench: ToolBench = _is(ToolBench(), "toolbench: queries")
   faults: Faults = _is(Faults(), "injected faults, in training and evaluation")
 
 
 @dataclasses.dataclass(frozen=True)
+class Search:
+  """Tree search (DFSDT)."""
+
+  width: int = _is(2, "children of a node")
+  answer_back: int = _is(2, "levels to go up behind an answer")
+  give_up_back: int = _is(2, "levels to go up behind giving up")
+  room: int = _is(512, "tokens of a slot beyond max_tokens, for the prompts that ask to differ")
+
+
+@dataclasses.dataclass(frozen=True)
 class Rollout:
+  strategy: str = _is("chain", "chain, or in --mode=evaluate also dfsdt (tree search)")
+  budget: int = _is(
+    0, "LLM calls that --mode=evaluate spends on a task, by any strategy; 0 = max_steps"
+  )
+  search: Search = _is(Search(), "strategy dfsdt")
   tasks: int = _is(16, "tasks in one iteration")
   samples: int = _is(4, "conversations per task")
   slots: int = _is(64, "conversations decoded at the same time")
@@ -117,7 +187,9 @@ class Rollout:
   temperature: float = _is(1.0, "of sampling, and of all log-probs in the update")
   top_k: int = _is(0, "0 = off")
   top_p: float = _is(1.0, "1 = off")
-  tool_timeout: float = _is(10.0, "seconds for one tool call")
+  tool_timeout: float = _is(
+    10.0, "seconds for one tool call (toolbench: the simulators' own time-outs count instead)"
+  )
   tool_workers: int = _is(8, "tool calls at the same time")
   tool_retries: int = _is(2, "retries of a call that failed for infrastructure reasons")
   max_stuck_tools: int = _is(16, "hanging calls that are left behind before the run stops")
@@ -203,6 +275,19 @@ class Evaluation:
   tasks: int = _is(200, "held-out tasks at start and end; 0 = no evaluation in training")
   curve_tasks: int = _is(100, "held-out tasks of the evaluations between")
   temperature: float = _is(0.0, "0 = greedy")
+  attempts: int = _is(
+    1, "--mode=evaluate: chains of a task until one answers and while budget is left (CoT@n)"
+  )
+  rollouts: int = _is(1, "--mode=evaluate: repetitions; their variance is told from the judge's")
+  stored: str = _is("", "--mode=evaluate: only aggregate this folder of stored runs, no model")
+
+
+@dataclasses.dataclass(frozen=True)
+class Serve:
+  """--mode=serve: the simulator as a server of POST /virtual."""
+
+  host: str = _is("127.0.0.1", "address to listen on")
+  port: int = _is(8080, "0 = any free one")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,28 +321,6 @@ class Annotate:
 
 
 @dataclasses.dataclass(frozen=True)
-class Endpoint:
-  """An OpenAI-compatible server."""
-
-  base_url: str = _is("", "such as http://localhost:8000/v1")
-  model: str = _is("", "name of the model that it serves")
-  api_key_variable: str = _is("", "name of the environment variable with the key; empty = no key")
-  timeout: float = _is(60.0, "seconds for one attempt")
-  retries: int = _is(3, "further attempts")
-  in_flight: int = _is(64, "requests at the same time")
-  cache: str = _is("", "folder that keeps replies; empty = in WORKDIR")
-  prompt_price: float = _is(0.0, "USD per million prompt tokens")
-  completion_price: float = _is(0.0, "USD per million completion tokens")
-
-
-@dataclasses.dataclass(frozen=True)
-class Judge:
-  kind: str = _is("rule", "rule (offline) or llm")
-  runs: int = _is(3, "times that an LLM judges each trajectory; the mean counts")
-  endpoint: Endpoint = _is(Endpoint(), "where the LLM is served")
-
-
-@dataclasses.dataclass(frozen=True)
 class Checkpoint:
   every: int = _is(10, "RL iterations between checkpoints")
   keep: int = _is(2, "newest checkpoints that are kept")
@@ -285,6 +348,8 @@ class Config:
   lora: Lora = _is(Lora(), "adapters")
   mesh: MeshAxes = _is(MeshAxes(), "devices")
   environment: Environment = _is(Environment(), "tasks and tools")
+  simulator: Simulator = _is(Simulator(), "answers of ToolBench's APIs")
+  judge: Judge = _is(Judge(), "verdicts on ToolBench answers")
   rollout: Rollout = _is(Rollout(), "conversations")
   rewards: Rewards = _is(Rewards(), "step rewards")
   advantage: Advantage = _is(Advantage(), "GAE")
@@ -294,7 +359,7 @@ class Config:
   evaluation: Evaluation = _is(Evaluation(), "held-out evaluation")
   data: Data = _is(Data(), "offline training")
   annotate: Annotate = _is(Annotate(), "annotation of stored trajectories")
-  judge: Judge = _is(Judge(), "who says what is solved and what helped")
+  serve: Serve = _is(Serve(), "simulator server")
   checkpoint: Checkpoint = _is(Checkpoint(), "checkpoints")
   bench: Bench = _is(Bench(), "benchmarks")
 
@@ -393,8 +458,11 @@ _POSITIVE = (
   "train.minibatches train.micro_rows train.row_tokens train.max_skipped loss.logprob_chunk "
   "loss.kl_target loss.kl_horizon checkpoint.every checkpoint.keep train.optimizer.learning_rate "
   "rollout.temperature sft.optimizer.learning_rate evaluation.curve_tasks "
-  "bench.repeats bench.turns environment.faults.max_consecutive data.passes data.batch "
-  "judge.runs judge.endpoint.timeout judge.endpoint.in_flight"
+  "bench.repeats bench.turns environment.faults.max_consecutive simulator.http_timeout "
+  "simulator.http_in_flight simulator.llm.timeout simulator.llm.in_flight judge.runs "
+  "judge.endpoint.timeout judge.endpoint.in_flight rollout.search.width "
+  "rollout.search.answer_back rollout.search.give_up_back evaluation.attempts evaluation.rollouts "
+  "data.passes data.batch"
 ).split()
 _NOT_NEGATIVE = (
   "seed lora.rank sft.steps sft.tasks train.iterations evaluation.every evaluation.temperature "
@@ -402,8 +470,10 @@ _NOT_NEGATIVE = (
   "train.optimizer.max_grad_norm sft.optimizer.max_grad_norm train.optimizer.muon_rate "
   "sft.optimizer.muon_rate environment.tools_per_task "
   "rollout.tool_retries rollout.max_stuck_tools loss.clip_low loss.clip_high loss.value_clip "
-  "evaluation.tasks judge.endpoint.retries judge.endpoint.prompt_price "
-  "judge.endpoint.completion_price"
+  "simulator.http_retries simulator.llm.retries simulator.llm.prompt_price "
+  "simulator.llm.completion_price judge.endpoint.retries judge.endpoint.prompt_price "
+  "judge.endpoint.completion_price rollout.budget rollout.search.room serve.port "
+  "evaluation.tasks"
 ).split()
 _SHARES = (
   "sft.mistakes sft.clean_share environment.faults.rate_limit environment.faults.timeout "
@@ -415,7 +485,9 @@ _CHOICES = {
   "model.param_dtype": ("float32", "bfloat16"),
   "model.remat": ("none", "dots", "full"),
   "model.chat_format": ("auto", "toolllama", "chatml_react", "llama31", "hermes", "compact"),
-  "environment.name": ("nested_api", "data_pipeline", "custom"),
+  "environment.name": ("nested_api", "data_pipeline", "toolbench", "custom"),
+  "simulator.llm_style": ("gpt", "mirror"),
+  "rollout.strategy": ("chain", "dfsdt"),
   "rewards.normalization": ("mean", "none"),
   "advantage.level": ("", *LEVELS),
   "loss.kl": ("reward", "loss", "none"),
@@ -467,7 +539,38 @@ def _check(config: Config) -> None:
     )
   if config.rollout.top_p == 0:
     raise ValueError("config.rollout.top_p: must be above 0; 1 = off")
-  if config.environment.name == "custom":
-    for name in ("functions", "tasks"):
-      if not flat[f"environment.{name}"]:
+  _check_environment(config)
+  _check_evaluation(config)
+
+
+def _check_environment(config: Config) -> None:
+  c = config.environment
+  if c.name == "custom":
+    for name, value in (("functions", c.functions or c.mcp), ("tasks", c.tasks)):
+      if not value:
         raise ValueError(f"config.environment.{name}: a file is needed for environment 'custom'")
+    if c.functions and c.mcp:
+      raise ValueError("config.environment.mcp: set together with functions; give one of the two")
+  elif c.mcp:
+    raise ValueError(f"config.environment.mcp: is for environment 'custom', not {c.name!r}")
+  if c.name == "toolbench":
+    for name in ("folder", "subsets"):
+      if not getattr(c.toolbench, name):
+        raise ValueError(
+          f"config.environment.toolbench.{name}: is empty, needed for environment 'toolbench'"
+        )
+
+
+def _check_evaluation(config: Config) -> None:
+  e = config.evaluation
+  if config.rollout.strategy == "dfsdt" and e.attempts > 1:
+    raise ValueError(
+      f"config.evaluation.attempts: {e.attempts}, but 'dfsdt' searches a task once; set it to 1, "
+      "and rollout.budget to what the search may spend"
+    )
+  for name, value in (("attempts", e.attempts), ("rollouts", e.rollouts)):
+    if value > 1 and not e.temperature:
+      raise ValueError(
+        f"config.evaluation.{name}: {value}, but at temperature 0 all are the same; set "
+        "evaluation.temperature above 0"
+      )

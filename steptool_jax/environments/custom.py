@@ -30,7 +30,7 @@ from steptool_jax.environments.checkers import normal, same_value
 from steptool_jax.simulators.functions import Tool, Toolbox, tool
 from steptool_jax.types import Action, Finish, Observation, Task, ToolCall, ToolSpec
 
-Functions = Sequence[Callable[..., Any]]
+Functions = Sequence[Callable[..., Any] | Tool]
 _FIELDS = frozenset({"id", "query", "checker", "tools", "split", "demonstration"})
 # type -> its fields: (name, JSON type, required)
 _CHECKERS: Mapping[str, tuple[tuple[str, tuple[type, ...], bool], ...]] = {
@@ -44,9 +44,10 @@ _CHECKERS: Mapping[str, tuple[tuple[str, tuple[type, ...], bool], ...]] = {
 class Custom:
   """The environment.
 
-  functions: a list of functions that share nothing; or a function without parameters that makes
-  the list anew for every session (shared state lives there); or a module ("pkg.mod" or "file.py")
-  that has either TOOLS (a list) or make_tools (a function). tasks_path: the JSONL file. checkers:
+  functions: a list of functions that share nothing, or of Tools (an MCP server's); or a function
+  without parameters that makes the list anew for every session (shared state lives there); or a
+  module ("pkg.mod" or "file.py") that has either TOOLS (a list) or make_tools (a function).
+  tasks_path: the JSONL file. checkers:
   further functions by name (those of the module are known anyway). heldout_share: share of the
   tasks without a split field that are held out. All errors in tools and tasks are found here, as
   ValueError, in tasks with "file:line: reason".
@@ -83,7 +84,7 @@ class Custom:
     self._tasks = self._read(Path(tasks_path), heldout_share)
 
   def _derive(self) -> list[Tool]:
-    return [tool(function) for function in self._make()]
+    return [f if isinstance(f, Tool) else tool(f) for f in self._make()]
 
   def tasks(self, split: Split) -> Sequence[Task]:
     return self._tasks[check_split(split)]

@@ -175,6 +175,16 @@ def _line(number: int, name: str, arguments: str, response: str) -> str:
   return json.dumps(step, ensure_ascii=False)
 
 
+def calls_of(trajectory: str) -> tuple[tuple[str, str], ...]:
+  """(name and arguments, result) of every call in an Outcome's trajectory text, Finish apart."""
+  steps = [json.loads(line) for line in trajectory.split("\n") if line]
+  return tuple(
+    (f"{step['call']} {step['arguments']}", step["result"])
+    for step in steps
+    if step["call"] != FINISH
+  )
+
+
 # --- figures ---------------------------------------------------------------------------------
 
 

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 
 from steptool_jax.data import official
+from steptool_jax.evaluation import passrate
 from steptool_jax.rewards import responses, tables
 from steptool_jax.rewards.responses import Transcript
 
@@ -80,6 +81,19 @@ def coverage(texts: Transcript) -> float:
 
 
 JUDGES: dict[str, Judge] = {"plain": plain, "coverage": coverage}
+
+
+def as_judge(rule: Judge) -> Callable[..., official.Verdict]:
+  """The rule as a passrate.Judge: Unsure at the first look, because a rule reads the calls too."""
+
+  def judge(query: str, answer: str, trajectory: str | None, run: int) -> official.Verdict:
+    del run
+    if trajectory is None:
+      return official.Verdict.UNSURE
+    solved = rule(Transcript(query, passrate.calls_of(trajectory), answer)) > 0.5
+    return official.Verdict.SOLVED if solved else official.Verdict.UNSOLVED
+
+  return judge
 
 
 def features(texts: Transcript) -> tuple[float, ...]:

@@ -38,6 +38,7 @@ class Stats:
   sampled_tokens: int = 0
   forced_tokens: int = 0
   shared_prefills: int = 0  # prompts that were forked and not computed
+  shared_tokens: int = 0  # their tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,6 +192,7 @@ class Loop:
         self.state = self.engine.fork(self.state, copies)
         self.state = self.engine.rewind(self.state, lengths)
       self.stats.shared_prefills += len(copies)
+      self.stats.shared_tokens += sum(lengths.values())
     for slot in (*prompts, *copies):
       self._open_turn(slot)
 

@@ -9,8 +9,8 @@ same command goes on after a stop and asks again only for what is missing.
 """
 
 import collections
+import contextlib
 import dataclasses
-import os
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,16 +19,15 @@ import numpy as np
 from absl import logging
 from tqdm import tqdm
 
-from steptool_jax.config import Config, Endpoint
+from steptool_jax.config import Config
 from steptool_jax.data import conversion, official, trajectories
 from steptool_jax.data.trajectories import AnnotatedTrajectory
 from steptool_jax.evaluation import rule_judge
 from steptool_jax.rewards import responses, rules, shaping, tables
 from steptool_jax.rewards.judge import StepJudge
-from steptool_jax.run import build, metrics_writer
+from steptool_jax.run import build, metrics_writer, services
 from steptool_jax.run.offline import files
 from steptool_jax.run.workbench import Stop
-from steptool_jax.simulators import endpoint as endpoint_lib
 from steptool_jax.types import Status, Trajectory
 
 _NAMED = 20  # failures that summary.json names of each kind
@@ -250,61 +249,40 @@ def _by_judge(config: Config, workdir: pathlib.Path, work: _Work, stop: Stop) ->
       "judge.endpoint.base_url and model, or use annotate.source=rules"
     )
   queries = [_needs_query(record) for record in work.records]
-  endpoint = open_endpoint(config.judge.endpoint, "judge.endpoint", workdir / "judge_replies")
-  try:
+  asked = config.judge.endpoint
+  if not asked.cache:  # what a run that goes on finds
+    asked = dataclasses.replace(asked, cache=str(workdir / "judge_replies"))
+  with contextlib.ExitStack() as stack:
+    endpoint = services.open_endpoint(asked, "judge.endpoint", stack)
     judge = StepJudge(endpoint, runs=config.judge.runs)
-    records, kept = work.records, []
-    with tqdm(total=len(records), desc="judge", unit="trajectory") as bar:
-      for start in range(0, len(records), _AT_ONCE):
-        if stop():
-          break
-        part = records[start : start + _AT_ONCE]
-        texts = [
-          responses.transcript(query, record.trajectory)
-          for query, record in zip(queries[start:], part, strict=False)
-        ]
-        judged = judge.score(texts)
-        # A few failures cost their own trajectories; a whole round of them is a judge that is down.
-        if len(judged.failures) == len(part) and (not kept or len(part) == _AT_ONCE):
-          raise RuntimeError(
-            f"the judge failed on all {len(part)} trajectories of a round, e.g. "
-            f"{judged.failures[0]}; see to config.judge.endpoint, then run the same command again"
-          )
-        for record, scores in zip(part, judged.scores, strict=True):
-          if scores is not None:
-            scored = tables.apply(scores, record.trajectory)
-            kept.append(dataclasses.replace(record, trajectory=scored))
-        work.left_out["judge_failed"] += [
-          f"{_name(part[index].trajectory)}: {reason}" for index, reason in judged.failures.items()
-        ]
-        bar.update(len(part))
-    work.records = kept
+    records, work.records = work.records, []
+    bar = stack.enter_context(tqdm(total=len(records), desc="judge", unit="trajectory"))
+    for start in range(0, len(records), _AT_ONCE):
+      if stop():
+        break
+      here = slice(start, start + _AT_ONCE)
+      _judge_round(judge, records[here], queries[here], work)
+      bar.update(len(records[here]))
     return {"runs": config.judge.runs, "usage": dataclasses.asdict(endpoint.usage())}
-  finally:
-    endpoint.close()
 
 
-def open_endpoint(config: Endpoint, name: str, cache: pathlib.Path) -> endpoint_lib.Endpoint:
-  """The endpoint of a config group called `name`; `cache` is used where the group names none.
-
-  ValueError that names the field for an empty url or model, or a variable that is not set.
-  """
-  for field, value in (("base_url", config.base_url), ("model", config.model)):
-    if not value:
-      raise ValueError(f"config.{name}.{field}: empty; an OpenAI-compatible server is needed")
-  key = os.environ.get(config.api_key_variable, "") if config.api_key_variable else ""
-  if config.api_key_variable and not key:
-    raise ValueError(
-      f"config.{name}.api_key_variable: the environment variable {config.api_key_variable} is not "
-      "set"
+def _judge_round(
+  judge: StepJudge, records: list[AnnotatedTrajectory], queries: list[str], work: _Work
+) -> None:
+  """Adds what the judge managed to work.records, the rest to what was left out."""
+  pairs = zip(queries, records, strict=True)
+  judged = judge.score([responses.transcript(q, record.trajectory) for q, record in pairs])
+  failures = judged.failures
+  # A few failures cost their own trajectories; a whole round of them is a judge that is down.
+  if len(failures) == len(records) and (not work.records or len(records) == _AT_ONCE):
+    raise RuntimeError(
+      f"the judge failed on all {len(records)} trajectories of a round, e.g. {failures[0]}; see to "
+      "config.judge.endpoint, then run the same command again"
     )
-  return endpoint_lib.Endpoint(
-    config.base_url,
-    config.model,
-    api_key=key,
-    timeout_s=config.timeout,
-    retries=config.retries,
-    max_in_flight=config.in_flight,
-    cache_dir=pathlib.Path(config.cache) if config.cache else cache,
-    prices=(config.prompt_price, config.completion_price),
-  )
+  for record, scores in zip(records, judged.scores, strict=True):
+    if scores is not None:
+      scored = tables.apply(scores, record.trajectory)
+      work.records.append(dataclasses.replace(record, trajectory=scored))
+  work.left_out["judge_failed"] += [
+    f"{_name(records[index].trajectory)}: {reason}" for index, reason in failures.items()
+  ]

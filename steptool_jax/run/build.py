@@ -20,15 +20,20 @@ from steptool_jax.environments.base import Environment
 from steptool_jax.environments.custom import Custom
 from steptool_jax.environments.data_pipeline import DataPipeline
 from steptool_jax.environments.nested_api import NestedApi
+from steptool_jax.environments.toolbench import ToolBench
+from steptool_jax.environments.toolbench_names import Prompts
 from steptool_jax.learning import algorithms, batching, update
 from steptool_jax.policy import engine as engine_lib
 from steptool_jax.policy import hfconfig, hub, lora, model, sharding
 from steptool_jax.rollout.conversation import Limits
+from steptool_jax.rollout.strategy import Search
+from steptool_jax.run.services import NO_SERVICES, Services, secret
 from steptool_jax.simulators.faults import Faults, FaultyEnvironment
 from steptool_jax.simulators.runner import ToolRunner
 from steptool_jax.types import Task, TokenBatch, TrainState
 
 ASSETS = pathlib.Path(__file__).parent.parent / "assets"
+_A_DAY_S = 86_400.0
 TOKENIZER_TASKS = 2000  # training tasks whose texts train a compact tokenizer
 
 
@@ -58,11 +63,14 @@ def build_chat_format(config: Config, workdir: pathlib.Path) -> ChatFormat:
   return get_format(m.chat_format, Codec.load(directory))
 
 
-def build_environment(config: Config) -> Environment:
+def build_environment(config: Config, services: Services = NO_SERVICES) -> Environment:
+  """The environment; 'toolbench' and 'custom' with environment.mcp need their services."""
   c = config.environment
-  if c.name == "custom":
+  if c.name == "toolbench":
+    environment = _toolbench(config, services)
+  elif c.name == "custom":
     environment = Custom(
-      functions=c.functions,
+      functions=services.mcp.tools if services.mcp is not None else c.functions,
       tasks_path=c.tasks,
       heldout_share=c.heldout_share,
       max_observation_chars=config.rollout.max_observation_chars,
@@ -83,6 +91,54 @@ def build_environment(config: Config) -> Environment:
   return environment
 
 
+def _toolbench(config: Config, services: Services) -> ToolBench:
+  c = config.environment.toolbench
+  prompts = None
+  if c.prompt:
+    try:
+      prompts = Prompts(system=pathlib.Path(c.prompt).read_text(encoding="utf-8"))
+    except ValueError as error:
+      raise ValueError(f"config.environment.toolbench.prompt: {c.prompt}: {error}") from None
+  # Sessions grade by their default: services.judging gives the verdicts, all at once.
+  return ToolBench(
+    c.folder,
+    services.answering.simulator,
+    c.subsets,
+    train_subsets=c.train_subsets,
+    ids=c.ids or None,
+    tools_folder=c.tools or None,
+    prompts=prompts,
+    max_observation_chars=config.rollout.max_observation_chars,
+    toolbench_key=secret(
+      config.simulator.toolbench_key_variable, "simulator.toolbench_key_variable"
+    ),
+  )
+
+
+def build_search(config: Config) -> Search | None:
+  """How to search; None for chains."""
+  r = config.rollout
+  if r.strategy != "dfsdt":
+    return None
+  return Search(
+    max_calls=build_budget(config),
+    width=r.search.width,
+    answer_back=r.search.answer_back,
+    give_up_back=r.search.give_up_back,
+  )
+
+
+def build_budget(config: Config) -> int:
+  """LLM calls that an evaluation may spend on one task, whatever the strategy."""
+  return config.rollout.budget or config.rollout.max_steps
+
+
+def slot_tokens(config: Config) -> int:
+  """Positions of an engine's slot."""
+  r = config.rollout
+  return r.max_tokens + (r.search.room if r.strategy == "dfsdt" else 0)
+
+
 def build_limits(config: Config) -> Limits:
   r = config.rollout
   return Limits(
@@ -96,8 +152,11 @@ def build_limits(config: Config) -> Limits:
 
 def build_runner(config: Config) -> ToolRunner:
   r = config.rollout
+  # A simulator waits for servers and tries again by itself. Cutting that short would show the
+  # model a time-out, and count against it what was infrastructure.
+  simulated = config.environment.name == "toolbench"
   return ToolRunner(
-    timeout_s=r.tool_timeout,
+    timeout_s=_A_DAY_S if simulated else r.tool_timeout,
     workers=r.tool_workers,
     max_stuck=r.max_stuck_tools,
     retries=r.tool_retries,
@@ -121,7 +180,7 @@ def build_policy(config: Config, environment: Environment, workdir: pathlib.Path
     tokenizer = _tokenizer(config, environment, workdir)
     model_config = model.ModelConfig(
       **dataclasses.asdict(m.architecture),
-      max_position_embeddings=config.rollout.max_tokens,
+      max_position_embeddings=slot_tokens(config),
       **run_fields,
     )
     raw = {}
@@ -132,9 +191,11 @@ def build_policy(config: Config, environment: Environment, workdir: pathlib.Path
       f"model.tokenizer: {tokenizer} has {codec.vocab_size} tokens, the model only "
       f"{model_config.vocab_size}; it belongs to another model"
     )
-  if config.rollout.max_tokens > model_config.max_position_embeddings:
+  if slot_tokens(config) > model_config.max_position_embeddings:
+    room = slot_tokens(config) - config.rollout.max_tokens
     raise ValueError(
-      f"rollout.max_tokens: {config.rollout.max_tokens} is more than the model's "
+      f"rollout.max_tokens: {config.rollout.max_tokens}"
+      f"{f' and rollout.search.room = {room}' if room else ''} is more than the model's "
       f"max_position_embeddings = {model_config.max_position_embeddings}"
     )
   if not raw:
@@ -221,7 +282,7 @@ def build_engine(config: Config, policy: Policy, mesh: Mesh) -> engine_lib.Engin
   rows = sharding.batch_sharding(mesh)
   state_sharding = engine_lib.EngineState(model.KVCache(cache, cache), rows, rows)
   return engine_lib.make_engine(
-    policy.model, r.slots, r.max_tokens, r.decode_chunk, r.top_k, r.top_p, state_sharding
+    policy.model, r.slots, slot_tokens(config), r.decode_chunk, r.top_k, r.top_p, state_sharding
   )
 
 

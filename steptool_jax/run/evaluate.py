@@ -1,4 +1,7 @@
-"""--mode=evaluate: held-out figures of the newest checkpoint, or of the model itself."""
+"""--mode=evaluate: held-out figures of the newest checkpoint, or of the model itself.
+
+With evaluation.stored: the published figures of stored runs, once more; needs no model.
+"""
 
 import pathlib
 from typing import Any
@@ -6,11 +9,19 @@ from typing import Any
 from absl import logging
 
 from steptool_jax.config import Config
-from steptool_jax.run import build, metrics_writer, restore, workbench
+from steptool_jax.evaluation.stored import stored_summary
+from steptool_jax.run import benchmark, build, metrics_writer, restore, workbench
 
 
 def run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
   """Evaluates the policy of WORKDIR's newest checkpoint; without one, the model of the config."""
+  stored = config.evaluation.stored
+  if stored:
+    if not pathlib.Path(stored).is_dir():
+      raise FileNotFoundError(f"config.evaluation.stored: there is no folder {stored}")
+    summary = {"mode": "evaluate", "stored": stored} | stored_summary(stored)
+    metrics_writer.write_summary(workdir, summary)
+    return summary
   with workbench.open_workbench(config, workdir, workbench.Stop()) as b:
     newest = restore.newest_variables(b)
     if newest is not None:
@@ -20,9 +31,6 @@ def run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
       variables = build.initial_variables(config, b.policy, b.mesh)
       source = f"model: {config.model.path or 'random weights'}"
     logging.info("evaluating the %s", source)
-    figures, trajectories = workbench.evaluate_policy(
-      b, variables, config.evaluation.tasks, "evaluation"
-    )
-  summary = {"mode": "evaluate", "source": source, "tasks": len(trajectories)} | figures
+    summary = {"mode": "evaluate", "source": source} | benchmark.evaluate(b, variables)
   metrics_writer.write_summary(workdir, summary)
   return summary

@@ -1,4 +1,6 @@
-"""POST /virtual over any simulator, by the official contract: other tools use a cache offline.
+"""--mode=serve: POST /virtual over any simulator, by the official contract.
+
+Other tools use a cache offline with it.
 
 Status codes as the official server gives them: 200 with {error, response}, 404 and 405 for other
 paths and methods, 422 with {detail} for a body that is no request. Added: 503 with Retry-After
@@ -7,20 +9,40 @@ when the simulator failed itself (never an answer, so that no client scores it),
 
 import contextlib
 import json
+import pathlib
 import signal
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 from absl import logging
 
+from steptool_jax.config import Config
+from steptool_jax.run import metrics_writer, services
 from steptool_jax.simulators.errors import InfrastructureError
 from steptool_jax.simulators.virtual import NOT_WORKING, Simulator, VirtualRequest
 
 _MAX_REQUEST_BYTES = 1 << 20
 _TEXTS = ("category", "tool_name", "api_name", "strip", "toolbench_key")
+
+
+def run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
+  """Serves config.simulator until SIGTERM or Ctrl-C.
+
+  summary.json is there from the start (with the address; "running" true), and again at the end
+  with what was answered. ValueError or OSError, before it serves, for what the config lacks.
+  """
+  with (
+    services.open_answering(config) as answering,
+    serve(answering.simulator, config.serve.host, config.serve.port) as server,
+  ):
+    summary = {"mode": "serve", "url": f"http://{server.host}:{server.port}/virtual"}
+    run_forever(server, lambda: metrics_writer.write_summary(workdir, summary | {"running": True}))
+    summary |= {"running": False, "requests": server.requests} | answering.report()
+  metrics_writer.write_summary(workdir, summary)
+  return summary
 
 
 class Server:
@@ -36,6 +58,11 @@ class Server:
     self._thread = threading.Thread(target=self._http.serve_forever, args=(0.1,), daemon=True)
     self._closed = False
     self._thread.start()
+
+  @property
+  def requests(self) -> int:
+    """POST requests so far."""
+    return self._http.requests
 
   def close(self, grace_s: float = 10.0) -> bool:
     """Takes no new connection, lets the requests under way end; True when all of them did."""
@@ -61,13 +88,17 @@ def serve(simulator: Simulator, host: str = "127.0.0.1", port: int = 8080) -> Se
   return Server(simulator, host, port)
 
 
-def run_forever(server: Server) -> None:
-  """Blocks until SIGINT or SIGTERM, then closes the server. To be called in the main thread."""
+def run_forever(server: Server, listening: Callable[[], None] = lambda: None) -> None:
+  """Blocks until SIGINT or SIGTERM, then closes the server. To be called in the main thread.
+
+  listening: called once, as soon as a signal ends the server and not the process.
+  """
   stop = threading.Event()
   before = {}
   for number in (signal.SIGINT, signal.SIGTERM):
     before[number] = signal.signal(number, lambda *_: stop.set())
   try:
+    listening()
     logging.info("serving http://%s:%d/virtual", server.host, server.port)
     # Without a time-out a signal would wait for the wait to end.
     while not stop.wait(0.5):
@@ -87,7 +118,7 @@ class _Http(ThreadingHTTPServer):
   stopping = False
 
   def __init__(self, *args: Any):
-    self._under_way = 0
+    self._under_way = self.requests = 0
     self._idle = threading.Condition()
     super().__init__(*args)
 
@@ -95,6 +126,7 @@ class _Http(ThreadingHTTPServer):
   def request_under_way(self):
     with self._idle:
       self._under_way += 1
+      self.requests += 1
     try:
       yield
     finally:

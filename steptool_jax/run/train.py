@@ -33,7 +33,7 @@ from steptool_jax.types import TRUNCATED, Status, Task, TokenBatch, TrainState, 
 # Fields that may change between a start and a resume: they do not change what was learnt so far.
 MAY_CHANGE = (
   *("evaluation.", "checkpoint.", "compilation_cache", "train.export", "bench.", "mesh."),
-  "annotate.",
+  *("simulator.", "judge.endpoint.", "serve.", "annotate."),
 )
 
 
@@ -65,6 +65,11 @@ def run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
     raise ValueError(
       f"config.rollout.top_k = {r.top_k}, top_p = {r.top_p:g}: RL learns from samples of the whole "
       "distribution, because its log-probs are those of the whole one; train with 0 and 1"
+    )
+  if r.strategy != "chain":
+    raise ValueError(
+      f"config.rollout.strategy: {r.strategy!r} is for --mode=evaluate; its siblings are sampled "
+      "behind prompts that a trajectory does not hold, so RL trains on 'chain'"
     )
   restore.refuse_other_config(config, workdir, MAY_CHANGE)
   with workbench.Stop().listening() as stop, workbench.open_workbench(config, workdir, stop) as b:

@@ -5,6 +5,7 @@ import dataclasses
 import pathlib
 import signal
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -15,10 +16,12 @@ from steptool_jax.environments.base import Environment
 from steptool_jax.evaluation.metrics import rollout_metrics
 from steptool_jax.learning.algorithms import get_algorithm
 from steptool_jax.policy.engine import Engine
-from steptool_jax.rewards import rules, shaping
-from steptool_jax.rollout import chain
+from steptool_jax.rewards import responses, rules, shaping
+from steptool_jax.rollout import chain, tree
 from steptool_jax.rollout.conversation import Limits
+from steptool_jax.rollout.strategy import Search
 from steptool_jax.run import allocator, build
+from steptool_jax.run.services import Services, open_services
 from steptool_jax.simulators.errors import InfrastructureError
 from steptool_jax.simulators.runner import ToolRunner
 from steptool_jax.types import Status, Task, Trajectory
@@ -59,6 +62,7 @@ class Workbench:
   workdir: pathlib.Path
   mesh: Mesh
   environment: Environment
+  services: Services
   policy: build.Policy
   engine: Engine
   limits: Limits
@@ -80,14 +84,15 @@ def open_workbench(config: Config, workdir: pathlib.Path, stop: Stop) -> Iterato
   if jax.default_backend() == "cpu":
     allocator.keep_memory()
   mesh = build.build_mesh(config)
-  environment = build.build_environment(config)
-  policy = build.build_policy(config, environment, workdir)
-  with jax.set_mesh(mesh), build.build_runner(config) as runner:
+  with jax.set_mesh(mesh), open_services(config) as services, build.build_runner(config) as runner:
+    environment = build.build_environment(config, services)
+    policy = build.build_policy(config, environment, workdir)
     yield Workbench(
       config=config,
       workdir=workdir,
       mesh=mesh,
       environment=environment,
+      services=services,
       policy=policy,
       engine=build.build_engine(config, policy, mesh),
       limits=build.build_limits(config),
@@ -105,6 +110,29 @@ def collect(
   label: str,
 ) -> tuple[list[Trajectory], chain.Stats]:
   """Rolls out (task, sample) jobs and puts step rewards on the trajectories."""
+  trajectories, stats = roll(bench, variables, jobs, version, temperature, label)
+  tasks = [task for task, _ in jobs]
+  if bench.services.judging is not None:
+    _, trajectories = bench.services.judging.judge(tasks, trajectories)
+  return reward(bench, tasks, trajectories), stats
+
+
+def roll(
+  bench: Workbench,
+  variables: dict,
+  jobs: Sequence[tuple[Task, int]],
+  version: int,
+  temperature: float,
+  label: str,
+  limits: Limits | None = None,
+  strategy: Search | None = None,
+) -> tuple[list[Any], chain.Stats]:
+  """Trajectories of (task, sample) jobs, or SearchResults with a strategy; without rewards.
+
+  limits: instead of the workbench's. Where verdicts come later (services.judging), `solved` says
+  no more than that there is an answer.
+  """
+  word = "pass" if bench.services.judging is None else "answered"
   with tqdm(total=len(jobs), desc=label, leave=False, unit="task", mininterval=0.5) as bar:
     passed = 0.0
 
@@ -112,33 +140,44 @@ def collect(
       nonlocal passed
       passed += trajectory.solved
       bar.update()
-      bar.set_postfix_str(f"pass {passed / bar.n:.0%}", refresh=False)
+      bar.set_postfix_str(f"{word} {passed / bar.n:.0%}", refresh=False)
 
+    parts = (
+      *(bench.engine, variables, bench.environment, jobs, bench.policy.chat_format),
+      *(limits or bench.limits, bench.runner),
+      chain.Sampling(bench.config.seed, version, temperature),
+    )
+    keywords = {
+      "system": bench.config.model.system or None,
+      "should_stop": bench.stop,
+      "on_done": on_done,
+    }
     try:
-      trajectories, stats = chain.rollout(
-        bench.engine,
-        variables,
-        bench.environment,
-        jobs,
-        bench.policy.chat_format,
-        bench.limits,
-        bench.runner,
-        chain.Sampling(bench.config.seed, version, temperature),
-        system=bench.config.model.system or None,
-        should_stop=bench.stop,
-        on_done=on_done,
-      )
+      if strategy is not None:
+        return tree.search(*parts, strategy, **keywords)
+      return chain.rollout(*parts, **keywords)
     except InfrastructureError as error:
       raise RuntimeError(f"{label}: {error}") from error
+
+
+def reward(
+  bench: Workbench, tasks: Sequence[Task], trajectories: Sequence[Trajectory]
+) -> list[Trajectory]:
+  """The same trajectories with SC, Con and r on every step.
+
+  By comparison with the demonstration and the final answer where answers are checked by rule; by
+  the text rule "evidence" where they are free text.
+  """
   outcome_only = get_algorithm(bench.config.algorithm).rewards == "outcome"
-  rewards = bench.config.rewards
-  shaped = [
-    shaping.shape(
-      rules.annotate(task, trajectory), rewards.alpha, rewards.normalization, outcome_only
-    )
-    for (task, _), trajectory in zip(jobs, trajectories, strict=True)
-  ]
-  return shaped, stats
+  c = bench.config.rewards
+  shaped = []
+  for task, trajectory in zip(tasks, trajectories, strict=True):
+    if bench.services.judging is None:
+      marked = rules.annotate(task, trajectory)
+    else:
+      marked = responses.score(task.query, trajectory)
+    shaped.append(shaping.shape(marked, c.alpha, c.normalization, outcome_only))
+  return shaped
 
 
 def evaluate_policy(

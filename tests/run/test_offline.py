@@ -29,7 +29,7 @@ def rows():
   for n in range(10):
     calls = n % 3 + 1
     *others, last = row("llama31").responses
-    rewards = tuple((k + 1) / (n + k + 2) for k in range(calls)) + (n % 2 / 2,)
+    rewards = (*((k + 1) / (n + k + 2) for k in range(calls)), n % 2 / 2)
     made = row("chatml_react", rewards, f"Rain {n}?", f"rain {n}", (*others * calls, last))
     out.append(made)
   return out

@@ -1,0 +1,210 @@
+"""What --mode=evaluate makes of attempts: figures, and files in the official formats.
+
+    WORKDIR/answers/rollout_<k>/<subset>/<query id>_<method>.json   official answers
+    WORKDIR/converted/rollout_<k>/<subset>.json                     official converted answers
+    WORKDIR/trajectories.jsonl                                      ours (data/trajectories)
+
+The folder rollout_<k> stands where official tools expect the name of a model. Tasks that ended in
+an infrastructure error, of tools or judge, are named and have neither figure nor answer file.
+"""
+
+import dataclasses
+import pathlib
+import shutil
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from steptool_jax.data.trajectories import AnnotatedTrajectory, write_trajectories
+from steptool_jax.evaluation import intervals
+from steptool_jax.evaluation.metrics import rollout_metrics
+from steptool_jax.evaluation.passrate import call_metrics, outcome_of
+from steptool_jax.evaluation.recall import macro_recall
+from steptool_jax.rollout.answers import cot_answer, dfs_answer, write_answer, write_json
+from steptool_jax.rollout.conversion import convert_folder
+from steptool_jax.run import build, solving, workbench
+from steptool_jax.run.solving import Solution, Work
+from steptool_jax.run.workbench import Workbench
+from steptool_jax.types import Status, Task, Trajectory
+
+_Json = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Run:
+  """One repetition. trajectories[n] is the chosen one of task n, judged and rewarded."""
+
+  solutions: list[Solution]
+  trajectories: list[Trajectory]
+  scores: dict[int, np.ndarray]  # task -> float64[judge runs]; not there without a verdict
+  work: Work
+
+
+def evaluate(bench: Workbench, variables: dict) -> _Json:
+  """Attempts the first evaluation.tasks held-out tasks, writes the files, returns the figures.
+
+  RuntimeError when every task ended in an infrastructure error; ValueError without tasks.
+  """
+  e = bench.config.evaluation
+  tasks = bench.environment.tasks("heldout")[: e.tasks]
+  if not tasks:
+    raise ValueError("environment: there are no held-out tasks; evaluation needs at least one")
+  name = solving.method(bench)
+  for old in ("answers", "converted"):  # of an earlier evaluation, perhaps of other tasks
+    shutil.rmtree(bench.workdir / old, ignore_errors=True)
+  runs = []
+  for k in range(e.rollouts):
+    runs.append(_run(bench, variables, tasks, k, f"{name}, rollout {k + 1} of {e.rollouts}"))
+    if bench.services.judging is not None:
+      _write_answers(bench, runs[-1], f"rollout_{k}", name)
+  records = [
+    AnnotatedTrajectory(
+      trajectory=trajectory,
+      query=task.query,
+      metadata={
+        "method": name,
+        "budget_llm_calls": build.build_budget(bench.config),
+        "llm_calls": solution.llm_calls,
+        "rollout": k,
+      }
+      | {key: task.metadata[key] for key in ("subset", "query_id") if key in task.metadata},
+    )
+    for k, run in enumerate(runs)
+    for task, solution, trajectory in zip(tasks, run.solutions, run.trajectories, strict=True)
+  ]
+  write_trajectories(bench.workdir / "trajectories.jsonl", records)
+  return _figures(bench, name, tasks, runs)
+
+
+def _run(
+  bench: Workbench, variables: dict, tasks: Sequence[Task], repetition: int, label: str
+) -> _Run:
+  solutions, work = solving.solve(bench, variables, tasks, repetition, label)
+  trajectories = [solution.chosen for solution in solutions]
+  judging = bench.services.judging
+  if judging is not None:
+    rate, trajectories = judging.judge(tasks, trajectories)
+    scores = {int(n): row for n, row in zip(rate.task_ids, rate.scores, strict=True)}
+  else:
+    scores = {
+      n: np.array([t.solved])
+      for n, t in enumerate(trajectories)
+      if t.status is not Status.INFRASTRUCTURE_ERROR
+    }
+  return _Run(solutions, workbench.reward(bench, tasks, trajectories), scores, work)
+
+
+# --- figures ---------------------------------------------------------------------------------
+
+
+def _figures(bench: Workbench, name: str, tasks: Sequence[Task], runs: Sequence[_Run]) -> _Json:
+  everything = [t for run in runs for t in run.trajectories]
+  common = [n for n in range(len(tasks)) if all(n in run.scores for run in runs)]
+  if not common:
+    raise RuntimeError(
+      "evaluation: every task ended in an infrastructure error (tools or judge); look at the log"
+    )
+  scores = np.array([[run.scores[n] for run in runs] for n in common])  # [T, R, J]
+  figures: _Json = rollout_metrics(everything)
+  figures |= {
+    "method": name,
+    "budget_llm_calls": build.build_budget(bench.config),
+    "max_steps": bench.limits.max_steps,
+    "rollouts": len(runs),
+    "tasks": len(tasks),
+    "scored_tasks": len(common),
+    "left_out": sorted(tasks[n].id for n in set(range(len(tasks))) - set(common)),
+    "prompts_without_room": sum(not len(t.prompt_tokens) for t in runs[0].trajectories),
+    "llm_calls_per_task": float(np.mean([s.llm_calls for run in runs for s in run.solutions])),
+    "most_llm_calls": max(s.llm_calls for run in runs for s in run.solutions),
+    "work": _work(runs),
+  }
+  figures |= _passed(scores)
+  judging = bench.services.judging
+  if judging is None:
+    return figures
+  by_subset: dict[str, list[int]] = {}
+  for position, n in enumerate(common):
+    by_subset.setdefault(tasks[n].metadata["subset"], []).append(position)
+  subsets = {name: _passed(scores[rows]) for name, rows in by_subset.items()}
+  for part in (figures, *subsets.values()):
+    part["figure"] = judging.beside(_text(part))
+  for subset, part in subsets.items():
+    tqdm.write(f"{subset}: {part['figure']}")
+  outcomes = [
+    outcome_of(t, task.query)
+    for run in runs
+    for task, t in zip(tasks, run.trajectories, strict=True)
+  ]
+  found = macro_recall(
+    everything,
+    # The environment knows them by function name already.
+    {task.id: [("", function) for function in task.metadata["relevant"]] for task in tasks},
+    lambda _, function: function,
+  )
+  calls = call_metrics(outcomes)
+  return figures | {
+    "subsets": subsets,
+    "recall": found.mean,
+    "recall_tasks": found.tasks,
+    "invocation_success": calls["invocation_success"],
+    "calls_per_task": calls["calls_per_task"],
+    "judge": judging.report(),
+    "simulator": bench.services.answering.report(),
+  }
+
+
+def _passed(scores: np.ndarray) -> _Json:
+  """Pass rate of float64[T, R, J], its spread and where that comes from; all in [0, 1]."""
+  interval = intervals.bootstrap(scores)
+  out: _Json = {
+    "pass_rate": interval.mean,
+    "pass_rate_interval": [interval.low, interval.high],
+    # Over judge runs alone, as published tables have it; and over rollouts, judge runs averaged.
+    "pass_rate_std_judge": float(scores.mean(axis=(0, 1)).std()),
+    "pass_rate_std_rollouts": float(scores.mean(axis=(0, 2)).std()),
+    "scored": len(scores),
+  }
+  if len(scores) > 1 and scores[0].size > 1:
+    parts = dataclasses.asdict(intervals.components(scores))
+    out["variance"] = {key: value for key, value in parts.items() if not np.isnan(value)}
+  return out
+
+
+def _text(part: Mapping[str, Any]) -> str:
+  low, high = part["pass_rate_interval"]
+  return (
+    f"solvable pass rate {100 * part['pass_rate']:.1f} % of {part['scored']} tasks, "
+    f"95 % interval {100 * low:.1f} to {100 * high:.1f}"
+  )
+
+
+def _work(runs: Sequence[_Run]) -> _Json:
+  fields = [field.name for field in dataclasses.fields(Work)]
+  total = Work(**{name: sum(getattr(run.work, name) for run in runs) for name in fields})
+  shares = ("device_share", "host_share", "prefilled_again_tokens")
+  return dataclasses.asdict(total) | {name: getattr(total, name) for name in shares}
+
+
+# --- official files --------------------------------------------------------------------------
+
+
+def _write_answers(bench: Workbench, run: _Run, folder: str, name: str) -> None:
+  codec = bench.policy.chat_format.codec
+  strategy = build.build_search(bench.config)
+  written: dict[str, pathlib.Path] = {}
+  for solution, final in zip(run.solutions, run.trajectories, strict=True):
+    if final.status is Status.INFRASTRUCTURE_ERROR:
+      continue  # it would be scored as a failure of the model
+    task = solution.task
+    if solution.search is not None:
+      answer = dfs_answer(task, solution.search, strategy, bench.limits, codec.decode)
+    else:
+      answer = cot_answer(task, solution.attempts, bench.limits, codec.decode)
+    subset = task.metadata["subset"]
+    written[subset] = bench.workdir / "answers" / folder / subset
+    write_answer(written[subset], task, name, answer)
+  for subset, path in written.items():
+    write_json(bench.workdir / "converted" / folder / f"{subset}.json", convert_folder(path, name))
