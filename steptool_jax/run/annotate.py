@@ -109,7 +109,8 @@ def _read(config: Config, workdir: pathlib.Path) -> _Work:
     logging.info("%s: %s", path, result.report())
     work.total += result.total
     work.records += result.records
-    for kind, rows in (("too_long", result.too_long), ("unusable", result.unusable)):
+    long = [(row, f"{tokens} tokens") for row, tokens in result.too_long]
+    for kind, rows in (("too_long", long), ("unusable", result.unusable)):
       work.left_out[kind] += [f"{entries[row - 1].query_id} ({why})" for row, why in rows]
   if not work.records:
     left_out = {kind: names[:_NAMED] for kind, names in work.left_out.items() if names}

@@ -9,7 +9,7 @@ import numpy as np
 import oracles
 import pytest
 import stored
-from data.official_rows import row
+from data.official_rows import CALL, FINISH, row
 from test_resume import assert_same_run, saved
 
 from steptool_jax.data import conversion, official
@@ -28,9 +28,8 @@ def rows():
   out = []
   for n in range(10):
     calls = n % 3 + 1
-    *others, last = row("llama31").responses
     rewards = (*((k + 1) / (n + k + 2) for k in range(calls)), n % 2 / 2)
-    made = row("chatml_react", rewards, f"Rain {n}?", f"rain {n}", (*others * calls, last))
+    made = row("chatml_react", rewards, f"Rain {n}?", f"rain {n}", (*[CALL] * calls, FINISH))
     out.append(made)
   return out
 
