@@ -279,6 +279,9 @@ class Evaluation:
     1, "--mode=evaluate: chains of a task until one answers and while budget is left (CoT@n)"
   )
   rollouts: int = _is(1, "--mode=evaluate: repetitions; their variance is told from the judge's")
+  against: str = _is(
+    "", "--mode=evaluate, toolbench: WORKDIR of another evaluation, for the win rate over it"
+  )
   stored: str = _is("", "--mode=evaluate: only aggregate this folder of stored runs, no model")
 
 
@@ -563,6 +566,11 @@ def _check_environment(config: Config) -> None:
 
 def _check_evaluation(config: Config) -> None:
   e = config.evaluation
+  if e.against and config.environment.name != "toolbench":
+    raise ValueError(
+      "config.evaluation.against: a win rate needs a judge, so environment 'toolbench'; leave it "
+      "empty"
+    )
   if config.rollout.strategy == "dfsdt" and e.attempts > 1:
     raise ValueError(
       f"config.evaluation.attempts: {e.attempts}, but 'dfsdt' searches a task once; set it to 1, "

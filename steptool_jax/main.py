@@ -3,6 +3,7 @@
 import importlib
 import pathlib
 import sys
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -34,7 +35,11 @@ def _dispatch() -> dict[str, Any]:
   workdir = pathlib.Path(_WORKDIR.value).absolute()
   workdir.mkdir(parents=True, exist_ok=True)
   mode = importlib.import_module(f"steptool_jax.run.{_MODE.value}")
-  return mode.run(config, workdir)
+  try:
+    return mode.run(config, workdir)
+  except Exception:
+    (workdir / "error.txt").write_text(traceback.format_exc())
+    raise
 
 
 def _parse(argv: list[str]) -> list[str]:
@@ -48,11 +53,10 @@ def _parse(argv: list[str]) -> list[str]:
 
 
 def _or_exit(function: Callable[..., Any], *args: Any) -> Any:
-  """A mistake of input, or a run that cannot go on: a sentence helps, a traceback does not."""
+  """A mistake of input, or a run that cannot go on: a sentence helps; the rest is in error.txt."""
   try:
     return function(*args)
   except (ValueError, OSError, RuntimeError) as error:
-    logging.debug("traceback", exc_info=True)
     sys.exit(f"steptool_jax: {error}")
 
 

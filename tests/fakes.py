@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from steptool_jax.policy import model
-from steptool_jax.types import Finish, Status, Step, Trajectory
+from steptool_jax.policy import engine, model
+from steptool_jax.types import Finish, Malformed, Status, Step, Trajectory
 
 VOCAB = 61
 
@@ -46,3 +46,59 @@ def random_trajectory(rng, max_steps=4, status=None, prompt=5) -> Trajectory:
     )
   prompt_tokens = rng.integers(0, VOCAB, prompt + int(rng.integers(0, 4))).astype(np.int32)
   return Trajectory(f"t{rng.integers(1 << 30)}", 0, prompt_tokens, tuple(steps), Status(status))
+
+
+class ScriptedEngine:
+  """What a real engine's slots would hold; a turn is what `policy(text of the slot)` says."""
+
+  def __init__(self, chat_format, policy, slots=2, size=4000, chunk=7):
+    self.format, self.policy, self.slots, self.size, self.chunk = (
+      *(chat_format, policy),
+      *(slots, size, chunk),
+    )
+    self.seen = {n: [] for n in range(slots)}
+    self.todo = {n: [] for n in range(slots)}
+    self.turns = []  # (context, ids) of every turn
+    self.forced = 0
+
+  def init(self):
+    return None
+
+  def rewind(self, state, lengths):
+    for slot, length in lengths.items():
+      assert length <= len(self.seen[slot])
+      self.seen[slot] = self.seen[slot][:length]
+
+  def fork(self, state, sources):
+    for slot, source in sources.items():
+      self.seen[slot] = list(self.seen[source])
+
+  def append(self, variables, state, pieces):
+    for slot, ids in pieces.items():
+      self.seen[slot].extend(ids.tolist())
+      self.forced += len(ids)
+      assert len(self.seen[slot]) <= self.size
+
+  def decode(self, variables, state, limits, seeds, stop_ids, temperature):
+    out = engine.Decoded(
+      np.zeros((self.slots, self.chunk), np.int32),
+      np.full((self.slots, self.chunk), -0.5, np.float32),
+      np.zeros(self.slots, np.int32),
+      np.zeros(self.slots, bool),
+    )
+    for slot, limit in limits.items():
+      if not self.todo[slot]:
+        action = self.policy(self.format.codec.decode(self.seen[slot]))
+        if isinstance(action, Malformed):
+          ids = [*self.format.codec.encode("what"), self.format.stop_ids[0]]
+        else:
+          ids = self.format.render_action(action).tolist()
+        self.turns.append((list(self.seen[slot]), ids))
+        self.todo[slot] = list(ids)
+      take = self.todo[slot][: min(limit, self.chunk)]
+      self.todo[slot] = self.todo[slot][len(take) :]
+      out.tokens[slot, : len(take)] = take
+      out.count[slot] = len(take)
+      out.stopped[slot] = take[-1] in stop_ids
+      self.seen[slot].extend(take)
+    return None, out

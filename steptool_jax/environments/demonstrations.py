@@ -15,16 +15,16 @@ class _Random(Protocol):
   def random(self) -> float: ...
 
 
-_VALUES = (str, int, float)
+_GIVE_UP = Finish("none")
 
 
 def imperfect(env: Environment, task: Task, rng: _Random, rate: float) -> tuple[Action, ...]:
   """The demonstration with a plausible mistake at each action with probability `rate`.
 
-  Mistakes: a wrong or distractor tool before the right call or instead of it, the right call twice,
-  a wrong value before the right one, a premature or wrong answer. Every value that is used was
-  known by then (an argument so far), so the copying is right where the choice is wrong. Ends in
-  Finish. rate in [0, 1].
+  Mistakes: another tool before the right call or instead of it, the right call twice, giving up
+  with the answer "none". All are bad choices and none is bad copying: a value is used only where it
+  is known by then, so that an imitator does not learn to make values up. Ends in Finish. rate in
+  [0, 1].
   """
   if not 0 <= rate <= 1:
     raise ValueError(f"rate is {rate}: must be in [0, 1]")
@@ -33,18 +33,15 @@ def imperfect(env: Environment, task: Task, rng: _Random, rate: float) -> tuple[
   if not task.demonstration:
     raise ValueError(f"task {task.id} has no demonstration to spoil")
   actions: list[Action] = []
-  known: dict[Any, None] = {}
   for action in task.demonstration:
-    if isinstance(action, ToolCall):
-      known |= dict.fromkeys(v for v in action.arguments.values() if isinstance(v, _VALUES))
     if rng.random() >= rate:
       actions.append(action)
     elif isinstance(action, ToolCall):
-      actions.extend(_spoil(action, task, list(known), rng))
-      if isinstance(actions[-1], Finish):
-        break
+      actions.extend(_spoil(action, task, rng))
     else:
-      actions.append(_guess(list(known), rng))
+      actions.append(_GIVE_UP)
+    if isinstance(actions[-1], Finish):
+      break
   return tuple(actions)
 
 
@@ -52,20 +49,18 @@ def _pick(options: list, rng: _Random) -> Any:
   return options[min(int(rng.random() * len(options)), len(options) - 1)]
 
 
-def _spoil(call: ToolCall, task: Task, known: list, rng: _Random) -> list[Action]:
-  kind = _pick(["before", "twice", "wrong value", "lost", "answer"], rng)
+def _spoil(call: ToolCall, task: Task, rng: _Random) -> list[Action]:
+  kind = _pick(["before", "twice", "instead", "give up"], rng)
   if kind == "before":
-    return [_other_tool(call, task, known, rng), call]
+    return [_other_tool(call, task, rng), call]
   if kind == "twice":
     return [call, call]
-  if kind == "wrong value":
-    return [_wrong_value(call, known, rng), call]
-  if kind == "lost":
-    return [_other_tool(call, task, known, rng), _guess(known, rng)]
-  return [_guess(known, rng)]
+  if kind == "instead":
+    return [_other_tool(call, task, rng), _GIVE_UP]
+  return [_GIVE_UP]
 
 
-def _other_tool(call: ToolCall, task: Task, known: list, rng: _Random) -> ToolCall:
+def _other_tool(call: ToolCall, task: Task, rng: _Random) -> ToolCall:
   """Another tool with as many arguments, so that the call looks right."""
 
   def width(spec: ToolSpec) -> int:
@@ -76,22 +71,6 @@ def _other_tool(call: ToolCall, task: Task, known: list, rng: _Random) -> ToolCa
   if not others:
     return call
   spec = _pick(alike or others, rng)
-  values = [*call.arguments.values()] or known or ["none"]
+  values = [*call.arguments.values()] or ["none"]
   names = list(spec.parameters.get("properties", {}))
   return ToolCall(spec.name, {n: values[i % len(values)] for i, n in enumerate(names)})
-
-
-def _wrong_value(call: ToolCall, known: list, rng: _Random) -> ToolCall:
-  """One argument replaced by another known value of its type, where there is one."""
-  arguments = dict(call.arguments)
-  if arguments:
-    name = _pick(list(arguments), rng)
-    right = arguments[name]
-    alike = [v for v in known if v != right and type(v) is type(right)]
-    if alike:
-      arguments[name] = _pick(alike, rng)
-  return ToolCall(call.name, arguments)
-
-
-def _guess(known: list, rng: _Random) -> Finish:
-  return Finish(str(_pick([*known, "none"], rng)))

@@ -1,8 +1,9 @@
 """The policy engine: KV slots with append, decode, rewind and fork.
 
 A conversation keeps its slot until it ends, so a turn costs its own tokens and not its history. All
-shapes are static and all limits are arguments: decode, rewind and fork compile once, append once
-per power-of-two chunk.
+shapes are static and all limits are arguments: rewind and fork compile once, decode twice, append
+twice per power-of-two chunk: for all slots, and for at most a quarter of them, because a lone
+observation or the tail of a rollout must not pay for every slot.
 
 The state holds every slot's token ids. Keys and values are always complete for positions before
 the last one; the last token is pending and is fed when the next one is wanted. So rewind is a new
@@ -12,7 +13,7 @@ length and nothing else.
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -49,14 +50,41 @@ def init_state(config: model.ModelConfig, slots: int, size: int) -> EngineState:
   )
 
 
+def take(state: EngineState, rows: jax.Array | None) -> EngineState:
+  """The slots named by `rows` int32[N] as a smaller state; None takes the state as it is.
+
+  A row beyond the last slot is padding: it stands for some slot here and for none in `put`.
+  """
+  if rows is None:
+    return state
+  cache = jax.tree.map(lambda x: x.at[:, rows].get(mode="clip"), state.cache)
+  return EngineState(
+    cache, state.tokens.at[rows].get(mode="clip"), state.length.at[rows].get(mode="clip")
+  )
+
+
+def put(state: EngineState, rows: jax.Array | None, part: EngineState) -> EngineState:
+  """`state` with the slots `rows` as in `part`."""
+  if rows is None:
+    return part
+  cache = jax.tree.map(lambda x, y: x.at[:, rows].set(y, mode="drop"), state.cache, part.cache)
+  return EngineState(
+    cache,
+    state.tokens.at[rows].set(part.tokens, mode="drop"),
+    state.length.at[rows].set(part.length, mode="drop"),
+  )
+
+
 def append(
   config: model.ModelConfig,
   variables: dict,
-  state: EngineState,
+  whole: EngineState,
+  rows: jax.Array | None,
   tokens_NC: jax.Array,
   count_N: jax.Array,
 ) -> EngineState:
-  """Forces the first count[n] of C tokens into slot n (prompt, observation)."""
+  """Forces the first count[n] of C tokens into slot rows[n] (prompt, observation)."""
+  state = take(whole, rows)
   slots, size = state.tokens.shape
   width = tokens_NC.shape[1]
   columns_C = jnp.arange(width)
@@ -71,13 +99,14 @@ def append(
   valid_NC = (positions_NC < new_length_N[:, None]) & (count_N > 0)[:, None]
   fed_NC = jnp.take_along_axis(history_NS, jnp.minimum(positions_NC, size - 1), axis=1)
   _, cache = model.forward_cached(config, variables, fed_NC, positions_NC, valid_NC, state.cache)
-  return EngineState(cache, history_NS, new_length_N)
+  return put(whole, rows, EngineState(cache, history_NS, new_length_N))
 
 
 def decode(
   config: model.ModelConfig,
   variables: dict,
-  state: EngineState,
+  whole: EngineState,
+  rows: jax.Array | None,
   limit_N: jax.Array,
   stop_ids: jax.Array,
   seeds_N2: jax.Array,
@@ -87,15 +116,17 @@ def decode(
   top_k: int = 0,
   top_p: float = 1.0,
 ) -> tuple[EngineState, Decoded]:
-  """Samples up to min(limit[n], max_tokens) tokens in every slot, in one while loop.
+  """Samples up to min(limit[n], max_tokens) tokens in every slot of `rows`, in one while loop.
 
   Args:
+    rows: int32[N], the slots that rows of arguments and results belong to; None = all.
     limit_N: int32, 0 leaves a slot alone.
     stop_ids: int32[any]; a stop token is kept and ends the slot's turn.
     seeds_N2: uint32, one key a slot; the token at position p uses fold_in(key, p), so a step may be
       split over any number of calls.
     temperature: float32 scalar, 0 = greedy.
   """
+  state = take(whole, rows)
   slots, size = state.tokens.shape
   rows_N = jnp.arange(slots)
   limit_N = jnp.minimum(jnp.minimum(limit_N, max_tokens), size - state.length)
@@ -139,7 +170,8 @@ def decode(
     )
     return EngineState(cache, history_NS, state.length + active_N), out
 
-  return jax.lax.while_loop(lambda carry: jnp.any(active(carry[1])), one_token, (state, out))
+  state, out = jax.lax.while_loop(lambda carry: jnp.any(active(carry[1])), one_token, (state, out))
+  return put(whole, rows, state), out
 
 
 def rewind(state: EngineState, length_N: jax.Array) -> EngineState:
@@ -160,12 +192,14 @@ def fork(state: EngineState, source_N: jax.Array) -> EngineState:
 class Engine:
   """The four programs, jitted, and the static facts that the host needs. The state stays outside.
 
-  chunk: tokens that one decode call samples at most; size: positions of a slot.
+  chunk: tokens that one decode call samples at most; size: positions of a slot. narrow: calls for
+  at most so many slots take the narrow programs; 0 = none.
   """
 
   slots: int
   size: int
   chunk: int
+  narrow: int
   init: Callable[[], EngineState]
   append_program: Callable
   decode_program: Callable
@@ -180,12 +214,14 @@ class Engine:
     width = MIN_CHUNK
     while width < min(longest, self.size):
       width *= 2
-    tokens_NC = np.zeros((self.slots, width), np.int32)
-    count_N = np.zeros(self.slots, np.int32)
-    for slot, ids in pieces.items():
-      tokens_NC[slot, : len(ids)] = ids
-      count_N[slot] = len(ids)
-    return self.append_program(variables, state, tokens_NC, count_N)
+    rows, at = self._rows(pieces)
+    tokens_NC = np.zeros((len(at), width), np.int32)
+    count_N = np.zeros(len(at), np.int32)
+    for row, slot in enumerate(at):
+      if slot in pieces:
+        tokens_NC[row, : len(pieces[slot])] = pieces[slot]
+        count_N[row] = len(pieces[slot])
+    return self.append_program(variables, state, rows, tokens_NC, count_N)
 
   def decode(
     self,
@@ -196,21 +232,42 @@ class Engine:
     stop_ids: Sequence[int],
     temperature: float,
   ) -> tuple[EngineState, Decoded]:
-    """Samples in the named slots; `limits` in tokens, `seeds` uint32[2] each. NumPy results."""
-    limit_N = np.zeros(self.slots, np.int32)
-    seeds_N2 = np.zeros((self.slots, 2), np.uint32)
-    for slot, limit in limits.items():
-      limit_N[slot] = limit
-      seeds_N2[slot] = seeds[slot]
+    """Samples in the named slots; `limits` in tokens, `seeds` uint32[2] each.
+
+    Decoded holds NumPy arrays with a row for every slot.
+    """
+    rows, at = self._rows(limits)
+    limit_N = np.zeros(len(at), np.int32)
+    seeds_N2 = np.zeros((len(at), 2), np.uint32)
+    for row, slot in enumerate(at):
+      if slot in limits:
+        limit_N[row] = limits[slot]
+        seeds_N2[row] = seeds[slot]
     state, decoded = self.decode_program(
       variables,
       state,
+      rows,
       limit_N,
       np.asarray(stop_ids, np.int32),
       seeds_N2,
       np.float32(temperature),
     )
-    return state, Decoded(*jax.device_get(decoded))
+    decoded = Decoded(*jax.device_get(decoded))
+    if rows is None:
+      return state, decoded
+    used = at[at < self.slots]
+    whole = Decoded(*(np.zeros((self.slots, *x.shape[1:]), x.dtype) for x in decoded))
+    for full, part in zip(whole, decoded, strict=True):
+      full[used] = part[: len(used)]
+    return state, whole
+
+  def _rows(self, named: dict[int, Any]) -> tuple[np.ndarray | None, np.ndarray]:
+    """(`rows` of the programs, the slot of each row): all slots, or the named ones and padding."""
+    if len(named) > self.narrow:
+      return None, np.arange(self.slots)
+    at = np.full(self.narrow, self.slots, np.int32)
+    at[: len(named)] = sorted(named)
+    return at, at
 
   def rewind(self, state: EngineState, lengths: dict[int, int]) -> EngineState:
     """Cuts the named slots back to the given lengths."""
@@ -236,13 +293,18 @@ def make_engine(
   top_p: float = 1.0,
   state_sharding: EngineState | None = None,
 ) -> Engine:
-  """Jits the four programs; `state_sharding` places the slots on a mesh."""
+  """Jits the four programs; `state_sharding` places the slots on a mesh.
+
+  Slots on several devices have no narrow programs: their rows would have to travel.
+  """
+  alone = state_sharding is None or state_sharding.length.mesh.size == 1
   jit = functools.partial(jax.jit, out_shardings=state_sharding)
   out = (state_sharding, None) if state_sharding is not None else None
   return Engine(
     slots=slots,
     size=size,
     chunk=chunk,
+    narrow=slots // 4 if alone else 0,
     init=jit(functools.partial(init_state, config, slots, size)),
     append_program=jit(functools.partial(append, config), donate_argnums=1),
     decode_program=jax.jit(

@@ -17,10 +17,14 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from steptool_jax.data.trajectories import AnnotatedTrajectory, write_trajectories
+from steptool_jax.data.trajectories import (
+  AnnotatedTrajectory,
+  read_trajectories,
+  write_trajectories,
+)
 from steptool_jax.evaluation import intervals
 from steptool_jax.evaluation.metrics import rollout_metrics
-from steptool_jax.evaluation.passrate import call_metrics, outcome_of
+from steptool_jax.evaluation.passrate import PassRate, call_metrics, outcome_of
 from steptool_jax.evaluation.recall import macro_recall
 from steptool_jax.rollout.answers import cot_answer, dfs_answer, write_answer, write_json
 from steptool_jax.rollout.conversion import convert_folder
@@ -39,6 +43,7 @@ class _Run:
   solutions: list[Solution]
   trajectories: list[Trajectory]
   scores: dict[int, np.ndarray]  # task -> float64[judge runs]; not there without a verdict
+  rate: PassRate | None  # where there is a judge
   work: Work
 
 
@@ -52,8 +57,10 @@ def evaluate(bench: Workbench, variables: dict) -> _Json:
   if not tasks:
     raise ValueError("environment: there are no held-out tasks; evaluation needs at least one")
   name = solving.method(bench)
-  for old in ("answers", "converted"):  # of an earlier evaluation, perhaps of other tasks
-    shutil.rmtree(bench.workdir / old, ignore_errors=True)
+  others = _read_others(e.against, tasks) if e.against else None
+  for name_of in ("answers", "converted"):  # of an earlier evaluation, perhaps of other tasks
+    for old in (bench.workdir / name_of).glob("rollout_*"):
+      shutil.rmtree(old)
   runs = []
   for k in range(e.rollouts):
     runs.append(_run(bench, variables, tasks, k, f"{name}, rollout {k + 1} of {e.rollouts}"))
@@ -75,7 +82,10 @@ def evaluate(bench: Workbench, variables: dict) -> _Json:
     for task, solution, trajectory in zip(tasks, run.solutions, run.trajectories, strict=True)
   ]
   write_trajectories(bench.workdir / "trajectories.jsonl", records)
-  return _figures(bench, name, tasks, runs)
+  figures = _figures(bench, name, tasks, runs)
+  if others is not None:
+    figures["win_rate"] = _wins(bench, tasks, runs[0], others)
+  return figures
 
 
 def _run(
@@ -83,7 +93,7 @@ def _run(
 ) -> _Run:
   solutions, work = solving.solve(bench, variables, tasks, repetition, label)
   trajectories = [solution.chosen for solution in solutions]
-  judging = bench.services.judging
+  judging, rate = bench.services.judging, None
   if judging is not None:
     rate, trajectories = judging.judge(tasks, trajectories)
     scores = {int(n): row for n, row in zip(rate.task_ids, rate.scores, strict=True)}
@@ -93,7 +103,7 @@ def _run(
       for n, t in enumerate(trajectories)
       if t.status is not Status.INFRASTRUCTURE_ERROR
     }
-  return _Run(solutions, workbench.reward(bench, tasks, trajectories), scores, work)
+  return _Run(solutions, workbench.reward(bench, tasks, trajectories), scores, rate, work)
 
 
 # --- figures ---------------------------------------------------------------------------------
@@ -181,6 +191,45 @@ def _text(part: Mapping[str, Any]) -> str:
   )
 
 
+def _read_others(folder: str, tasks: Sequence[Task]) -> list[AnnotatedTrajectory]:
+  """The first rollout of another evaluation, in the order of the tasks."""
+  path = pathlib.Path(folder) / "trajectories.jsonl"
+  if not path.is_file():
+    raise FileNotFoundError(
+      f"config.evaluation.against: {path} does not exist; give the WORKDIR of an evaluation"
+    )
+  found = {
+    r.trajectory.task_id: r for r in read_trajectories(path) if not r.metadata.get("rollout")
+  }
+  missing = [task.id for task in tasks if task.id not in found]
+  if missing:
+    raise ValueError(
+      f"config.evaluation.against: {path} lacks {len(missing)} of {len(tasks)} tasks, the first "
+      f"is {missing[0]}; evaluate the same tasks"
+    )
+  return [found[task.id] for task in tasks]
+
+
+def _wins(
+  bench: Workbench, tasks: Sequence[Task], run: _Run, others: Sequence[AnnotatedTrajectory]
+) -> _Json:
+  """Solvable win rate of the first rollout: [mean, std over judge runs], in [0, 1]."""
+  ours = [solution.chosen for solution in run.solutions]
+  theirs = [record.trajectory for record in others]
+  found = bench.services.judging.win_rate(tasks, ours, theirs, run.rate)
+  return {
+    "wins": list(found.wins),
+    "ties": list(found.ties),
+    "losses": list(found.losses),
+    "tasks": len(found.task_ids),
+    "left_out": [tasks[int(n)].id for n in found.left_out],
+    "against": bench.config.evaluation.against,
+    "their_method": others[0].metadata.get("method"),
+    "their_budget_llm_calls": others[0].metadata.get("budget_llm_calls"),
+    "figure": bench.services.beside(f"win rate {100 * found.wins[0]:.1f} %"),
+  }
+
+
 def _work(runs: Sequence[_Run]) -> _Json:
   fields = [field.name for field in dataclasses.fields(Work)]
   total = Work(**{name: sum(getattr(run.work, name) for run in runs) for name in fields})
@@ -203,6 +252,10 @@ def _write_answers(bench: Workbench, run: _Run, folder: str, name: str) -> None:
       answer = dfs_answer(task, solution.search, strategy, bench.limits, codec.decode)
     else:
       answer = cot_answer(task, solution.attempts, bench.limits, codec.decode)
+      answer["forward_args"] |= {
+        "max_llm_calls": build.build_budget(bench.config),
+        "pass_at": bench.config.evaluation.attempts,
+      }
     subset = task.metadata["subset"]
     written[subset] = bench.workdir / "answers" / folder / subset
     write_answer(written[subset], task, name, answer)

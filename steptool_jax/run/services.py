@@ -43,6 +43,10 @@ class Services:
   judging: Judging | None = None  # toolbench
   mcp: McpServer | None = None  # custom, with environment.mcp
 
+  def beside(self, figure: str) -> str:
+    """A printed figure, with who judged where there is a judge."""
+    return figure if self.judging is None else self.judging.beside(figure)
+
 
 NO_SERVICES = Services()
 
@@ -117,11 +121,12 @@ def open_endpoint(
 
   Raises ValueError for an empty or wrong address, a missing model and a missing key.
   """
+  key = secret(endpoint.api_key_variable, f"{name}.api_key_variable")
   try:
     client = endpoint_lib.Endpoint(
       endpoint.base_url,
       endpoint.model,
-      api_key=secret(endpoint.api_key_variable, f"{name}.api_key_variable"),
+      api_key=key,
       timeout_s=endpoint.timeout,
       retries=endpoint.retries,
       max_in_flight=endpoint.in_flight,

@@ -399,7 +399,8 @@ class _Trainer:
     num_tasks = num_tasks or self.config.evaluation.tasks
     figures, _ = workbench.evaluate_policy(self.bench, self._variables(), num_tasks, label)
     self.writer.write(self._number(), "heldout", figures)
-    tqdm.write(f"{label}: held-out pass rate {figures['pass_rate']:.1%}")
+    figure = f"{label}: held-out pass rate {figures['pass_rate']:.1%}"
+    tqdm.write(self.bench.services.beside(figure))
     if name:
       self.progress.results[name] = figures["pass_rate"]
     if self.progress.phase == "rl" or name == "pass_rate_sft":
@@ -444,6 +445,8 @@ class _Trainer:
     if self.data is not None:
       summary["iterations"] = p.done if p.phase == "rl" else 0
       summary["data"] = self.data.report | {"passes": self.config.data.passes}
+    if self.bench.services.judging is not None:
+      summary["judge"] = self.bench.services.judging.report()
     metrics_writer.write_summary(self.bench.workdir, summary)
     return summary
 

@@ -49,13 +49,12 @@ def test_every_kind_of_mistake_happens(env):
       kinds.add("twice")
     if any(isinstance(a, ToolCall) and a.name not in tools for a in actions):
       kinds.add("other tool")
-    if any(isinstance(a, ToolCall) and a.name in tools and a not in gold for a in actions):
-      kinds.add("wrong value")
     if len(actions) < len(gold):
       kinds.add("short")
     if actions[-1] != gold[-1]:
-      kinds.add("wrong answer")
-  assert kinds == {"twice", "other tool", "wrong value", "short", "wrong answer"}
+      assert actions[-1] == Finish("none")
+      kinds.add("given up")
+  assert kinds == {"twice", "other tool", "short", "given up"}
 
 
 @pytest.mark.parametrize("env", ENVS, ids=lambda e: e.name)

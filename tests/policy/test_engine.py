@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 
 import fakes
@@ -75,7 +76,7 @@ def test_stop_and_padding_ids_in_a_prompt_are_tokens_like_any_other(shared, vari
   ids = [*prompt, *out.tokens[1, :4]]
   logp = np.asarray(jax.nn.log_softmax(full_logits(variables, ids)))
   expected = logp[np.arange(7, 11), ids[8:]]
-  np.testing.assert_allclose(out.logprobs[1, :4], expected, atol=1e-5)
+  np.testing.assert_allclose(out.logprobs[1, :4], expected, atol=5e-5)
   # A stop token that is forced, as the last one or in front of it, ends no turn.
   state = shared.append(variables, shared.init(), {1: np.array(prompt, np.int32)})
   _, again = run_turn(shared, variables, state, [1], limit=4, stop=(STOP, 60))
@@ -191,3 +192,27 @@ def test_sample_frequencies_and_logprobs(top_k, top_p):
   kept /= kept.sum()
   np.testing.assert_allclose(np.bincount(tokens, minlength=5) / n, kept, atol=0.015)
   np.testing.assert_allclose(np.exp(logprobs), kept[tokens], atol=1e-5)
+
+
+def test_few_slots_take_the_narrow_programs_with_the_same_results(variables):
+  """A call for a quarter of the slots computes only those, and leaves the others as they were."""
+  eng = engine.make_engine(CONFIG, slots=8, size=64, chunk=8)
+  assert eng.narrow == 2
+  wide = dataclasses.replace(eng, narrow=0)
+  prompts = {s: np.arange(3 + s, dtype=np.int32) for s in range(8)}
+  results = []
+  for one in (eng, wide):
+    state = one.append(variables, one.init(), prompts)
+    state, _ = run_turn(one, variables, state, [7], salt=1, stop=())
+    state = one.append(variables, state, {5: np.array([3, 4], np.int32)})
+    state, out = run_turn(one, variables, state, [1, 5], salt=2, stop=())
+    assert out.count.tolist() == [0, 8, 0, 0, 0, 8, 0, 0]
+    state, everything = run_turn(one, variables, state, range(8), limit=4, salt=3, stop=())
+    results.append((np.asarray(state.length), np.asarray(state.tokens), out, everything))
+  (length, tokens, out, everything), (length_w, tokens_w, out_w, everything_w) = results
+  assert length.tolist() == length_w.tolist()
+  for s, n in enumerate(length):
+    assert tokens[s, :n].tolist() == tokens_w[s, :n].tolist()
+  np.testing.assert_array_equal(out.tokens, out_w.tokens)
+  np.testing.assert_allclose(out.logprobs, out_w.logprobs, atol=5e-5)
+  np.testing.assert_allclose(everything.logprobs, everything_w.logprobs, atol=5e-5)

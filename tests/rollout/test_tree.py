@@ -47,62 +47,6 @@ def chat_format(tmp_path_factory):
   return get_format("compact", Codec.load(out))
 
 
-class ScriptedEngine:
-  """What a real engine's slots would hold; a turn is what `policy(text of the slot)` says."""
-
-  def __init__(self, chat_format, policy, slots=2, size=4000, chunk=7):
-    self.format, self.policy, self.slots, self.size, self.chunk = (
-      *(chat_format, policy),
-      *(slots, size, chunk),
-    )
-    self.seen = {n: [] for n in range(slots)}
-    self.todo = {n: [] for n in range(slots)}
-    self.turns = []  # (context, ids) of every turn
-    self.forced = 0
-
-  def init(self):
-    return None
-
-  def rewind(self, state, lengths):
-    for slot, length in lengths.items():
-      assert length <= len(self.seen[slot])
-      self.seen[slot] = self.seen[slot][:length]
-
-  def fork(self, state, sources):
-    for slot, source in sources.items():
-      self.seen[slot] = list(self.seen[source])
-
-  def append(self, variables, state, pieces):
-    for slot, ids in pieces.items():
-      self.seen[slot].extend(ids.tolist())
-      self.forced += len(ids)
-      assert len(self.seen[slot]) <= self.size
-
-  def decode(self, variables, state, limits, seeds, stop_ids, temperature):
-    out = engine.Decoded(
-      np.zeros((self.slots, self.chunk), np.int32),
-      np.full((self.slots, self.chunk), -0.5, np.float32),
-      np.zeros(self.slots, np.int32),
-      np.zeros(self.slots, bool),
-    )
-    for slot, limit in limits.items():
-      if not self.todo[slot]:
-        action = self.policy(self.format.codec.decode(self.seen[slot]))
-        if isinstance(action, Malformed):
-          ids = [*self.format.codec.encode("what"), self.format.stop_ids[0]]
-        else:
-          ids = self.format.render_action(action).tolist()
-        self.turns.append((list(self.seen[slot]), ids))
-        self.todo[slot] = list(ids)
-      take = self.todo[slot][: min(limit, self.chunk)]
-      self.todo[slot] = self.todo[slot][len(take) :]
-      out.tokens[slot, : len(take)] = take
-      out.count[slot] = len(take)
-      out.stopped[slot] = take[-1] in stop_ids
-      self.seen[slot].extend(take)
-    return None, out
-
-
 class Counter:
   """A stateful environment: `echo` adds up and says the sum."""
 
@@ -182,7 +126,7 @@ def shape(result):
 
 
 def one(chat_format, actions, environment=None, limits=LIMITS, size=4000, **strategy):
-  eng = ScriptedEngine(chat_format, script(*actions), size=size)
+  eng = fakes.ScriptedEngine(chat_format, script(*actions), size=size)
   environment = environment or Counter()
   (result,), stats = run(
     eng, environment, chat_format, [(task(), 0)], tree.Search(**strategy), limits
@@ -303,7 +247,7 @@ def random_policy(seed, numbers=100):
 def test_every_context_is_its_path_and_every_token_is_forced_once(chat_format, environment, width):
   """Random trees, more of them than slots, two samples a task: contexts, counts and states."""
   world = environment()
-  eng = ScriptedEngine(chat_format, random_policy(width), slots=3)
+  eng = fakes.ScriptedEngine(chat_format, random_policy(width), slots=3)
   jobs = [(task(f"t{i}", f"query {i}"), s) for i in range(6) for s in range(2)]
   strategy = tree.Search(max_calls=25, width=width, give_up_back=1, answers=3, answer_back=1)
   results, stats = run(eng, world, chat_format, jobs, strategy)
@@ -358,7 +302,7 @@ def test_a_judge_that_is_down_is_infrastructure(chat_format, monkeypatch, search
     raise InfrastructureError("the judge is down")
 
   monkeypatch.setattr(CounterSession, "grade", down)
-  eng = ScriptedEngine(chat_format, script(ANSWER))
+  eng = fakes.ScriptedEngine(chat_format, script(ANSWER))
   if search:
     (result,), _ = run(eng, Counter(), chat_format, [(task(), 0)], tree.Search())
     trajectory = result.trajectory
@@ -381,7 +325,7 @@ def test_a_diversity_prompt_that_does_not_fit_is_counted(chat_format):
 
 
 def test_a_prompt_that_does_not_fit_ends_alone(chat_format):
-  eng = ScriptedEngine(chat_format, script(ANSWER))
+  eng = fakes.ScriptedEngine(chat_format, script(ANSWER))
   jobs = [(task("long", "word " * 4000), 0), (task(), 0)]
   (long, short), _ = run(eng, Counter(), chat_format, jobs, tree.Search())
   assert (long.trajectory.status, long.nodes, long.leaf) == (Status.TOKEN_BUDGET, (), ROOT)
@@ -398,7 +342,7 @@ def test_bad_settings(field, value):
 
 def test_should_stop_interrupts_and_closes(chat_format):
   environment = Counter()
-  eng = ScriptedEngine(chat_format, script(echo(1), ANSWER))
+  eng = fakes.ScriptedEngine(chat_format, script(echo(1), ANSWER))
   asked = iter([False, True])
   with pytest.raises(chain.Interrupted):
     run(
@@ -419,12 +363,12 @@ def test_nested_api_databases_follow_the_tree(tmp_path_factory):
   compact.build_tokenizer(list(compact.task_texts(changing)) * 5, 400, out)
   fmt = get_format("compact", Codec.load(out))
   # The first branch makes the change and gives up; the sibling only claims that it did.
-  eng = ScriptedEngine(fmt, script(first, change, GIVE_UP, first, done))
+  eng = fakes.ScriptedEngine(fmt, script(first, change, GIVE_UP, first, done))
   (result,), stats = run(eng, env, fmt, [(changing, 0)], tree.Search(max_calls=6))
   assert [n.parent for n in result.nodes] == [ROOT, 0, 1, 0, 3]
   assert (result.trajectory.status, result.trajectory.solved) == (Status.ANSWERED, 0.0)
   assert stats.replayed_calls == 1
-  eng = ScriptedEngine(fmt, script(first, GIVE_UP, change, done))
+  eng = fakes.ScriptedEngine(fmt, script(first, GIVE_UP, change, done))
   (result,), _ = run(eng, env, fmt, [(changing, 0)], tree.Search(give_up_back=1, max_calls=6))
   assert result.trajectory.solved == 1.0
 

@@ -129,6 +129,7 @@ def outcomes(tmp_path_factory):
   codes = dict(json.loads(line) for line in done.stdout.splitlines())
   assert codes.keys() == cases.keys()
   assert not (workdir / "config.json").exists(), "a failed start does not bind the folder"
+  assert "Traceback" in (workdir / "error.txt").read_text()
   return {name: (codes[name], (folder / name).read_text(), cases[name][1]) for name in cases}
 
 
