@@ -217,8 +217,10 @@ def test_the_rules_of_the_environment(replayed, config, tmp_path):
   assert all(sum(rewards(r)) > 1 for r in records)
   assert [r.metadata["kept"] for r in records] == [task.id for task in tasks[:3]]
   assert summary["left_out"] == {"infrastructure_error": 1}
+  changes |= {"environment__name": "data_pipeline", "environment__min_calls": 3}
+  settings = config("rules", environment__max_calls=4, **changes)
   with pytest.raises(ValueError, match=r"annotate\.rule: 3 trajectories are of no task of env"):
-    annotate.run(config("rules", environment__name="data_pipeline", **changes), tmp_path)
+    annotate.run(settings, tmp_path)
 
 
 @pytest.mark.parametrize("rule", ["evidence", "lcs"])
@@ -277,7 +279,7 @@ def test_the_judge_over_loopback(config, tmp_path):
   assert len(given) == 3
   assert rewards(record) == pytest.approx(REWARDS)
   assert (summary["trajectories"], summary["annotated"]) == (3, 1)
-  assert summary["left_out"] == {"judge_failed": 2}
+  assert summary["left_out"] == {"too_long": 0, "unusable": 0, "judge_failed": 2}
   named = " ".join(summary["left_out_names"]["judge_failed"])
   assert "status 500" in named
   assert "no valid grades" in named
@@ -293,7 +295,7 @@ def test_the_judge_over_loopback(config, tmp_path):
   assert again["usage"]["cached_calls"] == 3
   assert rewards(annotated(tmp_path)[0]) == pytest.approx(REWARDS)
   assert [rewards(r) for r in annotated(tmp_path)[1:]] == [pytest.approx([1, 1, 1])] * 2
-  assert again["left_out"] == {"judge_failed": 0}
+  assert again["left_out"]["judge_failed"] == 0
 
 
 def test_a_judge_that_is_down_ends_the_run(config, tmp_path):

@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import json
+import types
 
 import jax
 import numpy as np
@@ -195,8 +196,19 @@ def test_recorded_logprobs_stay(recorded, offline_config, prepared, tmp_path):
   assert np.isfinite(np.concatenate(old)).all()
 
 
+def load(config, folder):
+  chat_format = build.build_chat_format(config, folder)
+  shape = types.SimpleNamespace(vocab_size=700, max_position_embeddings=config.rollout.max_tokens)
+  return offline.load(config, chat_format, shape)
+
+
+def ids(trajectory):
+  parts = [(step.tokens, step.observation_tokens) for step in trajectory.steps]
+  return [array.tolist() for pair in parts for array in pair]
+
+
 def test_what_cannot_be_trained_on_is_counted_and_nothing_is_cut(
-  recorded, offline_config, prepared, tmp_path
+  recorded, offline_config, tmp_path
 ):
   lengths = [r.trajectory.num_tokens for r in recorded]
   limit = sorted(lengths)[6]
@@ -205,28 +217,34 @@ def test_what_cannot_be_trained_on_is_counted_and_nothing_is_cut(
   odd = [AnnotatedTrajectory(down), AnnotatedTrajectory(empty)]
   path = tmp_path / "t.jsonl"
   write_trajectories(path, [*odd, *recorded])
-  changes = {"train__row_tokens": limit, "rollout__max_tokens": limit, "data__passes": 1}
-  config = offline_config(data__path=str(path), data__format="jsonl", **changes)
-  data = train.run(config, tmp_path)["data"]
-  long = sum(length > limit for length in lengths)
-  assert 0 < long < 10
-  assert (data["total"], data["kept"], data["max_tokens"]) == (12, 10 - long, limit)
-  assert data["left_out"] == {"too_long": long, "infrastructure_error": 1, "no_steps": 1}
-  assert len(data["left_out_names"]["too_long"]) == long
-  trained = sum(len(x) for xs in by_trajectory(prepared, "rewards").values() for x in xs)
-  sampled = [sum(len(s.tokens) for s in r.trajectory.steps) for r in recorded]
-  assert trained == sum(n for n, whole in zip(sampled, lengths, strict=True) if whole <= limit)
+  for more in ({"rollout__max_tokens": limit}, {"train__row_tokens": limit}):
+    changes = {"train__row_tokens": TOKENS, "rollout__max_tokens": limit} | more
+    data = load(offline_config(data__path=str(path), data__format="jsonl", **changes), tmp_path)
+    report = data.report
+    long = sum(length > limit for length in lengths)
+    assert 0 < long < 10
+    assert (report["total"], report["kept"], report["max_tokens"]) == (12, 10 - long, limit)
+    assert report["left_out"] == {"too_long": long, "infrastructure_error": 1, "no_steps": 1}
+    assert len(report["left_out_names"]["too_long"]) == long
+    fitting = [r.trajectory for r in recorded if r.trajectory.num_tokens <= limit]
+    assert [ids(t) for t in data.trajectories] == [ids(t) for t in fitting]
 
 
-def test_an_outcome_algorithm_sees_the_last_reward_only(rows, offline_config, prepared, tmp_path):
-  train.run(offline_config(algorithm="ppo", data__passes=1), tmp_path)
-  found = collections.Counter()
-  for batch in prepared:
-    for r, here in segments(batch):
-      *others, last = batch.rewards[r, here][batch.step_end[r, here]]
-      assert not any(others)
-      found[float(last)] += 1
-  assert found == collections.Counter(r.rewards[-1] for r in rows)
+def test_official_rows_that_are_too_long_are_named(rows, folder, offline_config, tmp_path):
+  long = row("chatml_react", rows[4].rewards, "Rain 4?", "z! " * 400, rows[4].responses)
+  path = stored.write_rows(tmp_path / "rows.csv", [*rows[:4], long, *rows[5:]])
+  report = load(offline_config(data__path=str(path)), tmp_path).report
+  assert (report["total"], report["kept"], report["left_out"]["too_long"]) == (10, 9, 1)
+  assert "rows.csv:5 (" in report["left_out_names"]["too_long"][0]
+
+
+def test_an_outcome_algorithm_sees_the_last_reward_only(rows, folder, offline_config):
+  data = load(offline_config(algorithm="ppo"), folder)
+  found = [[step.reward for step in t.steps] for t in data.trajectories]
+  assert found == [[0.0] * (len(r.rewards) - 1) + [r.rewards[-1]] for r in rows]
+  data = load(offline_config(), folder)
+  found = [[step.reward for step in t.steps] for t in data.trajectories]
+  assert found == [list(r.rewards) for r in rows]
 
 
 def test_a_resumed_run_is_bit_equal(offline_config, monkeypatch, tmp_path):
@@ -320,11 +338,12 @@ def test_the_released_rows_train_for_two_passes(level, shared, prepared, compile
   rows = [r for path in paths for r in official.read_step_rows(path)]
   assert len(rows) == 30
   texts = [t for r in rows for t in (*r.prompts, *r.responses)]
-  tokenizer = stored.tokenizer(tmp_path / "tokenizer", texts)
+  tokenizer = stored.tokenizer(tmp_path / "tokenizer", texts, vocab_size=3000)
   config = stored.make(
     tokenizer,
     compiled,
-    2560,
+    1664,
+    model__architecture__vocab_size=3000,
     data__path=pattern,
     data__batch=8,
     advantage__level=level,
