@@ -19,17 +19,17 @@ def get_config(arg=""):
   r = config.rollout
   r.tasks, r.samples, r.slots = 24, 4, 48
   r.max_tokens, r.max_steps, r.max_step_tokens = 320, 8, 24
-  # The demonstrations are as flawed as the start: RL has to get past its teacher.
   s = config.sft
-  s.steps, s.tasks, s.mistakes, s.batch, s.micro_rows = 10, 100, 0.4, 32, 16
-  s.optimizer.learning_rate, s.optimizer.warmup = 1e-4, 0.1
+  s.steps, s.tasks, s.batch, s.micro_rows = 5, 100, 32, 4
+  s.optimizer.learning_rate = 5e-5
   t = config.train
-  t.iterations, t.epochs, t.minibatches = 30, 1, 2
-  t.row_tokens, t.micro_rows = 320, 16
+  t.iterations, t.epochs, t.minibatches = 28, 1, 2
+  t.row_tokens, t.micro_rows = 320, 4
   t.optimizer.learning_rate, t.optimizer.b2 = 3e-4, 0.98
   t.export = True
   config.loss.kl_coef, config.loss.value_coef, config.loss.value_clip = 0.01, 0.5, 1.0
+  # Evaluated as it is trained: sampled.
   v = config.evaluation
-  v.every, v.tasks, v.curve_tasks, v.temperature = 10, 300, 100, 1.0
-  config.checkpoint.every = 10
+  v.every, v.tasks, v.curve_tasks, v.temperature = 7, 300, 100, 1.0
+  config.checkpoint.every = 14
   return config

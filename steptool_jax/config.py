@@ -52,6 +52,9 @@ class Model:
   tokenizer: str = _is(
     "", "tokenizer directory; empty = model.path; 'compact' trains one on the training tasks"
   )
+  number_digits: int = _is(
+    1, "tokenizer 'compact': longest run of digits that is one token, 1 to 3"
+  )
   chat_format: str = _is("auto", "auto, toolllama, chatml_react, llama31, hermes or compact")
   system: str = _is("", "task description in the system turn; empty = the chat format's own")
   dtype: str = _is("float32", "compute: float32 or bfloat16 (norms, log-probs stay float32)")
@@ -250,7 +253,6 @@ class Sft:
   steps: int = _is(0, "optimizer steps; 0 = no warm-up")
   tasks: int = _is(0, "training tasks whose demonstrations are used; 0 = all")
   mistakes: float = _is(0.0, "share of actions that an imperfect demonstrator gets wrong")
-  clean_share: float = _is(0.0, "share of the steps, the first ones, without those mistakes")
   batch: int = _is(16, "demonstrations in one optimizer step")
   micro_rows: int = _is(8, "packed rows in one forward pass")
   checkpoint_every: int = _is(0, "optimizer steps between checkpoints; 0 = at the end only")
@@ -479,7 +481,7 @@ _NOT_NEGATIVE = (
   "evaluation.tasks"
 ).split()
 _SHARES = (
-  "sft.mistakes sft.clean_share environment.faults.rate_limit environment.faults.timeout "
+  "sft.mistakes environment.faults.rate_limit environment.faults.timeout "
   "environment.faults.transient environment.faults.not_found environment.heldout_share "
   "advantage.gamma advantage.lam rollout.top_p train.optimizer.warmup sft.optimizer.warmup"
 ).split()

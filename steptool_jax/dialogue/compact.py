@@ -5,9 +5,10 @@
     <|result|>{"id": 7}<|call|>answer 7<|end|>          (no line breaks between the turns)
 
 Every boundary is one control token, so a turn costs what it says. The tokenizer makes copying
-easy: digits are single tokens and no word carries its leading space, so a name or a number has the
-same ids in the query, in a tool's JSON and in the arguments. Rare words (the data: names, ids) get
-no token of their own, so names that training never saw are spelled like those it saw.
+easy: no word carries its leading space, so a name has the same ids in the query, in a tool's JSON
+and in the arguments; numbers are single digits, or whole up to three digits as in Llama 3. Rare
+words (the data: names, ids) get no token of their own, so names that training never saw are spelled
+like those it saw.
 """
 
 import json
@@ -96,17 +97,24 @@ def build_tokenizer(
   vocab_size: int,
   out_dir: str | pathlib.Path,
   min_share: float = 0.001,
+  digits: int = 1,
 ) -> pathlib.Path:
   """Trains a byte-level BPE and writes tokenizer.json and tokenizer_config.json to `out_dir`.
 
   Deterministic: the same corpus gives the same bytes. Control ids are 0..5 (`SPECIALS`), <|pad|>
   is 0. transformers.AutoTokenizer opens the directory. vocab_size is an upper bound. min_share:
   two pieces are merged only where they meet at least min_share * len(corpus) times (and twice);
-  what is rarer is data and stays in small pieces. ValueError under 262 = 256 bytes and 6 controls.
+  what is rarer is data and stays in small pieces. digits: 1 to 3, the longest run of digits that is
+  one token (10, 110 or 1110 tokens). ValueError when vocab_size has no room for 256 bytes, 6
+  controls and the numbers, or digits is outside 1 to 3.
   """
   texts = list(corpus)
-  if vocab_size < 256 + len(SPECIALS):
-    raise ValueError(f"vocab_size {vocab_size}: at least {256 + len(SPECIALS)} (bytes + controls)")
+  if digits not in (1, 2, 3):
+    raise ValueError(f"digits is {digits}: must be 1, 2 or 3")
+  numbers = [f"{n:0{size}d}" for size in range(2, digits + 1) for n in range(10**size)]
+  least = 256 + len(SPECIALS) + len(numbers)
+  if vocab_size < least:
+    raise ValueError(f"vocab_size {vocab_size}: at least {least} (bytes, controls, numbers)")
   bpe = tokenizers.Tokenizer(models.BPE())
   bpe.pre_tokenizer = pre_tokenizers.Sequence(
     [
@@ -116,7 +124,7 @@ def build_tokenizer(
   )
   bpe.decoder = decoders.ByteLevel()
   trainer = trainers.BpeTrainer(
-    vocab_size=vocab_size,
+    vocab_size=vocab_size - len(numbers),
     min_frequency=max(2, round(min_share * len(texts))),
     special_tokens=list(SPECIALS),
     initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
@@ -126,7 +134,11 @@ def build_tokenizer(
 
   out_dir = pathlib.Path(out_dir)
   out_dir.mkdir(parents=True, exist_ok=True)
-  (out_dir / "tokenizer.json").write_text(bpe.to_str(pretty=True) + "\n", encoding="utf-8")
+  document = json.loads(bpe.to_str())
+  if numbers:
+    _add_numbers(document, numbers, digits)
+  text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
+  (out_dir / "tokenizer.json").write_text(text, encoding="utf-8")
   config: Mapping[str, Any] = {
     "tokenizer_class": "PreTrainedTokenizerFast",
     "pad_token": PAD,
@@ -137,3 +149,14 @@ def build_tokenizer(
   text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
   (out_dir / "tokenizer_config.json").write_text(text, encoding="utf-8")
   return out_dir
+
+
+def _add_numbers(document: dict[str, Any], numbers: list[str], digits: int) -> None:
+  """Makes each run of up to `digits` digits one word, and one token."""
+  model = document["model"]
+  for number in numbers:
+    model["vocab"][number] = len(model["vocab"])
+    # Either half may have merged first.
+    model["merges"] += [[number[:k], number[k:]] for k in range(1, len(number))]
+  words = document["pre_tokenizer"]["pretokenizers"][0]["pattern"]
+  words["Regex"] = words["Regex"].replace(r"|\p{N}|", rf"|\p{{N}}{{1,{digits}}}|")

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from steptool_jax.learning import advantages, losses
+from steptool_jax.learning import advantages, losses, segments
 from steptool_jax.learning.algorithms import Algorithm, Hyperparameters
 from steptool_jax.learning.outputs import Outputs, policy_outputs
 from steptool_jax.policy import lora, model
@@ -117,13 +117,15 @@ def prepare(
   trajectories = jnp.maximum(
     jnp.max(flat.segment_ids, axis=1).sum(), 1
   )  # ids count from 1 in each row
-  residual_BT = jnp.where(mask_BT, returns_BT - values_BT, 0.0)
+  # At step starts, where every level fits the values.
+  starts_BT = segments.step_starts(mask_BT, flat.step_ids, flat.segment_ids)
   metrics = {
     "kl": log_ratio_BT.sum() / trajectories,
     "entropy": entropy_BT.sum() / tokens,
     "advantage_std": jnp.sqrt(_masked_variance(raw_BT, mask_BT)),
     "explained_variance": 1.0
-    - _masked_variance(residual_BT, mask_BT) / (_masked_variance(returns_BT, mask_BT) + 1e-8),
+    - _masked_variance(returns_BT - values_BT, starts_BT)
+    / (_masked_variance(returns_BT, starts_BT) + 1e-8),
     "sampler_gap": jnp.where(mask_BT, jnp.abs(old_BT - flat.behaviour_logprobs), 0.0).max(),
   }
   return jax.tree.map(lambda x: x.reshape(shape), prepared), metrics

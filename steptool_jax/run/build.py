@@ -238,7 +238,9 @@ def _tokenizer(config: Config, environment: Environment, workdir: pathlib.Path) 
   if not (out / "tokenizer_config.json").exists():
     tasks = environment.tasks("train")[:TOKENIZER_TASKS]
     texts = (text for task in tasks for text in _texts(environment, task))
-    compact.build_tokenizer(texts, config.model.architecture.vocab_size, out)
+    compact.build_tokenizer(
+      texts, config.model.architecture.vocab_size, out, digits=config.model.number_digits
+    )
   return out
 
 

@@ -506,7 +506,7 @@ class _Demonstrations:
   def _draw(self, index: int, position: int) -> Trajectory:
     task = self._tasks[index]
     actions = task.demonstration
-    if self._sft.mistakes and position >= self._sft.clean_share * self._sft.steps * self._sft.batch:
+    if self._sft.mistakes:
       rng = np.random.default_rng((self._bench.config.seed, position))
       actions = imperfect(self._bench.environment, task, rng, self._sft.mistakes)
     return demonstrate(
