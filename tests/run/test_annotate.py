@@ -218,7 +218,8 @@ def test_the_rules_of_the_environment(replayed, config, tmp_path):
   assert [r.metadata["kept"] for r in records] == [task.id for task in tasks[:3]]
   assert summary["left_out"] == {"infrastructure_error": 1}
   changes |= {"environment__name": "data_pipeline", "environment__min_calls": 3}
-  settings = config("rules", environment__max_calls=4, **changes)
+  changes |= {"environment__max_calls": 4, "environment__tools_per_task": 0}
+  settings = config("rules", **changes)
   with pytest.raises(ValueError, match=r"annotate\.rule: 3 trajectories are of no task of env"):
     annotate.run(settings, tmp_path)
 
