@@ -135,7 +135,7 @@ class ToolBench:
 
 @dataclasses.dataclass(frozen=True)
 class Judge:
-  """Who says whether an answer of ToolBench solves the query."""
+  """Who says whether an answer of ToolBench solves the query; kind llm also annotates steps."""
 
   kind: str = _is("rule", "rule (offline; right on about four of five answers) or llm")
   runs: int = _is(3, "times that an llm judges each answer; its noise is told by them")
@@ -261,7 +261,7 @@ class Sft:
 
 @dataclasses.dataclass(frozen=True)
 class Train:
-  iterations: int = _is(100, "rollout and update rounds of RL")
+  iterations: int = _is(100, "rollout and update rounds of RL (offline: see data.passes)")
   epochs: int = _is(1, "passes over each rollout batch")
   minibatches: int = _is(1, "optimizer steps in one pass")
   micro_rows: int = _is(8, "packed rows in one forward pass (gradients are accumulated)")
@@ -274,7 +274,7 @@ class Train:
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
   every: int = _is(10, "RL iterations between evaluations; 0 = at start and end only")
-  tasks: int = _is(200, "held-out tasks at start and end")
+  tasks: int = _is(200, "held-out tasks at start and end; 0 = no evaluation in training")
   curve_tasks: int = _is(100, "held-out tasks of the evaluations between")
   temperature: float = _is(0.0, "0 = greedy")
   attempts: int = _is(
@@ -293,6 +293,36 @@ class Serve:
 
   host: str = _is("127.0.0.1", "address to listen on")
   port: int = _is(8080, "0 = any free one")
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+  """Offline training: stored trajectories take the place of rollouts."""
+
+  path: str = _is(
+    "", "file, or pattern such as 'data/*/rows.csv', of stored trajectories; empty = rollouts"
+  )
+  format: str = _is("jsonl", "jsonl (annotated.jsonl) or tsv (official step-grained rows)")
+  passes: int = _is(5, "passes over the data; with data.batch they decide the iterations")
+  batch: int = _is(8, "trajectories of one iteration")
+  behaviour: str = _is(
+    "start",
+    "policy that old log-probs are of: 'start' (recorded, else of the policy before training) or "
+    "'current' (of the policy at each batch, as the release)",
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class Annotate:
+  """Input and source of --mode=annotate."""
+
+  input: str = _is("", "file, or pattern, of trajectories without rewards")
+  format: str = _is("jsonl", "of the input: jsonl, converted or annotations (official files)")
+  source: str = _is("rules", "of SC, Con and IsSolved: rules, judge or table")
+  rule: str = _is(
+    "evidence", "source rules: evidence or lcs (texts), environment (its tasks; jsonl only)"
+  )
+  table: str = _is("", "source table: official annotations; empty = the input's own")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -332,6 +362,8 @@ class Config:
   sft: Sft = _is(Sft(), "supervised warm-up")
   train: Train = _is(Train(), "RL")
   evaluation: Evaluation = _is(Evaluation(), "held-out evaluation")
+  data: Data = _is(Data(), "offline training")
+  annotate: Annotate = _is(Annotate(), "annotation of stored trajectories")
   serve: Serve = _is(Serve(), "simulator server")
   checkpoint: Checkpoint = _is(Checkpoint(), "checkpoints")
   bench: Bench = _is(Bench(), "benchmarks")
@@ -430,11 +462,12 @@ _POSITIVE = (
   "rollout.tool_timeout rollout.tool_workers sft.batch sft.micro_rows train.epochs "
   "train.minibatches train.micro_rows train.row_tokens train.max_skipped loss.logprob_chunk "
   "loss.kl_target loss.kl_horizon checkpoint.every checkpoint.keep train.optimizer.learning_rate "
-  "rollout.temperature sft.optimizer.learning_rate evaluation.tasks evaluation.curve_tasks "
+  "rollout.temperature sft.optimizer.learning_rate evaluation.curve_tasks "
   "bench.repeats bench.turns environment.faults.max_consecutive simulator.http_timeout "
   "simulator.http_in_flight simulator.llm.timeout simulator.llm.in_flight judge.runs "
   "judge.endpoint.timeout judge.endpoint.in_flight rollout.search.width "
-  "rollout.search.answer_back rollout.search.give_up_back evaluation.attempts evaluation.rollouts"
+  "rollout.search.answer_back rollout.search.give_up_back evaluation.attempts evaluation.rollouts "
+  "data.passes data.batch"
 ).split()
 _NOT_NEGATIVE = (
   "seed lora.rank sft.steps sft.tasks train.iterations evaluation.every evaluation.temperature "
@@ -444,7 +477,8 @@ _NOT_NEGATIVE = (
   "rollout.tool_retries rollout.max_stuck_tools loss.clip_low loss.clip_high loss.value_clip "
   "simulator.http_retries simulator.llm.retries simulator.llm.prompt_price "
   "simulator.llm.completion_price judge.endpoint.retries judge.endpoint.prompt_price "
-  "judge.endpoint.completion_price rollout.budget rollout.search.room serve.port"
+  "judge.endpoint.completion_price rollout.budget rollout.search.room serve.port "
+  "evaluation.tasks"
 ).split()
 _SHARES = (
   "sft.mistakes environment.faults.rate_limit environment.faults.timeout "
@@ -458,12 +492,17 @@ _CHOICES = {
   "model.chat_format": ("auto", "toolllama", "chatml_react", "llama31", "hermes", "compact"),
   "environment.name": ("nested_api", "data_pipeline", "toolbench", "custom"),
   "simulator.llm_style": ("gpt", "mirror"),
-  "judge.kind": ("rule", "llm"),
   "rollout.strategy": ("chain", "dfsdt"),
   "rewards.normalization": ("mean", "none"),
   "advantage.level": ("", *LEVELS),
   "loss.kl": ("reward", "loss", "none"),
   "loss.aggregation": AGGREGATIONS,
+  "data.format": ("jsonl", "tsv"),
+  "data.behaviour": ("start", "current"),
+  "annotate.format": ("jsonl", "converted", "annotations"),
+  "annotate.source": ("rules", "judge", "table"),
+  "annotate.rule": ("evidence", "lcs", "environment"),
+  "judge.kind": ("rule", "llm"),
   "train.optimizer.schedule": ("constant", "linear", "cosine"),
   "sft.optimizer.schedule": ("constant", "linear", "cosine"),
 }
@@ -492,6 +531,11 @@ def _check(config: Config) -> None:
     raise ValueError(
       f"config.sft.steps: 0, but algorithm {config.algorithm!r} learns from demonstrations only; "
       "set it above 0"
+    )
+  if algorithm.rewards == "none" and config.data.path:
+    raise ValueError(
+      f"config.data.path: algorithm {config.algorithm!r} learns from demonstrations of the "
+      "environment's tasks; stored trajectories are for an algorithm with rewards"
     )
   if config.rollout.max_tokens > config.train.row_tokens:
     raise ValueError(

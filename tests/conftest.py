@@ -2,8 +2,20 @@ import os
 import pathlib
 import sys
 
+import pytest
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Tests compile far more than they compute: quick compilations halve their time.
 QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK}".strip()
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
+
+
+@pytest.fixture(scope="session")
+def shared():
+  """The folder that holds stabletoolbench/ and steptool/; the test is skipped without it."""
+  default = pathlib.Path(__file__).parents[2] / "shared" / "data"
+  folder = pathlib.Path(os.environ.get("STEPTOOL_DATA", default))
+  if not (folder / "steptool").is_dir():
+    pytest.skip(f"the official data are not in {folder} (set STEPTOOL_DATA)")
+  return folder

@@ -15,9 +15,18 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from steptool_jax.data.official import Dialogue, Message, PreferenceRow, StepRow
+from steptool_jax.data.official import (
+  Annotation,
+  Converted,
+  Dialogue,
+  Message,
+  PreferenceRow,
+  StepRow,
+  StoredStep,
+)
 from steptool_jax.data.trajectories import AnnotatedTrajectory
 from steptool_jax.dialogue.codec import Control, Piece
+from steptool_jax.dialogue.parser import FINISH
 from steptool_jax.dialogue.template import ChatFormat
 from steptool_jax.types import Code, Finish, Malformed, Observation, Status, Step, Trajectory
 
@@ -25,7 +34,8 @@ from steptool_jax.types import Code, Finish, Malformed, Observation, Status, Ste
 @dataclasses.dataclass(frozen=True, eq=False)
 class Conversion:
   """What became of `total` rows: records[i] comes from row kept[i]; too_long holds (row, tokens)
-  of those that were left out because of `max_tokens`.
+  of those that were left out because of `max_tokens`, unusable (row, reason) of those whose texts
+  the file does not hold.
   """
 
   records: tuple[AnnotatedTrajectory, ...]
@@ -33,6 +43,7 @@ class Conversion:
   too_long: tuple[tuple[int, int], ...]
   total: int
   max_tokens: int
+  unusable: tuple[tuple[int, str], ...] = ()
 
   def report(self) -> str:
     """One line for the log."""
@@ -43,6 +54,9 @@ class Conversion:
       line += (
         f"; {len(self.too_long)} left out, longer than {self.max_tokens} tokens: row {rows}{more}"
       )
+    if self.unusable:
+      rows = ", ".join(f"row {row} ({reason})" for row, reason in self.unusable[:10])
+      line += f"; {len(self.unusable)} not usable: {rows}"
     return line
 
 
@@ -73,6 +87,91 @@ def from_step_rows(
     return _record(f"{source}:{n + 1}", messages, prompt, steps, row.rewards[-1])
 
   return _fitting([convert(n, row) for n, row in enumerate(rows)], max_tokens)
+
+
+@dataclasses.dataclass(frozen=True)
+class Calls:
+  """A stored trajectory as its calls; the last one is Finish where it ended in one."""
+
+  query_id: str
+  query: str
+  tool_names: tuple[str, ...]
+  calls: tuple[StoredStep, ...]
+
+
+def calls_of_converted(entry: Converted) -> Calls:
+  """Of a converted answer; a text without a call becomes a call without a name."""
+  calls = tuple(
+    message if isinstance(message, StoredStep) else StoredStep("", "", message)
+    for role, message in entry.chain
+    if role not in ("system", "user")
+  )
+  functions = (tool.get("function", tool) for tool in entry.tools)
+  names = tuple(str(function.get("name", "")) for function in functions)
+  return Calls(entry.query_id, entry.query, names, calls)
+
+
+def calls_of_annotation(entry: Annotation) -> Calls:
+  """Of an official annotation; a last call that is not Finish has no scores and is left out."""
+  final = (entry.final,) if entry.final.name == FINISH else ()
+  return Calls(entry.query_id, entry.query, entry.tool_names, (*entry.steps, *final))
+
+
+def from_calls(entries: Sequence[Calls], chat_format: ChatFormat, max_tokens: int) -> Conversion:
+  """Stored calls as trajectories without rewards; task ids are the query ids.
+
+  The files hold no thoughts and no prompts. As in the released training rows, thoughts are empty
+  and the system text is the list of function names. Without Finish a trajectory is truncated
+  (STEP_BUDGET: the official runs end so). Log-probs are NaN and flagged unknown. Left out as
+  unusable, since their texts cannot be known: trajectories with a turn that named no function, a
+  Finish that is no JSON, or no call at all.
+  """
+  records: list[AnnotatedTrajectory] = []
+  rows: list[int] = []
+  unusable: list[tuple[int, str]] = []
+  for n, entry in enumerate(entries, start=1):
+    record = _from_calls(entry, chat_format)
+    if isinstance(record, str):
+      unusable.append((n, record))
+    else:
+      records.append(record)
+      rows.append(n)
+  fitting = _fitting(records, max_tokens)
+  return dataclasses.replace(
+    fitting,
+    kept=tuple(rows[n - 1] for n in fitting.kept),
+    too_long=tuple((rows[n - 1], tokens) for n, tokens in fitting.too_long),
+    total=len(entries),
+    unusable=tuple(unusable),
+  )
+
+
+def _from_calls(entry: Calls, chat_format: ChatFormat) -> AnnotatedTrajectory | str:
+  """The record, or why there is none."""
+  if not entry.calls:
+    return "it has no call"
+  if not all(call.name for call in entry.calls):
+    return "a turn names no function"
+  system = f"Specifically, you have access to the following APIs: {list(entry.tool_names)}"
+  messages = [Message("system", system), Message("user", f"\n{entry.query}\nBegin!\n")]
+  for call in entry.calls:
+    text = f"Thought: \nAction: {call.name}\nAction Input: {call.arguments}"
+    messages += [Message("assistant", text), Message("function", call.response)]
+  finished = entry.calls[-1].name == FINISH
+  prompt, turns = _tokenise(messages[:2], messages[2:-1], chat_format)
+  last = None if finished else chat_format.observation(entry.calls[-1].response)
+  forced = [*turns[1::2], last]
+  steps = [
+    _step(turn, shown, None if shown is None else call.response, 0.0, chat_format)
+    for turn, shown, call in zip(turns[::2], forced, entry.calls, strict=True)
+  ]
+  if finished and not isinstance(steps[-1].action, Finish):
+    return "the arguments of Finish are no JSON"
+  record = _record(entry.query_id, messages, prompt, steps, 0.0)
+  if finished:
+    return record
+  cut = dataclasses.replace(record.trajectory, status=Status.STEP_BUDGET)
+  return dataclasses.replace(record, trajectory=cut)
 
 
 def from_dialogues(

@@ -109,6 +109,20 @@ def _write(batch: TokenBatch, trajectory: Trajectory, row: int, start: int, segm
   return length
 
 
+def unpack(
+  trajectories: Sequence[Trajectory], values_BT: np.ndarray, row_tokens: int
+) -> list[np.ndarray]:
+  """Values [B, T] on a batch of `pack` -> those of each trajectory's sampled tokens, in order."""
+  bins = first_fit_decreasing([packed_length(t) for t in trajectories], row_tokens)
+  batch = pack(trajectories, row_tokens)
+  out: list[np.ndarray] = [np.zeros(0)] * len(trajectories)
+  for row, indices in enumerate(bins):
+    for segment, index in enumerate(indices, start=1):
+      here = (batch.segment_ids[row] == segment) & batch.action_mask[row]
+      out[index] = np.asarray(values_BT[row])[here]
+  return out
+
+
 def padding_share(batch: TokenBatch) -> float:
   """Share of positions that hold no trajectory, rows that are empty altogether left out."""
   used = batch.segment_ids.any(axis=1)

@@ -27,7 +27,8 @@ class Learner:
   """What the two programs close over; all static.
 
   chunk: positions projected to the vocabulary at a time; temperature: of the behaviour policy.
-  with_reference: a reference policy is evaluated (KL penalty on).
+  with_reference: a reference policy is evaluated (KL penalty on). fixed_behaviour: old log-probs
+  are the batch's behaviour_logprobs, not those of today's policy (stored data).
   """
 
   model: model.ModelConfig
@@ -37,6 +38,7 @@ class Learner:
   temperature: float
   chunk: int
   with_reference: bool
+  fixed_behaviour: bool = False
 
 
 def init_state(learner: Learner, trainable: Any, frozen: Any, kl_coef: float) -> TrainState:
@@ -68,6 +70,7 @@ def prepare(
 ) -> tuple[TokenBatch, Metrics]:
   """Fills old_logprobs, ref_logprobs, values, advantages and returns (float32 [N, B, T]).
 
+  The KL penalty, where it is a reward, is that of today's policy, whatever old_logprobs are.
   Advantages are whitened here, over the global batch, because whitening per minibatch would erase
   the signal between trajectories.
   """
@@ -102,8 +105,9 @@ def prepare(
   raw_BT = advantages_BT
   if hp.whiten:
     advantages_BT = advantages.whiten(advantages_BT, mask_BT)
+  behaviour_BT = jnp.where(mask_BT, flat.behaviour_logprobs, 0.0)
   prepared = flat._replace(
-    old_logprobs=old_BT,
+    old_logprobs=behaviour_BT if learner.fixed_behaviour else old_BT,
     ref_logprobs=ref_BT,
     values=values_BT,
     advantages=advantages_BT,
@@ -125,6 +129,19 @@ def prepare(
     "sampler_gap": jnp.where(mask_BT, jnp.abs(old_BT - flat.behaviour_logprobs), 0.0).max(),
   }
   return jax.tree.map(lambda x: x.reshape(shape), prepared), metrics
+
+
+def action_logprobs(
+  learner: Learner, variables: dict, batch_NBT: TokenBatch, count: jax.Array
+) -> jax.Array:
+  """Today's log-probs of the sampled tokens, float32 [N, B, T], 0 elsewhere."""
+
+  def one(index, filled):
+    outputs = _outputs(learner, variables, _micro(batch_NBT, index), with_values=False)
+    return filled.at[index].set(outputs.logprobs)
+
+  zeros_NBT = jnp.zeros(batch_NBT.tokens.shape, jnp.float32)
+  return jax.lax.fori_loop(0, count, one, zeros_NBT)
 
 
 def update(

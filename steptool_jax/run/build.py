@@ -49,6 +49,20 @@ class Policy:
   raw_config: dict  # config.json of the source, or one that describes the random model
 
 
+def build_chat_format(config: Config, workdir: pathlib.Path) -> ChatFormat:
+  """Chat format and tokenizer without a model, for work on stored texts.
+
+  ValueError where neither model.tokenizer nor model.path names a tokenizer.
+  """
+  m = config.model
+  if m.tokenizer == "compact" or not (m.tokenizer or m.path):
+    raise ValueError(
+      "model.tokenizer: name a tokenizer directory here, or in model.path: texts become tokens"
+    )
+  directory = pathlib.Path(m.tokenizer) if m.tokenizer else _source(m.path, workdir)
+  return get_format(m.chat_format, Codec.load(directory))
+
+
 def build_environment(config: Config, services: Services = NO_SERVICES) -> Environment:
   """The environment; 'toolbench' and 'custom' with environment.mcp need their services."""
   c = config.environment
@@ -325,9 +339,12 @@ def _muon_dimensions(params: dict) -> dict:
 
 
 def build_learner(
-  config: Config, model_config: model.ModelConfig, algorithm: str
+  config: Config, model_config: model.ModelConfig, algorithm: str, iterations: int | None = None
 ) -> update.Learner:
-  """The learner of a phase: algorithm 'sft' for the warm-up, config.algorithm for RL."""
+  """The learner of a phase: algorithm 'sft' for the warm-up, config.algorithm for RL.
+
+  iterations: of RL, which the schedule spans; None for train.iterations.
+  """
   sft = algorithm == "sft"
   t, a, c = config.train, config.advantage, config.loss
   hyperparameters = algorithms.Hyperparameters(
@@ -344,7 +361,8 @@ def build_learner(
     kl_placement="none" if sft else c.kl,
     aggregation=c.aggregation,
   )
-  steps = config.sft.steps if sft else t.iterations * t.epochs * t.minibatches
+  iterations = t.iterations if iterations is None else iterations
+  steps = config.sft.steps if sft else iterations * t.epochs * t.minibatches
   return update.Learner(
     model=model_config,
     algorithm=algorithms.get_algorithm(algorithm),
@@ -353,6 +371,7 @@ def build_learner(
     temperature=1.0 if sft else config.rollout.temperature,
     chunk=c.logprob_chunk,
     with_reference=not sft and c.kl != "none",
+    fixed_behaviour=not sft and bool(config.data.path) and config.data.behaviour == "start",
   )
 
 

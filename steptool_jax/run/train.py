@@ -1,4 +1,5 @@
-"""--mode=train: SFT warm-up on demonstrations, then RL with step rewards.
+"""--mode=train: SFT warm-up on demonstrations, then RL with step rewards, on rollouts or, with
+data.path, on stored trajectories (run/offline.py).
 
 Run the same command again to go on: a checkpoint holds the state, and everything random follows
 from (seed, iteration), so a resumed run is bit-equal to one that was never stopped.
@@ -24,15 +25,15 @@ from steptool_jax.learning import algorithms, batching, update
 from steptool_jax.policy import lora, sharding
 from steptool_jax.rollout.chain import Interrupted, Stats
 from steptool_jax.rollout.demonstrations import demonstrate
-from steptool_jax.run import build, export, metrics_writer, restore, workbench
+from steptool_jax.run import build, export, metrics_writer, offline, restore, workbench
 from steptool_jax.run.checkpoint import Checkpoints
 from steptool_jax.run.workbench import Workbench
-from steptool_jax.types import TRUNCATED, Status, Task, TrainState, Trajectory
+from steptool_jax.types import TRUNCATED, Status, Task, TokenBatch, TrainState, Trajectory
 
 # Fields that may change between a start and a resume: they do not change what was learnt so far.
 MAY_CHANGE = (
   *("evaluation.", "checkpoint.", "compilation_cache", "train.export", "bench.", "mesh."),
-  *("simulator.", "judge.endpoint.", "serve."),
+  *("simulator.", "judge.endpoint.", "serve.", "annotate."),
 )
 
 
@@ -89,6 +90,17 @@ class _Trainer:
     self.state: TrainState | None = None
     self.skipped_in_a_row = 0
     self.algorithm = algorithms.get_algorithm(self.config.algorithm)
+    self.data: offline.Data | None = None  # stored trajectories in the place of rollouts
+    if self.config.data.path:
+      self.data = offline.load(self.config, bench.policy.chat_format, bench.policy.model)
+    self.conversations, self.iterations = self._sizes()
+
+  def _sizes(self) -> tuple[int, int]:
+    """(most conversations of an iteration, iterations of RL)."""
+    if self.data is not None:
+      return self.data.size, self.config.data.passes * self.data.batches_per_pass
+    r = self.config.rollout
+    return r.tasks * r.samples, self.config.train.iterations
 
   # --- phases ---
 
@@ -131,9 +143,7 @@ class _Trainer:
       ("train.micro_rows", self.config.train.micro_rows),
     ):
       sharding.check_rows(name, rows, self.bench.mesh)
-    name = "sft" if self.progress.phase == "sft" else self.config.algorithm
-    self.learner = build.build_learner(self.config, self.bench.policy.model, name)
-    self.programs = update.compile_programs(self.learner)
+    self._set_learner()
     if not resume:
       variables = build.initial_variables(self.config, self.bench.policy, self.bench.mesh)
       self.state = self._start(variables)
@@ -141,11 +151,18 @@ class _Trainer:
     abstract = build.abstract_state(self.config, self.bench.policy, self.bench.mesh, self.learner)
     self.state = self.checkpoints.restore(abstract)
 
+  def _set_learner(self) -> None:
+    name = "sft" if self.progress.phase == "sft" else self.config.algorithm
+    self.learner = build.build_learner(self.config, self.bench.policy.model, name, self.iterations)
+    self.programs = update.compile_programs(self.learner)
+
   def _start(self, variables: dict) -> TrainState:
     return build.start_phase(self.config, self.bench.mesh, self.learner, variables)
 
   def _sft(self) -> None:
     steps = self.config.sft.steps
+    if not steps:
+      return
     source = _Demonstrations(self.bench)
     capacity = -(-self.config.sft.batch // self.config.sft.micro_rows)
     with self._bar(steps, "SFT") as bar:
@@ -169,19 +186,19 @@ class _Trainer:
       self.config, self.bench.policy, self.bench.mesh, self._variables()
     )
     self.progress.phase, self.progress.done = "rl", 0
-    self.learner = build.build_learner(self.config, self.bench.policy.model, self.config.algorithm)
-    self.programs = update.compile_programs(self.learner)
+    self._set_learner()
     self.state = self._start(variables)
     self._save()
 
   def _rl(self) -> None:
-    t = self.config.train
-    with self._bar(t.iterations, self.config.algorithm) as bar:
-      while self.progress.done < t.iterations:
+    if self.data is not None:
+      self._fill_behaviour()
+    with self._bar(self.iterations, self.config.algorithm) as bar:
+      while self.progress.done < self.iterations:
         self._evaluate_between()
         self._check_stop()
         started = time.monotonic()
-        figures = self._iteration()
+        figures = self._iteration() if self.data is None else self._offline_iteration()
         self.progress.rl_seconds += time.monotonic() - started
         self._advance()
         self.writer.write(self._number(), "train", figures)
@@ -192,7 +209,7 @@ class _Trainer:
           refresh=False,
         )
         done = self.progress.done
-        if done % self.config.checkpoint.every == 0 or done == t.iterations:
+        if done % self.config.checkpoint.every == 0 or done == self.iterations:
           self._save()
 
   def _evaluate_between(self) -> None:
@@ -232,6 +249,33 @@ class _Trainer:
     self.progress.train_curve.append((self.progress.conversations, figures["pass_rate"]))
     return figures | _shares(stats, now - update_started, now - started, tokens)
 
+  def _offline_iteration(self) -> dict[str, float]:
+    started = time.monotonic()
+    trajectories = self.data.batch(self.progress.done)
+    figures = rollout_metrics(trajectories) | self._learn(trajectories)
+    tokens = sum(t.num_tokens for t in trajectories)
+    self.progress.conversations += len(trajectories)
+    self.progress.tokens += tokens
+    return figures | {"tokens_per_second": tokens / (time.monotonic() - started)}
+
+  def _fill_behaviour(self) -> None:
+    """Old log-probs of the data: of the present policy before its first update, else as kept."""
+    if self.progress.done:
+      self.data = offline.restore_behaviour(self.data, self.bench.workdir)
+      return
+    program = jax.jit(functools.partial(update.action_logprobs, self.learner))
+    variables, micro_rows = self._variables(), self.config.train.micro_rows
+
+    def logprobs(batch: TokenBatch) -> np.ndarray:
+      rows, length = batch.tokens.shape
+      on_device = self._to_device(batch, micro_rows, -(-self.conversations // micro_rows))
+      values = program(variables, on_device, np.int32(-(-rows // micro_rows)))
+      return np.asarray(jax.device_get(values)).reshape(-1, length)[:rows]
+
+    self.data = offline.with_behaviour(
+      self.data, self.config.train.row_tokens, logprobs, self.bench.workdir
+    )
+
   def _jobs(self) -> list[tuple[Task, int]]:
     """Tasks of this iteration: a permutation per pass over the training split, samples in a row.
 
@@ -257,7 +301,7 @@ class _Trainer:
     t = self.config.train
     batch = batching.pack(trajectories, t.row_tokens)
     rows = batch.tokens.shape[0]
-    capacity = -(-self.config.rollout.tasks * self.config.rollout.samples // t.micro_rows)
+    capacity = -(-self.conversations // t.micro_rows)
     device_batch = self._to_device(batch, t.micro_rows, capacity)
     prepare, _ = self.programs
     prepared, prepare_metrics = prepare(
@@ -350,6 +394,8 @@ class _Trainer:
 
   def _evaluate(self, name: str, label: str, num_tasks: int = 0) -> None:
     """Held-out figures; a name puts the pass rate into the results."""
+    if not self.config.evaluation.tasks:
+      return
     num_tasks = num_tasks or self.config.evaluation.tasks
     figures, _ = workbench.evaluate_policy(self.bench, self._variables(), num_tasks, label)
     self.writer.write(self._number(), "heldout", figures)
@@ -361,12 +407,19 @@ class _Trainer:
       self.progress.heldout_curve.append((self.progress.conversations, figures["pass_rate"]))
 
   def _heldout_tasks(self) -> int:
+    if not self.config.evaluation.tasks:
+      return 0
     return min(self.config.evaluation.tasks, len(self.bench.environment.tasks("heldout")))
 
   def _finish(self) -> dict[str, Any]:
     if self.config.train.export:
       folded = self.progress.phase == "rl" and self.config.sft.steps > 0
       export.write(self.bench, self._variables(), folded)
+    if self.progress.train_curve or self.progress.heldout_curve:
+      self._plot()
+    return self._summary(interrupted=False)
+
+  def _plot(self) -> None:
     names = {"pass_rate_base": "start", "pass_rate_sft": "after SFT"}
     metrics_writer.plot_learning_curve(
       self.bench.workdir / "learning_curve.png",
@@ -375,7 +428,6 @@ class _Trainer:
       {label: self.progress.results[k] for k, label in names.items() if k in self.progress.results},
       f"{self.config.algorithm} on {self.config.environment.name}, seed {self.config.seed}",
     )
-    return self._summary(interrupted=False)
 
   def _summary(self, interrupted: bool) -> dict[str, Any]:
     p = self.progress
@@ -390,6 +442,9 @@ class _Trainer:
       "tokens_per_second": p.tokens / p.rl_seconds if p.rl_seconds else 0.0,
       "interrupted": interrupted,
     }
+    if self.data is not None:
+      summary["iterations"] = p.done if p.phase == "rl" else 0
+      summary["data"] = self.data.report | {"passes": self.config.data.passes}
     if self.bench.services.judging is not None:
       summary["judge"] = self.bench.services.judging.report()
     metrics_writer.write_summary(self.bench.workdir, summary)

@@ -186,7 +186,10 @@ def evaluate_policy(
   """Figures on the first `num_tasks` held-out tasks, one conversation each."""
   tasks = bench.environment.tasks("heldout")[:num_tasks]
   if not tasks:
-    raise ValueError("environment: there are no held-out tasks; evaluation needs at least one")
+    raise ValueError(
+      "no held-out tasks: the environment has none, or config.evaluation.tasks is 0; evaluation "
+      "needs at least one"
+    )
   trajectories, _ = collect(
     bench,
     variables,

@@ -1,0 +1,62 @@
+"""StepTool as the paper trains it: PPO on trajectories that were annotated once.
+
+    python -m steptool_jax.main --config=configs/steptool_offline.py --workdir=/data/run \
+      --config.model.path=/models/Qwen2-7B-Instruct --config.data.path=/data/annotated.jsonl
+
+The file comes from --mode=annotate, here by a language model that judges every step three times:
+
+    python -m steptool_jax.main --config=configs/steptool_offline.py --workdir=/data/annotated \
+      --mode=annotate --config.annotate.input=trajectories.jsonl --config.annotate.source=judge \
+      --config.judge.kind=llm --config.judge.endpoint.base_url=https://api.openai.com/v1 \
+      --config.judge.endpoint.model=gpt-4o --config.judge.endpoint.api_key_variable=OPENAI_API_KEY
+
+Official step-grained rows (data.format=tsv), with SmolLM2-135M on a CPU, 30 rows in 2 passes:
+
+    python -m steptool_jax.main --config=configs/steptool_offline.py --workdir=/tmp/offline \
+      --config.model.path=$(find /tmp/smollm2 -name '*.gguf') --config.model.dtype=float32 \
+      --config.model.param_dtype=float32 --config.train.micro_rows=1 \
+      --config.train.row_tokens=2048 --config.data.format=tsv --config.data.passes=2 \
+      '--config.data.path=DATA/steptool/data_train/*/step_grained_for_ppo_example.csv'
+
+':released' computes rewards, advantages and old log-probs as the authors' code does; any other
+argument is an algorithm. Hyper-parameters: the release (TRL 0.10.1); departures have a comment.
+"""
+
+from steptool_jax.config import base_config
+
+
+def get_config(arg=""):
+  config = base_config()
+  released = arg == "released"
+  config.algorithm = "steptool" if released else arg or "steptool"
+  config.model.path = "Qwen2-7B-Instruct"
+  config.model.chat_format = "chatml_react"
+  config.model.dtype, config.model.param_dtype = "bfloat16", "bfloat16"
+  config.model.remat = "full"
+  config.mesh.data, config.mesh.fsdp, config.mesh.tensor = 1, -1, 1
+  config.lora.rank, config.lora.alpha = 16, 16.0
+  config.rewards.alpha, config.rewards.normalization = 1.0, "none"
+  d = config.data
+  d.path, d.format = "annotated.jsonl", "jsonl"
+  d.passes, d.batch = 5, 8
+  # The release takes old log-probs from the policy at each batch; 'start' bounds the whole drift.
+  d.behaviour = "current" if released else "start"
+  config.advantage.gamma, config.advantage.lam = 0.99, 0.95
+  # The release weighs the final reward with 0 and decays through observations; the paper does not.
+  config.advantage.level = "released" if released else ""
+  loss = config.loss
+  loss.clip_low = loss.clip_high = loss.value_clip = 0.2
+  loss.value_coef = 0.1
+  loss.kl, loss.kl_coef, loss.kl_adaptive = "reward", 0.3, True
+  loss.kl_target, loss.kl_horizon = 6.0, 10000.0
+  t = config.train
+  # 4 PPO epochs, each one optimizer step (minibatches of 2, accumulated 4 times).
+  t.epochs, t.minibatches, t.micro_rows = 4, 1, 8
+  # The release cuts longer ones from the left, which removes query and rewards; here such a
+  # trajectory is left out and counted.
+  t.row_tokens = 4096
+  t.optimizer.learning_rate, t.optimizer.max_grad_norm = 1e-5, 0.0
+  config.sft.steps = 0
+  # Trained without an environment; evaluate the export with configs/stabletoolbench.py.
+  config.evaluation.tasks, config.evaluation.every = 0, 0
+  return config

@@ -1,0 +1,289 @@
+"""--mode=annotate: stored trajectories -> WORKDIR/annotated.jsonl with a reward on every step.
+
+SC, Con and IsSolved come from rules, from an LLM judge (the mean over its runs) or from a table of
+existing annotations; rewards/shaping.py makes rewards of them, with rewards.alpha and
+rewards.normalization. Train on the file with --config.data.path=WORKDIR/annotated.jsonl.
+
+What the judge failed on is counted and left out, never scored. Its replies are kept on disk, so the
+same command goes on after a stop and asks again only for what is missing.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from absl import logging
+from tqdm import tqdm
+
+from steptool_jax.config import Config
+from steptool_jax.data import conversion, official, trajectories
+from steptool_jax.data.trajectories import AnnotatedTrajectory
+from steptool_jax.evaluation import rule_judge
+from steptool_jax.rewards import responses, rules, shaping, tables
+from steptool_jax.rewards.judge import StepJudge
+from steptool_jax.run import build, metrics_writer, services
+from steptool_jax.run.offline import files
+from steptool_jax.run.workbench import Stop
+from steptool_jax.types import Status, Trajectory
+
+_NAMED = 20  # failures that summary.json names of each kind
+_AT_ONCE = 256  # trajectories judged between two looks at the stop signal
+_RULE_JUDGE = "coverage"  # of IsSolved where a file holds none
+
+
+@dataclasses.dataclass
+class _Work:
+  """Records that are still to be annotated, and what was left out so far."""
+
+  records: list[AnnotatedTrajectory]
+  total: int
+  left_out: dict[str, list[str]] = dataclasses.field(
+    default_factory=lambda: collections.defaultdict(list)
+  )
+
+
+def run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
+  """Annotates and returns the summary that it has written.
+
+  Raises:
+    OSError, ValueError: input, table or settings that are wrong, named.
+    RuntimeError: the judge failed on all trajectories of a round, so it is down.
+  """
+  a = config.annotate
+  if not a.input:
+    raise ValueError("config.annotate.input: empty; name the trajectories to annotate")
+  source = {"rules": _by_rules, "judge": _by_judge, "table": _by_table}[a.source]
+  with Stop().listening() as stop:
+    work = _read(config, workdir)
+    more = source(config, workdir, work, stop)
+    summary = {
+      "mode": "annotate",
+      "source": a.source,
+      "alpha": config.rewards.alpha,
+      "normalization": config.rewards.normalization,
+      "trajectories": work.total,
+    }
+    if stop():
+      summary |= {"interrupted": True} | more
+      logging.warning("stopped on request; the same command goes on from the judge's kept replies")
+    else:
+      origin = {"source": a.source, "alpha": config.rewards.alpha}
+      origin |= {"normalization": config.rewards.normalization}
+      shaped = [_shaped(config, record, origin) for record in work.records]
+      trajectories.write_trajectories(workdir / "annotated.jsonl", shaped)
+      summary |= {
+        "annotated": len(shaped),
+        "left_out": {kind: len(names) for kind, names in work.left_out.items()},
+        "left_out_names": {kind: names[:_NAMED] for kind, names in work.left_out.items()},
+        "interrupted": False,
+      }
+      summary |= _means([record.trajectory for record in shaped]) | more
+  metrics_writer.write_summary(workdir, summary)
+  return summary
+
+
+# --- input and output ------------------------------------------------------------------------
+
+
+def _read(config: Config, workdir: pathlib.Path) -> _Work:
+  """Trajectories that can be annotated; what ended in an infrastructure error never is."""
+  a = config.annotate
+  work = _Work([], 0)
+  for path in files(a.input, "annotate.input"):
+    if a.format == "jsonl":
+      for record in trajectories.read_trajectories(path):
+        work.total += 1
+        t = record.trajectory
+        if t.status is Status.INFRASTRUCTURE_ERROR or not t.steps:
+          work.left_out["infrastructure_error" if t.steps else "no_steps"].append(_name(t))
+        else:
+          work.records.append(record)
+      continue
+    entries = _stored_calls(a.format, path)
+    chat_format = build.build_chat_format(config, workdir)
+    result = conversion.from_calls(entries, chat_format, config.train.row_tokens)
+    logging.info("%s: %s", path, result.report())
+    work.total += result.total
+    work.records += result.records
+    long = [(row, f"{tokens} tokens") for row, tokens in result.too_long]
+    for kind, rows in (("too_long", long), ("unusable", result.unusable)):
+      work.left_out[kind] += [f"{entries[row - 1].query_id} ({why})" for row, why in rows]
+  if not work.records:
+    left_out = {kind: names[:_NAMED] for kind, names in work.left_out.items() if names}
+    raise ValueError(
+      f"config.annotate.input: none of {work.total} trajectories of {a.input} can be annotated; "
+      f"left out: {left_out}"
+    )
+  return work
+
+
+def _stored_calls(kind: str, path: pathlib.Path) -> list[conversion.Calls]:
+  if kind == "converted":
+    return [conversion.calls_of_converted(e) for e in official.read_converted(path).values()]
+  return [conversion.calls_of_annotation(e) for e in official.read_annotations(path).values()]
+
+
+def _shaped(config: Config, record: AnnotatedTrajectory, origin: dict) -> AnnotatedTrajectory:
+  shaped = shaping.shape(record.trajectory, config.rewards.alpha, config.rewards.normalization)
+  metadata = {**record.metadata, "annotation": origin}
+  return dataclasses.replace(record, trajectory=shaped, metadata=metadata)
+
+
+def _means(annotated: Sequence[Trajectory]) -> dict[str, float]:
+  """Over calls: SC, Con; over steps: reward; over trajectories: IsSolved and summed rewards."""
+  marked = [t.steps[: len(responses.transcript("", t).steps)] for t in annotated]
+  calls = [step for steps in marked for step in steps]
+
+  def mean(values: Sequence[float]) -> float:
+    return float(np.mean(values)) if len(values) else 0.0
+
+  return {
+    "calls": len(calls),
+    "mean_success_calling": mean([step.success_calling for step in calls]),
+    "mean_contribution": mean([step.contribution for step in calls]),
+    "mean_is_solved": mean([t.solved for t in annotated]),
+    "mean_step_reward": mean([step.reward for t in annotated for step in t.steps]),
+    "mean_reward": mean([sum(step.reward for step in t.steps) for t in annotated]),
+  }
+
+
+def _name(trajectory: Trajectory) -> str:
+  return f"{trajectory.task_id}, sample {trajectory.sample}"
+
+
+def _needs_query(record: AnnotatedTrajectory) -> str:
+  if not record.query.strip():
+    raise ValueError(
+      f"config.annotate.input: {_name(record.trajectory)} has no 'query', which this source reads; "
+      "use annotate.rule=environment, or write the query into the file"
+    )
+  return record.query
+
+
+# --- sources ---------------------------------------------------------------------------------
+
+
+def _replace(work: _Work, annotate: Callable[[AnnotatedTrajectory], Trajectory]) -> None:
+  work.records = [dataclasses.replace(r, trajectory=annotate(r)) for r in work.records]
+
+
+def _by_rules(config: Config, workdir: pathlib.Path, work: _Work, stop: Stop) -> dict[str, Any]:
+  """IsSolved stays what the file says; official files say nothing, there a rule judge decides."""
+  del workdir, stop
+  rule = config.annotate.rule
+  if rule == "environment":
+    if config.annotate.format != "jsonl":
+      raise ValueError(
+        "config.annotate.rule: 'environment' needs tasks, and official files hold none; use "
+        "evidence or lcs"
+      )
+    environment = build.build_environment(config)
+    tasks = {task.id: task for split in ("train", "heldout") for task in environment.tasks(split)}
+    unknown = [r.trajectory.task_id for r in work.records if r.trajectory.task_id not in tasks]
+    if unknown:
+      raise ValueError(
+        f"config.annotate.rule: {len(unknown)} trajectories are of no task of environment "
+        f"{config.environment.name!r}, e.g. {unknown[0]!r}; set environment.* as in the run that "
+        "made them, or use the rule evidence"
+      )
+    _replace(work, lambda r: rules.annotate(tasks[r.trajectory.task_id], r.trajectory))
+    return {"rule": rule}
+
+  def by_text(record: AnnotatedTrajectory) -> Trajectory:
+    query, trajectory = _needs_query(record), record.trajectory
+    if config.annotate.format != "jsonl":
+      texts = responses.transcript(query, trajectory)
+      solved = rule_judge.JUDGES[_RULE_JUDGE](texts)
+      trajectory = dataclasses.replace(trajectory, solved=solved)
+    return responses.score(query, trajectory, rule)
+
+  _replace(work, by_text)
+  if config.annotate.format == "jsonl":
+    return {"rule": rule, "is_solved_by": "the file"}
+  return {"rule": rule, "is_solved_by": rule_judge.beside("IsSolved", _RULE_JUDGE)}
+
+
+def _by_table(config: Config, workdir: pathlib.Path, work: _Work, stop: Stop) -> dict[str, Any]:
+  """Scores by task id. A trajectory without an entry, or with another one's, is an error."""
+  del workdir, stop
+  a = config.annotate
+  if not a.table and a.format != "annotations":
+    raise ValueError("config.annotate.table: empty; name the file of official annotations")
+  found: dict[str, tuple[responses.Transcript, tables.StepScores]] = {}
+  field = "annotate.table" if a.table else "annotate.input"
+  for path in files(a.table or a.input, field):
+    found |= tables.read(path)
+  missing = [_name(r.trajectory) for r in work.records if r.trajectory.task_id not in found]
+  if missing:
+    raise ValueError(
+      f"config.{field}: no annotation for {len(missing)} trajectories, e.g. {missing[0]}; annotate "
+      "them with another source, or take them out of the input"
+    )
+
+  def scored(record: AnnotatedTrajectory) -> Trajectory:
+    texts, scores = found[record.trajectory.task_id]
+    mine = responses.transcript(record.query, record.trajectory)
+    if [_tool(call) for call, _ in mine.steps] != [_tool(call) for call, _ in texts.steps]:
+      raise ValueError(
+        f"config.{field}: the entry {record.trajectory.task_id!r} annotates other calls than those "
+        "of the trajectory; name the annotations of these trajectories"
+      )
+    return tables.apply(scores, record.trajectory)
+
+  _replace(work, scored)
+  return {"runs": max(scores.runs for _, scores in found.values())}
+
+
+def _tool(action: str) -> str:
+  """The called function; "" for a malformed call, whose spelling the files keep apart."""
+  return "" if action.startswith("malformed call") else action.partition(" ")[0]
+
+
+def _by_judge(config: Config, workdir: pathlib.Path, work: _Work, stop: Stop) -> dict[str, Any]:
+  if config.judge.kind != "llm":
+    raise ValueError(
+      "config.judge.kind: annotate.source 'judge' asks a language model; set it to llm and name "
+      "judge.endpoint.base_url and model, or use annotate.source=rules"
+    )
+  queries = [_needs_query(record) for record in work.records]
+  asked = config.judge.endpoint
+  if not asked.cache:  # what a run that goes on finds
+    asked = dataclasses.replace(asked, cache=str(workdir / "judge_replies"))
+  with contextlib.ExitStack() as stack:
+    endpoint = services.open_endpoint(asked, "judge.endpoint", stack)
+    judge = StepJudge(endpoint, runs=config.judge.runs)
+    records, work.records = work.records, []
+    bar = stack.enter_context(tqdm(total=len(records), desc="judge", unit="trajectory"))
+    for start in range(0, len(records), _AT_ONCE):
+      if stop():
+        break
+      here = slice(start, start + _AT_ONCE)
+      _judge_round(judge, records[here], queries[here], work)
+      bar.update(len(records[here]))
+    return {"runs": config.judge.runs, "usage": dataclasses.asdict(endpoint.usage())}
+
+
+def _judge_round(
+  judge: StepJudge, records: list[AnnotatedTrajectory], queries: list[str], work: _Work
+) -> None:
+  """Adds what the judge managed to work.records, the rest to what was left out."""
+  pairs = zip(queries, records, strict=True)
+  judged = judge.score([responses.transcript(q, record.trajectory) for q, record in pairs])
+  failures = judged.failures
+  # A few failures cost their own trajectories; a whole round of them is a judge that is down.
+  if len(failures) == len(records) and (not work.records or len(records) == _AT_ONCE):
+    raise RuntimeError(
+      f"the judge failed on all {len(records)} trajectories of a round, e.g. {failures[0]}; see to "
+      "config.judge.endpoint, then run the same command again"
+    )
+  for record, scores in zip(records, judged.scores, strict=True):
+    if scores is not None:
+      scored = tables.apply(scores, record.trajectory)
+      work.records.append(dataclasses.replace(record, trajectory=scored))
+  work.left_out["judge_failed"] += [
+    f"{_name(records[index].trajectory)}: {reason}" for index, reason in failures.items()
+  ]

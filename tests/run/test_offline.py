@@ -1,0 +1,358 @@
+"""--mode=train on stored trajectories."""
+
+import collections
+import dataclasses
+import json
+import types
+
+import jax
+import numpy as np
+import oracles
+import pytest
+import stored
+from data.official_rows import CALL, FINISH, row
+from test_resume import assert_same_run, saved
+
+from steptool_jax.data import conversion, official
+from steptool_jax.data.trajectories import AnnotatedTrajectory, write_trajectories
+from steptool_jax.rollout.chain import Interrupted
+from steptool_jax.run import build, offline, train
+from steptool_jax.run.metrics_writer import read_jsonl
+from steptool_jax.types import Finish, Status, Step, Trajectory
+
+TOKENS = 320
+
+
+@pytest.fixture(scope="module")
+def rows():
+  """Ten rows of one to three calls with rewards of their own."""
+  out = []
+  for n in range(10):
+    calls = n % 3 + 1
+    rewards = (*((k + 1) / (n + k + 2) for k in range(calls)), n % 2 / 2)
+    made = row("chatml_react", rewards, f"Rain {n}?", f"rain {n}", (*[CALL] * calls, FINISH))
+    out.append(made)
+  return out
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, rows):
+  """tokenizer/ and rows.csv."""
+  out = tmp_path_factory.mktemp("stored")
+  stored.tokenizer(out / "tokenizer", [t for r in rows for t in (*r.prompts, *r.responses)])
+  stored.write_rows(out / "rows.csv", rows)
+  return out
+
+
+@pytest.fixture
+def offline_config(folder, compiled):
+  def make(**changes):
+    changes = {"data__path": str(folder / "rows.csv")} | changes
+    return stored.make(folder / "tokenizer", compiled, TOKENS, **changes)
+
+  return make
+
+
+@pytest.fixture
+def prepared(monkeypatch):
+  """Every batch that `prepare` made, [B, T] each."""
+  found = []
+  compile_programs = train.update.compile_programs
+
+  def recording(learner):
+    prepare, update = compile_programs(learner)
+
+    def recorded(*args):
+      batch, metrics = prepare(*args)
+      found.append(jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), jax.device_get(batch)))
+      return batch, metrics
+
+    return recorded, update
+
+  monkeypatch.setattr(train.update, "compile_programs", recording)
+  return found
+
+
+def segments(batch):
+  """(row, positions) of every trajectory in a batch."""
+  for r in range(batch.tokens.shape[0]):
+    for segment in range(1, int(batch.segment_ids[r].max()) + 1):
+      yield r, np.flatnonzero(batch.segment_ids[r] == segment)
+
+
+def by_trajectory(batches, field):
+  """Tokens of a trajectory -> its values of `field` on action tokens, one array a batch."""
+  out = collections.defaultdict(list)
+  for batch in batches:
+    for r, here in segments(batch):
+      mask = batch.action_mask[r, here]
+      out[batch.tokens[r, here].tobytes()].append(getattr(batch, field)[r, here][mask])
+  return out
+
+
+def assert_advantages(batches, rows, level, gamma=0.99, lam=0.95):
+  """Rewards on tokens and advantages, trajectory by trajectory, against the slow oracles."""
+  wanted = collections.Counter(tuple(np.float32(r.rewards).tolist()) for r in rows)
+  assert any(np.any(batch.values[batch.action_mask]) for batch in batches), "no value to speak of"
+  found = collections.Counter()
+  for batch in batches:
+    assert not batch.rewards[~batch.step_end].any(), "a reward beside a step's last token"
+    for r, here in segments(batch):
+      action, end = batch.action_mask[r, here], batch.step_end[r, here]
+      values, got = batch.values[r, here], batch.advantages[r, here]
+      rewards = batch.rewards[r, here][end]
+      found[tuple(rewards.tolist())] += 1
+      if level == "released":
+        expected = oracles.gae_released(rewards, values, action, end, gamma, lam)
+      else:
+        steps = batch.step_ids[r, here]
+        first = [np.flatnonzero(steps == k)[0] for k in range(len(rewards))]
+        per_step = oracles.gae_steps(rewards, values[first], 0.0, gamma, lam)
+        expected = np.where(action, per_step[np.maximum(steps, 0)], 0.0)
+      np.testing.assert_allclose(got, expected, atol=2e-5)
+  return wanted, found
+
+
+PLAIN = {"advantage__whiten": False, "loss__kl": "none"}
+
+
+@pytest.mark.parametrize("level", ["step", "released"])
+def test_rewards_and_advantages_of_the_level(level, rows, offline_config, prepared, tmp_path):
+  train.run(offline_config(advantage__level=level, **PLAIN), tmp_path)
+  wanted, found = assert_advantages(prepared, rows, level)
+  assert found == collections.Counter({k: 2 * n for k, n in wanted.items()})
+
+
+def test_a_run_over_stored_rows(offline_config, tmp_path):
+  summary = train.run(offline_config(), tmp_path)
+  assert json.loads((tmp_path / "summary.json").read_text()) == summary
+  assert (summary["iterations"], summary["conversations"]) == (6, 20)  # 4, 4, 2; twice
+  data = summary["data"]
+  assert (data["total"], data["kept"], data["recorded_logprobs"], data["passes"]) == (10, 10, 0, 2)
+  assert data["left_out"] == {"too_long": 0, "infrastructure_error": 0, "no_steps": 0}
+  assert summary["heldout_tasks"] == 0
+  assert not any(name.startswith("pass_rate") for name in summary)
+  records = read_jsonl(tmp_path / "metrics.jsonl")
+  assert len(records) == 6
+  assert all(np.isfinite(list(r.values())).all() for r in records)
+  assert records[0]["train/sampler_gap"] < 1e-4
+  assert records[-1]["train/sampler_gap"] > 1e-3, "nothing was learnt"
+  assert not any("heldout" in name for r in records for name in r)
+
+
+def test_old_logprobs_are_those_of_the_start_in_every_pass(offline_config, prepared, tmp_path):
+  train.run(offline_config(), tmp_path)
+  passes = by_trajectory(prepared, "old_logprobs")
+  assert [len(found) for found in passes.values()] == [2] * 10
+  reference = by_trajectory(prepared, "ref_logprobs")  # the policy before training
+  for tokens, (first, second) in passes.items():
+    np.testing.assert_array_equal(first, second)
+    np.testing.assert_allclose(first, reference[tokens][0], atol=1e-4)
+    assert (first < 0).all()
+
+
+def test_old_logprobs_of_the_release_move(offline_config, prepared, tmp_path):
+  train.run(offline_config(data__behaviour="current"), tmp_path)
+  moved = [np.abs(a - b).max() for a, b in by_trajectory(prepared, "old_logprobs").values()]
+  assert min(moved) > 1e-3
+
+
+@pytest.fixture(scope="module")
+def recorded(folder, rows, compiled):
+  """The rows as our own records, with log-probs that somebody recorded."""
+  config = stored.make(folder / "tokenizer", compiled, TOKENS)
+  chat_format = build.build_chat_format(config, folder)
+  result = conversion.from_step_rows(rows, chat_format, TOKENS, "made")
+  rng = np.random.default_rng(0)
+
+  def with_logprobs(record):
+    steps = tuple(
+      dataclasses.replace(s, logprobs=rng.uniform(-9, -1, len(s.tokens)).astype(np.float32))
+      for s in record.trajectory.steps
+    )
+    trajectory = dataclasses.replace(record.trajectory, steps=steps)
+    return dataclasses.replace(record, trajectory=trajectory, logprobs_known=True)
+
+  return [with_logprobs(record) for record in result.records]
+
+
+def test_recorded_logprobs_stay(recorded, offline_config, prepared, tmp_path):
+  path = tmp_path / "t.jsonl"
+  unknown = dataclasses.replace(
+    recorded[0].trajectory,
+    steps=tuple(
+      dataclasses.replace(s, logprobs=np.full(len(s.tokens), np.nan, np.float32))
+      for s in recorded[0].trajectory.steps
+    ),
+  )
+  write_trajectories(path, [AnnotatedTrajectory(unknown, False), *recorded[1:]])
+  config = offline_config(data__path=str(path), data__format="jsonl", data__passes=1)
+  summary = train.run(config, tmp_path)
+  assert summary["data"]["recorded_logprobs"] == 9
+  old = [x for xs in by_trajectory(prepared, "old_logprobs").values() for x in xs]
+  wanted = [np.concatenate([s.logprobs for s in r.trajectory.steps]) for r in recorded[1:]]
+  exact = [w for w in wanted if any(len(w) == len(o) and (w == o).all() for o in old)]
+  assert len(exact) == 9
+  assert np.isfinite(np.concatenate(old)).all()
+
+
+def load(config, folder):
+  chat_format = build.build_chat_format(config, folder)
+  shape = types.SimpleNamespace(vocab_size=700, max_position_embeddings=config.rollout.max_tokens)
+  return offline.load(config, chat_format, shape)
+
+
+def ids(trajectory):
+  parts = [(step.tokens, step.observation_tokens) for step in trajectory.steps]
+  return [array.tolist() for pair in parts for array in pair]
+
+
+def test_what_cannot_be_trained_on_is_counted_and_nothing_is_cut(
+  recorded, offline_config, tmp_path
+):
+  lengths = [r.trajectory.num_tokens for r in recorded]
+  limit = sorted(lengths)[6]
+  down = dataclasses.replace(recorded[0].trajectory, status=Status.INFRASTRUCTURE_ERROR)
+  empty = dataclasses.replace(recorded[0].trajectory, steps=(), status=Status.TOKEN_BUDGET)
+  odd = [AnnotatedTrajectory(down), AnnotatedTrajectory(empty)]
+  path = tmp_path / "t.jsonl"
+  write_trajectories(path, [*odd, *recorded])
+  for more in ({"rollout__max_tokens": limit}, {"train__row_tokens": limit}):
+    changes = {"train__row_tokens": TOKENS, "rollout__max_tokens": limit} | more
+    data = load(offline_config(data__path=str(path), data__format="jsonl", **changes), tmp_path)
+    report = data.report
+    long = sum(length > limit for length in lengths)
+    assert 0 < long < 10
+    assert (report["total"], report["kept"], report["max_tokens"]) == (12, 10 - long, limit)
+    assert report["left_out"] == {"too_long": long, "infrastructure_error": 1, "no_steps": 1}
+    assert len(report["left_out_names"]["too_long"]) == long
+    fitting = [r.trajectory for r in recorded if r.trajectory.num_tokens <= limit]
+    assert [ids(t) for t in data.trajectories] == [ids(t) for t in fitting]
+
+
+def test_official_rows_that_are_too_long_are_named(rows, folder, offline_config, tmp_path):
+  long = row("chatml_react", rows[4].rewards, "Rain 4?", "z! " * 400, rows[4].responses)
+  path = stored.write_rows(tmp_path / "rows.csv", [*rows[:4], long, *rows[5:]])
+  report = load(offline_config(data__path=str(path)), tmp_path).report
+  assert (report["total"], report["kept"], report["left_out"]["too_long"]) == (10, 9, 1)
+  assert "rows.csv:5 (" in report["left_out_names"]["too_long"][0]
+
+
+def test_an_outcome_algorithm_sees_the_last_reward_only(rows, folder, offline_config):
+  data = load(offline_config(algorithm="ppo"), folder)
+  found = [[step.reward for step in t.steps] for t in data.trajectories]
+  assert found == [[0.0] * (len(r.rewards) - 1) + [r.rewards[-1]] for r in rows]
+  data = load(offline_config(), folder)
+  found = [[step.reward for step in t.steps] for t in data.trajectories]
+  assert found == [list(r.rewards) for r in rows]
+
+
+def test_a_resumed_run_is_bit_equal(offline_config, monkeypatch, tmp_path):
+  config = offline_config(checkpoint__every=2, loss__kl_adaptive=True)
+  whole, cut = tmp_path / "whole", tmp_path / "cut"
+  for workdir in (whole, cut):
+    workdir.mkdir()
+  train.run(config, whole)
+  check_stop = train._Trainer._check_stop
+
+  def stop_at_three(self):
+    if self.progress.done == 3:
+      raise Interrupted
+    check_stop(self)
+
+  with monkeypatch.context() as patched:
+    patched.setattr(train._Trainer, "_check_stop", stop_at_three)
+    assert train.run(config, cut)["interrupted"] is True
+  assert saved(cut)[1]["done"] == 3
+  assert train.run(config, cut)["interrupted"] is False
+  assert_same_run(cut, whole)
+
+
+def test_other_data_are_refused_at_a_resume(rows, folder, offline_config, monkeypatch, tmp_path):
+  path = stored.write_rows(tmp_path / "rows.csv", rows)
+  config = offline_config(data__path=str(path))
+
+  def stop_at_one(self):
+    if self.progress.done == 1:
+      raise Interrupted
+
+  with monkeypatch.context() as patched:
+    patched.setattr(train._Trainer, "_check_stop", stop_at_one)
+    train.run(config, tmp_path)
+  other = dataclasses.replace(rows[3], rewards=(0.125, *rows[3].rewards[1:]))
+  stored.write_rows(path, [*rows[:3], other, *rows[4:]])
+  with pytest.raises(ValueError, match="are not those that the run in .* began with"):
+    train.run(config, tmp_path)
+
+
+def test_every_pass_visits_all_once_in_its_own_order():
+  nothing = Trajectory("t", 0, np.zeros(1, np.int32), (), Status.ANSWERED)
+  made = tuple(dataclasses.replace(nothing, sample=n) for n in range(10))
+  data = offline.Data(made, (True,) * 10, size=4, seed=3, report={})
+  assert data.batches_per_pass == 3
+  orders = [[t.sample for k in range(3) for t in data.batch(3 * p + k)] for p in range(2)]
+  assert [len(data.batch(k)) for k in range(3)] == [4, 4, 2]
+  assert [sorted(order) for order in orders] == [list(range(10))] * 2
+  assert orders[0] != orders[1]
+
+
+@pytest.mark.parametrize(
+  ("changes", "match"),
+  [
+    ({"data__path": "/absent/*.csv"}, r"config\.data\.path: '/absent/\*\.csv' is no file"),
+    ({"rollout__max_tokens": 40, "train__row_tokens": 40}, r"config\.data\.path: none of the 10"),
+    ({"data__format": "jsonl"}, r"rows\.csv, line 1"),
+    ({"model__chat_format": "hermes"}, r"choose toolllama, chatml_react or llama31"),
+  ],
+)
+def test_bad_input_is_named(changes, match, offline_config, tmp_path):
+  with pytest.raises((ValueError, OSError), match=match):
+    train.run(offline_config(**changes), tmp_path)
+  assert not (tmp_path / "config.json").exists()
+
+
+def test_bad_settings_are_named(offline_config):
+  with pytest.raises(ValueError, match=r"config\.data\.path: algorithm 'sft'"):
+    offline_config(algorithm="sft", sft__steps=2)
+  with pytest.raises(ValueError, match=r"config\.data\.batch: must be above 0"):
+    offline_config(data__batch=0)
+
+
+def test_ids_of_another_tokenizer_are_refused(offline_config, tmp_path):
+  ids = np.array([5, 700], np.int32)
+  step = Step(ids, np.zeros(2, np.float32), Finish("x"))
+  trajectory = Trajectory("t7", 2, ids[:1], (step,), Status.ANSWERED, 1.0)
+  path = tmp_path / "t.jsonl"
+  write_trajectories(path, [AnnotatedTrajectory(trajectory)])
+  with pytest.raises(ValueError, match=r"t\.jsonl, t7, sample 2.*token id 700.*has 700"):
+    train.run(offline_config(data__path=str(path), data__format="jsonl"), tmp_path)
+
+
+# --- the released sample rows ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("level", ["step", "released"])
+def test_the_released_rows_train_for_two_passes(level, shared, prepared, compiled, tmp_path):
+  pattern = str(shared / "steptool/data_train/*/step_grained_for_ppo_example.csv")
+  paths = offline.files(pattern, "data.path")
+  rows = [r for path in paths for r in official.read_step_rows(path)]
+  assert len(rows) == 30
+  texts = [t for r in rows for t in (*r.prompts, *r.responses)]
+  tokenizer = stored.tokenizer(tmp_path / "tokenizer", texts, vocab_size=3000)
+  config = stored.make(
+    tokenizer,
+    compiled,
+    1664,
+    model__architecture__vocab_size=3000,
+    data__path=pattern,
+    data__batch=8,
+    advantage__level=level,
+    train__optimizer__learning_rate=1e-3,
+    **PLAIN,
+  )
+  summary = train.run(config, tmp_path)
+  assert (summary["data"]["total"], summary["data"]["kept"]) == (30, 30)
+  assert (summary["iterations"], summary["conversations"]) == (8, 60)
+  wanted, found = assert_advantages(prepared, rows, level)
+  assert found == collections.Counter({k: 2 * n for k, n in wanted.items()})
+  assert all(np.isfinite(list(r.values())).all() for r in read_jsonl(tmp_path / "metrics.jsonl"))
