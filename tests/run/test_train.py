@@ -11,7 +11,7 @@ import tiny
 
 from steptool_jax.learning import batching
 from steptool_jax.policy.engine import Decoded
-from steptool_jax.run import build, train, workbench
+from steptool_jax.run import build, services, train, workbench
 from steptool_jax.run.metrics_writer import read_jsonl
 from steptool_jax.simulators.errors import InfrastructureError
 from steptool_jax.types import Code, Finish, Observation, Status, ToolCall, TrainState
@@ -112,6 +112,7 @@ def scripted(config, folder, broken):
   call = ToolCall(environment.tasks("train")[0].tools[0].name, {})
   turns = [policy.chat_format.render_action(a) for a in (call, Finish("1"))]
   trainer = object.__new__(train._Trainer)
+  trainer.data = None
   trainer.config, trainer.progress, trainer.state = config, train.Progress(), None
   trainer.learnt = []
 
@@ -126,6 +127,7 @@ def scripted(config, folder, broken):
     workdir=folder,
     mesh=None,
     environment=Half(environment, broken),
+    services=services.NO_SERVICES,
     policy=policy,
     engine=Script(config.rollout.slots, turns),
     limits=build.build_limits(config),
@@ -204,8 +206,10 @@ def test_non_finite_updates_stop_the_run_and_reach_no_checkpoint(tmp_path, compi
 )
 def test_the_kl_coefficient_follows_its_target_and_no_nan(kl, expected, monkeypatch):
   trainer = object.__new__(train._Trainer)
+  trainer.data = None
   trainer.config = tiny.make(loss__kl_adaptive=True, train__minibatches=1)
   trainer.state = TrainState(0, {}, {}, {}, (), kl_coef=jnp.float32(0.05))
+  trainer.conversations = 500
   metrics = {"kl": jnp.float32(kl)}
   trainer.programs = (lambda state, batch, count: (batch, metrics), None)
   trainer._to_device = lambda batch, micro_rows, capacity: batch
@@ -249,7 +253,9 @@ def test_demonstrations_whose_tools_are_down_are_not_learnt(monkeypatch):
 def trainer_at(done, **changes):
   """A trainer that knows its tasks and nothing else."""
   trainer = object.__new__(train._Trainer)
+  trainer.data = None
   trainer.config = tiny.make(**changes)
+  trainer.conversations = trainer.config.rollout.tasks * trainer.config.rollout.samples
   trainer.progress = train.Progress(phase="rl", done=done)
   tasks = [types.SimpleNamespace(id=f"t{n}") for n in range(40)]
   environment = types.SimpleNamespace(tasks=lambda split: tasks)
