@@ -25,14 +25,13 @@ from steptool_jax.data.trajectories import AnnotatedTrajectory
 from steptool_jax.evaluation import rule_judge
 from steptool_jax.rewards import responses, rules, shaping, tables
 from steptool_jax.rewards.judge import StepJudge
-from steptool_jax.run import build, metrics_writer, services
+from steptool_jax.run import build, judging, metrics_writer, services
 from steptool_jax.run.offline import files
 from steptool_jax.run.workbench import Stop
 from steptool_jax.types import Status, Trajectory
 
 _NAMED = 20  # failures that summary.json names of each kind
 _AT_ONCE = 256  # trajectories judged between two looks at the stop signal
-_RULE_JUDGE = "coverage"  # of IsSolved where a file holds none
 
 
 @dataclasses.dataclass
@@ -197,14 +196,14 @@ def _by_rules(config: Config, workdir: pathlib.Path, work: _Work, stop: Stop) ->
     query, trajectory = _needs_query(record), record.trajectory
     if config.annotate.format != "jsonl":
       texts = responses.transcript(query, trajectory)
-      solved = rule_judge.JUDGES[_RULE_JUDGE](texts)
+      solved = rule_judge.JUDGES[judging.RULE](texts)
       trajectory = dataclasses.replace(trajectory, solved=solved)
     return responses.score(query, trajectory, rule)
 
   _replace(work, by_text)
   if config.annotate.format == "jsonl":
     return {"rule": rule, "is_solved_by": "the file"}
-  return {"rule": rule, "is_solved_by": rule_judge.beside("IsSolved", _RULE_JUDGE)}
+  return {"rule": rule, "is_solved_by": rule_judge.beside("IsSolved", judging.RULE)}
 
 
 def _by_table(config: Config, workdir: pathlib.Path, work: _Work, stop: Stop) -> dict[str, Any]:
