@@ -8,14 +8,13 @@ or the new one. A line that cannot be read is named; nothing is skipped.
 import dataclasses
 import json
 import math
-import os
 import pathlib
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
+from steptool_jax.files import replacing
 from steptool_jax.types import (
   Action,
   Code,
@@ -63,22 +62,11 @@ def write_trajectories(path: str | pathlib.Path, records: Iterable[AnnotatedTraj
   ValueError for what JSON cannot carry back (a tuple, NaN, keys that are no text in arguments or
   values): the file at `path` stays what it was.
   """
-  path = pathlib.Path(path)
-  path.parent.mkdir(parents=True, exist_ok=True)
   count = 0
-  handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-  try:
-    with open(handle, "w", encoding="ascii", newline="\n") as file:
-      for record in records:
-        file.write(dump(record) + "\n")
-        count += 1
-      file.flush()
-      os.fsync(file.fileno())
-    os.chmod(name, 0o644)  # mkstemp makes private files
-    os.replace(name, path)
-  except BaseException:
-    os.unlink(name)
-    raise
+  with replacing(path, encoding="ascii", newline="\n") as file:
+    for record in records:
+      file.write(dump(record) + "\n")
+      count += 1
   return count
 
 

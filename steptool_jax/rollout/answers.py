@@ -9,8 +9,6 @@ nothing here has a value for (Elo, io_state) hold their official defaults.
 """
 
 import json
-import os
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ import numpy as np
 
 from steptool_jax.dialogue.parser import FINISH, FINISH_TOOL, GIVE_ANSWER, GIVE_UP
 from steptool_jax.environments.toolbench import official_code
+from steptool_jax.files import replacing
 from steptool_jax.rollout.branching import ROOT
 from steptool_jax.rollout.conversation import Limits
 from steptool_jax.rollout.strategy import Node, Search, SearchResult
@@ -145,20 +144,9 @@ def write_answer(folder: str | Path, task: Task, method: str, answer: Mapping[st
 
 def write_json(path: str | Path, value: Any) -> None:
   """Indented JSON, written whole or not at all; makes the folder."""
-  path = Path(path)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-  try:
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-      json.dump(value, file, indent=2)
-      file.write("\n")
-      file.flush()
-      os.fsync(file.fileno())
-    os.chmod(temporary, 0o644)
-    os.replace(temporary, path)
-  except BaseException:
-    os.unlink(temporary)
-    raise
+  with replacing(path) as file:
+    json.dump(value, file, indent=2)
+    file.write("\n")
 
 
 # --- writing ---------------------------------------------------------------------------------

@@ -1,13 +1,14 @@
 """Metrics as JSONL and TensorBoard, the learning curve as PNG, summary.json."""
 
 import json
-import os
 import pathlib
 import resource
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import tensorboardX
+
+from steptool_jax.files import replacing
 
 
 class MetricsWriter:
@@ -55,9 +56,8 @@ def read_jsonl(path: pathlib.Path) -> list[dict[str, Any]]:
 
 def write_atomically(path: pathlib.Path, text: str) -> None:
   """Readers see the old file or the new one, never half of it."""
-  temporary = path.with_name(path.name + ".tmp")
-  temporary.write_text(text)
-  os.replace(temporary, path)
+  with replacing(path) as file:
+    file.write(text)
 
 
 def write_summary(workdir: pathlib.Path, summary: Mapping[str, Any]) -> None:

@@ -9,10 +9,8 @@ import datetime
 import email.utils
 import hashlib
 import json
-import os
 import pathlib
 import random
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +18,7 @@ from typing import Any
 
 import httpx
 
+from steptool_jax.files import replacing
 from steptool_jax.simulators.errors import InfrastructureError
 
 _RETRIED = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
@@ -162,7 +161,8 @@ class Endpoint:
     if accept is not None:
       accept(reply)
     if file is not None:
-      _write(file, {"request": body, "sample": sample, "reply": document})
+      with replacing(file) as stream:
+        json.dump({"request": body, "sample": sample, "reply": document}, stream)
     return reply
 
   def usage(self) -> Usage:
@@ -274,19 +274,6 @@ def _object(text: Any) -> dict[str, Any] | None:
   except (ValueError, RecursionError):
     return None
   return value if isinstance(value, dict) else None
-
-
-def _write(file: pathlib.Path, document: Any) -> None:
-  """All or nothing: another process sees the old file, no file, or the whole new one."""
-  file.parent.mkdir(exist_ok=True)
-  handle, temporary = tempfile.mkstemp(dir=file.parent, suffix=".tmp")
-  try:
-    with os.fdopen(handle, "w", encoding="utf-8") as stream:
-      json.dump(document, stream)
-    os.replace(temporary, file)
-  except BaseException:
-    pathlib.Path(temporary).unlink(missing_ok=True)
-    raise
 
 
 def _retry_after_s(value: str) -> float:
