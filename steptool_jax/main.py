@@ -10,7 +10,7 @@ from typing import Any
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from steptool_jax import config as config_lib
+from steptool_jax import validation
 
 MODES = ("train", "evaluate", "annotate", "export", "bench", "serve")
 
@@ -31,7 +31,7 @@ def main(argv: list[str]) -> None:
 
 
 def _dispatch() -> dict[str, Any]:
-  config = config_lib.validate(_CONFIG.value)
+  config = validation.validate(_CONFIG.value)
   workdir = pathlib.Path(_WORKDIR.value).absolute()
   workdir.mkdir(parents=True, exist_ok=True)
   mode = importlib.import_module(f"steptool_jax.run.{_MODE.value}")
@@ -48,7 +48,7 @@ def _parse(argv: list[str]) -> list[str]:
   except AttributeError:  # config_flags, for a field that does not exist
     for word in argv:
       if word.startswith("--config."):
-        _or_exit(config_lib.check_name, word.removeprefix("--config.").partition("=")[0])
+        _or_exit(validation.check_name, word.removeprefix("--config.").partition("=")[0])
     raise
 
 

@@ -12,6 +12,7 @@ ROOT = pathlib.Path(steptool_jax.__file__).parent
 # A room may import from rooms of its own level and below.
 LEVEL = {
   "types": 0,
+  "files": 0,
   "policy": 1,
   "dialogue": 1,
   "simulators": 1,
@@ -22,6 +23,7 @@ LEVEL = {
   "data": 2,
   "evaluation": 2,
   "config": 3,
+  "validation": 3,
   "run": 4,
   "main": 5,
 }

@@ -31,10 +31,12 @@ from steptool_jax.config import Config
 from steptool_jax.data import conversion, official, trajectories
 from steptool_jax.data.trajectories import AnnotatedTrajectory
 from steptool_jax.dialogue.template import ChatFormat
+from steptool_jax.files import replacing
 from steptool_jax.learning import batching
 from steptool_jax.learning.algorithms import get_algorithm
 from steptool_jax.policy.model import ModelConfig
 from steptool_jax.rewards import shaping
+from steptool_jax.run.order import permutation
 from steptool_jax.types import Status, TokenBatch, Trajectory
 
 _NAMED = 20  # of each kind that was left out, the report names this many
@@ -58,7 +60,7 @@ class Data:
   def batch(self, number: int) -> list[Trajectory]:
     """Batch `number` of the run: a seeded permutation a pass, whose last batch may be short."""
     current, place = divmod(number, self.batches_per_pass)
-    order = np.random.default_rng((self.seed, current)).permutation(len(self.trajectories))
+    order = permutation(len(self.trajectories), self.seed, current)
     return [self.trajectories[i] for i in order[place * self.size : (place + 1) * self.size]]
 
 
@@ -179,10 +181,8 @@ def with_behaviour(
     for i, values in zip(chosen, computed, strict=True):
       filled[i] = _with_logprobs(filled[i], values)
   flat = np.concatenate([step.logprobs for t in filled for step in t.steps])
-  temporary = workdir / f"{_FILE}.tmp"
-  with temporary.open("wb") as file:
+  with replacing(workdir / _FILE, "wb") as file:
     np.savez(file, digest=_digest(data), logprobs=flat)
-  os.replace(temporary, workdir / _FILE)
   return dataclasses.replace(data, trajectories=tuple(filled))
 
 

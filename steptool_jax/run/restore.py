@@ -4,10 +4,10 @@ import json
 import pathlib
 from typing import Any
 
-from steptool_jax import config as config_lib
+from steptool_jax import validation
 from steptool_jax.config import Config
 from steptool_jax.policy import lora
-from steptool_jax.run import build, metrics_writer
+from steptool_jax.run import learners, metrics_writer
 from steptool_jax.run.checkpoint import Checkpoints
 from steptool_jax.run.workbench import Workbench
 
@@ -28,7 +28,7 @@ def refuse_other_config(
   path = workdir / "config.json"
   if not path.exists():
     return
-  names = config_lib.differences(config, json.loads(path.read_text()))
+  names = validation.differences(config, json.loads(path.read_text()))
   names = [name for name in names if name.startswith(only) and not name.startswith(may_change)]
   if names:
     raise ValueError(
@@ -41,7 +41,7 @@ def claim(config: Config, workdir: pathlib.Path) -> None:
   """Writes config.json where there is none."""
   path = workdir / "config.json"
   if not path.exists():
-    metrics_writer.write_atomically(path, config_lib.to_json(config))
+    metrics_writer.write_atomically(path, validation.to_json(config))
 
 
 def newest_variables(bench: Workbench) -> tuple[dict, dict[str, Any]] | None:
@@ -57,8 +57,8 @@ def newest_variables(bench: Workbench) -> tuple[dict, dict[str, Any]] | None:
     if meta is None:
       return None
     name = "sft" if meta["phase"] == "sft" else bench.config.algorithm
-    learner = build.build_learner(bench.config, bench.policy.model, name)
-    abstract = build.abstract_state(bench.config, bench.policy, bench.mesh, learner)
+    learner = learners.build_learner(bench.config, bench.policy.model, name)
+    abstract = learners.abstract_state(bench.config, bench.policy, bench.mesh, learner)
     state = checkpoints.restore(abstract)
     return lora.join_variables(state.trainable, state.frozen), meta
   finally:

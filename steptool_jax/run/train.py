@@ -19,16 +19,16 @@ from absl import logging
 from tqdm import tqdm
 
 from steptool_jax.config import Config
-from steptool_jax.environments.demonstrations import imperfect
 from steptool_jax.evaluation.metrics import rollout_metrics
 from steptool_jax.learning import algorithms, batching, update
 from steptool_jax.policy import lora, sharding
 from steptool_jax.rollout.chain import Interrupted, Stats
-from steptool_jax.rollout.demonstrations import demonstrate
-from steptool_jax.run import build, export, metrics_writer, offline, restore, workbench
+from steptool_jax.run import build, export, learners, metrics_writer, offline, restore, workbench
 from steptool_jax.run.checkpoint import Checkpoints
+from steptool_jax.run.demonstrations import Demonstrations
+from steptool_jax.run.order import Order
 from steptool_jax.run.workbench import Workbench
-from steptool_jax.types import TRUNCATED, Status, Task, TokenBatch, TrainState, Trajectory
+from steptool_jax.types import Status, Task, TokenBatch, TrainState, Trajectory
 
 # Fields that may change between a start and a resume: they do not change what was learnt so far.
 MAY_CHANGE = (
@@ -148,22 +148,26 @@ class _Trainer:
       variables = build.initial_variables(self.config, self.bench.policy, self.bench.mesh)
       self.state = self._start(variables)
       return
-    abstract = build.abstract_state(self.config, self.bench.policy, self.bench.mesh, self.learner)
+    abstract = learners.abstract_state(
+      self.config, self.bench.policy, self.bench.mesh, self.learner
+    )
     self.state = self.checkpoints.restore(abstract)
 
   def _set_learner(self) -> None:
     name = "sft" if self.progress.phase == "sft" else self.config.algorithm
-    self.learner = build.build_learner(self.config, self.bench.policy.model, name, self.iterations)
+    self.learner = learners.build_learner(
+      self.config, self.bench.policy.model, name, self.iterations
+    )
     self.programs = update.compile_programs(self.learner)
 
   def _start(self, variables: dict) -> TrainState:
-    return build.start_phase(self.config, self.bench.mesh, self.learner, variables)
+    return learners.start_phase(self.config, self.bench.mesh, self.learner, variables)
 
   def _sft(self) -> None:
     steps = self.config.sft.steps
     if not steps:
       return
-    source = _Demonstrations(self.bench)
+    source = Demonstrations(self.bench)
     capacity = -(-self.config.sft.batch // self.config.sft.micro_rows)
     with self._bar(steps, "SFT") as bar:
       while self.progress.done < steps:
@@ -287,7 +291,7 @@ class _Trainer:
       raise ValueError("environment: there are no training tasks; RL needs at least one")
     count, samples = min(self.config.rollout.tasks, len(tasks)), self.config.rollout.samples
     first = self.progress.done * count
-    order = _Order(len(tasks), self.config.seed)
+    order = Order(len(tasks), self.config.seed)
     seen: collections.Counter[int] = collections.Counter()
     jobs = []
     for position in range(first, first + count):
@@ -366,7 +370,7 @@ class _Trainer:
     return lora.join_variables(self.state.trainable, self.state.frozen)
 
   def _to_device(self, batch, micro_rows, capacity):
-    return build.to_device(batch, micro_rows, capacity, self.bench.mesh)
+    return learners.to_device(batch, micro_rows, capacity, self.bench.mesh)
 
   def _bar(self, total: int, label: str) -> tqdm:
     return tqdm(total=total, initial=self.progress.done, desc=label, mininterval=0.5)
@@ -451,72 +455,7 @@ class _Trainer:
     return summary
 
 
-_SELECT = jax.jit(build.select_rows)
-
-
-class _Order:
-  """order[i] = the task of position i in an endless sequence of seeded permutations."""
-
-  def __init__(self, size: int, seed: int):
-    self._size, self._seed = size, seed
-
-  def __getitem__(self, position: int) -> int:
-    epoch, place = divmod(position, self._size)
-    return int(_permutation(self._size, self._seed, epoch)[place])
-
-
-@functools.lru_cache(maxsize=4)
-def _permutation(size: int, seed: int, epoch: int) -> np.ndarray:
-  return np.random.default_rng((seed, epoch)).permutation(size)
-
-
-class _Demonstrations:
-  """Batches of demonstrated trajectories, a function of the step number alone."""
-
-  def __init__(self, bench: Workbench):
-    self._bench, self._sft = bench, bench.config.sft
-    tasks = bench.environment.tasks("train")
-    tasks = [task for task in tasks if task.demonstration]
-    if self._sft.steps and not tasks:
-      raise ValueError(
-        "sft.steps: above 0, but no training task has a demonstration; set it to 0 or add them"
-      )
-    self._tasks = tasks[: self._sft.tasks or None]
-    self._dropped = self._seen = 0
-
-  def batch(self, step: int) -> list[Trajectory]:
-    size = self._sft.batch
-    order = _Order(len(self._tasks), self._bench.config.seed)
-    drawn = [self._draw(order[step * size + k], step * size + k) for k in range(size)]
-    kept = [t for t in drawn if t.status not in TRUNCATED | {Status.INFRASTRUCTURE_ERROR}]
-    self._seen, self._dropped = self._seen + len(drawn), self._dropped + len(drawn) - len(kept)
-    if not kept:
-      raise ValueError(
-        "sft: no demonstration of this batch fits rollout.max_tokens / max_steps / "
-        "max_step_tokens (raise them), or their tools are down"
-      )
-    return kept
-
-  def report(self) -> None:
-    if self._dropped:
-      logging.warning(
-        "%d of %d demonstrations did not fit, or their tools were down", self._dropped, self._seen
-      )
-
-  def _draw(self, index: int, position: int) -> Trajectory:
-    task = self._tasks[index]
-    actions = task.demonstration
-    if self._sft.mistakes:
-      rng = np.random.default_rng((self._bench.config.seed, position))
-      actions = imperfect(self._bench.environment, task, rng, self._sft.mistakes)
-    return demonstrate(
-      self._bench.environment,
-      task,
-      actions,
-      self._bench.policy.chat_format,
-      self._bench.limits,
-      self._bench.config.model.system or None,
-    )
+_SELECT = jax.jit(learners.select_rows)
 
 
 def _shares(stats: Stats, update_seconds: float, seconds: float, tokens: int) -> dict[str, float]:

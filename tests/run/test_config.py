@@ -1,9 +1,11 @@
 import importlib.util
+import json
 import pathlib
 
 import pytest
 
-from steptool_jax import config as config_lib
+from steptool_jax import validation
+from steptool_jax.config import base_config
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 
@@ -18,14 +20,14 @@ def load(name):
 @pytest.mark.parametrize("name", sorted(p.stem for p in CONFIGS.glob("*.py")))
 def test_every_config_file_is_valid(name):
   module = load(name)
-  config = config_lib.validate(module.get_config())
+  config = validation.validate(module.get_config())
   assert f"configs/{name}.py" in module.__doc__, "the run command stands on top"
-  assert config_lib.differences(config, config_lib.json.loads(config_lib.to_json(config))) == []
+  assert validation.differences(config, json.loads(validation.to_json(config))) == []
 
 
 @pytest.mark.parametrize("name", ["ppo", "steptool", "steptool_no_step_rewards", "sft"])
 def test_an_argument_picks_the_algorithm(name):
-  assert config_lib.validate(load("quickstart").get_config(name)).algorithm == name
+  assert validation.validate(load("quickstart").get_config(name)).algorithm == name
 
 
 @pytest.mark.parametrize(
@@ -51,21 +53,21 @@ def test_an_argument_picks_the_algorithm(name):
   ],
 )
 def test_bad_fields_are_refused_by_name(path, value, words):
-  values = config_lib.base_config().to_dict()
+  values = base_config().to_dict()
   *groups, last = path.split(".")
   target = values
   for group in groups:
     target = target[group]
   target[last] = value
   with pytest.raises(ValueError, match=words):
-    config_lib.validate(values)
+    validation.validate(values)
 
 
 def test_an_int_is_a_float_and_a_list_is_a_tuple():
-  values = config_lib.base_config().to_dict()
+  values = base_config().to_dict()
   values["advantage"]["gamma"] = 1
   values["lora"]["targets"] = ["q", "v"]
-  config = config_lib.validate(values)
+  config = validation.validate(values)
   assert config.advantage.gamma == 1.0
   assert isinstance(config.advantage.gamma, float)
   assert config.lora.targets == ("q", "v")

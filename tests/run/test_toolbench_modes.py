@@ -16,7 +16,7 @@ import pytest
 import tiny
 from simulators.openai_server import Server, completion
 
-from steptool_jax import config as config_lib
+from steptool_jax import validation
 from steptool_jax.data import official
 from steptool_jax.data.trajectories import read_trajectories
 from steptool_jax.evaluation import rule_judge
@@ -582,7 +582,7 @@ def test_tasks_over_the_tools_of_an_mcp_server(tmp_path):
     assert session.grade("5") == 1
   assert session.call(ToolCall("add", {"a": 2, "b": 3})).code is Code.INFRASTRUCTURE
   with pytest.raises(ValueError, match="set together with functions; give one of the two"):
-    config_lib.validate(dataclasses.asdict(tiny.replace(config, environment__functions="x.py")))
+    validation.validate(dataclasses.asdict(tiny.replace(config, environment__functions="x.py")))
   with (
     pytest.raises(OSError, match="did not start"),
     services.open_services(tiny.replace(config, environment__mcp=("/no/such/server",))),

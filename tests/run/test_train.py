@@ -11,7 +11,7 @@ import tiny
 
 from steptool_jax.learning import batching
 from steptool_jax.policy.engine import Decoded
-from steptool_jax.run import build, services, train, workbench
+from steptool_jax.run import build, demonstrations, learners, services, train, workbench
 from steptool_jax.run.metrics_writer import read_jsonl
 from steptool_jax.simulators.errors import InfrastructureError
 from steptool_jax.types import Code, Finish, Observation, Status, ToolCall, TrainState
@@ -192,8 +192,8 @@ def test_non_finite_updates_stop_the_run_and_reach_no_checkpoint(tmp_path, compi
   assert records[-1]["train/skipped"] == 1.0
   with workbench.open_workbench(config, tmp_path, workbench.Stop()) as bench:
     checkpoints = train.Checkpoints(tmp_path, 2)
-    learner = build.build_learner(config, bench.policy.model, "steptool")
-    state = checkpoints.restore(build.abstract_state(config, bench.policy, bench.mesh, learner))
+    learner = learners.build_learner(config, bench.policy.model, "steptool")
+    state = checkpoints.restore(learners.abstract_state(config, bench.policy, bench.mesh, learner))
     meta = checkpoints.latest_meta()
     checkpoints.close()
   assert (meta["phase"], meta["done"]) == ("rl", 1)
@@ -230,15 +230,15 @@ def test_rl_on_a_part_of_the_distribution_is_refused(part, tmp_path):
 def test_one_temperature_for_the_sampler_and_all_log_probs_of_the_update():
   """Peers' defect 2, where the parts are put together; demonstrations have none."""
   config = tiny.make(rollout__temperature=0.6)
-  assert build.build_learner(config, fakes.tiny_config(), "steptool").temperature == 0.6
-  assert build.build_learner(config, fakes.tiny_config(), "sft").temperature == 1.0
+  assert learners.build_learner(config, fakes.tiny_config(), "steptool").temperature == 0.6
+  assert learners.build_learner(config, fakes.tiny_config(), "sft").temperature == 1.0
 
 
 def test_demonstrations_whose_tools_are_down_are_not_learnt(monkeypatch):
   """Peers' defect 14, in SFT."""
   statuses = [Status.ANSWERED, Status.INFRASTRUCTURE_ERROR, Status.ANSWERED, Status.STEP_BUDGET]
   drawn = [types.SimpleNamespace(status=status) for status in statuses]
-  source = object.__new__(train._Demonstrations)
+  source = object.__new__(demonstrations.Demonstrations)
   source._tasks, source._sft = [None], types.SimpleNamespace(batch=4)
   source._bench = types.SimpleNamespace(config=types.SimpleNamespace(seed=0))
   source._dropped = source._seen = 0

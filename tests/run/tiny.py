@@ -10,6 +10,7 @@ import subprocess
 import sys
 
 from steptool_jax import config as config_lib
+from steptool_jax.validation import validate
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -50,7 +51,7 @@ def make(arg="", **changes) -> config_lib.Config:
     for group in groups:
       target = target[group]
     target[last] = value
-  return config_lib.validate(config)
+  return validate(config)
 
 
 def replace(config, **changes):

@@ -1,0 +1,160 @@
+"""Config -> optimizer, learner and train state, and packed batches on the mesh."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import optax.contrib
+from jax.sharding import Mesh
+
+from steptool_jax.config import Config, Optimizer
+from steptool_jax.learning import algorithms, batching, update
+from steptool_jax.policy import lora, model, sharding
+from steptool_jax.run.build import Policy
+from steptool_jax.types import TokenBatch, TrainState
+
+
+def build_optimizer(c: Optimizer, total_steps: int) -> optax.GradientTransformation:
+  """AdamW (Muon for the layers' kernels if asked for) behind a clip of the gradient's global norm.
+
+  The schedule spans `total_steps`.
+  """
+  if c.muon_rate:
+    optimizer = optax.contrib.muon(
+      _schedule(c, c.muon_rate, total_steps),
+      eps=c.eps,
+      weight_decay=c.weight_decay,
+      muon_weight_dimension_numbers=_muon_dimensions,
+      adam_b1=c.b1,
+      adam_b2=c.b2,
+      adam_weight_decay=c.weight_decay,
+      adam_learning_rate=_schedule(c, c.learning_rate, total_steps),
+    )
+  else:
+    schedule = _schedule(c, c.learning_rate, total_steps)
+    optimizer = optax.adamw(schedule, c.b1, c.b2, c.eps, weight_decay=c.weight_decay)
+  if not c.max_grad_norm:
+    return optimizer
+  return optax.chain(optax.clip_by_global_norm(c.max_grad_norm), optimizer)
+
+
+def _schedule(c: Optimizer, peak: float, total_steps: int) -> optax.Schedule:
+  warmup = round(c.warmup * total_steps)
+  rest = max(total_steps - warmup, 1)
+  main = {
+    "constant": lambda: optax.constant_schedule(peak),
+    "linear": lambda: optax.linear_schedule(peak, 0.0, rest),
+    "cosine": lambda: optax.cosine_decay_schedule(peak, rest),
+  }[c.schedule]()
+  if not warmup:
+    return main
+  # Starts above 0, so that the first step already learns.
+  ramp = optax.linear_schedule(peak / warmup, peak, warmup - 1)
+  return optax.join_schedules([ramp, main], [warmup])
+
+
+def _muon_dimensions(params: dict) -> dict:
+  """Stacked kernels [layer, in, out] are matrices for Muon; None leaves the rest to AdamW."""
+
+  def leaf(path, x):
+    name = sharding.path_string(path)
+    is_kernel = "layers/" in name and name.endswith("/kernel")
+    return optax.contrib.MuonDimensionNumbers(1, 2) if is_kernel and np.ndim(x) == 3 else None
+
+  return jax.tree_util.tree_map_with_path(leaf, params)
+
+
+def build_learner(
+  config: Config, model_config: model.ModelConfig, algorithm: str, iterations: int | None = None
+) -> update.Learner:
+  """The learner of a phase: algorithm 'sft' for the warm-up, config.algorithm for RL.
+
+  iterations: of RL, which the schedule spans; None for train.iterations.
+  """
+  sft = algorithm == "sft"
+  t, a, c = config.train, config.advantage, config.loss
+  hyperparameters = algorithms.Hyperparameters(
+    gamma=a.gamma,
+    lam=a.lam,
+    level=a.level,
+    broadcast=a.broadcast,
+    whiten=a.whiten,
+    clip_low=c.clip_low,
+    clip_high=c.clip_high,
+    value_clip=c.value_clip,
+    value_coef=c.value_coef,
+    entropy_coef=c.entropy_coef,
+    kl_placement="none" if sft else c.kl,
+    aggregation=c.aggregation,
+  )
+  iterations = t.iterations if iterations is None else iterations
+  steps = config.sft.steps if sft else iterations * t.epochs * t.minibatches
+  return update.Learner(
+    model=model_config,
+    algorithm=algorithms.get_algorithm(algorithm),
+    hyperparameters=hyperparameters,
+    optimizer=build_optimizer(config.sft.optimizer if sft else t.optimizer, steps),
+    temperature=1.0 if sft else config.rollout.temperature,
+    chunk=c.logprob_chunk,
+    with_reference=not sft and c.kl != "none",
+    fixed_behaviour=not sft and bool(config.data.path) and config.data.behaviour == "start",
+  )
+
+
+def start_phase(config: Config, mesh: Mesh, learner: update.Learner, variables: dict) -> TrainState:
+  """A fresh TrainState over given variables, laid out on the mesh."""
+  trainable, frozen = lora.split_variables(variables)
+  make = functools.partial(update.init_state, learner, kl_coef=config.loss.kl_coef)
+  layout = sharding.shardings(jax.eval_shape(make, trainable, frozen), mesh)
+  return jax.jit(make, out_shardings=layout)(trainable, frozen)
+
+
+def abstract_state(
+  config: Config, policy: Policy, mesh: Mesh, learner: update.Learner
+) -> TrainState:
+  """The TrainState of a phase as ShapeDtypeStructs with shardings, for a restore."""
+
+  def make():
+    variables = {"params": model.init_params(policy.model, jax.random.key(0))}
+    if policy.lora is not None:
+      variables["lora"] = lora.init_lora(policy.model, policy.lora, jax.random.key(0))
+    return update.init_state(learner, *lora.split_variables(variables), config.loss.kl_coef)
+
+  abstract = jax.eval_shape(make)
+  return jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+    abstract,
+    sharding.shardings(abstract, mesh),
+  )
+
+
+def to_device(batch: TokenBatch, micro_rows: int, capacity: int, mesh: Mesh) -> TokenBatch:
+  """A packed batch [R, T] as [capacity, micro_rows, T] on the mesh, padded with empty rows."""
+  rows, length = batch.tokens.shape
+  padding = batching.empty_batch(capacity * micro_rows - rows, length)
+  placement = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, sharding.ROWS))
+  return jax.tree.map(
+    lambda x, pad: jax.device_put(
+      np.concatenate([x, pad]).reshape(capacity, micro_rows, length), placement
+    ),
+    batch,
+    padding,
+  )
+
+
+def select_rows(batch_NBT: TokenBatch, index_NB: jax.Array, valid_NB: jax.Array) -> TokenBatch:
+  """Rows by number, as a new [N, B, T] batch; invalid ones become padding."""
+
+  def take(x):
+    return x.reshape(-1, x.shape[-1])[index_NB]
+
+  chosen = jax.tree.map(take, batch_NBT)
+  valid = valid_NB[..., None]
+  return chosen._replace(
+    segment_ids=jnp.where(valid, chosen.segment_ids, 0),
+    action_mask=chosen.action_mask & valid,
+    step_end=chosen.step_end & valid,
+    bootstrap=chosen.bootstrap & valid,
+  )

@@ -1,0 +1,227 @@
+"""ConfigDict -> frozen Config, with every value checked, and saved configurations compared."""
+
+import dataclasses
+import difflib
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import ml_collections
+
+from steptool_jax.config import Config
+from steptool_jax.learning.advantages import LEVELS
+from steptool_jax.learning.algorithms import get_algorithm
+from steptool_jax.learning.losses import AGGREGATIONS
+
+
+def validate(config: ml_collections.ConfigDict | Mapping[str, Any]) -> Config:
+  """ConfigDict (or nested mapping) -> frozen Config.
+
+  Raises:
+    ValueError: an unknown field (names the nearest valid one), a wrong type or a value that makes
+      no sense, each with the field's full name.
+  """
+  if isinstance(config, ml_collections.ConfigDict):
+    config = config.to_dict()
+  checked = _build(Config, config, "config")
+  _check(checked)
+  return checked
+
+
+def to_json(config: Config) -> str:
+  return json.dumps(dataclasses.asdict(config), indent=2, sort_keys=True)
+
+
+def differences(config: Config, saved: Mapping[str, Any]) -> list[str]:
+  """Names of fields whose value is not that of a saved config (a parsed to_json)."""
+  mine = _flatten(json.loads(to_json(config)))
+  theirs = _flatten(saved)
+  return sorted(k for k in mine.keys() | theirs.keys() if mine.get(k) != theirs.get(k))
+
+
+def check_name(name: str) -> None:
+  """ValueError, with the nearest valid one, for a field that does not exist ("rollout.taks")."""
+  names = _flatten(dataclasses.asdict(Config()))
+  if name not in names:
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
+    raise ValueError(f"config.{name}: no such field; did you mean config.{near[0]}?")
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+  flat = {}
+  for key, value in tree.items():
+    if isinstance(value, Mapping):
+      flat |= _flatten(value, f"{prefix}{key}.")
+    else:
+      flat[f"{prefix}{key}"] = value
+  return flat
+
+
+def _build(cls: type, values: Mapping[str, Any], path: str) -> Any:
+  fields = {f.name: f for f in dataclasses.fields(cls)}
+  for name in values:
+    if name not in fields:
+      near = difflib.get_close_matches(name, fields, n=1, cutoff=0.4)
+      hint = f"; did you mean {path}.{near[0]}?" if near else f"; valid: {', '.join(fields)}"
+      raise ValueError(f"{path}.{name}: no such field{hint}")
+  defaults = cls()
+  out = {}
+  for name in fields:
+    default = getattr(defaults, name)
+    value = values.get(name, default)
+    where = f"{path}.{name}"
+    if dataclasses.is_dataclass(default):
+      if dataclasses.is_dataclass(value):
+        value = dataclasses.asdict(value)
+      if not isinstance(value, Mapping):
+        raise ValueError(f"{where}: a group of fields is needed, found {value!r}")
+      out[name] = _build(type(default), value, where)
+    else:
+      out[name] = _typed(default, value, where)
+  return cls(**out)
+
+
+def _typed(default: Any, value: Any, where: str) -> Any:
+  kind = type(default)
+  if kind is float and isinstance(value, int) and not isinstance(value, bool):
+    value = float(value)
+  if kind is tuple and isinstance(value, list):
+    value = tuple(value)
+  if type(value) is not kind:
+    raise ValueError(f"{where}: {kind.__name__} is needed, found {type(value).__name__} {value!r}")
+  if kind is float and not math.isfinite(value):
+    raise ValueError(f"{where}: must be finite, found {value!r}")
+  if kind is tuple and not all(isinstance(entry, str) for entry in value):
+    raise ValueError(f"{where}: a tuple of strings is needed, found {value!r}")
+  return value
+
+
+_POSITIVE = (
+  "rollout.tasks rollout.samples rollout.slots rollout.max_tokens rollout.max_steps "
+  "rollout.max_step_tokens rollout.max_invalid rollout.max_observation_chars rollout.decode_chunk "
+  "rollout.tool_timeout rollout.tool_workers sft.batch sft.micro_rows train.epochs "
+  "train.minibatches train.micro_rows train.row_tokens train.max_skipped loss.logprob_chunk "
+  "loss.kl_target loss.kl_horizon checkpoint.every checkpoint.keep train.optimizer.learning_rate "
+  "rollout.temperature sft.optimizer.learning_rate evaluation.curve_tasks "
+  "bench.repeats bench.turns environment.faults.max_consecutive simulator.http_timeout "
+  "simulator.http_in_flight simulator.llm.timeout simulator.llm.in_flight judge.runs "
+  "judge.endpoint.timeout judge.endpoint.in_flight rollout.search.width "
+  "rollout.search.answer_back rollout.search.give_up_back evaluation.attempts evaluation.rollouts "
+  "data.passes data.batch"
+).split()
+_NOT_NEGATIVE = (
+  "seed lora.rank sft.steps sft.tasks train.iterations evaluation.every evaluation.temperature "
+  "rollout.top_k rewards.alpha loss.kl_coef loss.value_coef sft.checkpoint_every "
+  "train.optimizer.max_grad_norm sft.optimizer.max_grad_norm train.optimizer.muon_rate "
+  "sft.optimizer.muon_rate environment.tools_per_task "
+  "rollout.tool_retries rollout.max_stuck_tools loss.clip_low loss.clip_high loss.value_clip "
+  "simulator.http_retries simulator.llm.retries simulator.llm.prompt_price "
+  "simulator.llm.completion_price judge.endpoint.retries judge.endpoint.prompt_price "
+  "judge.endpoint.completion_price rollout.budget rollout.search.room serve.port "
+  "evaluation.tasks"
+).split()
+_SHARES = (
+  "sft.mistakes environment.faults.rate_limit environment.faults.timeout "
+  "environment.faults.transient environment.faults.not_found environment.heldout_share "
+  "advantage.gamma advantage.lam rollout.top_p train.optimizer.warmup sft.optimizer.warmup"
+).split()
+_CHOICES = {
+  "model.dtype": ("float32", "bfloat16"),
+  "model.param_dtype": ("float32", "bfloat16"),
+  "model.remat": ("none", "dots", "full"),
+  "model.chat_format": ("auto", "toolllama", "chatml_react", "llama31", "hermes", "compact"),
+  "environment.name": ("nested_api", "data_pipeline", "toolbench", "custom"),
+  "simulator.llm_style": ("gpt", "mirror"),
+  "rollout.strategy": ("chain", "dfsdt"),
+  "rewards.normalization": ("mean", "none"),
+  "advantage.level": ("", *LEVELS),
+  "loss.kl": ("reward", "loss", "none"),
+  "loss.aggregation": AGGREGATIONS,
+  "data.format": ("jsonl", "tsv"),
+  "data.behaviour": ("start", "current"),
+  "annotate.format": ("jsonl", "converted", "annotations"),
+  "annotate.source": ("rules", "judge", "table"),
+  "annotate.rule": ("evidence", "lcs", "environment"),
+  "judge.kind": ("rule", "llm"),
+  "train.optimizer.schedule": ("constant", "linear", "cosine"),
+  "sft.optimizer.schedule": ("constant", "linear", "cosine"),
+}
+
+
+def _check(config: Config) -> None:
+  flat = _flatten(dataclasses.asdict(config))
+  for name in _POSITIVE:
+    if not flat[name] > 0:
+      raise ValueError(f"config.{name}: must be above 0, found {flat[name]!r}")
+  for name in _NOT_NEGATIVE:
+    if not flat[name] >= 0:
+      raise ValueError(f"config.{name}: must not be negative, found {flat[name]!r}")
+  for name in _SHARES:
+    if not 0 <= flat[name] <= 1:
+      raise ValueError(f"config.{name}: must be in [0, 1], found {flat[name]!r}")
+  for name, valid in _CHOICES.items():
+    if flat[name] not in valid:
+      near = difflib.get_close_matches(str(flat[name]), valid, n=1)
+      hint = f" (did you mean {near[0]!r}?)" if near else ""
+      raise ValueError(
+        f"config.{name}: {flat[name]!r} is not one of {', '.join(map(repr, valid))}{hint}"
+      )
+  algorithm = get_algorithm(config.algorithm)
+  if algorithm.rewards == "none" and not config.sft.steps:
+    raise ValueError(
+      f"config.sft.steps: 0, but algorithm {config.algorithm!r} learns from demonstrations only; "
+      "set it above 0"
+    )
+  if algorithm.rewards == "none" and config.data.path:
+    raise ValueError(
+      f"config.data.path: algorithm {config.algorithm!r} learns from demonstrations of the "
+      "environment's tasks; stored trajectories are for an algorithm with rewards"
+    )
+  if config.rollout.max_tokens > config.train.row_tokens:
+    raise ValueError(
+      f"config.train.row_tokens: {config.train.row_tokens} is less than rollout.max_tokens = "
+      f"{config.rollout.max_tokens}; a conversation must fit a packed row"
+    )
+  if config.rollout.top_p == 0:
+    raise ValueError("config.rollout.top_p: must be above 0; 1 = off")
+  _check_environment(config)
+  _check_evaluation(config)
+
+
+def _check_environment(config: Config) -> None:
+  c = config.environment
+  if c.name == "custom":
+    for name, value in (("functions", c.functions or c.mcp), ("tasks", c.tasks)):
+      if not value:
+        raise ValueError(f"config.environment.{name}: a file is needed for environment 'custom'")
+    if c.functions and c.mcp:
+      raise ValueError("config.environment.mcp: set together with functions; give one of the two")
+  elif c.mcp:
+    raise ValueError(f"config.environment.mcp: is for environment 'custom', not {c.name!r}")
+  if c.name == "toolbench":
+    for name in ("folder", "subsets"):
+      if not getattr(c.toolbench, name):
+        raise ValueError(
+          f"config.environment.toolbench.{name}: is empty, needed for environment 'toolbench'"
+        )
+
+
+def _check_evaluation(config: Config) -> None:
+  e = config.evaluation
+  if e.against and config.environment.name != "toolbench":
+    raise ValueError(
+      "config.evaluation.against: a win rate needs a judge, so environment 'toolbench'; leave it "
+      "empty"
+    )
+  if config.rollout.strategy == "dfsdt" and e.attempts > 1:
+    raise ValueError(
+      f"config.evaluation.attempts: {e.attempts}, but 'dfsdt' searches a task once; set it to 1, "
+      "and rollout.budget to what the search may spend"
+    )
+  for name, value in (("attempts", e.attempts), ("rollouts", e.rollouts)):
+    if value > 1 and not e.temperature:
+      raise ValueError(
+        f"config.evaluation.{name}: {value}, but at temperature 0 all are the same; set "
+        "evaluation.temperature above 0"
+      )
