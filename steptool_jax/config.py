@@ -229,7 +229,8 @@ class Optimizer:
   muon_rate: float = _is(
     0.0, "above 0: the layers' kernels by Muon with this peak rate; for training from scratch"
   )
-  schedule: str = _is("constant", "behind the warm-up: constant, linear or cosine (to 0)")
+  schedule: str = _is("constant", "behind the warm-up: constant, linear or cosine")
+  floor: float = _is(0.0, "share of the peak rate at which linear and cosine end")
   warmup: float = _is(0.0, "share of the steps that warm up")
   b1: float = _is(0.9, "decay of the first moment")
   b2: float = _is(0.999, "decay of the second moment")
@@ -245,6 +246,7 @@ class Sft:
   steps: int = _is(0, "optimizer steps; 0 = no warm-up")
   tasks: int = _is(0, "training tasks whose demonstrations are used; 0 = all")
   mistakes: float = _is(0.0, "share of actions that an imperfect demonstrator gets wrong")
+  clean_steps: int = _is(0, "first optimizer steps whose demonstrators make no mistakes")
   batch: int = _is(16, "demonstrations in one optimizer step")
   micro_rows: int = _is(8, "packed rows in one forward pass")
   checkpoint_every: int = _is(0, "optimizer steps between checkpoints; 0 = at the end only")

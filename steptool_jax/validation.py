@@ -111,10 +111,10 @@ _POSITIVE = (
   "data.passes data.batch"
 ).split()
 _NOT_NEGATIVE = (
-  "seed lora.rank sft.steps sft.tasks train.iterations evaluation.every evaluation.temperature "
-  "rollout.top_k rewards.alpha loss.kl_coef loss.value_coef sft.checkpoint_every "
-  "train.optimizer.max_grad_norm sft.optimizer.max_grad_norm train.optimizer.muon_rate "
-  "sft.optimizer.muon_rate environment.tools_per_task "
+  "seed lora.rank sft.steps sft.clean_steps sft.tasks train.iterations evaluation.every "
+  "evaluation.temperature rollout.top_k rewards.alpha loss.kl_coef loss.value_coef "
+  "sft.checkpoint_every train.optimizer.max_grad_norm sft.optimizer.max_grad_norm "
+  "train.optimizer.muon_rate sft.optimizer.muon_rate environment.tools_per_task "
   "rollout.tool_retries rollout.max_stuck_tools loss.clip_low loss.clip_high loss.value_clip "
   "simulator.http_retries simulator.llm.retries simulator.llm.prompt_price "
   "simulator.llm.completion_price judge.endpoint.retries judge.endpoint.prompt_price "
@@ -124,7 +124,8 @@ _NOT_NEGATIVE = (
 _SHARES = (
   "sft.mistakes environment.faults.rate_limit environment.faults.timeout "
   "environment.faults.transient environment.faults.not_found environment.heldout_share "
-  "advantage.gamma advantage.lam rollout.top_p train.optimizer.warmup sft.optimizer.warmup"
+  "advantage.gamma advantage.lam rollout.top_p train.optimizer.warmup sft.optimizer.warmup "
+  "train.optimizer.floor sft.optimizer.floor"
 ).split()
 _CHOICES = {
   "model.dtype": ("float32", "bfloat16"),

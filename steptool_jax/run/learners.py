@@ -45,8 +45,8 @@ def _schedule(c: Optimizer, peak: float, total_steps: int) -> optax.Schedule:
   rest = max(total_steps - warmup, 1)
   main = {
     "constant": lambda: optax.constant_schedule(peak),
-    "linear": lambda: optax.linear_schedule(peak, 0.0, rest),
-    "cosine": lambda: optax.cosine_decay_schedule(peak, rest),
+    "linear": lambda: optax.linear_schedule(peak, c.floor * peak, rest),
+    "cosine": lambda: optax.cosine_decay_schedule(peak, rest, alpha=c.floor),
   }[c.schedule]()
   if not warmup:
     return main

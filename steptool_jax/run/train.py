@@ -431,6 +431,7 @@ class _Trainer:
       self.progress.heldout_curve,
       {label: self.progress.results[k] for k, label in names.items() if k in self.progress.results},
       f"{self.config.algorithm} on {self.config.environment.name}, seed {self.config.seed}",
+      f"held-out tasks, {'sampled' if self.config.evaluation.temperature else 'greedy'}",
     )
 
   def _summary(self, interrupted: bool) -> dict[str, Any]:

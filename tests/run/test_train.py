@@ -247,6 +247,21 @@ def test_demonstrations_whose_tools_are_down_are_not_learnt(monkeypatch):
   assert (source._dropped, source._seen) == (2, 4)
 
 
+def test_mistakes_begin_behind_the_clean_steps(monkeypatch):
+  config = tiny.make(sft__mistakes=1.0, sft__clean_steps=3, sft__batch=2)
+  environment = build.build_environment(config)
+  parts = {"config": config, "environment": environment, "limits": None}
+  bench = types.SimpleNamespace(**parts, policy=types.SimpleNamespace(chat_format=None))
+  source = demonstrations.Demonstrations(bench)
+
+  def flawless(env, task, actions, *_):
+    return types.SimpleNamespace(status=Status.ANSWERED, flawless=actions == task.demonstration)
+
+  monkeypatch.setattr(demonstrations, "demonstrate", flawless)
+  drawn = [[t.flawless for t in source.batch(step)] for step in range(5)]
+  assert drawn == [[True, True]] * 3 + [[False, False]] * 2
+
+
 # --- order and keys ---
 
 
