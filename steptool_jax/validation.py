@@ -119,7 +119,7 @@ _NOT_NEGATIVE = (
   "simulator.http_retries simulator.llm.retries simulator.llm.prompt_price "
   "simulator.llm.completion_price judge.endpoint.retries judge.endpoint.prompt_price "
   "judge.endpoint.completion_price rollout.budget rollout.search.room serve.port "
-  "evaluation.tasks"
+  "evaluation.tasks checkpoint.keep_best"
 ).split()
 _SHARES = (
   "sft.mistakes environment.faults.rate_limit environment.faults.timeout "
@@ -141,6 +141,7 @@ _CHOICES = {
   "loss.aggregation": AGGREGATIONS,
   "data.format": ("jsonl", "tsv"),
   "data.behaviour": ("start", "current"),
+  "checkpoint.use": ("newest", "best"),
   "annotate.format": ("jsonl", "converted", "annotations"),
   "annotate.source": ("rules", "judge", "table"),
   "annotate.rule": ("evidence", "lcs", "environment"),
