@@ -28,7 +28,7 @@ import numpy as np
 from absl import logging
 
 from steptool_jax.config import Config
-from steptool_jax.data import conversion, official, trajectories
+from steptool_jax.data import conversion, training_rows, trajectories
 from steptool_jax.data.trajectories import AnnotatedTrajectory
 from steptool_jax.dialogue.template import ChatFormat
 from steptool_jax.files import replacing
@@ -87,7 +87,7 @@ def load(config: Config, chat_format: ChatFormat, model: ModelConfig) -> Data:
   paths = files(config.data.path, "data.path")
   for path in paths:
     if config.data.format == "tsv":
-      rows = official.read_step_rows(path)
+      rows = training_rows.read_step_rows(path)
       result = conversion.from_step_rows(rows, chat_format, limit, str(path))
       records += result.records
       total += result.total

@@ -13,7 +13,7 @@ import stored
 from data.official_rows import CALL, FINISH, row
 from test_resume import assert_same_run, saved
 
-from steptool_jax.data import conversion, official
+from steptool_jax.data import conversion, training_rows
 from steptool_jax.data.trajectories import AnnotatedTrajectory, write_trajectories
 from steptool_jax.rollout.chain import Interrupted
 from steptool_jax.run import build, offline, train
@@ -335,7 +335,7 @@ def test_ids_of_another_tokenizer_are_refused(offline_config, tmp_path):
 def test_the_released_rows_train_for_two_passes(level, shared, prepared, compiled, tmp_path):
   pattern = str(shared / "steptool/data_train/*/step_grained_for_ppo_example.csv")
   paths = offline.files(pattern, "data.path")
-  rows = [r for path in paths for r in official.read_step_rows(path)]
+  rows = [r for path in paths for r in training_rows.read_step_rows(path)]
   assert len(rows) == 30
   texts = [t for r in rows for t in (*r.prompts, *r.responses)]
   tokenizer = stored.tokenizer(tmp_path / "tokenizer", texts, vocab_size=3000)
