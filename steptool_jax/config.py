@@ -294,7 +294,11 @@ class Data:
   path: str = _is(
     "", "file, or pattern such as 'data/*/rows.csv', of stored trajectories; empty = rollouts"
   )
-  format: str = _is("jsonl", "jsonl (annotated.jsonl) or tsv (official step-grained rows)")
+  format: str = _is(
+    "jsonl",
+    "jsonl (annotated.jsonl), tsv (official step-grained rows) or dialogues (official SFT and RFT "
+    "instances; algorithm sft only)",
+  )
   passes: int = _is(5, "passes over the data; with data.batch they decide the iterations")
   batch: int = _is(8, "trajectories of one iteration")
   behaviour: str = _is(

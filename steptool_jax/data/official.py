@@ -1,4 +1,4 @@
-"""Readers of the formats that StepTool and StableToolBench publish.
+"""What StepTool and StableToolBench publish of results: readers, and a writer of verdicts.
 
 Every reader checks what it reads and names the file and the row of what is wrong. Python literals
 in these files are read with ast.literal_eval: they are data, and nothing is ever evaluated.
@@ -7,9 +7,10 @@ A reader that takes a path reads `.xz` as well.
 
 import dataclasses
 import enum
+import json
 import pathlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from steptool_jax.data.reading import (
@@ -22,6 +23,7 @@ from steptool_jax.data.reading import (
   texts,
   typed,
 )
+from steptool_jax.files import replacing
 
 
 class Verdict(enum.StrEnum):
@@ -122,6 +124,38 @@ def read_results(path: Path) -> dict[str, Result]:
   return out
 
 
+def result_of(answer: "Converted", verdicts: Sequence[Verdict]) -> Result:
+  """A judged answer, as the official evaluator takes it down: calls alone count, texts do not."""
+  steps = tuple(message for _, message in answer.chain if isinstance(message, StoredStep))
+  return Result(
+    answer.query_id,
+    answer.query,
+    tuple(str(tool.get("function", tool).get("name", "")) for tool in answer.tools),
+    steps,
+    steps[-1] if steps else StoredStep("", "", ""),
+    tuple(verdicts),
+  )
+
+
+def write_results(path: Path, results: Iterable[Result]) -> None:
+  """A pass-rate file that the official tools and `read_results` read, whole or not at all."""
+  document = {
+    result.query_id: {
+      "query": result.query,
+      "tool_names": list(result.tool_names),
+      "answer_steps": "\n".join(
+        f"Step {n}: {dataclasses.asdict(step)}" for n, step in enumerate(result.steps, start=1)
+      ),
+      "final_step": f"Final step: {dataclasses.asdict(result.final)}" if result.steps else "",
+      "is_solved": {str(run): str(verdict) for run, verdict in enumerate(result.verdicts)},
+      "length": len(result.steps),
+    }
+    for result in results
+  }
+  with replacing(path) as file:
+    json.dump(document, file, ensure_ascii=False, indent=4)
+
+
 def read_annotations(path: Path) -> dict[str, Annotation]:
   """Step annotations of a judge, query id -> Annotation.
 
@@ -178,6 +212,8 @@ def _steps(value: Any, where: str) -> tuple[StoredStep, ...]:
 
 def _final(value: Any, where: str) -> StoredStep:
   text = typed(value, str, where)
+  if not text:  # nothing was called
+    return StoredStep("", "", "")
   if not text.startswith("Final step: "):
     raise ValueError(f"{where}: must start with 'Final step: ', found {text!r:.60}")
   return _step(text.removeprefix("Final step: "), where)

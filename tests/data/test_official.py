@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import lzma
 
@@ -169,6 +170,40 @@ def test_bad_results_are_named(change, match, tmp_path):
 def test_a_result_without_steps(tmp_path):
   path = write(tmp_path / "G1.json", {"1": result(answer_steps="")})
   assert official.read_results(path)["1"].steps == ()
+
+
+def test_verdicts_are_written_as_they_are_read(tmp_path):
+  nothing = official.Result("13", "q", (), (), StoredStep("", "", ""), (Verdict.UNSOLVED,) * 3)
+  results = {**official.read_results(write(tmp_path / "a.json", {"12": result()})), "13": nothing}
+  official.write_results(tmp_path / "b" / "G1.json", results.values())
+  assert official.read_results(tmp_path / "b" / "G1.json") == results
+  document = json.loads((tmp_path / "b" / "G1.json").read_text())
+  assert document["12"]["is_solved"] == {
+    "0": "AnswerStatus.Solved",
+    "1": "AnswerStatus.Unsolved",
+    "2": "AnswerStatus.Unsure",
+  }
+  assert [document[k]["length"] for k in ("12", "13")] == [2, 0]
+  assert document["13"]["final_step"] == document["13"]["answer_steps"] == ""
+
+
+def test_only_calls_of_an_answer_stand_in_its_result():
+  call, finish = StoredStep(**STEP), StoredStep(**FINISH)
+  chain = (("system", ""), ("user", ""), ("assistant", "let me think"), ("tool", call))
+  tools = ({"name": "f"}, {"function": {"name": "g"}})
+  answer = official.Converted("7", "q", tools, "CoT@1", 4, "", (*chain, ("tool", finish)))
+  read = official.result_of(answer, [Verdict.SOLVED])
+  assert (read.query_id, read.tool_names, read.steps) == ("7", ("f", "g"), (call, finish))
+  assert (read.final, read.verdicts) == (finish, (Verdict.SOLVED,))
+  silent = dataclasses.replace(answer, chain=chain[:3])
+  assert official.result_of(silent, [Verdict.UNSOLVED]).final.name == ""
+
+
+def test_a_published_file_is_written_as_it_was(shared, tmp_path):
+  path = shared / "steptool/pass_rate_results/toolllama_sft_cot/G2_instruction.json.xz"
+  official.write_results(tmp_path / "again.json", official.read_results(path).values())
+  published = json.loads(lzma.decompress(path.read_bytes()))
+  assert json.loads((tmp_path / "again.json").read_text()) == published
 
 
 def test_a_broken_archive_is_named(tmp_path):

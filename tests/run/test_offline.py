@@ -328,6 +328,62 @@ def test_ids_of_another_tokenizer_are_refused(offline_config, tmp_path):
     train.run(offline_config(data__path=str(path), data__format="jsonl"), tmp_path)
 
 
+# --- SFT on stored trajectories --------------------------------------------------------------
+
+
+def test_sft_imitates_the_last_turn_of_official_dialogues(folder, compiled, tmp_path, monkeypatch):
+  turns = [("system", "s"), ("user", "\nRain?\nBegin!\n"), ("assistant", CALL)]
+  more = [*turns, ("function", "wet"), ("assistant", FINISH)]
+  instances = [
+    {"id": "t", "conversations": [{"from": role, "value": text} for role, text in dialogue]}
+    for dialogue in (turns, more, [*more[:-1], ("assistant", "x " * TOKENS)])
+  ]
+  path = tmp_path / "sft.json"
+  path.write_text(json.dumps({"9": {"cnt": 3, "instances": instances}}))
+  packed = []
+  pack = train.batching.pack
+  monkeypatch.setattr(
+    train.batching, "pack", lambda *args: packed.append(pack(*args)) or packed[-1]
+  )
+  config = stored.make(
+    folder / "tokenizer",
+    compiled,
+    TOKENS,
+    algorithm="sft",
+    data__path=str(path),
+    data__format="dialogues",
+    data__passes=6,
+    data__batch=2,
+  )
+  summary = train.run(config, tmp_path / "run")
+  assert (summary["data"]["total"], summary["data"]["kept"]) == (3, 2)
+  assert summary["data"]["left_out_names"]["too_long"][0].startswith(f"{path}:3 (")
+  assert summary["iterations"] == 6
+  codec = build.build_chat_format(config, tmp_path / "run").codec
+  for batch in packed:
+    learnt = [
+      codec.decode(batch.targets[r, here][batch.action_mask[r, here]])
+      for r, here in segments(batch)
+    ]
+    assert sorted(learnt) == sorted([f"{CALL}<|im_end|>", f"{FINISH}<|im_end|>"])
+  losses = [record["loss"] for record in read_jsonl(tmp_path / "run/metrics.jsonl")]
+  assert len(losses) == 6
+  assert losses[-1] < 0.7 * losses[0]
+
+
+@pytest.mark.parametrize(
+  ("changes", "match"),
+  [
+    ({"data__format": "dialogues"}, "'dialogues' hold no rewards.*algorithm sft"),
+    ({"algorithm": "sft", "sft__steps": 3}, "data.passes and data.batch decide.*set it to 0"),
+    ({"algorithm": "sft", "data__path": ""}, "or name stored ones with data.path"),
+  ],
+)
+def test_sft_and_stored_data_that_do_not_go_together(changes, match, offline_config):
+  with pytest.raises(ValueError, match=match):
+    offline_config(**changes)
+
+
 # --- the released sample rows ----------------------------------------------------------------
 
 
