@@ -366,7 +366,7 @@ def test_sft_imitates_the_last_turn_of_official_dialogues(folder, compiled, tmp_
       for r, here in segments(batch)
     ]
     assert sorted(learnt) == sorted([f"{CALL}<|im_end|>", f"{FINISH}<|im_end|>"])
-  losses = [record["loss"] for record in read_jsonl(tmp_path / "run/metrics.jsonl")]
+  losses = [record["sft/loss"] for record in read_jsonl(tmp_path / "run/metrics.jsonl")]
   assert len(losses) == 6
   assert losses[-1] < 0.7 * losses[0]
 
