@@ -183,7 +183,9 @@ class Rollout:
   top_k: int = _is(0, "0 = off")
   top_p: float = _is(1.0, "1 = off")
   tool_timeout: float = _is(
-    10.0, "seconds for one tool call (toolbench: the simulators' own time-outs count instead)"
+    10.0,
+    "seconds for one tool call, for opening and for grading a conversation (toolbench: the "
+    "simulators' own time-outs count instead); what hangs is left behind, but Python cannot end it",
   )
   tool_workers: int = _is(8, "tool calls at the same time")
   tool_retries: int = _is(2, "retries of a call that failed for infrastructure reasons")
@@ -296,7 +298,11 @@ class Data:
   path: str = _is(
     "", "file, or pattern such as 'data/*/rows.csv', of stored trajectories; empty = rollouts"
   )
-  format: str = _is("jsonl", "jsonl (annotated.jsonl) or tsv (official step-grained rows)")
+  format: str = _is(
+    "jsonl",
+    "jsonl (annotated.jsonl), tsv (official step-grained rows) or dialogues (official SFT and RFT "
+    "instances; algorithm sft only)",
+  )
   passes: int = _is(5, "passes over the data; with data.batch they decide the iterations")
   batch: int = _is(8, "trajectories of one iteration")
   behaviour: str = _is(

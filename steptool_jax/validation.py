@@ -139,7 +139,7 @@ _CHOICES = {
   "advantage.level": ("", *LEVELS),
   "loss.kl": ("reward", "loss", "none"),
   "loss.aggregation": AGGREGATIONS,
-  "data.format": ("jsonl", "tsv"),
+  "data.format": ("jsonl", "tsv", "dialogues"),
   "data.behaviour": ("start", "current"),
   "annotate.format": ("jsonl", "converted", "annotations"),
   "annotate.source": ("rules", "judge", "table"),
@@ -169,15 +169,21 @@ def _check(config: Config) -> None:
         f"config.{name}: {flat[name]!r} is not one of {', '.join(map(repr, valid))}{hint}"
       )
   algorithm = get_algorithm(config.algorithm)
-  if algorithm.rewards == "none" and not config.sft.steps:
+  if algorithm.rewards == "none" and not config.sft.steps and not config.data.path:
     raise ValueError(
       f"config.sft.steps: 0, but algorithm {config.algorithm!r} learns from demonstrations only; "
-      "set it above 0"
+      "set it above 0, or name stored ones with data.path"
     )
-  if algorithm.rewards == "none" and config.data.path:
+  if algorithm.rewards == "none" and config.data.path and config.sft.steps:
     raise ValueError(
-      f"config.data.path: algorithm {config.algorithm!r} learns from demonstrations of the "
-      "environment's tasks; stored trajectories are for an algorithm with rewards"
+      f"config.sft.steps: {config.sft.steps} together with data.path = {config.data.path!r}; with "
+      f"stored trajectories, data.passes and data.batch decide the steps of algorithm "
+      f"{config.algorithm!r}: set it to 0"
+    )
+  if algorithm.rewards != "none" and config.data.path and config.data.format == "dialogues":
+    raise ValueError(
+      f"config.data.format: 'dialogues' hold no rewards, which algorithm {config.algorithm!r} "
+      "learns from; use algorithm sft, or a format with rewards (jsonl, tsv)"
     )
   if config.rollout.max_tokens > config.train.row_tokens:
     raise ValueError(

@@ -96,7 +96,7 @@ class _Trainer:
     self.conversations, self.iterations = self._sizes()
 
   def _sizes(self) -> tuple[int, int]:
-    """(most conversations of an iteration, iterations of RL)."""
+    """(most conversations of an iteration, iterations of RL or of any training on stored data)."""
     if self.data is not None:
       return self.data.size, self.config.data.passes * self.data.batches_per_pass
     r = self.config.rollout
@@ -164,11 +164,13 @@ class _Trainer:
     return learners.start_phase(self.config, self.bench.mesh, self.learner, variables)
 
   def _sft(self) -> None:
-    steps = self.config.sft.steps
+    stored = self.data if self.algorithm.rewards == "none" else None
+    steps = self.config.sft.steps if stored is None else self.iterations
     if not steps:
       return
-    source = Demonstrations(self.bench)
-    capacity = -(-self.config.sft.batch // self.config.sft.micro_rows)
+    source = Demonstrations(self.bench) if stored is None else stored
+    size = self.config.sft.batch if stored is None else stored.size
+    capacity = -(-size // self.config.sft.micro_rows)
     with self._bar(steps, "SFT") as bar:
       while self.progress.done < steps:
         self._check_stop()
@@ -183,7 +185,8 @@ class _Trainer:
         every = self.config.sft.checkpoint_every
         if (every and self.progress.done % every == 0) or self.progress.done == steps:
           self._save()
-    source.report()
+    if stored is None:
+      source.report()
 
   def _to_rl(self) -> None:
     variables = build.fold_adapters(
@@ -448,7 +451,8 @@ class _Trainer:
       "interrupted": interrupted,
     }
     if self.data is not None:
-      summary["iterations"] = p.done if p.phase == "rl" else 0
+      offline_phase = "sft" if self.algorithm.rewards == "none" else "rl"
+      summary["iterations"] = p.done if p.phase == offline_phase else 0
       summary["data"] = self.data.report | {"passes": self.config.data.passes}
     if self.bench.services.judging is not None:
       summary["judge"] = self.bench.services.judging.report()
