@@ -22,6 +22,7 @@ from steptool_jax.config import Config
 from steptool_jax.evaluation.metrics import rollout_metrics
 from steptool_jax.learning import algorithms, batching, update
 from steptool_jax.policy import lora, sharding
+from steptool_jax.rewards import orchestra
 from steptool_jax.rollout.chain import Interrupted, Stats
 from steptool_jax.run import build, export, learners, metrics_writer, offline, restore, workbench
 from steptool_jax.run.checkpoint import Checkpoints
@@ -209,7 +210,7 @@ class _Trainer:
         bar.update()
         bar.set_postfix_str(
           f"reward {figures['reward']:.2f}, pass {figures['pass_rate']:.0%}, "
-          f"KL {figures['kl']:.2f}, {figures['tokens_per_second']:.0f} tok/s",
+          f"KL {figures.get('kl', 0.0):.2f}, {figures['tokens_per_second']:.0f} tok/s",
           refresh=False,
         )
         done = self.progress.done
@@ -244,10 +245,15 @@ class _Trainer:
         "no conversation of this iteration can be trained on: all ended in infrastructure errors "
         "or before the first call; look at the tools and at rollout.max_tokens"
       )
+    f = self.config.rewards.filters
+    filters = orchestra.Filters(f.min_deviation, f.malformed, f.unfinished)
+    kept, dropped = orchestra.keep(usable, filters)
+    figures |= dropped
     update_started = time.monotonic()
-    figures |= self._learn(usable)
+    if kept:
+      figures |= self._learn(kept)
     now = time.monotonic()
-    tokens = sum(t.num_tokens for t in usable)
+    tokens = sum(t.num_tokens for t in kept)
     self.progress.conversations += len(trajectories)
     self.progress.tokens += tokens
     self.progress.train_curve.append((self.progress.conversations, figures["pass_rate"]))
@@ -460,8 +466,13 @@ _SELECT = jax.jit(learners.select_rows)
 
 
 def _shares(stats: Stats, update_seconds: float, seconds: float, tokens: int) -> dict[str, float]:
-  """Where an iteration's time went."""
+  """Where an iteration's time went; the update counts as time of the device."""
+  device = (stats.device_seconds + update_seconds) / seconds
+  tools = stats.tool_wait_seconds / seconds
   return {
+    "device_share": device,
+    "tool_share": tools,
+    "host_share": 1.0 - device - tools,
     "tokens_per_second": tokens / seconds,
     "sampled_tokens_per_second": stats.sampled_tokens / max(stats.seconds, 1e-9),
     "rollout_share": stats.seconds / seconds,
