@@ -25,7 +25,7 @@ from steptool_jax.environments.base import Environment, Session
 from steptool_jax.rollout.conversation import Conversation, Limits, State
 from steptool_jax.rollout.peers import ALONE, Peers, together
 from steptool_jax.simulators.errors import InfrastructureError
-from steptool_jax.simulators.runner import ToolRunner
+from steptool_jax.simulators.runner import ToolRunner, TooManyStuck
 from steptool_jax.types import Observation, Status, Task, Trajectory
 
 # Several processes look at each other's tools so often while nothing can be decoded, seconds.
@@ -100,7 +100,7 @@ def rollout(
 
   Raises:
     Interrupted: should_stop answered True, in any process.
-    InfrastructureError: tools hang beyond what the runner may leave behind.
+    TooManyStuck: tools hang beyond what the runner may leave behind.
   """
   loop = Loop(engine, variables, environment, chat_format, limits, runner, sampling, system, peers)
   started = time.monotonic()
@@ -121,6 +121,8 @@ def verdict_on(trajectory: Trajectory, grade: Callable[[], float]) -> dict[str, 
     return {"solved": 0.0, "status": trajectory.status}
   try:
     return {"solved": float(grade()), "status": trajectory.status}
+  except TooManyStuck:
+    raise
   except InfrastructureError:
     return {"solved": 0.0, "status": Status.INFRASTRUCTURE_ERROR}
 
@@ -153,18 +155,37 @@ class Loop:
         trajectory = self._stand(slot, verdict)
         results[order.pop(slot)] = trajectory
         on_done(trajectory)
-      fresh = []
-      for slot in range(self.engine.slots):
-        if slot not in self.seats and waiting:
-          index, (task, sample) = waiting.popleft()
-          self._sit(slot, task, sample)
-          order[slot] = index
-          fresh.append(slot)
+      fresh = self._fill(waiting, order, results, on_done)
       if fresh:
         self._start(fresh)
       self._append()
       self._decode()
     return [results[index] for index in range(len(jobs))]
+
+  def _fill(self, waiting, order, results, on_done) -> list[int]:
+    """Jobs into free slots; a conversation whose session cannot be opened ends at once."""
+    fresh: list[int] = []
+    while waiting and len(self.seats) < self.engine.slots:
+      seated = []
+      for slot in range(self.engine.slots):
+        if slot not in self.seats and waiting:
+          order[slot], (task, sample) = waiting.popleft()
+          self._sit(slot, task, sample)
+          seated.append(slot)
+      unopened = together(self.peers, functools.partial(self._unopened, seated))
+      for slot in sorted(slot for theirs in unopened for slot in theirs):
+        conversation = self.seats.pop(slot).conversation
+        index = order.pop(slot)
+        results[index] = self._lost(conversation.task, conversation.sample)
+        on_done(results[index])
+      fresh += [slot for slot in seated if slot in self.seats]
+    return fresh
+
+  def _unopened(self, seated: list[int]) -> list[int]:
+    """This process's slots whose session could not be opened."""
+    if self.trouble is not None:
+      raise self.trouble
+    return [slot for slot in seated if self._mine(slot) and self.seats[slot].session is None]
 
   def close(self) -> None:
     for seat in self.seats.values():
@@ -222,12 +243,44 @@ class Loop:
     conversation = Conversation(task, sample, self.format, self.limits, self.system)
     self.seats[slot] = Seat(conversation, None)
     if self._mine(slot):
-      self.seats[slot].session = self._own(lambda: self.environment.open(task, sample))
+      self.seats[slot].session = self._opened(lambda: self.environment.open(task, sample))
+
+  def _opened(self, opening: Callable[[], Any]) -> Any:
+    """What `opening` returns; None where it cannot be had."""
+
+    def within() -> Any:
+      try:
+        return self._within("opening a session", opening, lambda late: late.close())
+      except TooManyStuck:
+        raise
+      except InfrastructureError:
+        return None
+
+    return self._own(within)
+
+  def _lost(self, task: Task, sample: int) -> Trajectory:
+    """Of a conversation whose session could not be opened."""
+    nothing = np.zeros(0, np.int32)
+    return Trajectory(
+      task.id,
+      sample,
+      nothing,
+      (),
+      Status.INFRASTRUCTURE_ERROR,
+      policy_version=self.sampling.version,
+    )
+
+  def _within(self, what: str, function: Callable, late: Callable | None = None) -> Any:
+    """The environment's work that a slot waits for, with the time-out of a tool call."""
+    return self.runner.within(function, f"environment {self.environment.name!r}: {what}", late)
 
   def _grade(self, seat: Seat) -> dict[str, Any]:
     """The verdict on a finished conversation (JSON data), by the owner of its slot."""
     trajectory = seat.conversation.trajectory(0.0, self.sampling.version)
-    return verdict_on(trajectory, lambda: seat.session.grade(seat.conversation.answer))
+    answer = seat.conversation.answer
+    return verdict_on(
+      trajectory, lambda: self._within("grading", lambda: seat.session.grade(answer))
+    )
 
   def _stand(self, slot: int, verdict: dict[str, Any]) -> Trajectory:
     """Frees a slot whose conversation is finished and graded."""

@@ -301,7 +301,7 @@ class _TreeLoop(Loop):
   def _sit(self, slot: int, task: Task, sample: int) -> None:
     branches = None
     if self._mine(slot):
-      branches = self._own(lambda: Branches(self.environment, task, sample))
+      branches = self._opened(lambda: Branches(self.environment, task, sample))
     start = Conversation(task, sample, self.format, self.limits, self.system)
     on_node = branches.enter if branches is not None else lambda *_: None
     tree = _Tree(start, self.format, self.limits, self.strategy, self.engine.size, on_node)
@@ -310,8 +310,9 @@ class _TreeLoop(Loop):
   def _grade(self, seat: Seat) -> dict[str, Any]:
     tree, branches = seat.conversation, seat.session
     leaf, trajectory = tree.result(self.sampling.version)
+    path, answer = tree.path(leaf), tree.answer(leaf)
     verdict = verdict_on(
-      trajectory, lambda: branches.grade(leaf, tree.path(leaf), tree.answer(leaf))
+      trajectory, lambda: self._within("grading", lambda: branches.grade(leaf, path, answer))
     )
     return verdict | {"replayed_calls": branches.replayed_calls}
 
@@ -326,6 +327,11 @@ class _TreeLoop(Loop):
     self.stats.siblings_without_room += tree.without_room
     self.stats.replayed_calls += verdict["replayed_calls"]
     self.results[tree.task.id, tree.sample] = SearchResult(tuple(tree.nodes), leaf, trajectory)
+    return trajectory
+
+  def _lost(self, task: Task, sample: int) -> Trajectory:
+    trajectory = super()._lost(task, sample)
+    self.results[task.id, sample] = SearchResult((), ROOT, trajectory)
     return trajectory
 
   def _submit(self, seat: Seat) -> Future:

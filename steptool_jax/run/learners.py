@@ -72,7 +72,8 @@ def build_learner(
 ) -> update.Learner:
   """The learner of a phase: algorithm 'sft' for the warm-up, config.algorithm for RL.
 
-  iterations: of RL, which the schedule spans; None for train.iterations.
+  iterations: which the schedule spans: of RL, or of SFT on stored trajectories; None for
+  train.iterations.
   """
   sft = algorithm == "sft"
   t, a, c = config.train, config.advantage, config.loss
@@ -91,7 +92,8 @@ def build_learner(
     aggregation=c.aggregation,
   )
   iterations = t.iterations if iterations is None else iterations
-  steps = config.sft.steps if sft else iterations * t.epochs * t.minibatches
+  # Without steps of its own, SFT runs through stored trajectories.
+  steps = config.sft.steps or iterations if sft else iterations * t.epochs * t.minibatches
   return update.Learner(
     model=model_config,
     algorithm=algorithms.get_algorithm(algorithm),

@@ -179,13 +179,16 @@ def test_non_finite_updates_stop_the_run_and_reach_no_checkpoint(tmp_path, compi
 
   def poisoned(trajectories, row_tokens):
     batch = pack(trajectories, row_tokens)
-    return batch._replace(rewards=np.full_like(batch.rewards, np.nan))  # SFT does not read them
+    sampled = batch.behaviour_logprobs.any()  # and not demonstrated
+    return batch._replace(rewards=np.where(sampled, np.float32(np.nan), batch.rewards))
 
   monkeypatch.setattr(train.batching, "pack", poisoned)
   config = tiny.make(
     compilation_cache=compiled, train__max_skipped=3, loss__kl_adaptive=True, evaluation__every=0
   )
-  with pytest.raises(RuntimeError, match=r"3 updates in a row had a non-finite gradient"):
+  with pytest.raises(
+    RuntimeError, match=r"3 updates in a row were skipped.* not finite: .*policy_loss"
+  ):
     train.run(config, tmp_path)
   records = read_jsonl(tmp_path / "metrics.jsonl")
   assert records[-1]["step"] == 3, "two of them in the first iteration, the third in the second"
