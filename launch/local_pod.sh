@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # N CPU processes on this machine train as one, for tests and for a look at multi-host runs:
-#   launch/local_pod.sh 4 --config=configs/quickstart.py --workdir=/tmp/pod --config.mesh.data=4
-# PYTHON, PORT and LOGS (a folder for stderr of each process) may be set. SIGTERM or Ctrl-C goes to
-# all; the exit status is that of the first process that failed.
+#   launch/local_pod.sh 4 --config=configs/quickstart.py --workdir=/tmp/pod
+# PYTHON, PORT and LOGS (folder with the messages of processes 1, 2, ...) may be set. SIGTERM and
+# Ctrl-C go to all. The exit status is that of the first that failed; 75 = stopped and saved.
 set -euo pipefail
 
 if [[ $# -lt 2 || ! $1 =~ ^[1-9][0-9]*$ ]]; then
@@ -11,34 +11,33 @@ if [[ $# -lt 2 || ! $1 =~ ^[1-9][0-9]*$ ]]; then
 fi
 count=$1
 shift
-python=${PYTHON:-python}
+here=$(dirname "$0")
 logs=${LOGS:-$(mktemp -d)}
-port=${PORT:-$("$python" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')}
-export JAX_PLATFORMS=cpu
+port=${PORT:-$("${PYTHON:-python}" -c \
+  'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')}
+export JAX_PLATFORMS=cpu JAX_COORDINATOR_ADDRESS="localhost:$port" JAX_NUM_PROCESSES=$count
 
 processes=()
 for ((i = 0; i < count; i++)); do
   if ((i == 0)); then
-    "$python" -m steptool_jax.main "$@" \
-      --coordinator="localhost:$port" --processes="$count" --process="$i" &
+    JAX_PROCESS_ID=$i "$here/worker.sh" "$@" &
   else
-    "$python" -m steptool_jax.main "$@" \
-      --coordinator="localhost:$port" --processes="$count" --process="$i" 2> "$logs/process_$i.log" &
+    JAX_PROCESS_ID=$i "$here/worker.sh" "$@" > "$logs/process_$i.log" 2>&1 &
   fi
-  processes+=($!)
+  processes+=("$!")
 done
 trap 'kill -TERM "${processes[@]}" 2> /dev/null || true' TERM INT
 
 status=0
 for i in "${!processes[@]}"; do
   code=0
-  # A signal to this script ends `wait` early, with the process still running.
-  while kill -0 "${processes[i]}" 2> /dev/null; do
-    wait "${processes[i]}" && code=0 || code=$?
+  wait "${processes[i]}" || code=$?
+  while kill -0 "${processes[i]}" 2> /dev/null; do # a signal has ended `wait`
+    code=0
+    wait "${processes[i]}" || code=$?
   done
-  wait "${processes[i]}" 2> /dev/null && code=0 || code=$((code ? code : $?))
   if ((code)); then
-    echo "$0: process $i ended with status $code (its messages: $logs)" >&2
+    echo "$0: process $i ended with status $code (messages: $logs)" >&2
     status=$((status ? status : code))
   fi
 done

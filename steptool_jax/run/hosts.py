@@ -195,6 +195,8 @@ def _on_a_tpu() -> bool:
   """Whether TPU chips are attached; on them jax.distributed finds the other hosts by itself."""
   if importlib.util.find_spec("libtpu") is None or "cpu" in os.environ.get("JAX_PLATFORMS", ""):
     return False
+  if "," in os.environ.get("TPU_WORKER_HOSTNAMES", ""):  # GKE
+    return True
   return any(pathlib.Path("/dev").glob("accel[0-9]*")) or any(
     pathlib.Path("/dev/vfio").glob("[0-9]*")
   )
