@@ -109,7 +109,7 @@ _POSITIVE = (
   "simulator.http_in_flight simulator.llm.timeout simulator.llm.in_flight judge.runs "
   "judge.endpoint.timeout judge.endpoint.in_flight rollout.search.width "
   "rollout.search.answer_back rollout.search.give_up_back evaluation.attempts evaluation.rollouts "
-  "data.passes data.batch"
+  "data.passes data.batch dpo.beta archer.tau archer.replay"
 ).split()
 _NOT_NEGATIVE = (
   "seed lora.rank sft.steps sft.clean_steps sft.tasks train.iterations evaluation.every "
@@ -120,13 +120,13 @@ _NOT_NEGATIVE = (
   "simulator.http_retries simulator.llm.retries simulator.llm.prompt_price "
   "simulator.llm.completion_price judge.endpoint.retries judge.endpoint.prompt_price "
   "judge.endpoint.completion_price rollout.budget rollout.search.room serve.port "
-  "evaluation.tasks rewards.filters.min_deviation"
+  "evaluation.tasks rewards.filters.min_deviation advantage.omega archer.batch"
 ).split()
 _SHARES = (
   "sft.mistakes environment.faults.rate_limit environment.faults.timeout "
   "environment.faults.transient environment.faults.not_found environment.heldout_share "
-  "advantage.gamma advantage.lam rollout.top_p train.optimizer.warmup sft.optimizer.warmup "
-  "train.optimizer.floor sft.optimizer.floor "
+  "advantage.gamma advantage.lam archer.tau rollout.top_p train.optimizer.warmup "
+  "sft.optimizer.warmup train.optimizer.floor sft.optimizer.floor "
   "rewards.orchestra.outcome rewards.orchestra.cost rewards.orchestra.latency "
   "environment.market.asked"
 ).split()
@@ -141,8 +141,8 @@ _CHOICES = {
   "rewards.normalization": ("mean", "none"),
   "rewards.scheme": ("steptool", "orchestra", "orchestra_steps"),
   "advantage.level": ("", *LEVELS),
-  "loss.kl": ("reward", "loss", "none"),
-  "loss.aggregation": AGGREGATIONS,
+  "loss.kl": ("", "reward", "loss", "none"),
+  "loss.aggregation": ("", *AGGREGATIONS),
   "data.format": ("jsonl", "tsv", "dialogues"),
   "data.behaviour": ("start", "current"),
   "annotate.format": ("jsonl", "converted", "annotations"),
@@ -172,6 +172,22 @@ def _check(config: Config) -> None:
       raise ValueError(
         f"config.{name}: {flat[name]!r} is not one of {', '.join(map(repr, valid))}{hint}"
       )
+  _check_algorithm(config)
+  if config.rollout.max_tokens > config.train.row_tokens:
+    raise ValueError(
+      f"config.train.row_tokens: {config.train.row_tokens} is less than rollout.max_tokens = "
+      f"{config.rollout.max_tokens}; a conversation must fit a packed row"
+    )
+  if config.rollout.top_p == 0:
+    raise ValueError("config.rollout.top_p: must be above 0; 1 = off")
+  _check_environment(config)
+  _check_market(config)
+  _check_rewards(config, get_algorithm(config.algorithm).rewards)
+  _check_evaluation(config)
+
+
+def _check_algorithm(config: Config) -> None:
+  """Combinations with the algorithm that make no sense."""
   algorithm = get_algorithm(config.algorithm)
   if algorithm.rewards == "none" and not config.sft.steps and not config.data.path:
     raise ValueError(
@@ -189,17 +205,38 @@ def _check(config: Config) -> None:
       f"config.data.format: 'dialogues' hold no rewards, which algorithm {config.algorithm!r} "
       "learns from; use algorithm sft, or a format with rewards (jsonl, tsv)"
     )
-  if config.rollout.max_tokens > config.train.row_tokens:
+  if algorithm.compares and not config.data.path and config.rollout.samples < 2:
+    alone = "rft" if algorithm.select.rows > 1 else "reinforce"
+    alone = "steptool" if algorithm.rewards == "step" else alone
     raise ValueError(
-      f"config.train.row_tokens: {config.train.row_tokens} is less than rollout.max_tokens = "
-      f"{config.rollout.max_tokens}; a conversation must fit a packed row"
+      f"config.rollout.samples: {config.rollout.samples}, but algorithm {config.algorithm!r} "
+      f"compares samples of a task; set it to 2 or more (4 is usual), or use {alone!r}"
     )
-  if config.rollout.top_p == 0:
-    raise ValueError("config.rollout.top_p: must be above 0; 1 = off")
-  _check_environment(config)
-  _check_market(config)
-  _check_rewards(config, algorithm.rewards)
-  _check_evaluation(config)
+  if algorithm.advantage is None and config.loss.kl == "reward":
+    raise ValueError(
+      f"config.loss.kl: 'reward', but algorithm {config.algorithm!r} reads no rewards; leave it "
+      "empty, or use 'loss'"
+    )
+  if algorithm.advantage is None and config.rewards.scheme != "steptool":
+    raise ValueError(
+      f"config.rewards.scheme: {config.rewards.scheme!r}, but algorithm {config.algorithm!r} reads "
+      "IsSolved and no rewards; use 'steptool', or algorithm 'grpo'"
+    )
+  if config.advantage.level and algorithm.critic != "value" and algorithm.rewards != "none":
+    raise ValueError(
+      f"config.advantage.level: {config.advantage.level!r}, but algorithm {config.algorithm!r} has "
+      "no GAE; leave it empty, or use 'ppo' or 'steptool'"
+    )
+  if config.train.micro_rows % algorithm.select.rows:
+    raise ValueError(
+      f"config.train.micro_rows: {config.train.micro_rows}, but algorithm {config.algorithm!r} "
+      f"needs pairs of rows; use {config.train.micro_rows + 1}"
+    )
+  if algorithm.critic == "double" and config.archer.replay < config.archer.batch:
+    raise ValueError(
+      f"config.archer.replay: keeps {config.archer.replay} trajectories, fewer than the "
+      f"{config.archer.batch} of archer.batch; raise it, or lower archer.batch"
+    )
 
 
 def _check_environment(config: Config) -> None:
