@@ -1,6 +1,7 @@
 """Config -> optimizer, learner and train state, and packed batches on the mesh."""
 
 import functools
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -157,7 +158,30 @@ def to_device(batch: TokenBatch, micro_rows: int, capacity: int, mesh: Mesh) -> 
   )
 
 
-def select_rows(batch_NBT: TokenBatch, index_NB: jax.Array, valid_NB: jax.Array) -> TokenBatch:
+def minibatches(
+  batch_NBT: TokenBatch, rows: int, parts: int, together: int, seed: Sequence[int]
+) -> Iterator[tuple[TokenBatch, int]]:
+  """(batch [M, B, T], used rows) of each optimizer step: rows dealt out in a seeded order.
+
+  batch_NBT: `rows` used rows first, padding behind. together: so many neighbouring rows are not
+    parted.
+  """
+  if parts == 1:
+    yield batch_NBT, rows
+    return
+  order = np.random.default_rng(seed).permutation(rows // together)
+  micro_batches, micro_rows, _ = batch_NBT.tokens.shape
+  shape = (-(-micro_batches // parts), micro_rows)
+  for start in range(min(parts, len(order))):
+    chosen = (together * order[start::parts, None] + np.arange(together)).reshape(-1)
+    index, valid = np.zeros(shape, np.int32), np.zeros(shape, bool)
+    index.flat[: len(chosen)] = chosen
+    valid.flat[: len(chosen)] = True
+    yield _select_rows(batch_NBT, index, valid), len(chosen)
+
+
+@jax.jit
+def _select_rows(batch_NBT: TokenBatch, index_NB: jax.Array, valid_NB: jax.Array) -> TokenBatch:
   """Rows by number, as a new [N, B, T] batch; invalid ones become padding."""
 
   def take(x):

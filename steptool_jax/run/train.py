@@ -363,7 +363,14 @@ class _Trainer:
     )
     per_update: list[dict[str, Any]] = []
     for epoch in range(t.epochs):
-      for minibatch, count in self._minibatches(prepared, rows, epoch):
+      parts = learners.minibatches(
+        prepared,
+        rows,
+        t.minibatches,
+        self.algorithm.select.rows,
+        (self.config.seed, self.progress.done, epoch),
+      )
+      for minibatch, count in parts:
         per_update.append(self._update(minibatch, count))
     figures = {k: float(v) for k, v in jax.device_get(prepare_metrics).items()}
     # A NaN would stay in the coefficient for good.
@@ -384,27 +391,6 @@ class _Trainer:
       "padding": batching.padding_share(batch),
       "nothing_to_learn": 0.0,
     }
-
-  def _minibatches(self, prepared: Any, rows: int, epoch: int):
-    """(batch [N, B, T], used rows) of each optimizer step: rows dealt out in a seeded order.
-
-    Rows of a pair stay together.
-    """
-    t, together = self.config.train, self.algorithm.select.rows
-    if t.minibatches == 1:
-      yield prepared, rows
-      return
-    rng = np.random.default_rng((self.config.seed, self.progress.done, epoch))
-    order = rng.permutation(rows // together)
-    most = prepared.tokens.shape[0] * t.micro_rows  # of all minibatches together
-    shape = (-(-most // (t.minibatches * t.micro_rows)), t.micro_rows)
-    for start in range(min(t.minibatches, len(order))):
-      chosen = order[start :: t.minibatches]
-      chosen = (together * chosen[:, None] + np.arange(together)).reshape(-1)
-      index, valid = np.zeros(shape, np.int32), np.zeros(shape, bool)
-      index.flat[: len(chosen)] = chosen
-      valid.flat[: len(chosen)] = True
-      yield _SELECT(prepared, index, valid), len(chosen)
 
   def _update(self, batch: Any, rows: int) -> dict[str, float]:
     """One optimizer step."""
@@ -528,7 +514,6 @@ _SHOWN = (
   ("KL", "kl", ".2f"),
   ("tok/s", "tokens_per_second", ".0f"),
 )
-_SELECT = jax.jit(learners.select_rows)
 
 
 def _shares(stats: Stats, update_seconds: float, seconds: float, tokens: int) -> dict[str, float]:

@@ -331,7 +331,6 @@ def test_the_same_task_gives_new_samples_in_every_iteration(tmp_path, compiled):
 
 @pytest.mark.parametrize(("rows", "sizes"), [(7, [3, 2, 2]), (2, [1, 1]), (8, [3, 3, 2])])
 def test_every_row_once_an_epoch(rows, sizes):
-  trainer = trainer_at(0, train__minibatches=3, train__micro_rows=2)
   batch = batching.empty_batch(8, 5)
   used = (np.arange(8) < rows)[:, None] & np.ones(5, bool)
   batch = batch._replace(
@@ -346,7 +345,7 @@ def test_every_row_once_an_epoch(rows, sizes):
 
   def dealt(epoch):
     order = []
-    for mini, count in trainer._minibatches(device, rows, epoch):
+    for mini, count in learners.minibatches(device, rows, 3, 1, (0, 0, epoch)):
       flat = jax.tree.map(lambda x: np.asarray(x).reshape(-1, 5), mini)
       assert flat.tokens.shape == (4, 5)
       assert flat.segment_ids[:count].all()
@@ -364,13 +363,12 @@ def test_every_row_once_an_epoch(rows, sizes):
 
 
 def test_rows_of_a_pair_stay_together():
-  trainer = trainer_at(0, algorithm="eto", train__minibatches=2, train__micro_rows=2)
   tokens = np.repeat(np.arange(8, dtype=np.int32), 5).reshape(4, 2, 5)
   batch = jax.tree.map(
     lambda x: jnp.asarray(x).reshape(4, 2, 5), batching.empty_batch(8, 5)._replace(tokens=tokens)
   )
   found = []
-  for mini, count in trainer._minibatches(batch, 6, epoch=0):
+  for mini, count in learners.minibatches(batch, 6, 2, 2, (0, 0, 0)):
     rows = np.asarray(mini.tokens)[..., 0].reshape(-1, 2)[: count // 2]
     assert (rows[:, 0] % 2 == 0).all()
     np.testing.assert_array_equal(rows[:, 1], rows[:, 0] + 1)
@@ -378,13 +376,15 @@ def test_rows_of_a_pair_stay_together():
   assert sorted(found) == [0, 2, 4]
 
 
-def test_epochs_and_minibatches_make_optimizer_steps():
+def test_epochs_and_minibatches_make_optimizer_steps(monkeypatch):
   trainer = trainer_at(0, train__minibatches=2, train__epochs=3)
   calls = []
   trainer.state = types.SimpleNamespace(kl_coef=jnp.float32(0.0))
   trainer._to_device = lambda batch, micro_rows, capacity: batch
   trainer.programs = (lambda state, batch, count: (batch, {"kl": jnp.float32(0)}), None)
-  trainer._minibatches = lambda prepared, rows, epoch: [((epoch, k), 1) for k in range(2)]
+  monkeypatch.setattr(
+    train.learners, "minibatches", lambda *args: [((args[-1][-1], k), 1) for k in range(2)]
+  )
   trainer._update = lambda batch, rows: calls.append(batch) or {"skipped": 0.0}
   packed = dataclasses.make_dataclass("Packed", ["tokens", "segment_ids"])
   trainer._pack = lambda trajectories: packed(np.zeros((4, 5)), np.zeros((4, 5)))
