@@ -121,14 +121,6 @@ def test_apply():
     tables.apply(scores, made(2, Status.INFRASTRUCTURE_ERROR))
 
 
-def test_annotate_by_task_id():
-  scores = StepScores((1.0,), (0.4,), 1.0)
-  (got,) = tables.annotate({"t": scores}, [made(1)])
-  assert got.solved == 1
-  with pytest.raises(ValueError, match=r"no annotation for 1 tasks, e\.g\. \['t'\]"):
-    tables.annotate({"u": scores}, [made(1)])
-
-
 def test_mean_and_ranges():
   got = tables.mean([StepScores((1.0,), (1.0,), 1.0), StepScores((0.0,), (0.4,), 0.5)])
   assert (got.success_calling, got.solved, got.runs) == ((0.5,), 0.75, 2)
@@ -141,19 +133,3 @@ def test_mean_and_ranges():
     StepScores((1.0,), (5.0,), 1.0)
   with pytest.raises(ValueError, match="one of each"):
     StepScores((1.0,), (), 1.0)
-
-
-@pytest.mark.parametrize(
-  ("arguments", "answer"),
-  [
-    ('{"return_type": "give_answer", "final_answer": "a\nb"}', "a\nb"),
-    ('{"return_type": "give_up_and_restart", "final_answer": "a"}', ""),
-    ('{"return_type": "give_answer"}', ""),
-    ('{"return_type": "give_answer", "final_answer": "cut \\"of', 'cut "of'),
-    ('{"return_type": "give_up_and_restart", "final_answer": "cut', ""),
-    ("prose", ""),
-    ("[1]", ""),
-  ],
-)
-def test_answer_of(arguments, answer):
-  assert tables.answer_of(arguments) == answer
