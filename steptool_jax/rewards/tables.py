@@ -3,6 +3,11 @@ come to on average.
 
 Judges give SC in {0, 1}, Con in 0..5 and a status a run; here both are means over runs in [0, 1],
 so that shaping.shape(alpha=1, normalization="none") gives r = .5 SC + .5 Con / 5.
+
+The released training rows lie on that formula's grid for three judge runs, all of them. They are of
+other runs than the released annotation file, though: of its five trajectories four are rows 1, 2, 4
+and 5 of the qwen2 file, and 5 of their 11 rewards are those of the file (row 1 first step and
+answer, row 2 second step and answer, row 4 answer).
 """
 
 import dataclasses
