@@ -98,6 +98,10 @@ def _typed(default: Any, value: Any, where: str) -> Any:
   return value
 
 
+def _of_endpoints(*fields: str) -> list[str]:
+  return [f"{group}.{field}" for group in ("simulator.llm", "judge.endpoint") for field in fields]
+
+
 _POSITIVE = (
   "rollout.tasks rollout.samples rollout.slots rollout.max_tokens rollout.max_steps "
   "rollout.max_step_tokens rollout.max_invalid rollout.max_observation_chars rollout.decode_chunk "
@@ -106,22 +110,19 @@ _POSITIVE = (
   "loss.kl_target loss.kl_horizon checkpoint.every checkpoint.keep train.optimizer.learning_rate "
   "rollout.temperature sft.optimizer.learning_rate evaluation.curve_tasks "
   "bench.repeats bench.turns environment.faults.max_consecutive simulator.http_timeout "
-  "simulator.http_in_flight simulator.llm.timeout simulator.llm.in_flight judge.runs "
-  "judge.endpoint.timeout judge.endpoint.in_flight rollout.search.width "
+  "simulator.http_in_flight judge.runs rollout.search.width "
   "rollout.search.answer_back rollout.search.give_up_back evaluation.attempts evaluation.rollouts "
   "data.passes data.batch dpo.beta archer.tau archer.replay"
-).split()
+).split() + _of_endpoints("timeout", "in_flight")
 _NOT_NEGATIVE = (
   "seed lora.rank sft.steps sft.clean_steps sft.tasks train.iterations evaluation.every "
   "evaluation.temperature rollout.top_k rewards.alpha loss.kl_coef loss.value_coef "
   "sft.checkpoint_every train.optimizer.max_grad_norm sft.optimizer.max_grad_norm "
   "train.optimizer.muon_rate sft.optimizer.muon_rate environment.tools_per_task "
   "rollout.tool_retries rollout.max_stuck_tools loss.clip_low loss.clip_high loss.value_clip "
-  "simulator.http_retries simulator.llm.retries simulator.llm.prompt_price "
-  "simulator.llm.completion_price judge.endpoint.retries judge.endpoint.prompt_price "
-  "judge.endpoint.completion_price rollout.budget rollout.search.room serve.port "
-  "evaluation.tasks rewards.filters.min_deviation advantage.omega archer.batch"
-).split()
+  "simulator.http_retries rollout.budget rollout.search.room serve.port evaluation.tasks "
+  "rewards.filters.min_deviation advantage.omega archer.batch"
+).split() + _of_endpoints("retries", "prompt_price", "completion_price")
 _SHARES = (
   "sft.mistakes environment.faults.rate_limit environment.faults.timeout "
   "environment.faults.transient environment.faults.not_found environment.heldout_share "

@@ -90,6 +90,7 @@ class ScriptedEngine:
     for slot, length in lengths.items():
       assert length <= len(self.seen[slot])
       self.seen[slot] = self.seen[slot][:length]
+      self.todo[slot] = []
 
   def fork(self, state, sources):
     for slot, source in sources.items():
