@@ -12,7 +12,7 @@ import ml_collections
 from steptool_jax.config import Config, Filters
 from steptool_jax.environments.specialists import TIERS
 from steptool_jax.learning.advantages import LEVELS
-from steptool_jax.learning.algorithms import get_algorithm
+from steptool_jax.learning.algorithms import Algorithm, get_algorithm
 from steptool_jax.learning.losses import AGGREGATIONS
 
 
@@ -183,7 +183,7 @@ def _check(config: Config) -> None:
     raise ValueError("config.rollout.top_p: must be above 0; 1 = off")
   _check_environment(config)
   _check_market(config)
-  _check_rewards(config, get_algorithm(config.algorithm).rewards)
+  _check_rewards(config, get_algorithm(config.algorithm))
   _check_evaluation(config)
 
 
@@ -217,11 +217,6 @@ def _check_algorithm(config: Config) -> None:
     raise ValueError(
       f"config.loss.kl: 'reward', but algorithm {config.algorithm!r} reads no rewards; leave it "
       "empty, or use 'loss'"
-    )
-  if algorithm.advantage is None and config.rewards.scheme != "steptool":
-    raise ValueError(
-      f"config.rewards.scheme: {config.rewards.scheme!r}, but algorithm {config.algorithm!r} reads "
-      "IsSolved and no rewards; use 'steptool', or algorithm 'grpo'"
     )
   if config.advantage.level and algorithm.critic != "value" and algorithm.rewards != "none":
     raise ValueError(
@@ -279,9 +274,8 @@ def _check_market(config: Config) -> None:
     raise ValueError(f"{where}.asked: {m.asked:g}, but there are no specialists to ask")
 
 
-def _check_rewards(config: Config, paid: str) -> None:
-  """`paid`: what the algorithm's row takes rewards for."""
-  r, name = config.rewards, config.algorithm
+def _check_rewards(config: Config, algorithm: Algorithm) -> None:
+  r, name, paid = config.rewards, config.algorithm, algorithm.rewards
   where = f"config.rewards.scheme: {r.scheme!r}"
   if config.data.path and (r.scheme != "steptool" or r.filters != Filters()):
     raise ValueError(
@@ -295,8 +289,8 @@ def _check_rewards(config: Config, paid: str) -> None:
     )
   if r.scheme == "steptool":
     return
-  if paid == "none":
-    raise ValueError(f"{where}, but algorithm {name!r} learns without rewards; use 'steptool'")
+  if algorithm.advantage is None:
+    raise ValueError(f"{where}, but algorithm {name!r} reads no rewards; use 'steptool', or 'grpo'")
   if r.scheme == "orchestra" and paid == "step":
     raise ValueError(
       f"{where} pays the last step only, but algorithm {name!r} is for step rewards; use "
