@@ -269,6 +269,9 @@ class Evaluation:
   tasks: int = _is(200, "held-out tasks at start and end; 0 = no evaluation in training")
   curve_tasks: int = _is(100, "held-out tasks of the evaluations between")
   temperature: float = _is(0.0, "0 = greedy")
+  greedy: bool = _is(
+    False, "--mode=train: evaluate the end greedily as well, where temperature is above 0"
+  )
   attempts: int = _is(
     1, "--mode=evaluate: chains of a task until one answers and while budget is left (CoT@n)"
   )
@@ -277,6 +280,17 @@ class Evaluation:
     "", "--mode=evaluate, toolbench: WORKDIR of another evaluation, for the win rate over it"
   )
   stored: str = _is("", "--mode=evaluate: only aggregate this folder of stored runs, no model")
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+  """Trajectories that --mode=train keeps in WORKDIR/moments for --mode=report."""
+
+  heldout: int = _is(
+    300, "of the held-out evaluations at start, after SFT and at the end; 0 = none"
+  )
+  train: int = _is(16, "of a training iteration; 0 = none")
+  every: int = _is(10, "RL iterations between those that are kept; the last one is, too")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -354,6 +368,7 @@ class Config:
   sft: Sft = _is(Sft(), "supervised warm-up")
   train: Train = _is(Train(), "RL")
   evaluation: Evaluation = _is(Evaluation(), "held-out evaluation")
+  record: Record = _is(Record(), "trajectories that training keeps")
   data: Data = _is(Data(), "offline training")
   annotate: Annotate = _is(Annotate(), "annotation of stored trajectories")
   serve: Serve = _is(Serve(), "simulator server")

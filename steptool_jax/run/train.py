@@ -23,7 +23,16 @@ from steptool_jax.evaluation.metrics import rollout_metrics
 from steptool_jax.learning import algorithms, batching, update
 from steptool_jax.policy import lora, sharding
 from steptool_jax.rollout.chain import Interrupted, Stats
-from steptool_jax.run import build, export, learners, metrics_writer, offline, restore, workbench
+from steptool_jax.run import (
+  build,
+  export,
+  learners,
+  metrics_writer,
+  offline,
+  record,
+  restore,
+  workbench,
+)
 from steptool_jax.run.checkpoint import Checkpoints
 from steptool_jax.run.demonstrations import Demonstrations
 from steptool_jax.run.order import Order
@@ -32,7 +41,15 @@ from steptool_jax.types import Status, Task, TokenBatch, TrainState, Trajectory
 
 # Fields that may change between a start and a resume: they do not change what was learnt so far.
 MAY_CHANGE = (
-  *("evaluation.", "checkpoint.", "compilation_cache", "train.export", "bench.", "mesh."),
+  *(
+    "evaluation.",
+    "record.",
+    "checkpoint.",
+    "compilation_cache",
+    "train.export",
+    "bench.",
+    "mesh.",
+  ),
   *("simulator.", "judge.endpoint.", "serve.", "annotate."),
 )
 
@@ -47,6 +64,7 @@ class Progress:
   records: int = 0  # lines of metrics.jsonl
   seconds: float = 0.0
   conversations: int = 0  # rolled out in RL
+  llm_calls: int = 0  # of these conversations: the environment steps
   tokens: int = 0  # of trajectories rolled out and trained on in RL
   rl_seconds: float = 0.0
   results: dict[str, float] = dataclasses.field(default_factory=dict)
@@ -94,6 +112,13 @@ class _Trainer:
     if self.config.data.path:
       self.data = offline.load(self.config, bench.policy.chat_format, bench.policy.model)
     self.conversations, self.iterations = self._sizes()
+    self.recorder = record.Recorder(
+      self.config,
+      bench.workdir,
+      bench.policy.chat_format.codec,
+      bench.environment,
+      self.iterations,
+    )
 
   def _sizes(self) -> tuple[int, int]:
     """(most conversations of an iteration, iterations of RL)."""
@@ -127,6 +152,8 @@ class _Trainer:
       if self.progress.phase == "rl":
         self._rl()
         self._evaluate("pass_rate_rl", "after RL")
+      if self.config.evaluation.greedy and self.config.evaluation.temperature:
+        self._evaluate("pass_rate_greedy", "at the end, greedily", temperature=0.0)
       return self._finish()
     except Interrupted:
       self._save()
@@ -248,8 +275,7 @@ class _Trainer:
     figures |= self._learn(usable)
     now = time.monotonic()
     tokens = sum(t.num_tokens for t in usable)
-    self.progress.conversations += len(trajectories)
-    self.progress.tokens += tokens
+    self._count(trajectories, tokens)
     self.progress.train_curve.append((self.progress.conversations, figures["pass_rate"]))
     return figures | _shares(stats, now - update_started, now - started, tokens)
 
@@ -258,9 +284,13 @@ class _Trainer:
     trajectories = self.data.batch(self.progress.done)
     figures = rollout_metrics(trajectories) | self._learn(trajectories)
     tokens = sum(t.num_tokens for t in trajectories)
-    self.progress.conversations += len(trajectories)
-    self.progress.tokens += tokens
+    self._count(trajectories, tokens)
     return figures | {"tokens_per_second": tokens / (time.monotonic() - started)}
+
+  def _count(self, trajectories: list[Trajectory], tokens: int) -> None:
+    self.progress.conversations += len(trajectories)
+    self.progress.llm_calls += sum(len(t.steps) for t in trajectories)
+    self.progress.tokens += tokens
 
   def _fill_behaviour(self) -> None:
     """Old log-probs of the data: of the present policy before its first update, else as kept."""
@@ -311,6 +341,9 @@ class _Trainer:
     prepared, prepare_metrics = prepare(
       self.state, device_batch, np.int32(-(-rows // t.micro_rows))
     )
+    if self.recorder.wants(self.progress.done):
+      advantages_BT = np.asarray(jax.device_get(prepared.advantages)).reshape(-1, t.row_tokens)
+      self.recorder.training(self.progress.done, trajectories, advantages_BT)
     per_update: list[dict[str, Any]] = []
     for epoch in range(t.epochs):
       for minibatch, count in self._minibatches(prepared, rows, epoch):
@@ -396,13 +429,31 @@ class _Trainer:
     self.progress.seconds = self.before + time.monotonic() - self.started
     return self.progress.seconds
 
-  def _evaluate(self, name: str, label: str, num_tasks: int = 0) -> None:
-    """Held-out figures; a name puts the pass rate into the results."""
-    if not self.config.evaluation.tasks:
+  def _evaluate(
+    self, name: str, label: str, num_tasks: int = 0, temperature: float | None = None
+  ) -> None:
+    """Held-out figures; a name puts the pass rate into the results.
+
+    temperature: None for that of the config; another one's pass rate is no part of the curve.
+    """
+    e = self.config.evaluation
+    if not e.tasks:
       return
-    num_tasks = num_tasks or self.config.evaluation.tasks
-    figures, _ = workbench.evaluate_policy(self.bench, self._variables(), num_tasks, label)
-    self.writer.write(self._number(), "heldout", figures)
+    figures, trajectories = workbench.evaluate_policy(
+      self.bench,
+      self._variables(),
+      num_tasks or e.tasks,
+      label,
+      e.temperature if temperature is None else temperature,
+    )
+    if name:
+      self.recorder.heldout(name.removeprefix("pass_rate_"), trajectories)
+    if temperature is not None:
+      self.progress.results[name] = figures["pass_rate"]
+      return
+    p = self.progress
+    spent = {n: getattr(p, n) for n in ("conversations", "llm_calls", "tokens", "rl_seconds")}
+    self.writer.write(self._number(), "heldout", figures | spent)
     figure = f"{label}: held-out pass rate {figures['pass_rate']:.1%}"
     tqdm.write(self.bench.services.beside(figure))
     if name:

@@ -112,6 +112,7 @@ def scripted(config, folder, broken):
   call = ToolCall(environment.tasks("train")[0].tools[0].name, {})
   turns = [policy.chat_format.render_action(a) for a in (call, Finish("1"))]
   trainer = object.__new__(train._Trainer)
+  trainer.recorder = types.SimpleNamespace(wants=lambda done: False)
   trainer.data = None
   trainer.config, trainer.progress, trainer.state = config, train.Progress(), None
   trainer.learnt = []
@@ -206,6 +207,7 @@ def test_non_finite_updates_stop_the_run_and_reach_no_checkpoint(tmp_path, compi
 )
 def test_the_kl_coefficient_follows_its_target_and_no_nan(kl, expected, monkeypatch):
   trainer = object.__new__(train._Trainer)
+  trainer.recorder = types.SimpleNamespace(wants=lambda done: False)
   trainer.data = None
   trainer.config = tiny.make(loss__kl_adaptive=True, train__minibatches=1)
   trainer.state = TrainState(0, {}, {}, {}, (), kl_coef=jnp.float32(0.05))
@@ -253,6 +255,7 @@ def test_demonstrations_whose_tools_are_down_are_not_learnt(monkeypatch):
 def trainer_at(done, **changes):
   """A trainer that knows its tasks and nothing else."""
   trainer = object.__new__(train._Trainer)
+  trainer.recorder = types.SimpleNamespace(wants=lambda done: False)
   trainer.data = None
   trainer.config = tiny.make(**changes)
   trainer.conversations = trainer.config.rollout.tasks * trainer.config.rollout.samples

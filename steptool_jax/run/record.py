@@ -1,0 +1,127 @@
+"""Trajectories that a run keeps for --mode=report: chosen moments, bounded, one file a moment.
+
+    WORKDIR/moments/heldout_base.jsonl      before training   (at most record.heldout each)
+    WORKDIR/moments/heldout_sft.jsonl       after SFT
+    WORKDIR/moments/heldout_rl.jsonl        after RL
+    WORKDIR/moments/heldout_greedy.jsonl    at the end, with evaluation.greedy
+    WORKDIR/moments/train_000010.jsonl      RL iteration 10   (at most record.train each)
+
+The lines are those of data/trajectories.py; their metadata holds `texts`, the text of every sampled
+token, and in training `advantages`, as the update used them (float32, whitened where the run
+whitens). A resumed run writes the same files again.
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from steptool_jax.config import Config
+from steptool_jax.data.trajectories import AnnotatedTrajectory, to_document, write_trajectories
+from steptool_jax.dialogue.codec import Codec
+from steptool_jax.environments.base import Environment
+from steptool_jax.learning import batching
+from steptool_jax.rollout.strategy import SearchResult
+from steptool_jax.types import Trajectory
+
+
+@dataclasses.dataclass(frozen=True)
+class Recorder:
+  """Writes the moments of one run."""
+
+  config: Config
+  workdir: pathlib.Path
+  codec: Codec
+  environment: Environment
+  iterations: int  # of RL, in all
+
+  def heldout(self, moment: str, trajectories: Sequence[Trajectory]) -> None:
+    """Keeps the first record.heldout of an evaluation; moment: base, sft, rl or greedy."""
+    kept = trajectories[: self.config.record.heldout]
+    if kept:
+      self._write(f"heldout_{moment}.jsonl", "heldout", kept, {})
+
+  def wants(self, done: int) -> bool:
+    """Whether RL iteration `done` (from 0) is kept: every so often, and the last one."""
+    r = self.config.record
+    return bool(r.train) and (done % r.every == 0 or done == self.iterations - 1)
+
+  def training(
+    self, done: int, trajectories: Sequence[Trajectory], advantages_BT: np.ndarray
+  ) -> None:
+    """Keeps record.train trajectories of an iteration, evenly spread over its tasks.
+
+    advantages_BT: float32, on the rows that batching.pack makes of all `trajectories`.
+    """
+    values = batching.unpack(trajectories, advantages_BT, self.config.train.row_tokens)
+    chosen = np.unique(np.linspace(0, len(trajectories) - 1, self.config.record.train).astype(int))
+    advantages = {
+      (trajectories[i].task_id, trajectories[i].sample): _by_step(trajectories[i], values[i])
+      for i in chosen
+      if np.isfinite(values[i]).all()  # JSON has no NaN, and the update skips such a batch
+    }
+    self._write(f"train_{done:06d}.jsonl", "train", [trajectories[i] for i in chosen], advantages)
+
+  def _write(
+    self,
+    name: str,
+    split: str,
+    trajectories: Sequence[Trajectory],
+    advantages: Mapping[tuple[str, int], list[list[float]]],
+  ) -> None:
+    wanted = {t.task_id for t in trajectories}
+    queries = {t.id: t.query for t in self.environment.tasks(split) if t.id in wanted}
+
+    def annotated(t: Trajectory) -> AnnotatedTrajectory:
+      metadata: dict[str, Any] = {"texts": token_texts(self.codec, t)}
+      if (t.task_id, t.sample) in advantages:
+        metadata["advantages"] = advantages[t.task_id, t.sample]
+      return AnnotatedTrajectory(t, query=queries.get(t.task_id, ""), metadata=metadata)
+
+    write_trajectories(self.workdir / "moments" / name, map(annotated, trajectories))
+
+
+def token_texts(codec: Codec, trajectory: Trajectory) -> list[list[str]]:
+  """Text of every sampled token, step by step; the pieces of a step add up to its text.
+
+  A character that spans several tokens stands with the last of them.
+  """
+  return [_pieces(codec.decode, step.tokens.tolist()) for step in trajectory.steps]
+
+
+def search_document(result: SearchResult) -> dict[str, Any]:
+  """A whole tree search as JSON data: its calls in order, and the leaf that was chosen."""
+  everything = dataclasses.replace(
+    result.trajectory, steps=tuple(node.step for node in result.nodes)
+  )
+  steps = to_document(AnnotatedTrajectory(everything))["steps"]
+  nodes = [
+    {
+      "parent": node.parent,
+      "status": str(node.status) if node.status else "",
+      "action": step["action"],
+      "observation": step["observation"],
+    }
+    for node, step in zip(result.nodes, steps, strict=True)
+  ]
+  return {"leaf": result.leaf, "nodes": nodes}
+
+
+def _pieces(decode: Callable[[Sequence[int]], str], ids: list[int]) -> list[str]:
+  pieces = [decode([token]) for token in ids]
+  if "".join(pieces) == decode(ids):
+    return pieces
+  pieces, before = [], ""
+  for end in range(1, len(ids) + 1):
+    text = decode(ids[:end])
+    whole = end == len(ids) or not text.endswith("\N{REPLACEMENT CHARACTER}")
+    pieces.append(text[len(before) :] if whole else "")
+    before = text if whole else before
+  return pieces
+
+
+def _by_step(trajectory: Trajectory, values: np.ndarray) -> list[list[float]]:
+  ends = np.cumsum([len(step.tokens) for step in trajectory.steps])
+  return [part.astype(float).tolist() for part in np.split(values, ends[:-1])]
