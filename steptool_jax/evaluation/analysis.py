@@ -89,6 +89,31 @@ def steps_to(curve: Curve, level: float) -> float | None:
   return float(x[k - 1] + share * (x[k] - x[k - 1]))
 
 
+def crossing(
+  curves: Sequence[Curve], level: float, confidence: float = 0.95, seed: int = 0
+) -> tuple[float, float, float]:
+  """(x, low, high) at which the mean curve of several runs is first at `level`; inf for never.
+
+  low and high: percentiles over mean curves of runs drawn with replacement; NaN for one run.
+  """
+  found = band(curves)
+  values = np.stack([np.interp(found.x, *_checked(curve)) for curve in curves])
+
+  def first(y: np.ndarray) -> float:
+    at = steps_to((found.x, y), level)
+    return float("inf") if at is None else at
+
+  if len(values) == 1:
+    return first(values[0]), float("nan"), float("nan")
+  drawn = np.random.default_rng(seed).integers(0, len(values), (_RESAMPLES, len(values)))
+  # Runs in another order give the same mean: few means have to be looked at.
+  chosen, counts = np.unique(np.sort(drawn, axis=1), axis=0, return_counts=True)
+  firsts = np.repeat([first(values[rows].mean(axis=0)) for rows in chosen], counts)
+  tail = 50 * (1 - confidence)
+  low, high = np.percentile(firsts, [tail, 100 - tail], method="nearest")
+  return first(found.mean), float(low), float(high)
+
+
 def plateau(curves: Sequence[Curve], confidence: float = 0.95, seed: int = 0) -> Plateau:
   """Whether the curves of one method have stopped rising (least squares over the last third)."""
   rises = []

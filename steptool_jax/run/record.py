@@ -51,12 +51,16 @@ class Recorder:
   def training(
     self, done: int, trajectories: Sequence[Trajectory], advantages_BT: np.ndarray
   ) -> None:
-    """Keeps record.train trajectories of an iteration, evenly spread over its tasks.
+    """Keeps record.train trajectories of an iteration: all samples of tasks spread over it.
 
     advantages_BT: float32, on the rows that batching.pack makes of all `trajectories`.
     """
     values = batching.unpack(trajectories, advantages_BT, self.config.train.row_tokens)
-    chosen = np.unique(np.linspace(0, len(trajectories) - 1, self.config.record.train).astype(int))
+    tasks = list(dict.fromkeys(t.task_id for t in trajectories))
+    most = self.config.record.train
+    count = max(most * len(tasks) // len(trajectories), 1)
+    kept = {tasks[i] for i in np.linspace(0, len(tasks) - 1, count).astype(int)}
+    chosen = [i for i, t in enumerate(trajectories) if t.task_id in kept][:most]
     advantages = {
       (trajectories[i].task_id, trajectories[i].sample): _by_step(trajectories[i], values[i])
       for i in chosen

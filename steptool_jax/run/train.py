@@ -232,7 +232,7 @@ class _Trainer:
         figures = self._iteration() if self.data is None else self._offline_iteration()
         self.progress.rl_seconds += time.monotonic() - started
         self._advance()
-        self.writer.write(self._number(), "train", figures)
+        self.writer.write(self._number(), "train", figures | self._spent())
         bar.update()
         bar.set_postfix_str(
           f"reward {figures['reward']:.2f}, pass {figures['pass_rate']:.0%}, "
@@ -291,6 +291,11 @@ class _Trainer:
     self.progress.conversations += len(trajectories)
     self.progress.llm_calls += sum(len(t.steps) for t in trajectories)
     self.progress.tokens += tokens
+
+  def _spent(self) -> dict[str, float]:
+    """What RL has used so far: the axes of learning curves."""
+    p = self.progress
+    return {n: getattr(p, n) for n in ("conversations", "llm_calls", "tokens", "rl_seconds")}
 
   def _fill_behaviour(self) -> None:
     """Old log-probs of the data: of the present policy before its first update, else as kept."""
@@ -451,9 +456,7 @@ class _Trainer:
     if temperature is not None:
       self.progress.results[name] = figures["pass_rate"]
       return
-    p = self.progress
-    spent = {n: getattr(p, n) for n in ("conversations", "llm_calls", "tokens", "rl_seconds")}
-    self.writer.write(self._number(), "heldout", figures | spent)
+    self.writer.write(self._number(), "heldout", figures | self._spent())
     figure = f"{label}: held-out pass rate {figures['pass_rate']:.1%}"
     tqdm.write(self.bench.services.beside(figure))
     if name:

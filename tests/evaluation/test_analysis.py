@@ -62,6 +62,14 @@ def test_steps_to_a_level():
   assert analysis.steps_to(curve, 0.9) is None
 
 
+def test_where_the_mean_curve_crosses_a_level():
+  """Means of the two runs: 0, .3, .6; the runs alone cross .3 at 5 and never."""
+  runs = [([0, 10, 20], [0.0, 0.6, 1.0]), ([0, 10, 20], [0.0, 0.0, 0.2])]
+  assert analysis.crossing(runs, 0.3) == (10.0, 5.0, math.inf)
+  x, low, high = analysis.crossing(runs[:1], 0.3)
+  assert (x, math.isnan(low), math.isnan(high)) == (5.0, True, True)
+
+
 def test_a_plateau_is_seen_in_the_last_third():
   x = np.arange(10.0)  # the last third: 6, 7, 8, 9
   flat = (x, np.minimum(x / 6, 1.0) * 0.5)
