@@ -351,6 +351,27 @@ class Bench:
 
 
 @dataclasses.dataclass(frozen=True)
+class Report:
+  """--mode=report, and the page that --mode=study writes."""
+
+  trajectories: int = _is(5000, "trajectories in the page at most, shared out by moments and cells")
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+  """--mode=study: a grid of training runs. Read by the study alone, its cells have none of it."""
+
+  cells: tuple[str, ...] = _is(
+    (), "'group/environment/method: seeds=N field=value …' each; the fields change this config"
+  )
+  only: tuple[str, ...] = _is((), "patterns of cells to run, as 'core/*/steptool/0'; empty = all")
+  parallel: int = _is(1, "cells at the same time")
+  cores: int = _is(0, "cores of a cell, its own; 0 = all")
+  hours: float = _is(0.0, "after which the study stops, to go on with the same command; 0 = never")
+  attempts: int = _is(2, "after which a cell that fails is given up")
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
   seed: int = _is(0, "of weights, sampling and task order")
   algorithm: str = _is("steptool", "a row of learning/algorithms.py")
@@ -374,6 +395,8 @@ class Config:
   serve: Serve = _is(Serve(), "simulator server")
   checkpoint: Checkpoint = _is(Checkpoint(), "checkpoints")
   bench: Bench = _is(Bench(), "benchmarks")
+  report: Report = _is(Report(), "report")
+  study: Study = _is(Study(), "study")
 
 
 def base_config() -> ml_collections.ConfigDict:

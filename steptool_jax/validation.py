@@ -108,7 +108,8 @@ _POSITIVE = (
   "simulator.http_in_flight simulator.llm.timeout simulator.llm.in_flight judge.runs "
   "judge.endpoint.timeout judge.endpoint.in_flight rollout.search.width "
   "rollout.search.answer_back rollout.search.give_up_back evaluation.attempts evaluation.rollouts "
-  "data.passes data.batch record.every"
+  "data.passes data.batch record.every report.trajectories study.parallel "
+  "study.attempts"
 ).split()
 _NOT_NEGATIVE = (
   "seed lora.rank sft.steps sft.tasks train.iterations evaluation.every evaluation.temperature "
@@ -119,7 +120,7 @@ _NOT_NEGATIVE = (
   "simulator.http_retries simulator.llm.retries simulator.llm.prompt_price "
   "simulator.llm.completion_price judge.endpoint.retries judge.endpoint.prompt_price "
   "judge.endpoint.completion_price rollout.budget rollout.search.room serve.port "
-  "evaluation.tasks record.heldout record.train"
+  "evaluation.tasks record.heldout record.train study.cores study.hours"
 ).split()
 _SHARES = (
   "sft.mistakes environment.faults.rate_limit environment.faults.timeout "

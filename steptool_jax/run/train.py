@@ -50,7 +50,7 @@ MAY_CHANGE = (
     "bench.",
     "mesh.",
   ),
-  *("simulator.", "judge.endpoint.", "serve.", "annotate."),
+  *("simulator.", "judge.endpoint.", "serve.", "annotate.", "report.", "study."),
 )
 
 
