@@ -273,11 +273,12 @@ def _wrong_tool_again(before: Trajectory, after: Trajectory) -> bool:
 
 
 def _change(was: Step | None, now: Step | None) -> str:
-  if was is None or now is None:
-    return f"goes on with {kind(now)}" if now else f"stops before {kind(was)}"
-  if kind(was) == kind(now):
-    return f"{kind(now)} with other arguments" if _name(now.action) else f"another {kind(now)}"
-  return f"{kind(now)} instead of {kind(was)}"
+  old, new = (kind(step).strip("()") if step is not None else "" for step in (was, now))
+  if not old or not new:
+    return f"goes on with {new}" if new else f"stops before {old}"
+  if old == new:
+    return f"{new} with other arguments" if _name(now.action) else f"another {new}"
+  return f"{new} instead of {old}"
 
 
 def _name(action: Action) -> str:

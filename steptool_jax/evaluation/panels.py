@@ -153,6 +153,7 @@ def _heat(counts: np.ndarray, names: Sequence[str]) -> list[dict[str, Any]]:
           "label": f"{names[j]} after {name}: {int(row[j])} of {total}",
         }
         for j, s in enumerate(shares)
+        if j  # nothing leads back to the start, which is names[0]
       ]
       rows.append({"name": name, "total": total, "cells": cells})
   return rows

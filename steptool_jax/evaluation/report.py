@@ -83,16 +83,15 @@ def _hash(text: str) -> str:
 
 def _entries(cells: Sequence[Cell], most: int) -> tuple[list[Entry], list[Pair], list[str]]:
   """The first trajectories of every moment of every cell, and the tasks that turned."""
-  moments = [(cell, name) for cell in cells for name in cell.run.moments]
+  moments = [(cell, name) for cell in cells for name in sorted(cell.run.moments, key=_place)]
   sizes = [len(cell.run.moments[name]) for cell, name in moments]
   share = _share(sizes, most)
   entries: list[Entry] = []
   first: dict[tuple[str, str], int] = {}
   for cell, name in moments:
     first[cell.name, name] = len(entries)
-    label = _MOMENTS.get(name) or name.replace("train_", "training, iteration ").replace("_", " ")
     place = cell.name if len(cells) > 1 else ""
-    entries += [Entry(place, label, r) for r in cell.run.moments[name][:share]]
+    entries += [Entry(place, _label(name), r) for r in cell.run.moments[name][:share]]
   pairs = []
   for cell in cells:
     old, new = cell.run.before, cell.run.after
@@ -109,6 +108,18 @@ def _entries(cells: Sequence[Cell], most: int) -> tuple[list[Entry], list[Pair],
   left = sum(sizes) - len(entries)
   note = f"{left} of {sum(sizes)} trajectories are left out of this page (report.trajectories)"
   return entries, pairs, [note] if left else []
+
+
+def _place(moment: str) -> tuple[int, str]:
+  """Held-out moments in the order of training, then the training iterations."""
+  return (list(_MOMENTS).index(moment) if moment in _MOMENTS else len(_MOMENTS)), moment
+
+
+def _label(moment: str) -> str:
+  kind, _, number = moment.partition("_")
+  if kind == "train" and number.isdecimal():
+    return f"training, iteration {int(number)}"
+  return _MOMENTS.get(moment, moment)
 
 
 def _share(sizes: Sequence[int], most: int) -> int:

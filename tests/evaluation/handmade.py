@@ -1,7 +1,11 @@
 """Trajectories written down by hand, for tests of what is counted on them."""
 
+import json
+import pathlib
+
 import numpy as np
 
+from steptool_jax.data.trajectories import AnnotatedTrajectory, write_trajectories
 from steptool_jax.types import (
   Code,
   Finish,
@@ -51,3 +55,34 @@ def _step(action, observation=None) -> Step:
     contribution=0.5,
     reward=0.25,
   )
+
+
+# --- a workdir -------------------------------------------------------------------------------
+
+
+def annotated(found, query="", **metadata) -> AnnotatedTrajectory:
+  """With the texts of all tokens, as a run keeps them."""
+  texts = [[f"{_name(s.action)} ", "<|end|>"] for s in found.steps]
+  return AnnotatedTrajectory(found, query=query, metadata={"texts": texts} | metadata)
+
+
+def workdir(folder, moments, curve=(0.1, 0.3, 0.4), seed=0) -> pathlib.Path:
+  """What a training run leaves: moments maps names to trajectories or to annotated ones."""
+  folder.mkdir(parents=True, exist_ok=True)
+  config = {"algorithm": "steptool", "seed": seed, "environment": {"name": "shop"}}
+  (folder / "config.json").write_text(json.dumps(config))
+  summary = {"pass_rate_base": curve[0], "pass_rate_rl": curve[-1], "interrupted": False}
+  (folder / "summary.json").write_text(json.dumps(summary))
+  records = [
+    {"step": k, "heldout/pass_rate": y, "heldout/llm_calls": 100.0 * k, "heldout/rl_seconds": k}
+    for k, y in enumerate(curve)
+  ]
+  (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+  for name, found in moments.items():
+    found = [t if isinstance(t, AnnotatedTrajectory) else annotated(t) for t in found]
+    write_trajectories(folder / "moments" / f"{name}.jsonl", found)
+  return folder
+
+
+def _name(action) -> str:
+  return action.name if isinstance(action, ToolCall) else type(action).__name__.lower()

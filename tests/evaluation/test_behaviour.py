@@ -133,7 +133,7 @@ def test_tasks_that_turned_and_the_first_step_that_changed():
   cases = behaviour.turned_cases(before, after)
   assert [(c.task_id, c.step, c.change, c.wrong_tool_again) for c in cases] == [
     ("b", 1, "look instead of search", True),
-    ("c", 1, "open instead of (answer)", False),
+    ("c", 1, "open instead of answer", False),
     ("a", 1, "open with other arguments", False),
   ]
 
