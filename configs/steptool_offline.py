@@ -18,6 +18,7 @@ Official step-grained rows (data.format=tsv), with SmolLM2-135M on a CPU, 30 row
       --config.train.row_tokens=2048 --config.data.format=tsv --config.data.passes=2 \
       '--config.data.path=DATA/steptool/data_train/*/step_grained_for_ppo_example.csv'
 
+':sft' imitates official SFT or RFT instances (data.format=dialogues) with all weights in 5 passes.
 ':released' computes rewards, advantages and old log-probs as the authors' code does; any other
 argument is an algorithm. Hyper-parameters: the release (TRL 0.10.1); departures have a comment.
 """
@@ -56,7 +57,12 @@ def get_config(arg=""):
   # trajectory is left out and counted.
   t.row_tokens = 4096
   t.optimizer.learning_rate, t.optimizer.max_grad_norm = 1e-5, 0.0
-  config.sft.steps = 0
+  # Of ':sft' alone; as in the release.
+  s = config.sft.optimizer
+  s.learning_rate, s.schedule, s.warmup, s.max_grad_norm = 2e-5, "cosine", 0.04, 0.0
+  config.sft.steps, config.sft.micro_rows = 0, 1
+  if arg == "sft":
+    config.lora.rank, d.format, t.row_tokens = 0, "dialogues", 8192
   # Trained without an environment; evaluate the export with configs/stabletoolbench.py.
   config.evaluation.tasks, config.evaluation.every = 0, 0
   return config

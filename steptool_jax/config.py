@@ -135,6 +135,20 @@ class Judge:
 
 
 @dataclasses.dataclass(frozen=True)
+class Market:
+  """Prices, latencies, specialists and the user's wishes, drawn per task (ToolOrchestra)."""
+
+  prices: bool = _is(False, "calls have a price and a simulated latency; off = no market at all")
+  spread: float = _is(2.0, "a task's prices lie within this factor of the usual ones, at least 1")
+  specialists: tuple[str, ...] = _is(
+    (), "nested_api: models offered as tools ask_…, of small, medium, large; a task has some"
+  )
+  asked: float = _is(0.0, "share of reading tasks whose demonstration asks a specialist")
+  preferences: bool = _is(False, "queries say what their user wants: cheap, quick, a specialist")
+  seed: int = _is(0, "seed of all these draws and of the specialists' mistakes")
+
+
+@dataclasses.dataclass(frozen=True)
 class Environment:
   name: str = _is("nested_api", "nested_api, data_pipeline, toolbench or custom")
   num_train: int = _is(5000, "generated training tasks")
@@ -151,6 +165,7 @@ class Environment:
   heldout_share: float = _is(0.2, "custom: share of tasks without a split field held out")
   toolbench: ToolBench = _is(ToolBench(), "toolbench: queries")
   faults: Faults = _is(Faults(), "injected faults, in training and evaluation")
+  market: Market = _is(Market(), "what calls cost")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,11 +198,35 @@ class Rollout:
   top_k: int = _is(0, "0 = off")
   top_p: float = _is(1.0, "1 = off")
   tool_timeout: float = _is(
-    10.0, "seconds for one tool call (toolbench: the simulators' own time-outs count instead)"
+    10.0,
+    "seconds for one tool call, for opening and for grading a conversation (toolbench: the "
+    "simulators' own time-outs count instead); what hangs is left behind, but Python cannot end it",
   )
   tool_workers: int = _is(8, "tool calls at the same time")
   tool_retries: int = _is(2, "retries of a call that failed for infrastructure reasons")
   max_stuck_tools: int = _is(16, "hanging calls that are left behind before the run stops")
+
+
+@dataclasses.dataclass(frozen=True)
+class Orchestra:
+  """Weights P of Eq. 2, in [0, 1]; those that a task's user names stand in their place."""
+
+  outcome: float = _is(1.0, "solved")
+  cost: float = _is(0.25, "few USD")
+  latency: float = _is(0.25, "few seconds")
+
+
+@dataclasses.dataclass(frozen=True)
+class Filters:
+  """What a rollout's groups (the samples of a task) are trained without. ToolOrchestra has all on;
+  but a policy that never sees its malformed calls punished has little reason to stop making them.
+  """
+
+  min_deviation: float = _is(
+    0.0, "groups whose returns have a smaller standard deviation; 0 = off (ToolOrchestra: 0.1)"
+  )
+  malformed: bool = _is(False, "trajectories with a malformed call")
+  unfinished: bool = _is(False, "trajectories that a budget of steps or tokens cut")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,6 +235,13 @@ class Rewards:
   normalization: str = _is(
     "mean", "'mean' divides intermediate rewards by their number; 'none' as in the paper"
   )
+  scheme: str = _is(
+    "steptool",
+    "what the last step earns in training: IsSolved ('steptool') or ToolOrchestra's Eq. 2, alone "
+    "('orchestra') or behind step rewards ('orchestra_steps')",
+  )
+  orchestra: Orchestra = _is(Orchestra(), "schemes 'orchestra' and 'orchestra_steps'")
+  filters: Filters = _is(Filters(), "groups and trajectories to leave out")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,7 +275,8 @@ class Optimizer:
   muon_rate: float = _is(
     0.0, "above 0: the layers' kernels by Muon with this peak rate; for training from scratch"
   )
-  schedule: str = _is("constant", "behind the warm-up: constant, linear or cosine (to 0)")
+  schedule: str = _is("constant", "behind the warm-up: constant, linear or cosine")
+  floor: float = _is(0.0, "share of the peak rate at which linear and cosine end")
   warmup: float = _is(0.0, "share of the steps that warm up")
   b1: float = _is(0.9, "decay of the first moment")
   b2: float = _is(0.999, "decay of the second moment")
@@ -245,6 +292,7 @@ class Sft:
   steps: int = _is(0, "optimizer steps; 0 = no warm-up")
   tasks: int = _is(0, "training tasks whose demonstrations are used; 0 = all")
   mistakes: float = _is(0.0, "share of actions that an imperfect demonstrator gets wrong")
+  clean_steps: int = _is(0, "first optimizer steps whose demonstrators make no mistakes")
   batch: int = _is(16, "demonstrations in one optimizer step")
   micro_rows: int = _is(8, "packed rows in one forward pass")
   checkpoint_every: int = _is(0, "optimizer steps between checkpoints; 0 = at the end only")
@@ -308,7 +356,11 @@ class Data:
   path: str = _is(
     "", "file, or pattern such as 'data/*/rows.csv', of stored trajectories; empty = rollouts"
   )
-  format: str = _is("jsonl", "jsonl (annotated.jsonl) or tsv (official step-grained rows)")
+  format: str = _is(
+    "jsonl",
+    "jsonl (annotated.jsonl), tsv (official step-grained rows) or dialogues (official SFT and RFT "
+    "instances; algorithm sft only)",
+  )
   passes: int = _is(5, "passes over the data; with data.batch they decide the iterations")
   batch: int = _is(8, "trajectories of one iteration")
   behaviour: str = _is(

@@ -6,6 +6,7 @@ Host records are frozen dataclasses; what goes to a device is a NamedTuple (a py
 
 import dataclasses
 import enum
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -84,7 +85,9 @@ class Observation:
   value: Any = None  # the structured (JSON-like) result when code is OK
   changed: bool = False  # the call changed the environment's state
   injected: bool = False  # the fault injector caused it
-  seconds: float = 0.0
+  seconds: float = 0.0  # measured
+  cost: float = 0.0  # USD, by the task's price list
+  latency: float = 0.0  # seconds, by the task's price list: simulated, nobody waits for them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,6 +128,18 @@ class Trajectory:
   status: Status
   solved: float = 0.0  # IsSolved in {0, .5, 1}
   policy_version: int = 0
+  # What the rewards are made of, by component; their sum is that of the steps' rewards.
+  reward_parts: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+  @property
+  def cost(self) -> float:
+    """USD of all calls."""
+    return math.fsum(s.observation.cost for s in self.steps if s.observation is not None)
+
+  @property
+  def latency(self) -> float:
+    """Simulated seconds of all calls."""
+    return math.fsum(s.observation.latency for s in self.steps if s.observation is not None)
 
   @property
   def truncated(self) -> bool:

@@ -9,7 +9,8 @@ from typing import Any
 
 import ml_collections
 
-from steptool_jax.config import Config
+from steptool_jax.config import Config, Filters
+from steptool_jax.environments.specialists import TIERS
 from steptool_jax.learning.advantages import LEVELS
 from steptool_jax.learning.algorithms import get_algorithm
 from steptool_jax.learning.losses import AGGREGATIONS
@@ -112,20 +113,24 @@ _POSITIVE = (
   "study.attempts"
 ).split()
 _NOT_NEGATIVE = (
-  "seed lora.rank sft.steps sft.tasks train.iterations evaluation.every evaluation.temperature "
-  "rollout.top_k rewards.alpha loss.kl_coef loss.value_coef sft.checkpoint_every "
-  "train.optimizer.max_grad_norm sft.optimizer.max_grad_norm train.optimizer.muon_rate "
-  "sft.optimizer.muon_rate environment.tools_per_task "
+  "seed lora.rank sft.steps sft.clean_steps sft.tasks train.iterations evaluation.every "
+  "evaluation.temperature rollout.top_k rewards.alpha loss.kl_coef loss.value_coef "
+  "sft.checkpoint_every train.optimizer.max_grad_norm sft.optimizer.max_grad_norm "
+  "train.optimizer.muon_rate sft.optimizer.muon_rate environment.tools_per_task "
   "rollout.tool_retries rollout.max_stuck_tools loss.clip_low loss.clip_high loss.value_clip "
   "simulator.http_retries simulator.llm.retries simulator.llm.prompt_price "
   "simulator.llm.completion_price judge.endpoint.retries judge.endpoint.prompt_price "
   "judge.endpoint.completion_price rollout.budget rollout.search.room serve.port "
-  "evaluation.tasks record.heldout record.train study.cores study.hours"
+  "evaluation.tasks rewards.filters.min_deviation record.heldout record.train study.cores "
+  "study.hours"
 ).split()
 _SHARES = (
   "sft.mistakes environment.faults.rate_limit environment.faults.timeout "
   "environment.faults.transient environment.faults.not_found environment.heldout_share "
-  "advantage.gamma advantage.lam rollout.top_p train.optimizer.warmup sft.optimizer.warmup"
+  "advantage.gamma advantage.lam rollout.top_p train.optimizer.warmup sft.optimizer.warmup "
+  "train.optimizer.floor sft.optimizer.floor "
+  "rewards.orchestra.outcome rewards.orchestra.cost rewards.orchestra.latency "
+  "environment.market.asked"
 ).split()
 _CHOICES = {
   "model.dtype": ("float32", "bfloat16"),
@@ -136,10 +141,11 @@ _CHOICES = {
   "simulator.llm_style": ("gpt", "mirror"),
   "rollout.strategy": ("chain", "dfsdt"),
   "rewards.normalization": ("mean", "none"),
+  "rewards.scheme": ("steptool", "orchestra", "orchestra_steps"),
   "advantage.level": ("", *LEVELS),
   "loss.kl": ("reward", "loss", "none"),
   "loss.aggregation": AGGREGATIONS,
-  "data.format": ("jsonl", "tsv"),
+  "data.format": ("jsonl", "tsv", "dialogues"),
   "data.behaviour": ("start", "current"),
   "annotate.format": ("jsonl", "converted", "annotations"),
   "annotate.source": ("rules", "judge", "table"),
@@ -169,15 +175,21 @@ def _check(config: Config) -> None:
         f"config.{name}: {flat[name]!r} is not one of {', '.join(map(repr, valid))}{hint}"
       )
   algorithm = get_algorithm(config.algorithm)
-  if algorithm.rewards == "none" and not config.sft.steps:
+  if algorithm.rewards == "none" and not config.sft.steps and not config.data.path:
     raise ValueError(
       f"config.sft.steps: 0, but algorithm {config.algorithm!r} learns from demonstrations only; "
-      "set it above 0"
+      "set it above 0, or name stored ones with data.path"
     )
-  if algorithm.rewards == "none" and config.data.path:
+  if algorithm.rewards == "none" and config.data.path and config.sft.steps:
     raise ValueError(
-      f"config.data.path: algorithm {config.algorithm!r} learns from demonstrations of the "
-      "environment's tasks; stored trajectories are for an algorithm with rewards"
+      f"config.sft.steps: {config.sft.steps} together with data.path = {config.data.path!r}; with "
+      f"stored trajectories, data.passes and data.batch decide the steps of algorithm "
+      f"{config.algorithm!r}: set it to 0"
+    )
+  if algorithm.rewards != "none" and config.data.path and config.data.format == "dialogues":
+    raise ValueError(
+      f"config.data.format: 'dialogues' hold no rewards, which algorithm {config.algorithm!r} "
+      "learns from; use algorithm sft, or a format with rewards (jsonl, tsv)"
     )
   if config.rollout.max_tokens > config.train.row_tokens:
     raise ValueError(
@@ -187,6 +199,8 @@ def _check(config: Config) -> None:
   if config.rollout.top_p == 0:
     raise ValueError("config.rollout.top_p: must be above 0; 1 = off")
   _check_environment(config)
+  _check_market(config)
+  _check_rewards(config, algorithm.rewards)
   _check_evaluation(config)
 
 
@@ -206,6 +220,69 @@ def _check_environment(config: Config) -> None:
         raise ValueError(
           f"config.environment.toolbench.{name}: is empty, needed for environment 'toolbench'"
         )
+
+
+def _check_market(config: Config) -> None:
+  m = config.environment.market
+  where = "config.environment.market"
+  if not m.spread >= 1:
+    raise ValueError(f"{where}.spread: must be at least 1 (all prices as usual), found {m.spread}")
+  for name in ("specialists", "preferences", "asked"):
+    if getattr(m, name) and not m.prices:
+      raise ValueError(f"{where}.{name}: set, but {where}.prices is False, so there is no market")
+  if m.specialists and config.environment.name != "nested_api":
+    raise ValueError(
+      f"{where}.specialists: they know the tables of 'nested_api', not those of "
+      f"{config.environment.name!r}; leave it empty"
+    )
+  for tier in m.specialists:
+    if tier not in TIERS:
+      near = difflib.get_close_matches(tier, TIERS, n=1, cutoff=0.0)
+      raise ValueError(f"{where}.specialists: there is no {tier!r}; did you mean {near[0]!r}?")
+  if m.asked and not m.specialists:
+    raise ValueError(f"{where}.asked: {m.asked:g}, but there are no specialists to ask")
+
+
+def _check_rewards(config: Config, paid: str) -> None:
+  """`paid`: what the algorithm's row takes rewards for."""
+  r, name = config.rewards, config.algorithm
+  where = f"config.rewards.scheme: {r.scheme!r}"
+  if config.data.path and (r.scheme != "steptool" or r.filters != Filters()):
+    raise ValueError(
+      "config.rewards: stored trajectories (config.data.path) are trained on with the rewards of "
+      "their file; leave scheme and filters at their defaults"
+    )
+  if r.filters.min_deviation and config.rollout.samples < 2:
+    raise ValueError(
+      "config.rewards.filters.min_deviation: with config.rollout.samples = 1 no group deviates, so "
+      "all would be left out; set it to 0, or samples to 2 or more"
+    )
+  if r.scheme == "steptool":
+    return
+  if paid == "none":
+    raise ValueError(f"{where}, but algorithm {name!r} learns without rewards; use 'steptool'")
+  if r.scheme == "orchestra" and paid == "step":
+    raise ValueError(
+      f"{where} pays the last step only, but algorithm {name!r} is for step rewards; use "
+      "'orchestra_steps', or an algorithm with outcome rewards, such as ppo"
+    )
+  if r.scheme == "orchestra_steps" and paid == "outcome":
+    raise ValueError(
+      f"{where} pays every step, but algorithm {name!r} is for outcome rewards; use 'orchestra', "
+      "or an algorithm with step rewards, such as steptool"
+    )
+  if config.rollout.samples < 2:
+    raise ValueError(
+      f"{where} compares the samples of a task, and config.rollout.samples is 1; set it to 2 or "
+      "more, or use 'steptool'"
+    )
+  if not config.environment.market.prices:
+    raise ValueError(
+      f"{where} weighs cost and latency, but calls have none; set config.environment.market.prices "
+      "to True, or use 'steptool'"
+    )
+  if not (r.orchestra.outcome or r.orchestra.cost or r.orchestra.latency):
+    raise ValueError("config.rewards.orchestra: all weights are 0, so nothing is paid; raise one")
 
 
 def _check_evaluation(config: Config) -> None:

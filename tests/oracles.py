@@ -42,3 +42,22 @@ def gae_released(step_rewards, values, action, step_end, gamma, lam):
     following = rewards[t] + gamma * next_value - values[t] + gamma * lam * following
     advantages[t] = following
   return advantages * action
+
+
+def min_max(values):
+  low, high = min(values), max(values)
+  return [0.0 if high == low else (v - low) / (high - low) for v in values]
+
+
+def orchestra(solved, costs, latencies, calls, outcome, cost, latency, tools):
+  """Eq. 2 of arXiv 2511.21689 for one group; calls: tool -> number of calls of each trajectory."""
+  entries = [
+    (outcome, [float(s) for s in solved]),
+    (cost, [-c for c in costs]),
+    (latency, [-x for x in latencies]),
+    *((abs(w), [n if w > 0 else -n for n in calls[t]]) for t, w in tools.items()),
+  ]
+  total = [0.0] * len(solved)
+  for weight, values in entries:
+    total = [r + weight * m for r, m in zip(total, min_max(values), strict=True)]
+  return [r if s else 0.0 for r, s in zip(total, solved, strict=True)]

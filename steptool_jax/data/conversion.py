@@ -11,21 +11,14 @@ another conversation, with other rewards.
 
 import dataclasses
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
-from steptool_jax.data.official import (
-  Annotation,
-  Converted,
-  Dialogue,
-  Message,
-  PreferenceRow,
-  StepRow,
-  StoredStep,
-)
+from steptool_jax.data.official import Annotation, Converted, StoredStep
+from steptool_jax.data.scaffolding import split_react, split_row, tokenise
+from steptool_jax.data.training_rows import Dialogue, Message, PreferenceRow, StepRow
 from steptool_jax.data.trajectories import AnnotatedTrajectory
-from steptool_jax.dialogue.codec import Control, Piece
 from steptool_jax.dialogue.parser import FINISH
 from steptool_jax.dialogue.template import ChatFormat
 from steptool_jax.types import Code, Finish, Malformed, Observation, Status, Step, Trajectory
@@ -75,10 +68,10 @@ def from_step_rows(
 
   def convert(n: int, row: StepRow) -> AnnotatedTrajectory:
     where = f"{source}, row {n + 1}"
-    messages = _split_row(row, where)
+    messages = split_row(row, where)
     if not 0 <= row.rewards[-1] <= 1:
       raise ValueError(f"{where}: the final reward is {row.rewards[-1]}, must be in [0, 1]")
-    prompt, turns = _tokenise(messages[:2], messages[2:], chat_format)
+    prompt, turns = tokenise(messages[:2], messages[2:], chat_format)
     steps = []
     for k, (reward, response) in enumerate(zip(row.rewards, turns[::2], strict=True)):
       forced = turns[2 * k + 1] if 2 * k + 1 < len(turns) else None
@@ -158,7 +151,7 @@ def _from_calls(entry: Calls, chat_format: ChatFormat) -> AnnotatedTrajectory | 
     text = f"Thought: \nAction: {call.name}\nAction Input: {call.arguments}"
     messages += [Message("assistant", text), Message("function", call.response)]
   finished = entry.calls[-1].name == FINISH
-  prompt, turns = _tokenise(messages[:2], messages[2:-1], chat_format)
+  prompt, turns = tokenise(messages[:2], messages[2:-1], chat_format)
   last = None if finished else chat_format.observation(entry.calls[-1].response)
   forced = [*turns[1::2], last]
   steps = [
@@ -228,7 +221,7 @@ def _fitting(
 def _last_turn(
   task_id: str, messages: Sequence[Message], chat_format: ChatFormat
 ) -> AnnotatedTrajectory:
-  prompt, (response,) = _tokenise(messages[:-1], messages[-1:], chat_format)
+  prompt, (response,) = tokenise(messages[:-1], messages[-1:], chat_format)
   steps = [_step(response, None, None, 0.0, chat_format)]
   return _record(task_id, messages, prompt, steps, 0.0)
 
@@ -263,153 +256,10 @@ def _step(response, forced, text: str | None, reward: float, chat_format: ChatFo
   )
 
 
-# --- rows into messages ----------------------------------------------------------------------
-
-# Scaffolding of the three families: opening, observation, and what may end a response.
-_FAMILIES = (
-  (
-    r"<\|im_start\|>system\n(.*?)<\|im_end\|>\n<\|im_start\|>user\n(.*)<\|im_end\|>\n"
-    r"<\|im_start\|>assistant\n",
-    r"<\|im_start\|>function\n(.*)<\|im_end\|>\n<\|im_start\|>assistant\n",
-    "<|im_end|>",
-  ),
-  (
-    r"(?:<\|begin_of_text\|>)?<\|start_header_id\|>system<\|end_header_id\|>\n\n(.*?)<\|eot_id\|>"
-    r"<\|start_header_id\|>user<\|end_header_id\|>\n\n(.*)<\|eot_id\|>"
-    r"<\|start_header_id\|>assistant<\|end_header_id\|>\n\n",
-    r"<\|start_header_id\|>function<\|end_header_id\|>\n\n(.*)<\|eot_id\|>"
-    r"<\|start_header_id\|>assistant<\|end_header_id\|>\n\n",
-    "<|eot_id|>",
-  ),
-  (
-    r"System:[ \n](.*?)\nUser:[ \n](.*)\nAssistant:\s*",
-    r"Function:[ \n](.*)\nAssistant:\s*",
-    "</s>",
-  ),
-)
-
-
-def _split_row(row: StepRow, where: str) -> list[Message]:
-  """system, user, (assistant, function)*, assistant."""
-  matches = [(re.fullmatch(f[0], row.prompts[0], re.DOTALL), *f[1:]) for f in _FAMILIES]
-  match, observation, end = next((m for m in matches if m[0]), (None, "", ""))
-  if match is None:
-    raise ValueError(
-      f"{where}: the prompt is of no known family (ToolLLaMA, ChatML, Llama-3.1), it starts with "
-      f"{row.prompts[0]!r:.60}"
-    )
-  messages = [Message("system", match[1]), Message("user", match[2])]
-  for k, response in enumerate(row.responses):
-    if k:
-      match = re.fullmatch(observation, row.prompts[k], re.DOTALL)
-      if match is None:
-        raise ValueError(
-          f"{where}, step {k}: the observation is not in the scaffolding of its prompt, it starts "
-          f"with {row.prompts[k]!r:.60}"
-        )
-      messages.append(Message("function", match[1]))
-    messages.append(Message("assistant", response.rstrip("\n").removesuffix(end)))
-  return messages
-
-
-_TURN = re.compile(r"^(System|User|Assistant|Function):[ \n]?", re.MULTILINE)
-
-
-def split_react(prompt: str, where: str) -> list[Message]:
-  """A prompt of `Role: text` lines that ends in an empty `Assistant:` -> its messages.
-
-  ValueError when the roles are not system, user, (assistant, function)*.
-  """
-  parts = _TURN.split(prompt)
-  messages = [
-    Message(role.lower(), text.removesuffix("\n"))
-    for role, text in zip(parts[1::2], parts[2::2], strict=True)
-  ]
-  expected = ["system", "user", "assistant"] + ["function", "assistant"] * (len(messages) // 2 - 1)
-  if parts[0].strip() or [m.role for m in messages] != expected or messages[-1].text.strip():
-    raise ValueError(
-      f"{where}: the prompt must hold System, User, then Assistant and Function in turn, and end "
-      f"in an empty Assistant; found {[m.role for m in messages]}"
-    )
-  return messages[:-1]
-
-
 def _query(text: str) -> str:
   """The query of the official user text "{query}\\nBegin!"."""
   return text.strip().removesuffix("Begin!").strip()
 
-
-# --- messages into ids -----------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class _Layout:
-  """How a format spells a turn. `between` stands between two turns, not in front of the first."""
-
-  start: list[Piece]
-  between: str
-  turn: Callable[[str, str], list[Piece]]  # of (role, text)
-  header: list[Piece]  # of the assistant's turn
-
-
-def _layout(chat_format: ChatFormat) -> _Layout:
-  codec = chat_format.codec
-  if chat_format.name == "toolllama":
-    # Llama-2's own tokenizer puts a space in front of a prompt, and only there.
-    start: list[Piece] = [Control(codec.control_name(codec.bos_id))]
-    start += [" "] if codec.prefix_space else []
-    return _Layout(
-      start, "\n", lambda role, text: [f"{role.capitalize()}: {text}"], ["Assistant:\n"]
-    )
-  if chat_format.name == "chatml_react":
-    begin, end = Control("<|im_start|>"), Control("<|im_end|>")
-    return _Layout(
-      [], "\n", lambda role, text: [begin, f"{role}\n", text, end], [begin, "assistant\n"]
-    )
-  if chat_format.name == "llama31":
-    names = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
-    first, last, eot = (Control(name) for name in names)
-    return _Layout(
-      [Control("<|begin_of_text|>")],
-      "",
-      lambda role, text: [first, role, last, "\n\n", text, eot],
-      [first, "assistant", last, "\n\n"],
-    )
-  raise ValueError(
-    f"chat_format {chat_format.name!r}: the official rows are ReAct text (Thought, Action, Action "
-    "Input); choose toolllama, chatml_react or llama31"
-  )
-
-
-def _tokenise(
-  prompt: Sequence[Message], rest: Sequence[Message], chat_format: ChatFormat
-) -> tuple[np.ndarray, list[np.ndarray]]:
-  """(int32[P] of the prompt, int32 ids of every message of `rest`), which starts with a response.
-
-  Each response ends in the stop token; every other message carries the assistant header behind it.
-  """
-  layout = _layout(chat_format)
-  stop = np.int32(chat_format.stop_ids[0])
-  parts: list[np.ndarray] = []
-  pending: list[Piece] = list(layout.start)
-  for number, message in enumerate((*prompt, *rest)):
-    if number:
-      pending.append(layout.between)
-    if message.role == "assistant":
-      parts.append(chat_format.codec.join([*pending, *layout.header]))
-      # Outer newlines belong to the scaffolding, which the files spell with and without.
-      parts.append(np.append(chat_format.codec.join([message.text.strip("\n")]), stop))
-      pending = []
-    else:
-      text = message.text
-      if number == 1:  # the query, as the formats spell it
-        text = "\n" + text.strip("\n") + "\n"
-      pending += layout.turn(message.role, text)
-  split = len(parts) - len(rest)
-  return np.concatenate(parts[:split]), parts[split:]
-
-
-# --- observations ----------------------------------------------------------------------------
 
 # What the official server puts into "error".
 _ERRORS = (

@@ -124,6 +124,7 @@ def to_document(record: AnnotatedTrajectory) -> dict[str, Any]:
     "status": str(trajectory.status),
     "solved": float(trajectory.solved),
     "policy_version": int(trajectory.policy_version),
+    "reward_parts": {name: float(part) for name, part in trajectory.reward_parts.items()},
     "logprobs_known": record.logprobs_known,
     "metadata": _plain(record.metadata, "metadata"),
   }
@@ -143,6 +144,8 @@ def from_document(document: Any) -> AnnotatedTrajectory:
       status=Status(document["status"]),
       solved=_typed(document["solved"], float),
       policy_version=_typed(document["policy_version"], int),
+      # Files of before there were parts and prices have none.
+      reward_parts=_typed(document.get("reward_parts", {}), dict),
     )
     return AnnotatedTrajectory(
       trajectory,
@@ -213,6 +216,8 @@ def _dump_observation(observation: Observation | None) -> dict[str, Any] | None:
     "changed": bool(observation.changed),
     "injected": bool(observation.injected),
     "seconds": float(observation.seconds),
+    "cost": float(observation.cost),
+    "latency": float(observation.latency),
   }
 
 
@@ -226,6 +231,8 @@ def _load_observation(entry: Mapping[str, Any] | None) -> Observation | None:
     changed=_typed(entry["changed"], bool),
     injected=_typed(entry["injected"], bool),
     seconds=_typed(entry["seconds"], float),
+    cost=_typed(entry.get("cost", 0.0), float),
+    latency=_typed(entry.get("latency", 0.0), float),
   )
 
 

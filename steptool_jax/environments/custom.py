@@ -8,6 +8,10 @@ tools (default: all), split (default: by `heldout_share`) and demonstration are 
 Checkers: exact {value}, number {value, tolerance}, regex {pattern}, contains_all {values}, or the
 name of a function `check(answer, tools, **rest of the checker) -> bool | 0 | .5 | 1`, where `tools`
 maps names to the session's functions, so that it can look at the state.
+
+A function that takes longer than rollout.tool_timeout gives the observation TIMEOUT, but no thread
+can be ended from outside: it runs on, and what it changes later is changed. Let functions that wait
+for something have a time-out of their own.
 """
 
 import dataclasses

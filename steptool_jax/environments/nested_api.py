@@ -24,14 +24,14 @@ from steptool_jax.environments.base import (
 from steptool_jax.types import Action, Finish, Task, ToolCall
 
 # kind -> (tool that finds it, its argument, words in front of the name)
-_STARTS = {
+STARTS = {
   "customer": ("find_customer", "name", "customer"),
   "product": ("find_product", "name", "product"),
   "supplier": ("find_supplier", "name", "supplier"),
   "order": ("", "id", "order"),
 }
 # kind -> (tool, field of its result, next kind, phrase)
-_HOPS = {
+HOPS = {
   "customer": (("last_order", "order", "order", "the last order of {}"),),
   "order": (
     ("get_order", "product", "product", "the product in {}"),
@@ -46,7 +46,7 @@ _HOPS = {
   "warehouse": (),
 }
 # kind -> (tool, field, word)
-_READS = {
+READS = {
   "customer": (("get_customer", "city", "city"),),
   "order": (("get_order", "count", "count"),),
   "product": (
@@ -128,22 +128,22 @@ class _Composition:
     extra = 0
     if self.write is not None:
       extra = {"price": 2, "supplier": 2, "warehouse": 1}.get(self.write[6], 0)
-    return (_STARTS[self.start][0] != "") + len(self.hops) + 1 + extra
+    return (STARTS[self.start][0] != "") + len(self.hops) + 1 + extra
 
 
 def _paths(kind: str, seen: tuple[str, ...]) -> Iterator[tuple[tuple[str, str, str, str], ...]]:
   yield ()
-  for hop in _HOPS[kind]:
+  for hop in HOPS[kind]:
     if hop[2] not in seen:
       for rest in _paths(hop[2], (*seen, hop[2])):
         yield (hop, *rest)
 
 
 def _compositions() -> Iterator[_Composition]:
-  for start in _STARTS:
+  for start in STARTS:
     for hops in _paths(start, (start,)):
       end = hops[-1][2] if hops else start
-      for read in _READS[end]:
+      for read in READS[end]:
         if hops or read[1] != "name":  # the name of what is named is no question
           yield _Composition(start, hops, read=read)
       for write in _WRITES:
@@ -354,7 +354,7 @@ def _new_value(rng: random.Random, draft: _Draft, source: str) -> tuple[Any, str
 def _walk(rng: random.Random, draft: _Draft, path: _Composition) -> tuple[str, str]:
   """(phrase, id) of the entity at the end of the hops; adds the calls."""
   tables = draft.world.tables
-  finder, argument, word = _STARTS[path.start]
+  finder, argument, word = STARTS[path.start]
   # Only customers with an order can be asked for their last one.
   pool = list(
     draft.world.last if len(path.kinds) > 1 and word == "customer" else tables[f"{word}s"]

@@ -291,6 +291,16 @@ class ShopSession:
     with self._lock:
       return self._box.call(call)
 
+  def look(self, tool: str, key: str) -> Row:
+    """What a reading tool of one argument answers now, offered or not; raises NotFound."""
+    with self._lock:
+      return getattr(ShopTools(self._db), tool)(key)
+
+  def keys(self, table: str) -> list[str]:
+    """All ids of a table, in the order of their entry."""
+    with self._lock:
+      return [row[0] for row in self._db.execute(f"SELECT id FROM {table} ORDER BY entered")]
+
   def grade(self, answer: str | None) -> float:
     """1 or 0. A question must leave the database as it was; a change must do that and no more."""
     if answer is None:

@@ -1,4 +1,4 @@
-"""How a policy uses its tools: transitions, recovery, repeats, diversity, cost, before and after.
+"""How a policy uses its tools: transitions, recovery, repeats, cost, before and after.
 
 Everything is counted on trajectories; those that ended in an infrastructure error are left out.
 """
@@ -6,11 +6,11 @@ Everything is counted on trajectories; those that ended in an infrastructure err
 import collections
 import dataclasses
 import itertools
-import json
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from steptool_jax.evaluation.metrics import action_key
 from steptool_jax.types import (
   Action,
   Code,
@@ -124,8 +124,9 @@ def recovery(trajectories: Iterable[Trajectory], injected: bool = True) -> Recov
 def repeated_calls(trajectories: Iterable[Trajectory]) -> float:
   """Share of tool calls that had been answered OK before, with the same arguments.
 
-  A call behind one that changed the environment's state is a new question, and a retry behind an
-  error is none of these.
+  A call behind one that changed the environment's state is a new question. Other than in
+  rollout_metrics' repeated_calls, a retry behind an error does not count: where faults are injected
+  it is the right thing to do.
   """
   calls = repeats = 0
   for trajectory in _healthy(trajectories):
@@ -134,25 +135,12 @@ def repeated_calls(trajectories: Iterable[Trajectory]) -> float:
       if not isinstance(step.action, ToolCall):
         continue
       calls += 1
-      repeats += _key(step.action) in answered
+      repeats += action_key(step.action) in answered
       if step.observation is not None and step.observation.code is Code.OK:
         if step.observation.changed:
           answered.clear()
-        answered.add(_key(step.action))
+        answered.add(action_key(step.action))
   return repeats / calls if calls else 0.0
-
-
-def diversity(trajectories: Iterable[Trajectory]) -> float:
-  """Mean over tasks of (distinct action sequences - 1) / (samples - 1), in [0, 1].
-
-  0: all samples of a task act alike; 1: no two do. Tasks with one sample say nothing; NaN where
-  there are no others.
-  """
-  groups: dict[str, list[tuple[str, ...]]] = collections.defaultdict(list)
-  for trajectory in _healthy(trajectories):
-    groups[trajectory.task_id].append(tuple(_key(step.action) for step in trajectory.steps))
-  shares = [(len(set(g)) - 1) / (len(g) - 1) for g in groups.values() if len(g) > 1]
-  return float(np.mean(shares)) if shares else float("nan")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,8 +162,8 @@ def spent_per_solved(trajectories: Iterable[Trajectory]) -> Spent:
   return Spent(
     llm_calls=len(steps) / solved,
     tokens=sum(len(step.tokens) for step in steps) / solved,
-    cost=sum(getattr(o, "cost", 0.0) for o in answers) / solved,
-    latency=sum(getattr(o, "latency", 0.0) for o in answers) / solved,
+    cost=sum(o.cost for o in answers) / solved,
+    latency=sum(o.latency for o in answers) / solved,
   )
 
 
@@ -222,7 +210,7 @@ def first_change(before: Trajectory, after: Trajectory) -> int:
   """Number of the first step whose action differs (thoughts apart), or where one has ended."""
   shared = min(len(before.steps), len(after.steps))
   for k in range(shared):
-    if _key(before.steps[k].action) != _key(after.steps[k].action):
+    if action_key(before.steps[k].action) != action_key(after.steps[k].action):
       return k
   return shared
 
@@ -251,7 +239,7 @@ def _reaction(trajectory: Trajectory, k: int) -> str:
     return BROKEN
   if not isinstance(failed, ToolCall) or action.name != failed.name:
     return OTHER
-  return RETRIED if _key(action) == _key(failed) else CHANGED
+  return RETRIED if action_key(action) == action_key(failed) else CHANGED
 
 
 def _recovered_at(trajectory: Trajectory, k: int) -> int | None:
@@ -283,15 +271,6 @@ def _change(was: Step | None, now: Step | None) -> str:
 
 def _name(action: Action) -> str:
   return action.name if isinstance(action, ToolCall) else ""
-
-
-def _key(action: Action) -> str:
-  """What makes two actions the same; thoughts do not count."""
-  if isinstance(action, ToolCall):
-    return json.dumps([action.name, action.arguments], sort_keys=True, default=str)
-  if isinstance(action, Finish):
-    return json.dumps(["", action.gave_up, action.answer])
-  return json.dumps(["malformed", action.reason])
 
 
 def _mean(values: Sequence[float]) -> float:

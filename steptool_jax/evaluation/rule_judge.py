@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
-from steptool_jax.data import official
+from steptool_jax.data import official, training_rows
 from steptool_jax.evaluation import passrate
 from steptool_jax.rewards import responses, tables
 from steptool_jax.rewards.responses import Transcript
@@ -264,7 +264,7 @@ _HEADERS = re.compile(
 )
 
 
-def row_transcript(row: official.StepRow) -> Transcript:
+def row_transcript(row: training_rows.StepRow) -> Transcript:
   """The texts of a step-grained row, out of the chat markup of its model."""
   query = re.search(r"(?:User:|\|>user|\|im_start\|>user)\S*(.*?)Begin!", row.prompts[0], re.DOTALL)
   calls = []
@@ -285,7 +285,7 @@ def step_table(folder: pathlib.Path | str, cases: Sequence[Case]) -> list[tuple[
   files = sorted(root.glob("*/step_grained_for_ppo_example.csv"))
   if not files:
     raise FileNotFoundError(f"{root}: no <model>/step_grained_for_ppo_example.csv there")
-  rows = [row for file in files for row in official.read_step_rows(file)]
+  rows = [row for file in files for row in training_rows.read_step_rows(file)]
   judged = [reward for row in rows for reward in row.rewards[:-1]]
   pairs = list(_foreign_pairs(cases))
   out = []

@@ -142,8 +142,8 @@ def _step(step: Step, words, values, with_logprobs: bool, pieces: _Table) -> dic
       "code": str(observation.code),
       "injected": int(observation.injected),
       "changed": int(observation.changed),
-      "cost": _short(getattr(observation, "cost", 0.0)),
-      "latency": _short(getattr(observation, "latency", 0.0)),
+      "cost": _short(observation.cost),
+      "latency": _short(observation.latency),
     }
   if words is not None:
     out["words"] = [pieces(str(word)) for word in words]

@@ -150,8 +150,8 @@ def update(
   """One optimizer step on the minibatch; gradients are accumulated over its micro-batches.
 
   Exact: denominators are those of the whole minibatch, so N micro-batches give the gradient of one
-  large batch. A non-finite gradient leaves parameters and optimizer as they were and is reported
-  in metrics["skipped"].
+  large batch. Where anything is not finite (the gradient, a term or metric of the loss, what the
+  batch brings along) parameters and optimizer stay as they were, and metrics["skipped"] is 1.
   """
   denominators = _total_denominators(learner, batch_NBT, count)
 
@@ -162,16 +162,20 @@ def update(
     return sum(shares[k] for k in terms), shares
 
   def one(index, carry):
-    grads, totals = carry
+    grads, totals, finite = carry
     micro = _micro(batch_NBT, index)
     more, shares = jax.grad(loss_of_micro, has_aux=True)(state.trainable, micro)
-    return jax.tree.map(jnp.add, (grads, totals), (more, shares))
+    grads, totals = jax.tree.map(jnp.add, (grads, totals), (more, shares))
+    return grads, totals, finite & _is_finite(micro)
 
   zero_grads = jax.tree.map(jnp.zeros_like, state.trainable)
   zero_totals = {name: jnp.zeros((), jnp.float32) for name in denominators}
-  grads, metrics = jax.lax.fori_loop(0, count, one, (zero_grads, zero_totals))
+  start = (zero_grads, zero_totals, jnp.bool_(True))
+  grads, metrics, finite = jax.lax.fori_loop(0, count, one, start)
   grad_norm = optax.global_norm(grads)
-  finite = jnp.isfinite(grad_norm)
+  # A clipped ratio or a mask can hide a NaN from the gradient: it is looked for at its source.
+  for value in (grad_norm, *metrics.values()):
+    finite &= jnp.isfinite(value)
   updates, opt_state = learner.optimizer.update(grads, state.opt_state, state.trainable)
   trainable = optax.apply_updates(state.trainable, updates)
   trainable, opt_state = jax.tree.map(
@@ -225,6 +229,13 @@ def _micro(batch_NBT: TokenBatch, index) -> TokenBatch:
   return jax.tree.map(
     lambda x: jax.lax.dynamic_index_in_dim(x, index, axis=0, keepdims=False), batch_NBT
   )
+
+
+def _is_finite(batch: TokenBatch) -> jax.Array:
+  """bool[], whether all that the trajectories of a micro-batch bring along is finite."""
+  inside_BT = batch.segment_ids > 0
+  floats = [x for x in jax.tree.leaves(batch) if jnp.issubdtype(x.dtype, jnp.floating)]
+  return jnp.all(jnp.stack([jnp.isfinite(x) | ~inside_BT for x in floats]))
 
 
 def _masked_variance(x_BT, mask_BT):

@@ -6,6 +6,7 @@ alpha = 1 gives the numbers of the released annotations.
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Literal
 
 from steptool_jax.types import Status, Trajectory
@@ -18,14 +19,18 @@ def shape(
   alpha: float = 1.0,
   normalization: Normalization = "mean",
   outcome_only: bool = False,
+  final: Mapping[str, float] | None = None,
 ) -> Trajectory:
-  """The same trajectory with `reward` (float) on every step.
+  """The same trajectory with `reward` (float) on every step, and reward_parts of their sum.
 
-  A terminated trajectory's last step earns IsSolved. A truncated one has no last step in this
-  sense: all its steps are intermediate. "mean" divides the intermediate rewards by their number:
-  their sum stays in [0, 1], so that neither more calls nor a retry outscore a first-try success;
-  with "none" every further successful call adds up. outcome_only: intermediate rewards are 0.
-  An INFRASTRUCTURE_ERROR earns 0 everywhere (and is kept out of training).
+  A terminated trajectory's last step earns IsSolved, or the parts in `final` if there are some
+  (rewards/orchestra.py). A truncated one has no last step in this sense: all its steps are
+  intermediate. "mean" divides the intermediate rewards by their number: their sum stays in [0, 1],
+  so that neither more calls nor a retry outscore a first-try success; with "none" every further
+  successful call adds up. outcome_only: intermediate rewards are 0. An INFRASTRUCTURE_ERROR earns 0
+  everywhere (and is kept out of training).
+
+  reward_parts: success_calling, contribution, and solved or the names in `final`.
 
   ValueError for alpha < 0, an unknown normalization, or SC, Con, IsSolved outside [0, 1].
   """
@@ -49,11 +54,18 @@ def shape(
     scale * (alpha * step.success_calling + step.contribution) / (alpha + 1)
     for step in trajectory.steps
   ]
+  intermediate = trajectory.steps[:count]
+  parts = {
+    "success_calling": scale * alpha / (alpha + 1) * sum(s.success_calling for s in intermediate),
+    "contribution": scale / (alpha + 1) * sum(s.contribution for s in intermediate),
+  }
+  last = {"solved": float(trajectory.solved)} if final is None else dict(final)
+  if not rewards or trajectory.truncated or trajectory.status == Status.INFRASTRUCTURE_ERROR:
+    last = dict.fromkeys(last, 0.0)
   if rewards and not trajectory.truncated:
-    failed = trajectory.status == Status.INFRASTRUCTURE_ERROR
-    rewards[-1] = 0.0 if failed else float(trajectory.solved)
+    rewards[-1] = sum(last.values())
   steps = tuple(
     dataclasses.replace(step, reward=float(reward))
     for step, reward in zip(trajectory.steps, rewards, strict=True)
   )
-  return dataclasses.replace(trajectory, steps=steps)
+  return dataclasses.replace(trajectory, steps=steps, reward_parts=parts | last)

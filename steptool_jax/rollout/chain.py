@@ -19,7 +19,7 @@ from steptool_jax.dialogue.template import ChatFormat
 from steptool_jax.environments.base import Environment, Session
 from steptool_jax.rollout.conversation import Conversation, Limits, State
 from steptool_jax.simulators.errors import InfrastructureError
-from steptool_jax.simulators.runner import ToolRunner
+from steptool_jax.simulators.runner import ToolRunner, TooManyStuck
 from steptool_jax.types import Status, Task, Trajectory
 
 
@@ -89,7 +89,7 @@ def rollout(
 
   Raises:
     Interrupted: should_stop answered True.
-    InfrastructureError: tools hang beyond what the runner may leave behind.
+    TooManyStuck: tools hang beyond what the runner may leave behind.
   """
   loop = Loop(engine, variables, environment, chat_format, limits, runner, sampling, system)
   started = time.monotonic()
@@ -107,6 +107,8 @@ def graded(trajectory: Trajectory, grade: Callable[[], float]) -> Trajectory:
     return trajectory
   try:
     return dataclasses.replace(trajectory, solved=grade())
+  except TooManyStuck:
+    raise
   except InfrastructureError:
     return dataclasses.replace(trajectory, status=Status.INFRASTRUCTURE_ERROR)
 
@@ -131,9 +133,16 @@ class Loop:
         raise Interrupted
       fresh = []
       for slot in range(self.engine.slots):
-        if slot not in self.seats and waiting:
+        while slot not in self.seats and waiting:
           index, (task, sample) = waiting.popleft()
-          self._sit(slot, task, sample)
+          try:
+            self._sit(slot, task, sample)
+          except TooManyStuck:
+            raise
+          except InfrastructureError:
+            results[index] = self._lost(task, sample)
+            on_done(results[index])
+            continue
           order[slot] = index
           fresh.append(slot)
       if fresh:
@@ -153,14 +162,34 @@ class Loop:
 
   def _sit(self, slot: int, task: Task, sample: int) -> None:
     conversation = Conversation(task, sample, self.format, self.limits, self.system)
-    self.seats[slot] = Seat(conversation, self.environment.open(task, sample))
+    session = self._within(
+      "opening a session", lambda: self.environment.open(task, sample), lambda late: late.close()
+    )
+    self.seats[slot] = Seat(conversation, session)
+
+  def _lost(self, task: Task, sample: int) -> Trajectory:
+    """Of a conversation whose session could not be opened."""
+    nothing = np.zeros(0, np.int32)
+    return Trajectory(
+      task.id,
+      sample,
+      nothing,
+      (),
+      Status.INFRASTRUCTURE_ERROR,
+      policy_version=self.sampling.version,
+    )
+
+  def _within(self, what: str, function: Callable, late: Callable | None = None) -> Any:
+    """The environment's work that a slot waits for, with the time-out of a tool call."""
+    return self.runner.within(function, f"environment {self.environment.name!r}: {what}", late)
 
   def _stand(self, slot: int) -> Trajectory:
     """Grades and frees a finished conversation."""
     seat = self.seats.pop(slot)
     trajectory = seat.conversation.trajectory(0.0, self.sampling.version)
     try:
-      return graded(trajectory, lambda: seat.session.grade(seat.conversation.answer))
+      answer = seat.conversation.answer
+      return graded(trajectory, lambda: self._within("grading", lambda: seat.session.grade(answer)))
     finally:
       seat.session.close()
 

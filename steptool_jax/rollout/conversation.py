@@ -51,6 +51,10 @@ class Limits:
         raise ValueError(f"limits.{field.name}: must be an integer of at least 1, found {value!r}")
 
 
+class NonFiniteLogprobs(ValueError):
+  """The policy's distribution is not one: nothing of this rollout can be trained on."""
+
+
 class State(enum.StrEnum):
   NEEDS_APPEND = "needs_append"  # append pending_tokens(), then appended()
   DECODING = "decoding"  # decode up to budget() tokens, then sampled()
@@ -143,8 +147,8 @@ class Conversation:
     """Takes int32[N] ids and float32[N] log-probs of one decode call; returns the new state.
 
     A turn may come in several calls; it ends with its stop token (stopped) or with its budget.
-    ValueError for more tokens than budget(), log-probs that do not match or are not finite, and a
-    stop token that is not where `stopped` says.
+    ValueError for more tokens than budget(), log-probs that do not match, and a stop token that is
+    not where `stopped` says; NonFiniteLogprobs.
     """
     self._expect(State.DECODING)
     tokens = np.asarray(tokens, np.int32)
@@ -154,7 +158,9 @@ class Conversation:
     if len(tokens) > self.budget():
       raise ValueError(f"{len(tokens)} tokens sampled, the budget was {self.budget()}")
     if not np.isfinite(logprobs).all():
-      raise ValueError(f"task {self.task.id}: log-probs are not finite, the policy is broken")
+      raise NonFiniteLogprobs(
+        f"task {self.task.id}: the sampler's log-probs are not finite, the policy is broken"
+      )
     stops = np.isin(tokens, self._format.stop_ids)
     if stops[:-1].any() or bool(len(stops) and stops[-1]) != stopped:
       raise ValueError(f"stopped={stopped} does not fit the ids' stop tokens at {np.where(stops)}")

@@ -297,7 +297,11 @@ class _TreeLoop(Loop):
     self.results: dict[tuple[str, int], SearchResult] = {}
 
   def _sit(self, slot: int, task: Task, sample: int) -> None:
-    branches = Branches(self.environment, task, sample)
+    branches = self._within(
+      "opening a session",
+      lambda: Branches(self.environment, task, sample),
+      lambda late: late.close(),
+    )
     start = Conversation(task, sample, self.format, self.limits, self.system)
     tree = _Tree(start, self.format, self.limits, self.strategy, self.engine.size, branches.enter)
     self.seats[slot] = Seat(tree, branches)
@@ -307,8 +311,9 @@ class _TreeLoop(Loop):
     tree, branches = seat.conversation, seat.session
     leaf, trajectory = tree.result(self.sampling.version)
     try:
+      path, answer = tree.path(leaf), tree.answer(leaf)
       trajectory = graded(
-        trajectory, lambda: branches.grade(leaf, tree.path(leaf), tree.answer(leaf))
+        trajectory, lambda: self._within("grading", lambda: branches.grade(leaf, path, answer))
       )
     finally:
       branches.close()
@@ -316,6 +321,11 @@ class _TreeLoop(Loop):
     self.stats.siblings_without_room += tree.without_room
     self.stats.replayed_calls += branches.replayed_calls
     self.results[tree.task.id, tree.sample] = SearchResult(tuple(tree.nodes), leaf, trajectory)
+    return trajectory
+
+  def _lost(self, task: Task, sample: int) -> Trajectory:
+    trajectory = super()._lost(task, sample)
+    self.results[task.id, sample] = SearchResult((), ROOT, trajectory)
     return trajectory
 
   def _submit(self, seat: Seat) -> Future:

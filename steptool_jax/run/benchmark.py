@@ -2,10 +2,12 @@
 
     WORKDIR/answers/rollout_<k>/<subset>/<query id>_<method>.json   official answers
     WORKDIR/converted/rollout_<k>/<subset>.json                     official converted answers
+    WORKDIR/pass_rate/rollout_<k>/<subset>_rollout_<k>.json         official verdicts
     WORKDIR/trajectories.jsonl                                      ours (data/trajectories)
 
 The folder rollout_<k> stands where official tools expect the name of a model. Tasks that ended in
-an infrastructure error, of tools or judge, are named and have neither figure nor answer file.
+an infrastructure error, of tools or judge, are named and have neither figure nor file. With
+evaluation.stored=WORKDIR/pass_rate the verdicts give the figures once more.
 """
 
 import dataclasses
@@ -17,6 +19,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from steptool_jax.data import official
 from steptool_jax.data.trajectories import (
   AnnotatedTrajectory,
   read_trajectories,
@@ -58,14 +61,15 @@ def evaluate(bench: Workbench, variables: dict) -> _Json:
     raise ValueError("environment: there are no held-out tasks; evaluation needs at least one")
   name = solving.method(bench)
   others = _read_others(e.against, tasks) if e.against else None
-  for name_of in ("answers", "converted"):  # of an earlier evaluation, perhaps of other tasks
+  # Of an earlier evaluation, perhaps of other tasks.
+  for name_of in ("answers", "converted", "pass_rate"):
     for old in (bench.workdir / name_of).glob("rollout_*"):
       shutil.rmtree(old)
   runs = []
   for k in range(e.rollouts):
     runs.append(_run(bench, variables, tasks, k, f"{name}, rollout {k + 1} of {e.rollouts}"))
     if bench.services.judging is not None:
-      _write_answers(bench, runs[-1], f"rollout_{k}", name)
+      _write_official(bench, runs[-1], f"rollout_{k}", name)
   codec = bench.policy.chat_format.codec
   records = [
     AnnotatedTrajectory(
@@ -243,11 +247,13 @@ def _work(runs: Sequence[_Run]) -> _Json:
 # --- official files --------------------------------------------------------------------------
 
 
-def _write_answers(bench: Workbench, run: _Run, folder: str, name: str) -> None:
+def _write_official(bench: Workbench, run: _Run, folder: str, name: str) -> None:
   codec = bench.policy.chat_format.codec
   strategy = build.build_search(bench.config)
   written: dict[str, pathlib.Path] = {}
-  for solution, final in zip(run.solutions, run.trajectories, strict=True):
+  verdicts: dict[str, tuple[official.Verdict, ...]] = {}  # by query id
+  judged = {int(n): row for n, row in zip(run.rate.task_ids, run.rate.verdicts, strict=True)}
+  for n, (solution, final) in enumerate(zip(run.solutions, run.trajectories, strict=True)):
     if final.status is Status.INFRASTRUCTURE_ERROR:
       continue  # it would be scored as a failure of the model
     task = solution.task
@@ -261,6 +267,15 @@ def _write_answers(bench: Workbench, run: _Run, folder: str, name: str) -> None:
       }
     subset = task.metadata["subset"]
     written[subset] = bench.workdir / "answers" / folder / subset
-    write_answer(written[subset], task, name, answer)
+    path = write_answer(written[subset], task, name, answer)
+    verdicts[path.name.removesuffix(f"_{name}.json")] = judged[n]
   for subset, path in written.items():
-    write_json(bench.workdir / "converted" / folder / f"{subset}.json", convert_folder(path, name))
+    converted = bench.workdir / "converted" / folder / f"{subset}.json"
+    write_json(converted, convert_folder(path, name))
+    results = [
+      official.result_of(answer, verdicts[query_id])
+      for query_id, answer in official.read_converted(converted).items()
+    ]
+    official.write_results(
+      bench.workdir / "pass_rate" / folder / f"{subset}_{folder}.json", results
+    )

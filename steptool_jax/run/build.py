@@ -14,6 +14,7 @@ from steptool_jax.dialogue.template import ChatFormat, get_format
 from steptool_jax.environments.base import Environment
 from steptool_jax.environments.custom import Custom
 from steptool_jax.environments.data_pipeline import DataPipeline
+from steptool_jax.environments.market import Market, MarketEnvironment
 from steptool_jax.environments.nested_api import NestedApi
 from steptool_jax.environments.toolbench import ToolBench
 from steptool_jax.environments.toolbench_names import Prompts
@@ -79,6 +80,10 @@ def build_environment(config: Config, services: Services = NO_SERVICES) -> Envir
       tools_per_task=c.tools_per_task or None,
       max_observation_chars=config.rollout.max_observation_chars,
     )
+  m = c.market
+  if m.prices:
+    market = Market(m.seed, m.spread, m.specialists, m.preferences, m.asked)
+    environment = MarketEnvironment(environment, market)
   faults = Faults(**dataclasses.asdict(c.faults))
   if faults.rate_limit + faults.timeout + faults.transient + faults.not_found > 0:
     environment = FaultyEnvironment(environment, faults)

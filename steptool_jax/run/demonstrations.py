@@ -46,7 +46,7 @@ class Demonstrations:
   def _draw(self, index: int, position: int) -> Trajectory:
     task = self._tasks[index]
     actions = task.demonstration
-    if self._sft.mistakes:
+    if self._sft.mistakes and position >= self._sft.clean_steps * self._sft.batch:
       rng = np.random.default_rng((self._bench.config.seed, position))
       actions = imperfect(self._bench.environment, task, rng, self._sft.mistakes)
     return demonstrate(

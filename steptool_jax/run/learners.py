@@ -45,8 +45,8 @@ def _schedule(c: Optimizer, peak: float, total_steps: int) -> optax.Schedule:
   rest = max(total_steps - warmup, 1)
   main = {
     "constant": lambda: optax.constant_schedule(peak),
-    "linear": lambda: optax.linear_schedule(peak, 0.0, rest),
-    "cosine": lambda: optax.cosine_decay_schedule(peak, rest),
+    "linear": lambda: optax.linear_schedule(peak, c.floor * peak, rest),
+    "cosine": lambda: optax.cosine_decay_schedule(peak, rest, alpha=c.floor),
   }[c.schedule]()
   if not warmup:
     return main
@@ -71,7 +71,8 @@ def build_learner(
 ) -> update.Learner:
   """The learner of a phase: algorithm 'sft' for the warm-up, config.algorithm for RL.
 
-  iterations: of RL, which the schedule spans; None for train.iterations.
+  iterations: which the schedule spans: of RL, or of SFT on stored trajectories; None for
+  train.iterations.
   """
   sft = algorithm == "sft"
   t, a, c = config.train, config.advantage, config.loss
@@ -90,7 +91,8 @@ def build_learner(
     aggregation=c.aggregation,
   )
   iterations = t.iterations if iterations is None else iterations
-  steps = config.sft.steps if sft else iterations * t.epochs * t.minibatches
+  # Without steps of its own, SFT runs through stored trajectories.
+  steps = config.sft.steps or iterations if sft else iterations * t.epochs * t.minibatches
   return update.Learner(
     model=model_config,
     algorithm=algorithms.get_algorithm(algorithm),

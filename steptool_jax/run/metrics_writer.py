@@ -75,6 +75,7 @@ def plot_learning_curve(
   heldout: Sequence[tuple[float, float]],
   levels: Mapping[str, float],
   title: str,
+  heldout_label: str,
 ) -> None:
   """PNG: pass rate (%) over conversations rolled out; `levels` are dashed lines."""
   import matplotlib
@@ -88,7 +89,7 @@ def plot_learning_curve(
     axes.plot(x, [100 * v for v in y], color="#9db8d9", lw=1.2, label="training tasks, sampled")
   if heldout:
     x, y = zip(*heldout, strict=True)
-    axes.plot(x, [100 * v for v in y], "o-", color="#1f4e8c", lw=2, label="held-out tasks")
+    axes.plot(x, [100 * v for v in y], "o-", color="#1f4e8c", lw=2, label=heldout_label)
   for (name, level), color in zip(levels.items(), ("#b0b0b0", "#d9822b"), strict=False):
     axes.axhline(100 * level, ls="--", color=color, lw=1.2, label=f"{name}: {100 * level:.1f} %")
   axes.set(xlabel="conversations rolled out", ylabel="pass rate (%)", ylim=(0, 100), title=title)

@@ -2,7 +2,8 @@
 
 The paper's set-up: trajectories that were annotated once, trained on for several passes. Rewards
 are those of the file. (--mode=annotate put rewards.alpha and rewards.normalization into them;
-official rows come with theirs.) An algorithm with outcome rewards sees IsSolved alone.
+official rows come with theirs.) An algorithm with outcome rewards sees IsSolved alone; sft imitates
+every step, of official SFT and RFT instances ("dialogues") the last one.
 
 Old log-probs, the denominator of PPO's ratio, are those of the policy that sampled the data: as
 recorded in rollouts, and where nobody recorded them (official rows, trajectories of other models)
@@ -28,7 +29,7 @@ import numpy as np
 from absl import logging
 
 from steptool_jax.config import Config
-from steptool_jax.data import conversion, official, trajectories
+from steptool_jax.data import conversion, training_rows, trajectories
 from steptool_jax.data.trajectories import AnnotatedTrajectory
 from steptool_jax.dialogue.template import ChatFormat
 from steptool_jax.files import replacing
@@ -86,9 +87,8 @@ def load(config: Config, chat_format: ChatFormat, model: ModelConfig) -> Data:
   total = 0
   paths = files(config.data.path, "data.path")
   for path in paths:
-    if config.data.format == "tsv":
-      rows = official.read_step_rows(path)
-      result = conversion.from_step_rows(rows, chat_format, limit, str(path))
+    if config.data.format != "jsonl":
+      result = _official(config.data.format, path, chat_format, limit)
       records += result.records
       total += result.total
       left_out["too_long"] += [f"{path}:{row} ({tokens} tokens)" for row, tokens in result.too_long]
@@ -123,6 +123,16 @@ def load(config: Config, chat_format: ChatFormat, model: ModelConfig) -> Data:
     kept = [shaping.shape(trajectory, outcome_only=True) for trajectory in kept]
   recorded = tuple(record.logprobs_known for record in records)
   return Data(tuple(kept), recorded, config.data.batch, config.seed, report)
+
+
+def _official(
+  kind: str, path: pathlib.Path, chat_format: ChatFormat, limit: int
+) -> conversion.Conversion:
+  if kind == "dialogues":
+    return conversion.from_dialogues(training_rows.read_dialogues(path), chat_format, limit)
+  return conversion.from_step_rows(
+    training_rows.read_step_rows(path), chat_format, limit, str(path)
+  )
 
 
 def _unfit(trajectory: Trajectory, limit: int) -> str:

@@ -22,7 +22,9 @@ from steptool_jax.config import Config
 from steptool_jax.evaluation.metrics import rollout_metrics
 from steptool_jax.learning import algorithms, batching, update
 from steptool_jax.policy import lora, sharding
+from steptool_jax.rewards import orchestra
 from steptool_jax.rollout.chain import Interrupted, Stats
+from steptool_jax.rollout.conversation import NonFiniteLogprobs
 from steptool_jax.run import (
   build,
   export,
@@ -67,6 +69,7 @@ class Progress:
   llm_calls: int = 0  # of these conversations: the environment steps
   tokens: int = 0  # of trajectories rolled out and trained on in RL
   rl_seconds: float = 0.0
+  skipped: int = 0  # updates, because something was not finite
   results: dict[str, float] = dataclasses.field(default_factory=dict)
   train_curve: list[tuple[float, float]] = dataclasses.field(default_factory=list)
   heldout_curve: list[tuple[float, float]] = dataclasses.field(default_factory=list)
@@ -121,7 +124,7 @@ class _Trainer:
     )
 
   def _sizes(self) -> tuple[int, int]:
-    """(most conversations of an iteration, iterations of RL)."""
+    """(most conversations of an iteration, iterations of RL or of any training on stored data)."""
     if self.data is not None:
       return self.data.size, self.config.data.passes * self.data.batches_per_pass
     r = self.config.rollout
@@ -191,11 +194,13 @@ class _Trainer:
     return learners.start_phase(self.config, self.bench.mesh, self.learner, variables)
 
   def _sft(self) -> None:
-    steps = self.config.sft.steps
+    stored = self.data if self.algorithm.rewards == "none" else None
+    steps = self.config.sft.steps if stored is None else self.iterations
     if not steps:
       return
-    source = Demonstrations(self.bench)
-    capacity = -(-self.config.sft.batch // self.config.sft.micro_rows)
+    source = Demonstrations(self.bench) if stored is None else stored
+    size = self.config.sft.batch if stored is None else stored.size
+    capacity = -(-size // self.config.sft.micro_rows)
     with self._bar(steps, "SFT") as bar:
       while self.progress.done < steps:
         self._check_stop()
@@ -210,7 +215,8 @@ class _Trainer:
         every = self.config.sft.checkpoint_every
         if (every and self.progress.done % every == 0) or self.progress.done == steps:
           self._save()
-    source.report()
+    if stored is None:
+      source.report()
 
   def _to_rl(self) -> None:
     variables = build.fold_adapters(
@@ -235,8 +241,9 @@ class _Trainer:
         self.writer.write(self._number(), "train", figures | self._spent())
         bar.update()
         bar.set_postfix_str(
-          f"reward {figures['reward']:.2f}, pass {figures['pass_rate']:.0%}, "
-          f"KL {figures['kl']:.2f}, {figures['tokens_per_second']:.0f} tok/s",
+          ", ".join(
+            f"{label} {figures[name]:{form}}" for label, name, form in _SHOWN if name in figures
+          ),
           refresh=False,
         )
         done = self.progress.done
@@ -255,15 +262,18 @@ class _Trainer:
 
   def _iteration(self) -> dict[str, float]:
     started = time.monotonic()
-    jobs = self._jobs()
-    trajectories, stats = workbench.collect(
-      self.bench,
-      self._variables(),
-      jobs,
-      self.progress.done,
-      self.config.rollout.temperature,
-      "rollout",
-    )
+    try:
+      trajectories, stats = workbench.collect(
+        self.bench,
+        self._variables(),
+        self._jobs(),
+        self.progress.done,
+        self.config.rollout.temperature,
+        "rollout",
+      )
+    except NonFiniteLogprobs as error:
+      self._count_skipped(True, str(error))
+      return {"skipped": 1.0}
     figures = rollout_metrics(trajectories)
     usable = [t for t in trajectories if t.steps and t.status is not Status.INFRASTRUCTURE_ERROR]
     if not usable:
@@ -271,10 +281,15 @@ class _Trainer:
         "no conversation of this iteration can be trained on: all ended in infrastructure errors "
         "or before the first call; look at the tools and at rollout.max_tokens"
       )
+    f = self.config.rewards.filters
+    filters = orchestra.Filters(f.min_deviation, f.malformed, f.unfinished)
+    kept, dropped = orchestra.keep(usable, filters)
+    figures |= dropped
     update_started = time.monotonic()
-    figures |= self._learn(usable)
+    if kept:
+      figures |= self._learn(kept)
     now = time.monotonic()
-    tokens = sum(t.num_tokens for t in usable)
+    tokens = sum(t.num_tokens for t in kept)
     self._count(trajectories, tokens)
     self.progress.train_curve.append((self.progress.conversations, figures["pass_rate"]))
     return figures | _shares(stats, now - update_started, now - started, tokens)
@@ -390,17 +405,24 @@ class _Trainer:
       yield _SELECT(prepared, index, valid), len(chosen)
 
   def _update(self, batch: Any, rows: int) -> dict[str, float]:
-    """One optimizer step; stops the run when non-finite gradients come in a row."""
+    """One optimizer step."""
     count = np.int32(-(-rows // batch.tokens.shape[1]))
     self.state, metrics = self.programs[1](self.state, batch, count)
     metrics = {k: float(v) for k, v in jax.device_get(metrics).items()}
-    self.skipped_in_a_row = self.skipped_in_a_row + 1 if metrics["skipped"] else 0
+    names = [name for name, value in metrics.items() if not math.isfinite(value)]
+    reason = f"what is not finite: {', '.join(names) or 'rewards, log-probs or advantages'}"
+    self._count_skipped(bool(metrics["skipped"]), reason)
+    return metrics
+
+  def _count_skipped(self, skipped: bool, reason: str) -> None:
+    """Stops the run when updates that were skipped for non-finite numbers come in a row."""
+    self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
+    self.progress.skipped += skipped
     if self.skipped_in_a_row >= self.config.train.max_skipped:
       raise RuntimeError(
-        f"{self.skipped_in_a_row} updates in a row had a non-finite gradient and were skipped; "
-        "lower the learning rate; the last checkpoint holds finite weights"
+        f"{self.skipped_in_a_row} updates in a row were skipped, the last one because of "
+        f"{reason}; lower the learning rate; the last checkpoint holds finite weights"
       )
-    return metrics
 
   # --- book-keeping ---
 
@@ -485,6 +507,7 @@ class _Trainer:
       self.progress.heldout_curve,
       {label: self.progress.results[k] for k, label in names.items() if k in self.progress.results},
       f"{self.config.algorithm} on {self.config.environment.name}, seed {self.config.seed}",
+      f"held-out tasks, {'sampled' if self.config.evaluation.temperature else 'greedy'}",
     )
 
   def _summary(self, interrupted: bool) -> dict[str, Any]:
@@ -495,13 +518,15 @@ class _Trainer:
       "seed": self.config.seed,
       "heldout_tasks": self._heldout_tasks(),
       "conversations": p.conversations,
+      "skipped_updates": p.skipped,
       "seconds": self._clock(),
       "peak_rss_gib": metrics_writer.peak_rss_gib(),
       "tokens_per_second": p.tokens / p.rl_seconds if p.rl_seconds else 0.0,
       "interrupted": interrupted,
     }
     if self.data is not None:
-      summary["iterations"] = p.done if p.phase == "rl" else 0
+      offline_phase = "sft" if self.algorithm.rewards == "none" else "rl"
+      summary["iterations"] = p.done if p.phase == offline_phase else 0
       summary["data"] = self.data.report | {"passes": self.config.data.passes}
     if self.bench.services.judging is not None:
       summary["judge"] = self.bench.services.judging.report()
@@ -509,12 +534,24 @@ class _Trainer:
     return summary
 
 
+# What the progress bar shows of an iteration's figures: (label, name, format).
+_SHOWN = (
+  ("reward", "reward", ".2f"),
+  ("pass", "pass_rate", ".0%"),
+  ("KL", "kl", ".2f"),
+  ("tok/s", "tokens_per_second", ".0f"),
+)
 _SELECT = jax.jit(learners.select_rows)
 
 
 def _shares(stats: Stats, update_seconds: float, seconds: float, tokens: int) -> dict[str, float]:
-  """Where an iteration's time went."""
+  """Where an iteration's time went; the update counts as time of the device."""
+  device = (stats.device_seconds + update_seconds) / seconds
+  tools = stats.tool_wait_seconds / seconds
   return {
+    "device_share": device,
+    "tool_share": tools,
+    "host_share": 1.0 - device - tools,
     "tokens_per_second": tokens / seconds,
     "sampled_tokens_per_second": stats.sampled_tokens / max(stats.seconds, 1e-9),
     "rollout_share": stats.seconds / seconds,

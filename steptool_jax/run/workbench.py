@@ -16,7 +16,7 @@ from steptool_jax.environments.base import Environment
 from steptool_jax.evaluation.metrics import rollout_metrics
 from steptool_jax.learning.algorithms import get_algorithm
 from steptool_jax.policy.engine import Engine
-from steptool_jax.rewards import responses, rules, shaping
+from steptool_jax.rewards import orchestra, responses, rules, shaping
 from steptool_jax.rollout import chain, tree
 from steptool_jax.rollout.conversation import Limits
 from steptool_jax.rollout.strategy import Search
@@ -109,12 +109,17 @@ def collect(
   temperature: float,
   label: str,
 ) -> tuple[list[Trajectory], chain.Stats]:
-  """Rolls out (task, sample) jobs and puts step rewards on the trajectories."""
+  """Rolls out (task, sample) jobs and puts rewards on the trajectories.
+
+  Evaluations are always rewarded as scheme 'steptool': Eq. 2 compares a task's samples and says
+  nothing about a single one, and so the figures of all schemes are the same.
+  """
   trajectories, stats = roll(bench, variables, jobs, version, temperature, label)
   tasks = [task for task, _ in jobs]
   if bench.services.judging is not None:
     _, trajectories = bench.services.judging.judge(tasks, trajectories)
-  return reward(bench, tasks, trajectories), stats
+  scheme = "steptool" if version == EVALUATION else bench.config.rewards.scheme
+  return reward(bench, tasks, trajectories, scheme), stats
 
 
 def roll(
@@ -161,22 +166,30 @@ def roll(
 
 
 def reward(
-  bench: Workbench, tasks: Sequence[Task], trajectories: Sequence[Trajectory]
+  bench: Workbench,
+  tasks: Sequence[Task],
+  trajectories: Sequence[Trajectory],
+  scheme: str = "steptool",
 ) -> list[Trajectory]:
-  """The same trajectories with SC, Con and r on every step.
+  """The same trajectories with SC, Con and r on every step; `scheme` as config.rewards.scheme.
 
   By comparison with the demonstration and the final answer where answers are checked by rule; by
   the text rule "evidence" where they are free text.
   """
   outcome_only = get_algorithm(bench.config.algorithm).rewards == "outcome"
   c = bench.config.rewards
+  finals: Sequence[dict[str, float] | None] = [None] * len(tasks)
+  if scheme != "steptool":
+    usual = orchestra.Preference(c.orchestra.outcome, c.orchestra.cost, c.orchestra.latency)
+    preferences = [usual.of(task.metadata.get("preference", {})) for task in tasks]
+    finals = orchestra.final_rewards(trajectories, preferences)
   shaped = []
-  for task, trajectory in zip(tasks, trajectories, strict=True):
+  for task, trajectory, final in zip(tasks, trajectories, finals, strict=True):
     if bench.services.judging is None:
       marked = rules.annotate(task, trajectory)
     else:
       marked = responses.score(task.query, trajectory)
-    shaped.append(shaping.shape(marked, c.alpha, c.normalization, outcome_only))
+    shaped.append(shaping.shape(marked, c.alpha, c.normalization, outcome_only, final))
   return shaped
 
 

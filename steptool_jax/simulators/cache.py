@@ -1,8 +1,7 @@
 """Recorded answers: the official tool_response_cache folder, and new answers beside it.
 
 The base folder is only read: <Category>/<tool>_for_<Category>/<api>.json, each an object
-{str(arguments): {error, response}}. New answers go to an SQLite database in a folder of their own,
-which any number of threads and processes share (a local disk: SQLite's log needs its locks).
+{str(arguments): {error, response}}. New answers go to a folder of their own (written.py).
 """
 
 import ast
@@ -12,9 +11,7 @@ import dataclasses
 import json
 import os
 import re
-import sqlite3
 import threading
-import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -31,11 +28,9 @@ from steptool_jax.simulators.virtual import (
   parse_arguments,
   response_of,
 )
+from steptool_jax.simulators.written import Place, WrittenAnswers
 
-_DATABASE = "answers.sqlite3"
-_BUSY_S = 30.0  # how long a writer waits for the writers of other processes
 _MAX_RESOLVED = 1 << 18
-_Place = tuple[str, str, str]  # category, tool, api
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,10 +110,10 @@ class Cache:
     if folder is None and writable is None:
       raise ValueError("a cache needs a folder to read, a writable folder, or both")
     self._files = _list_files(Path(folder)) if folder is not None else {}
-    self._written = _Written(Path(writable)) if writable is not None else None
-    self._loaded: dict[_Place, _Entries] = {}
+    self._written = WrittenAnswers(Path(writable)) if writable is not None else None
+    self._loaded: dict[Place, _Entries] = {}
     # Answers never change, so what an exact key came to is kept: the long way is slow.
-    self._resolved: dict[tuple[_Place, str], tuple[VirtualResponse, str]] = {}
+    self._resolved: dict[tuple[Place, str], tuple[VirtualResponse, str]] = {}
     self._counts: collections.Counter[str] = collections.Counter()
     self._load_lock, self._count_lock = threading.Lock(), threading.Lock()
 
@@ -186,7 +181,7 @@ class Cache:
     if self._written is not None:
       self._written.close()
 
-  def _entries(self, place: _Place) -> _Entries:
+  def _entries(self, place: Place) -> _Entries:
     entries = self._loaded.get(place)
     if entries is not None:
       return entries
@@ -225,7 +220,7 @@ class Recorded:
     return self._cache.append(request, found)
 
 
-def _list_files(folder: Path) -> dict[_Place, Path]:
+def _list_files(folder: Path) -> dict[Place, Path]:
   if not folder.is_dir():
     raise FileNotFoundError(
       f"cache folder {folder} does not exist: give the official tool_response_cache folder, "
@@ -317,96 +312,3 @@ def _salvage(text: str) -> Iterator[tuple[str, Any]]:
         return
       value, position = decoder.raw_decode(text, colon.end())
       yield key, value
-
-
-class _Written:
-  """The writable cache: one row per API and canonical key; the first writer wins for ever."""
-
-  def __init__(self, folder: Path):
-    try:
-      folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-      raise OSError(f"writable cache folder {folder} cannot be made: {error}") from error
-    self._path = folder / _DATABASE
-    self._lock = threading.Lock()
-    self._connection, self._process = self._open(), os.getpid()
-
-  def get(self, place: _Place, canonical: str) -> VirtualResponse | None:
-    with self._database() as database:
-      return self._select(database, place, canonical)
-
-  def put(
-    self, place: _Place, key: str, canonical: str, response: VirtualResponse
-  ) -> tuple[VirtualResponse, bool]:
-    """(the answer that counts, whether it is this one)."""
-    text = json.dumps(response.as_dict())
-    with self._database() as database:
-      done = database.execute(
-        "INSERT INTO answers VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING",
-        (*place, canonical, key, text),
-      )
-      new = done.rowcount == 1
-      kept = response if new else self._select(database, place, canonical)
-    return kept, new
-
-  def first(self, place: _Place, count: int) -> list[tuple[str, VirtualResponse]]:
-    with self._database() as database:
-      rows = database.execute(
-        "SELECT key, answer FROM answers WHERE category = ? AND tool = ? AND api = ? "
-        "ORDER BY rowid LIMIT ?",
-        (*place, count),
-      ).fetchall()
-    return [(key, response_of(json.loads(answer))) for key, answer in rows]
-
-  def close(self) -> None:
-    with self._lock:
-      if self._connection is not None and self._process == os.getpid():
-        self._connection.close()
-      self._connection = None
-
-  @staticmethod
-  def _select(database: sqlite3.Connection, place: _Place, canonical: str):
-    row = database.execute(
-      "SELECT answer FROM answers WHERE category = ? AND tool = ? AND api = ? AND canonical = ?",
-      (*place, canonical),
-    ).fetchone()
-    return response_of(json.loads(row[0])) if row else None
-
-  @contextlib.contextmanager
-  def _database(self) -> Iterator[sqlite3.Connection]:
-    with self._lock:
-      if self._connection is None or self._process != os.getpid():
-        # A connection must not cross a fork; the parent's is left to the parent.
-        self._connection, self._process = self._open(), os.getpid()
-      try:
-        yield self._connection
-      except sqlite3.Error as error:
-        raise InfrastructureError(f"writable cache {self._path}: {error}") from error
-
-  def _open(self) -> sqlite3.Connection:
-    deadline = time.monotonic() + _BUSY_S
-    while True:
-      connection = None
-      try:
-        # Autocommit: every statement is a transaction of its own.
-        connection = sqlite3.connect(
-          self._path, timeout=_BUSY_S, isolation_level=None, check_same_thread=False
-        )
-        connection.execute("PRAGMA journal_mode = WAL")
-        connection.execute("PRAGMA synchronous = NORMAL")
-        connection.execute(
-          "CREATE TABLE IF NOT EXISTS answers (category TEXT, tool TEXT, api TEXT, "
-          "canonical TEXT, key TEXT, answer TEXT, UNIQUE (category, tool, api, canonical))"
-        )
-        return connection
-      except sqlite3.Error as error:
-        if connection is not None:
-          connection.close()
-        # Switching a new file to WAL does not wait for a process that does so too.
-        if "locked" in str(error) and time.monotonic() < deadline:
-          time.sleep(0.02)
-          continue
-        raise OSError(
-          f"writable cache {self._path} cannot be opened: {error}; give a writable folder on a "
-          "local disk, or move the file away if it is damaged"
-        ) from error

@@ -5,21 +5,15 @@ that an interrupted run goes on where it stopped and a repeated one costs nothin
 """
 
 import dataclasses
-import datetime
-import email.utils
 import hashlib
 import json
 import pathlib
-import random
 import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import httpx
-
 from steptool_jax.files import replacing
-from steptool_jax.simulators.errors import InfrastructureError
+from steptool_jax.simulators.posting import Failed, Patience, Poster
 
 _RETRIED = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
 _MAX_BODY_BYTES = 16 << 20
@@ -47,14 +41,6 @@ class Usage:
   prompt_tokens: int = 0
   completion_tokens: int = 0
   cost_usd: float = 0.0
-
-
-class _Failed(Exception):
-  """One attempt without a reply; `wait_s` is what the server asked for."""
-
-  def __init__(self, reason: str, again: bool = True, wait_s: float = 0.0):
-    super().__init__(reason)
-    self.again, self.wait_s = again, wait_s
 
 
 class Endpoint:
@@ -85,35 +71,24 @@ class Endpoint:
       raise ValueError(f"base_url is {base_url!r}: give http://host:port/v1")
     if not model:
       raise ValueError("model is empty: name the model that the endpoint serves")
-    if not timeout_s > 0:
-      raise ValueError(f"timeout_s is {timeout_s}: must be above 0 seconds")
-    if retries < 0 or not backoff_s >= 0:
-      raise ValueError("retries and backoff_s must not be negative")
-    if max_in_flight < 1:
-      raise ValueError(f"max_in_flight is {max_in_flight}: must be at least 1")
     if len(prices) != 2 or not min(prices) >= 0:
       raise ValueError(f"prices is {prices}: must be USD per million (prompt, completion) tokens")
     self.model = model
     self.max_in_flight = max_in_flight
-    self._url = base_url.rstrip("/") + "/chat/completions"
-    self._timeout_s, self._retries, self._backoff_s = timeout_s, retries, backoff_s
+    self._patience = Patience(retries, backoff_s, _MAX_BACKOFF_S, _MAX_WAIT_S)
+    self._poster = Poster(
+      base_url.rstrip("/") + "/chat/completions",
+      timeout_s=timeout_s,
+      max_in_flight=max_in_flight,
+      max_body_bytes=_MAX_BODY_BYTES,
+      headers={"authorization": f"Bearer {api_key}"} if api_key else {},
+    )
     self._prices = prices
     self._cache = pathlib.Path(cache_dir) if cache_dir is not None else None
     if self._cache is not None:
       self._cache.mkdir(parents=True, exist_ok=True)
     self._lock = threading.Lock()
     self._usage = Usage()
-    self._slots = threading.BoundedSemaphore(max_in_flight)
-    headers = {"content-type": "application/json", "accept-encoding": "identity"}
-    if api_key:
-      headers["authorization"] = f"Bearer {api_key}"
-    self._client = httpx.Client(
-      timeout=httpx.Timeout(timeout_s, pool=None),
-      limits=httpx.Limits(
-        max_connections=max_in_flight, max_keepalive_connections=max_in_flight, keepalive_expiry=30
-      ),
-      headers=headers,
-    )
 
   def chat(
     self,
@@ -170,7 +145,7 @@ class Endpoint:
       return self._usage
 
   def close(self) -> None:
-    self._client.close()
+    self._poster.close()
 
   def _count(self, **more: float) -> None:
     with self._lock:
@@ -200,48 +175,23 @@ class Endpoint:
 
   def _ask(self, content: str) -> Any:
     # The place is kept while waiting: an overloaded server sees fewer requests, not others.
-    with self._slots:
-      for attempt in range(self._retries + 1):
-        try:
-          return self._attempt(content)
-        except _Failed as failure:
-          reason = f"{self._url}, model {self.model}: {failure}"
-          if not failure.again or failure.wait_s > _MAX_WAIT_S:
-            raise InfrastructureError(reason) from None
-          backoff_s = min(self._backoff_s * 2**attempt, _MAX_BACKOFF_S) * random.uniform(0.5, 1.5)
-          pause_s = max(backoff_s, failure.wait_s)
-        if attempt < self._retries:
-          time.sleep(pause_s)
-    raise InfrastructureError(f"{reason} (tried {self._retries + 1} times)")
+    with self._poster.slots:
+      where = f"{self._poster.url}, model {self.model}"
+      return self._patience.persist(lambda: self._attempt(content), where)
 
   def _attempt(self, content: str) -> Any:
-    deadline = time.monotonic() + self._timeout_s
-    try:
-      with self._client.stream("POST", self._url, content=content) as response:
-        body = bytearray()
-        for chunk in response.iter_raw():
-          body += chunk
-          if len(body) > _MAX_BODY_BYTES:
-            raise _Failed(f"a reply of more than {_MAX_BODY_BYTES} bytes, given up", again=False)
-          # httpx limits the wait for each piece, not for all of them.
-          if time.monotonic() > deadline:
-            raise _Failed(f"no complete reply after {self._timeout_s:g} s")
-    except httpx.TimeoutException:
-      raise _Failed(f"no reply after {self._timeout_s:g} s") from None
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
-      raise _Failed(f"{type(error).__name__}: {error}") from None
-    start = repr(bytes(body[:200]).decode(errors="replace"))
-    if response.status_code != 200:
-      raise _Failed(
-        f"status {response.status_code}: {start}",
-        again=response.status_code in _RETRIED,
-        wait_s=_retry_after_s(response.headers.get("retry-after", "")),
+    reply = self._poster.post(content)
+    if reply.status != 200:
+      raise Failed(
+        f"status {reply.status}: {reply.start}",
+        again=reply.status in _RETRIED and reply.wait_s <= _MAX_WAIT_S,
+        wait_s=reply.wait_s,
       )
     try:
-      document = json.loads(bytes(body))
+      document = json.loads(reply.body)
       _reply(document, "")
     except (ValueError, RecursionError) as error:
-      raise _Failed(f"the reply is no chat completion ({error}): {start}") from None
+      raise Failed(f"the reply is no chat completion ({error}): {reply.start}") from None
     return document
 
 
@@ -274,16 +224,3 @@ def _object(text: Any) -> dict[str, Any] | None:
   except (ValueError, RecursionError):
     return None
   return value if isinstance(value, dict) else None
-
-
-def _retry_after_s(value: str) -> float:
-  """Seconds of a Retry-After header (a number or a date); 0 without a readable one."""
-  try:
-    if value.strip()[:1].isdigit():
-      return max(0.0, float(value))
-    when = email.utils.parsedate_to_datetime(value)
-  except (TypeError, ValueError):
-    return 0.0
-  if when.tzinfo is None:
-    when = when.replace(tzinfo=datetime.UTC)
-  return max(0.0, (when - datetime.datetime.now(datetime.UTC)).total_seconds())

@@ -1,7 +1,8 @@
 """Injected faults: rate limits, time-outs, transient errors, not-found with a way out.
 
 A faulted call is not executed. Every draw depends on (seed, task, sample, number of the call)
-only, so that a run repeats exactly and a trajectory does not depend on its neighbours.
+only, so that a run repeats exactly and a trajectory does not depend on its neighbours. A call that
+its infrastructure failed does not count: whoever tries it again gets the same draw.
 """
 
 import dataclasses
@@ -62,6 +63,7 @@ class FaultInjector:
 
   def call(self, call: ToolCall) -> Observation:
     with self._lock:
+      before = self._calls, self._consecutive
       index = self._calls
       self._calls += 1
       rng = random.Random(f"{self._faults.seed}/{self._task.id}/{self._sample}/{index}")
@@ -69,9 +71,21 @@ class FaultInjector:
       faulted = draw < self._faults.total and self._consecutive < self._faults.max_consecutive
       self._consecutive = self._consecutive + 1 if faulted else 0
     if not faulted:
-      return self._session.call(call)
+      answered = False
+      try:
+        observation = self._session.call(call)
+        answered = observation.code is not Code.INFRASTRUCTURE
+        return observation
+      finally:
+        if not answered:
+          self._forget(before)
     code, text = self._fault(draw, rng, call)
     return Observation(f"error: {text}", code, injected=True)
+
+  def _forget(self, before: tuple[int, int]) -> None:
+    with self._lock:
+      if self._calls == before[0] + 1:  # an abandoned call may come back long after later ones
+        self._calls, self._consecutive = before
 
   def _fault(self, draw: float, rng: random.Random, call: ToolCall) -> tuple[Code, str]:
     faults = self._faults

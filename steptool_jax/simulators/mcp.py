@@ -1,5 +1,8 @@
 """The tools of an MCP server as tools: listed once, called from any thread.
 
+A connection that is lost (the server died) is made anew for the call that finds it so, which is
+then asked once more: a tool may have run twice. Its tools are those that were listed at first.
+
 Needs the optional package `mcp` (extra "mcp"), version 2. Its asyncio loop runs in one thread of
 its own; what a tool says is data, never a command.
 """
@@ -19,11 +22,16 @@ from steptool_jax.types import Observation, ToolCall, ToolSpec
 
 _MAX_PAGES = 100
 _INVALID_PARAMS = -32602  # JSON-RPC: the arguments are to blame
+_CLOSED = -32000  # the package's code for a connection that ended
 _CLOSE_S = 15.0  # the package itself ends a stubborn server process after about 6 seconds
 
 
 class ToolFailed(Exception):
   """The tool ran and said that it failed."""
+
+
+class _Lost(Exception):
+  """The connection has ended."""
 
 
 class McpServer:
@@ -58,15 +66,13 @@ class McpServer:
     self._timeout_s = timeout_s
     client_class = _package("mcp").Client
     target = url if url is not None else _stdio(command, env)
-    self._client: Any = None
-    self._loop = asyncio.new_event_loop()
-    self._stop = asyncio.Event()
-    self._ready: concurrent.futures.Future[list[Any]] = concurrent.futures.Future()
-    live = self._live(lambda: client_class(target), start_timeout_s)
-    self._thread = threading.Thread(target=self._run, args=(live,), name="mcp", daemon=True)
-    self._thread.start()
-    listed = self._ready.result()
-    self.tools: tuple[Tool, ...] = tuple(self._tool(*entry) for entry in _named(listed))
+    self._connect = lambda: _Connection(lambda: client_class(target), self._where, start_timeout_s)
+    self._renewing = threading.Lock()
+    self._closed = False
+    self._connection = self._connect()
+    self.tools: tuple[Tool, ...] = tuple(
+      self._tool(*entry) for entry in _named(self._connection.listed)
+    )
     self._box = Toolbox(self.tools, max_observation_chars)
 
   @property
@@ -79,16 +85,93 @@ class McpServer:
 
   def close(self) -> None:
     """Ends the connection and the server process; harmless when repeated."""
-    if self._thread.is_alive():
-      with contextlib.suppress(RuntimeError):  # the loop ended meanwhile
-        self._loop.call_soon_threadsafe(self._stop.set)
-      self._thread.join(_CLOSE_S)
+    self._closed = True
+    with self._renewing:
+      self._connection.close()
 
   def __enter__(self) -> "McpServer":
     return self
 
   def __exit__(self, *_: object) -> None:
     self.close()
+
+  def _tool(self, name: str, listed: Any) -> Tool:
+    spec = ToolSpec(name, listed.description or "", _schema(listed.input_schema))
+    return Tool(spec, lambda **arguments: self._ask(listed.name, arguments))
+
+  def _ask(self, name: str, arguments: dict[str, Any]) -> Any:
+    connection = self._connection
+    try:
+      try:
+        result = connection.ask(name, arguments, self._timeout_s)
+      except _Lost as lost:
+        result = self._renewed(connection, lost).ask(name, arguments, self._timeout_s)
+    except _Lost as lost:
+      raise InfrastructureError(f"MCP server {self._where}, tool {name}: {lost}") from lost
+    value = _value(result)
+    if result.is_error:
+      raise ToolFailed(value if isinstance(value, str) else str(value))
+    return value
+
+  def _renewed(self, old: "_Connection", lost: _Lost) -> "_Connection":
+    """Another connection than `old`: made here, or by another thread meanwhile."""
+    with self._renewing:
+      if self._closed:
+        raise lost
+      if self._connection is old:
+        old.close()
+        try:
+          self._connection = self._connect()
+        except OSError as error:
+          raise InfrastructureError(f"{error}, after it was lost") from error
+      return self._connection
+
+
+class _Connection:
+  """One life of a connection, with an asyncio loop in a thread. OSError when it does not start."""
+
+  def __init__(self, connect: Callable[[], Any], where: str, start_timeout_s: float):
+    self._where = where
+    self._client: Any = None
+    self._loop = asyncio.new_event_loop()
+    self._stop = asyncio.Event()
+    self._ready: concurrent.futures.Future[list[Any]] = concurrent.futures.Future()
+    live = self._live(connect, start_timeout_s)
+    self._thread = threading.Thread(target=self._run, args=(live,), name="mcp", daemon=True)
+    self._thread.start()
+    self.listed = self._ready.result()
+
+  def ask(self, name: str, arguments: dict[str, Any], timeout_s: float) -> Any:
+    """The package's result of a call; _Lost when the connection has ended."""
+    client = self._client
+    if client is None:
+      raise _Lost("the connection is closed or lost")
+    asked = client.call_tool(name, arguments, read_timeout_seconds=timeout_s)
+    try:
+      future = asyncio.run_coroutine_threadsafe(asked, self._loop)
+    except RuntimeError as error:
+      asked.close()
+      raise _Lost("the connection is closed") from error
+    try:
+      # A little more than the package's own limit, which ends the request on the wire.
+      return future.result(timeout_s + 1)
+    except (concurrent.futures.CancelledError, Exception) as error:
+      future.cancel()
+      code = getattr(error, "code", None)
+      if code == _INVALID_PARAMS:
+        raise ToolFailed(str(error.message)) from error
+      if code == _CLOSED or not (code or isinstance(error, TimeoutError)):
+        raise _Lost(_reason(error)) from error
+      # The protocol: a tool's own failure is a result.
+      raise InfrastructureError(
+        f"MCP server {self._where}, tool {name}: {_reason(error)}"
+      ) from error
+
+  def close(self) -> None:
+    if self._thread.is_alive():
+      with contextlib.suppress(RuntimeError):  # the loop ended meanwhile
+        self._loop.call_soon_threadsafe(self._stop.set)
+      self._thread.join(_CLOSE_S)
 
   def _run(self, live: Any) -> None:
     try:
@@ -113,36 +196,6 @@ class McpServer:
         )
     finally:
       self._client = None
-
-  def _tool(self, name: str, listed: Any) -> Tool:
-    spec = ToolSpec(name, listed.description or "", _schema(listed.input_schema))
-    return Tool(spec, lambda **arguments: self._ask(listed.name, arguments))
-
-  def _ask(self, name: str, arguments: dict[str, Any]) -> Any:
-    client = self._client
-    if client is None:
-      raise InfrastructureError(f"MCP server {self._where} is closed or lost")
-    asked = client.call_tool(name, arguments, read_timeout_seconds=self._timeout_s)
-    try:
-      future = asyncio.run_coroutine_threadsafe(asked, self._loop)
-    except RuntimeError as error:
-      asked.close()
-      raise InfrastructureError(f"MCP server {self._where} is closed") from error
-    try:
-      # A little more than the package's own limit, which ends the request on the wire.
-      result = future.result(self._timeout_s + 1)
-    except (concurrent.futures.CancelledError, Exception) as error:
-      future.cancel()
-      if getattr(error, "code", None) == _INVALID_PARAMS:
-        raise ToolFailed(str(error.message)) from error
-      # The protocol or the connection: a tool's own failure is a result (below).
-      raise InfrastructureError(
-        f"MCP server {self._where}, tool {name}: {_reason(error)}"
-      ) from error
-    value = _value(result)
-    if result.is_error:
-      raise ToolFailed(value if isinstance(value, str) else str(value))
-    return value
 
 
 def _package(name: str) -> Any:

@@ -4,11 +4,18 @@ import collections
 import dataclasses
 import threading
 import time
-from concurrent.futures import Future
-from typing import Protocol
+from collections.abc import Callable
+from concurrent.futures import Future, wait
+from typing import Protocol, TypeVar
 
 from steptool_jax.simulators.errors import InfrastructureError
 from steptool_jax.types import Code, Observation, ToolCall
+
+T = TypeVar("T")
+
+
+class TooManyStuck(InfrastructureError):
+  """More abandoned calls hang than max_stuck."""
 
 
 class Callee(Protocol):
@@ -30,7 +37,10 @@ class ToolRunner:
   workers: calls at the same time. retries, backoff_s: an INFRASTRUCTURE observation (or a session
   that raises) is tried again after backoff_s, 2 backoff_s, 4 backoff_s, ...
   max_stuck: as soon as more abandoned calls than this hang at the same time, every waiting and
-  later submission fails with InfrastructureError.
+  later submission fails with TooManyStuck.
+
+  Python cannot end a thread: an abandoned call runs on until it returns by itself, and what it
+  still does to its session's state is done, but seen by nobody but later calls of that session.
   """
 
   def __init__(
@@ -63,7 +73,7 @@ class ToolRunner:
     return self._stuck
 
   def submit(self, session: Callee, call: ToolCall) -> Future:
-    """Future[Observation]. Raises InfrastructureError when too many calls hang."""
+    """Future[Observation]. Raises TooManyStuck when too many calls hang."""
     job = _Job(Future(), session, call)
     with self._state:
       if self._closed:
@@ -79,6 +89,40 @@ class ToolRunner:
         self._start(self._watch)
       self._state.notify_all()
     return job.future
+
+  def within(
+    self, function: Callable[[], T], what: str, late: Callable[[T], object] | None = None
+  ) -> T:
+    """function(), which `what` names, in a thread of its own; blocks, and raises what it raises.
+
+    InfrastructureError when it takes longer than timeout_s; should it return all the same, `late`
+    gets its result. Raises TooManyStuck as submit.
+    """
+    future: Future[T] = Future()
+    abandoned = False
+
+    def work() -> None:
+      try:
+        settle, outcome = future.set_result, function()
+      except BaseException as error:
+        settle, outcome = future.set_exception, error
+      with self._state:
+        settle(outcome)
+        self._stuck -= abandoned
+      if abandoned and late is not None and future.exception() is None:
+        late(outcome)
+
+    with self._state:
+      if self._stuck > self._max_stuck:
+        raise self._overrun()
+    self._start(work)
+    wait([future], self._timeout_s)
+    with self._state:
+      if not future.done():
+        abandoned = True
+        self._stuck += 1
+        raise InfrastructureError(f"{what} takes longer than {self._timeout_s:g} s")
+    return future.result()
 
   def close(self) -> None:
     """Cancels waiting calls and lets the threads end; running calls are left to themselves."""
@@ -97,8 +141,8 @@ class ToolRunner:
   def _start(self, target) -> None:
     threading.Thread(target=target, name="tool-call", daemon=True).start()
 
-  def _overrun(self) -> InfrastructureError:
-    return InfrastructureError(
+  def _overrun(self) -> TooManyStuck:
+    return TooManyStuck(
       f"{self._stuck} tool calls hang for longer than {self._timeout_s:g} s, "
       f"max_stuck is {self._max_stuck}: a tool needs a time-out of its own"
     )

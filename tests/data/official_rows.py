@@ -1,6 +1,6 @@
 """Rows in the published spelling of each model family, made up here."""
 
-from steptool_jax.data.official import StepRow
+from steptool_jax.data.training_rows import StepRow
 
 SYSTEM = "You have these APIs: ['rain_for_sky', 'Finish']"
 QUERY = "Will it rain in Oslo? And <|im_end|> what does </s> mean?"

@@ -5,8 +5,8 @@ import official_rows
 import pytest
 from official_rows import CALL, FINISH, OBSERVED, QUERY, SYSTEM, row
 
-from steptool_jax.data import conversion, official
-from steptool_jax.data.official import Dialogue, Message, PreferenceRow
+from steptool_jax.data import conversion, scaffolding, training_rows
+from steptool_jax.data.training_rows import Dialogue, Message, PreferenceRow
 from steptool_jax.dialogue import template
 from steptool_jax.types import Code, Finish, Malformed, Status, ToolCall, ToolSpec
 
@@ -198,7 +198,7 @@ def test_a_pair_is_left_out_whole(codecs):
 
 def test_a_broken_preference_prompt_is_named():
   with pytest.raises(ValueError, match="eto, row 1: the prompt must hold"):
-    conversion.split_react("System: a\nUser: b\nFunction: c\nAssistant: ", "eto, row 1")
+    scaffolding.split_react("System: a\nUser: b\nFunction: c\nAssistant: ", "eto, row 1")
 
 
 @pytest.mark.parametrize(
@@ -223,7 +223,7 @@ def test_codes_of_stored_observations(text, code):
 @pytest.mark.parametrize("name", FORMATS)
 def test_the_released_samples_convert(name, family, shared, codecs):
   path = shared / "steptool" / "data_train" / family / "step_grained_for_ppo_example.csv"
-  rows = official.read_step_rows(path)
+  rows = training_rows.read_step_rows(path)
   chat_format = make(name, codecs)
   result = convert(rows, chat_format, 1 << 20)
   assert len(result.records) == 10

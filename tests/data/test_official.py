@@ -1,10 +1,12 @@
+import dataclasses
 import json
 import lzma
 
 import pytest
 
-from steptool_jax.data import official
-from steptool_jax.data.official import Message, StoredStep, Verdict
+from steptool_jax.data import official, training_rows
+from steptool_jax.data.official import StoredStep, Verdict
+from steptool_jax.data.training_rows import Message
 
 STEP = {"name": "rain_for_sky", "arguments": '{"place": "Oslo"}', "response": "a\nb'\""}
 FINISH = {"name": "Finish", "arguments": '{"final_answer": "rain"}', "response": ""}
@@ -47,7 +49,7 @@ def table(*rows, header=("prompt", "response", "reward")):
 def test_step_rows(tmp_path):
   long = "x" * 200_000  # csv's own limit is 131,072
   text = table((["p\n0", long], ["r\t0", 'r"1'], [0.1, 1]))
-  (row,) = official.read_step_rows(write(tmp_path / "a.csv", text))
+  (row,) = training_rows.read_step_rows(write(tmp_path / "a.csv", text))
   assert row.prompts == ("p\n0", long)
   assert row.responses == ("r\t0", 'r"1')
   assert row.rewards == (0.1, 1.0)
@@ -72,28 +74,28 @@ def test_step_rows(tmp_path):
 def test_bad_step_rows_are_named(row, match, tmp_path):
   path = write(tmp_path / "a.csv", table((["p"], ["r"], [1]), row))
   with pytest.raises(ValueError, match=rf"a\.csv, row 2.*{match}"):
-    official.read_step_rows(path)
+    training_rows.read_step_rows(path)
 
 
 def test_tables_that_are_none(tmp_path):
   with pytest.raises(ValueError, match=r"a\.csv: the header must be prompt, response, reward"):
-    official.read_step_rows(write(tmp_path / "a.csv", table(header=("prompt", "chosen", "x"))))
+    training_rows.read_step_rows(write(tmp_path / "a.csv", table(header=("prompt", "chosen", "x"))))
   with pytest.raises(ValueError, match="an empty file"):
-    official.read_step_rows(write(tmp_path / "a.csv", ""))
+    training_rows.read_step_rows(write(tmp_path / "a.csv", ""))
   with pytest.raises(OSError, match="none"):
-    official.read_step_rows(tmp_path / "none.csv")
+    training_rows.read_step_rows(tmp_path / "none.csv")
   broken = "prompt\tresponse\treward\n\"['p']\t1"
   with pytest.raises(ValueError, match="not a tab-separated table"):
-    official.read_step_rows(write(tmp_path / "a.csv", broken))
+    training_rows.read_step_rows(write(tmp_path / "a.csv", broken))
 
 
 def test_preferences(tmp_path):
   header = ("prompt", "chosen", "rejected")
   path = write(tmp_path / "e.csv", table(("p\n", "good", "bad"), header=header))
-  assert official.read_preferences(path) == [official.PreferenceRow("p\n", "good", "bad")]
+  assert training_rows.read_preferences(path) == [training_rows.PreferenceRow("p\n", "good", "bad")]
   path = write(tmp_path / "e.csv", table(("p", " ", "bad"), header=header))
   with pytest.raises(ValueError, match=r"row 1, column 'chosen': must be text that is not empty"):
-    official.read_preferences(path)
+    training_rows.read_preferences(path)
 
 
 def dialogue(*turns, cnt=1):
@@ -103,7 +105,7 @@ def dialogue(*turns, cnt=1):
 
 def test_dialogues(tmp_path):
   path = write(tmp_path / "s.json", dialogue(("user", "u"), ("tool", "t"), ("assistant", "a")))
-  (read,) = official.read_dialogues(path)
+  (read,) = training_rows.read_dialogues(path)
   assert (read.query_id, read.number, read.title) == ("5", 0, "Step 2: q")
   assert read.messages == (
     Message("user", "u"),
@@ -128,7 +130,7 @@ def test_dialogues(tmp_path):
 )
 def test_bad_dialogues_are_named(value, match, tmp_path):
   with pytest.raises(ValueError, match=rf"s\.json.*{match}"):
-    official.read_dialogues(write(tmp_path / "s.json", value))
+    training_rows.read_dialogues(write(tmp_path / "s.json", value))
 
 
 @pytest.mark.parametrize("suffix", [".json", ".json.xz"])
@@ -168,6 +170,40 @@ def test_bad_results_are_named(change, match, tmp_path):
 def test_a_result_without_steps(tmp_path):
   path = write(tmp_path / "G1.json", {"1": result(answer_steps="")})
   assert official.read_results(path)["1"].steps == ()
+
+
+def test_verdicts_are_written_as_they_are_read(tmp_path):
+  nothing = official.Result("13", "q", (), (), StoredStep("", "", ""), (Verdict.UNSOLVED,) * 3)
+  results = {**official.read_results(write(tmp_path / "a.json", {"12": result()})), "13": nothing}
+  official.write_results(tmp_path / "b" / "G1.json", results.values())
+  assert official.read_results(tmp_path / "b" / "G1.json") == results
+  document = json.loads((tmp_path / "b" / "G1.json").read_text())
+  assert document["12"]["is_solved"] == {
+    "0": "AnswerStatus.Solved",
+    "1": "AnswerStatus.Unsolved",
+    "2": "AnswerStatus.Unsure",
+  }
+  assert [document[k]["length"] for k in ("12", "13")] == [2, 0]
+  assert document["13"]["final_step"] == document["13"]["answer_steps"] == ""
+
+
+def test_only_calls_of_an_answer_stand_in_its_result():
+  call, finish = StoredStep(**STEP), StoredStep(**FINISH)
+  chain = (("system", ""), ("user", ""), ("assistant", "let me think"), ("tool", call))
+  tools = ({"name": "f"}, {"function": {"name": "g"}})
+  answer = official.Converted("7", "q", tools, "CoT@1", 4, "", (*chain, ("tool", finish)))
+  read = official.result_of(answer, [Verdict.SOLVED])
+  assert (read.query_id, read.tool_names, read.steps) == ("7", ("f", "g"), (call, finish))
+  assert (read.final, read.verdicts) == (finish, (Verdict.SOLVED,))
+  silent = dataclasses.replace(answer, chain=chain[:3])
+  assert official.result_of(silent, [Verdict.UNSOLVED]).final.name == ""
+
+
+def test_a_published_file_is_written_as_it_was(shared, tmp_path):
+  path = shared / "steptool/pass_rate_results/toolllama_sft_cot/G2_instruction.json.xz"
+  official.write_results(tmp_path / "again.json", official.read_results(path).values())
+  published = json.loads(lzma.decompress(path.read_bytes()))
+  assert json.loads((tmp_path / "again.json").read_text()) == published
 
 
 def test_a_broken_archive_is_named(tmp_path):
@@ -250,10 +286,12 @@ def test_converted_files(tmp_path):
 def test_the_released_files_read(shared):
   """Every file of both releases that these readers are for."""
   steptool, example = shared / "steptool", shared / "stabletoolbench" / "data_example"
-  rows = [official.read_step_rows(p) for p in sorted(steptool.glob("data_train/*/step_*.csv"))]
+  rows = [training_rows.read_step_rows(p) for p in sorted(steptool.glob("data_train/*/step_*.csv"))]
   assert [len(r) for r in rows] == [10, 10, 10]
-  assert len(official.read_preferences(steptool / "data_train/eto/dpo_data_example.csv")) == 20
-  dialogues = [official.read_dialogues(p) for p in sorted(steptool.glob("data_train/*/*.json"))]
+  assert len(training_rows.read_preferences(steptool / "data_train/eto/dpo_data_example.csv")) == 20
+  dialogues = [
+    training_rows.read_dialogues(p) for p in sorted(steptool.glob("data_train/*/*.json"))
+  ]
   assert [len(d) for d in dialogues] == [38, 38, 22]
   (path,) = (steptool / "data" / "reward_annotation").glob("*/*.json")
   assert len(official.read_annotations(path)) == 5

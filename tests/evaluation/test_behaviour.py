@@ -92,23 +92,16 @@ def test_repeats_are_calls_that_had_been_answered():
   assert behaviour.repeated_calls([trajectory(finish())]) == 0.0
 
 
-def test_diversity_of_a_tasks_samples():
-  one, two = (call("a"), finish()), (call("b"), finish())
-  same = [trajectory(*one, sample=k) for k in range(3)]
-  assert behaviour.diversity(same) == 0.0
-  mixed = [trajectory(*one), trajectory(*two, sample=1), trajectory(*one, sample=2)]
-  assert behaviour.diversity(mixed) == 0.5
-  other = [trajectory(*one, task="u"), trajectory(*two, task="u", sample=1)]
-  assert behaviour.diversity([*mixed, *other]) == 0.75
-  assert math.isnan(behaviour.diversity([trajectory(*one)]))
-
-
 def test_what_a_solved_task_costs_counts_the_failed_ones():
-  good, bad = trajectory(call("a"), finish(), solved=1.0), trajectory(call("a"), give_up())
+  priced = call("a")
+  seen = dataclasses.replace(priced.observation, cost=0.3, latency=6.0)
+  priced = dataclasses.replace(priced, observation=seen)
+  good, bad = trajectory(priced, finish(), solved=1.0), trajectory(priced, give_up())
   half = trajectory(finish(), solved=0.5)
   found = behaviour.spent_per_solved([good, bad, half, BROKEN])
   assert found.llm_calls == pytest.approx(5 / 1.5)
   assert found.tokens == pytest.approx(10 / 1.5)
+  assert (found.cost, found.latency) == (pytest.approx(0.6 / 1.5), pytest.approx(12 / 1.5))
   assert math.isnan(behaviour.spent_per_solved([bad]).llm_calls)
 
 

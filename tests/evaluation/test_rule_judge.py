@@ -168,7 +168,7 @@ def test_rows_are_read_out_of_their_markup():
   files = sorted(DATA.glob("data_train/*/step_grained_for_ppo_example.csv"))
   assert len(files) == 3
   for file in files:
-    for row in rule_judge.official.read_step_rows(file):
+    for row in rule_judge.training_rows.read_step_rows(file):
       texts = rule_judge.row_transcript(row)
       assert texts.query
       assert texts.query in row.prompts[0]

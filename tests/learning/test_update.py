@@ -311,15 +311,63 @@ def test_adaptive_kl_literals():
   np.testing.assert_allclose(adapt(jnp.float32(0.3), jnp.float32(6.6)), 0.3 * 1.005, rtol=1e-6)
 
 
-def test_a_non_finite_gradient_skips_the_update(params):
+@pytest.fixture(scope="module")
+def guarded(params):
+  """(state, prepared batch, count, jitted update)"""
   learner = make_learner(optimizer=optax.adam(1e-3))
   state = update.init_state(learner, {"params": params}, {}, 0.0)
   batch = stacked(batching.pack(trajectories(), 64, 1), 1)
   count = batch.tokens.shape[0]
   prepare, step = jitted(learner)
   prepared, _ = prepare(state, batch, count)
-  bad = prepared._replace(advantages=prepared.advantages * jnp.nan)
-  new, metrics = step(state, bad, count)
+  return state, prepared, count, step
+
+
+@pytest.mark.parametrize("value", [jnp.nan, -jnp.inf])
+@pytest.mark.parametrize(
+  "field",
+  [
+    *("rewards", "behaviour_logprobs", "old_logprobs"),
+    *("ref_logprobs", "values", "advantages", "returns"),
+  ],
+)
+def test_one_number_that_is_not_finite_skips_the_update(guarded, field, value):
+  """This loss does not even read some of them, so that no gradient tells."""
+  state, prepared, count, step = guarded
+  at = tuple(np.argwhere(np.asarray(prepared.action_mask))[3])
+  bad = prepared._replace(**{field: getattr(prepared, field).at[at].set(value)})
+  skipped(state, *step(state, bad, count))
+
+
+def test_what_is_not_read_may_be_anything(guarded):
+  state, prepared, count, step = guarded
+  padding = prepared.segment_ids == 0
+  assert padding.any()
+  filled = prepared._replace(advantages=jnp.where(padding, jnp.nan, prepared.advantages))
+  new, metrics = step(state, filled, count)
+  assert float(metrics["skipped"]) == 0.0
+  assert float(jnp.abs(new.trainable["params"]["embed"]["embedding"]).sum()) > 0
+
+
+@pytest.mark.parametrize("part", ["term", "metric"])
+def test_a_nan_in_the_loss_behind_a_finite_gradient_skips_the_update(params, part):
+  def loss(outputs, batch, hp):
+    terms, metrics = algorithms.ALGORITHMS["sft"].loss(outputs, batch, hp)
+    hidden = {"hidden": (jnp.float32(jnp.nan) * jax.lax.stop_gradient(outputs.logprobs.sum()), 1.0)}
+    return (terms | hidden, metrics) if part == "term" else (terms, metrics | hidden)
+
+  learner = make_learner("sft", optimizer=optax.adam(1e-3))
+  algorithm = update.dataclasses.replace(learner.algorithm, loss=loss)
+  learner = update.dataclasses.replace(learner, algorithm=algorithm)
+  state = update.init_state(learner, {"params": params}, {}, 0.0)
+  batch = stacked(batching.pack(trajectories(), 64, 1), 1)
+  new, metrics = jitted(learner)[1](state, batch, batch.tokens.shape[0])
+  assert np.isfinite(metrics["grad_norm"]), "or the case is not the hidden one"
+  skipped(state, new, metrics)
+
+
+def skipped(state, new, metrics):
+  """The update was skipped and left everything as it was."""
   assert float(metrics["skipped"]) == 1.0
   for a, b in zip(
     jax.tree.leaves((state.trainable, state.opt_state)),

@@ -194,3 +194,55 @@ def test_retries_behind_injected_faults_earn_nothing_themselves():
     assert marks == [(0, 0), (1, 1)] * (len(calls) // 2)
     assert {s.observation.code for s in result.steps[:-1]} == {Code.UNAVAILABLE, Code.OK}
     assert sum(rewards(result)[:-1]) == pytest.approx(0.5)
+
+
+# --- a retry, and spam, over all sequences of marks ---
+
+useful = st.lists(st.tuples(st.just(1.0), unit), min_size=1, max_size=6)
+wasted = st.sampled_from([(0.0, 0.0), (1.0, 0.0)])  # failed or repeated; executed, but no use
+discounts = st.sampled_from([1.0, 0.99, 0.9])
+
+
+@given(useful, st.lists(st.tuples(st.integers(0, 6), st.just((0.0, 0.0))), min_size=1, max_size=6))
+def test_a_retry_never_outscores_a_first_try(marks, tries):
+  """Failed tries before any of the calls, then the same calls: less at any discount and alpha."""
+  for alpha in (0.0, 1.0, 5.0):
+    first = rewards(made(marks), alpha=alpha)
+    retried = rewards(made(with_others(marks, tries)), alpha=alpha)
+    for gamma in (1.0, 0.9):
+      assert returns(retried, gamma) <= returns(first, gamma)
+    if alpha:
+      assert sum(retried) < sum(first)
+
+
+@given(st.integers(1, 6), st.lists(st.tuples(st.integers(0, 6), wasted), min_size=1), discounts)
+def test_no_useless_call_raises_what_useful_ones_earn(count, others, gamma):
+  """Here successful ones too: a policy that answers has nothing to gain from calls that it adds."""
+  marks = [(1.0, 1.0)] * count
+  assert returns(rewards(made(with_others(marks, others))), gamma) < returns(
+    rewards(made(marks)), gamma
+  )
+
+
+@given(
+  st.lists(st.just((1.0, 0.0)), min_size=1, max_size=30),
+  st.lists(st.tuples(unit, unit), max_size=8),
+  st.floats(0, 3),
+  st.sampled_from([Status.STEP_BUDGET, Status.GAVE_UP, Status.ANSWERED]),
+)
+def test_spam_of_successful_calls_earns_less_than_an_answer(spam, marks, alpha, status):
+  """However the spam ends, and however badly the way to the right answer went."""
+  answered = returns(rewards(made(marks, 1.0), alpha=alpha), 0.99)
+  assert returns(rewards(made(spam, 0.0, status), alpha=alpha), 0.99) < answered
+  # What the paper's sum pays for it, and what a naive reward would:
+  if len(spam) > 4:
+    summed = rewards(made(spam, 0.0, status), alpha=1.0, normalization="none")
+    assert sum(summed) > sum(rewards(made([(1.0, 1.0)]), normalization="none"))
+
+
+def with_others(marks, others):
+  """The marks in their order, with others at the places that they name."""
+  out = [[mark] for mark in marks]
+  for at, mark in others:
+    out[at % len(marks)].insert(0, mark)
+  return [mark for group in out for mark in group]

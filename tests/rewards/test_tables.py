@@ -4,7 +4,7 @@ import pathlib
 import pytest
 from replays import step, trajectory
 
-from steptool_jax.data import official
+from steptool_jax.data import training_rows
 from steptool_jax.rewards import tables
 from steptool_jax.rewards.shaping import shape
 from steptool_jax.rewards.tables import StepScores
@@ -102,7 +102,7 @@ def test_every_released_reward_comes_from_three_judge_runs():
     for contribution in range(16)
   ]
   files = sorted(DATA.glob("data_train/*/step_grained_for_ppo_example.csv"))
-  rows = [row for file in files for row in official.read_step_rows(file)]
+  rows = [row for file in files for row in training_rows.read_step_rows(file)]
   steps = [reward for row in rows for reward in row.rewards[:-1]]
   assert len(steps) == 71
   assert all(min(abs(reward - value) for value in grid) < 1e-9 for reward in steps)

@@ -270,6 +270,46 @@ def test_a_hanging_tool_is_left_behind_while_others_go_on(chat_format):
   assert all(t.steps[0].observation.code is Code.TIMEOUT for t in trajectories)
 
 
+def hang_at(session, method, release):
+  """`session.method` answers only when `release` is set."""
+  real = getattr(session, method)
+  setattr(session, method, lambda *args: (release.wait(30), real(*args))[1])
+
+
+@pytest.mark.parametrize("method", ["open", "grade"])
+def test_an_environment_that_hangs_loses_one_conversation_in_time(method, chat_format):
+  release = threading.Event()
+
+  class Hanging(Script):
+    def open(self, task, sample):
+      if method == "open" and sample == 1:
+        release.wait(30)
+      session = super().open(task, sample)
+      if method == "grade" and sample == 1:
+        hang_at(session, "grade", release)
+      return session
+
+  environment = Hanging(ok)
+  eng = ScriptedEngine(chat_format, [call(), answer()])
+  started, seen = time.monotonic(), []
+  try:
+    runner = ToolRunner(timeout_s=0.3, workers=2, retries=0)
+    jobs = [(task(), sample) for sample in range(4)]
+    trajectories, _ = run(eng, None, environment, chat_format, jobs, runner, on_done=seen.append)
+  finally:
+    release.set()
+  assert time.monotonic() - started < 10
+  lost = Status.INFRASTRUCTURE_ERROR
+  assert [t.status for t in trajectories] == [*([Status.ANSWERED, lost] + [Status.ANSWERED] * 2)]
+  assert [t.sample for t in trajectories] == [0, 1, 2, 3]
+  assert trajectories[1].solved == 0
+  assert len(seen) == 4
+  deadline = time.monotonic() + 5
+  while environment.open_sessions and time.monotonic() < deadline:
+    time.sleep(0.01)
+  assert environment.open_sessions == 0  # a session that opened too late is closed too
+
+
 def test_should_stop_interrupts_and_closes(chat_format):
   environment = Script(ok)
   eng = ScriptedEngine(chat_format, [call(), answer()])

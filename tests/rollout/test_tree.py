@@ -315,6 +315,35 @@ def test_a_judge_that_is_down_is_infrastructure(chat_format, monkeypatch, search
   assert (trajectory.status, trajectory.solved) == (Status.INFRASTRUCTURE_ERROR, 0.0)
 
 
+@pytest.mark.parametrize("method", ["open", "grade"])
+def test_an_environment_that_hangs_loses_one_search_in_time(chat_format, monkeypatch, method):
+  release = threading.Event()
+  where = Counter if method == "open" else CounterSession
+  real = getattr(where, method)
+  calls = []
+
+  def hang_once(self, *args):
+    calls.append(args)
+    if len(calls) == 1:
+      release.wait(30)
+    return real(self, *args)
+
+  monkeypatch.setattr(where, method, hang_once)
+  eng = fakes.ScriptedEngine(chat_format, lambda text: ANSWER)
+  jobs = [(task(), sample) for sample in range(2)]
+  try:
+    with ToolRunner(timeout_s=0.3, workers=4, retries=0) as runner:
+      results, _ = tree.search(
+        *(eng, None, Counter(), jobs, chat_format, LIMITS, runner),
+        *(chain.Sampling(0, 0, 1.0), tree.Search()),
+      )
+  finally:
+    release.set()
+  lost, found = (result.trajectory for result in results)
+  assert (lost.status, lost.solved) == (Status.INFRASTRUCTURE_ERROR, 0.0)
+  assert found.status is Status.ANSWERED
+
+
 def test_a_diversity_prompt_that_does_not_fit_is_counted(chat_format):
   actions = [echo(1), echo(2), echo(3)]
   prompt = len(chat_format.prompt(None, (ECHO,), task().query))

@@ -13,7 +13,7 @@ import stored
 from data.official_rows import CALL, FINISH, row
 from test_resume import assert_same_run, saved
 
-from steptool_jax.data import conversion, official
+from steptool_jax.data import conversion, training_rows
 from steptool_jax.data.trajectories import AnnotatedTrajectory, write_trajectories
 from steptool_jax.rollout.chain import Interrupted
 from steptool_jax.run import build, offline, train
@@ -328,6 +328,62 @@ def test_ids_of_another_tokenizer_are_refused(offline_config, tmp_path):
     train.run(offline_config(data__path=str(path), data__format="jsonl"), tmp_path)
 
 
+# --- SFT on stored trajectories --------------------------------------------------------------
+
+
+def test_sft_imitates_the_last_turn_of_official_dialogues(folder, compiled, tmp_path, monkeypatch):
+  turns = [("system", "s"), ("user", "\nRain?\nBegin!\n"), ("assistant", CALL)]
+  more = [*turns, ("function", "wet"), ("assistant", FINISH)]
+  instances = [
+    {"id": "t", "conversations": [{"from": role, "value": text} for role, text in dialogue]}
+    for dialogue in (turns, more, [*more[:-1], ("assistant", "x " * TOKENS)])
+  ]
+  path = tmp_path / "sft.json"
+  path.write_text(json.dumps({"9": {"cnt": 3, "instances": instances}}))
+  packed = []
+  pack = train.batching.pack
+  monkeypatch.setattr(
+    train.batching, "pack", lambda *args: packed.append(pack(*args)) or packed[-1]
+  )
+  config = stored.make(
+    folder / "tokenizer",
+    compiled,
+    TOKENS,
+    algorithm="sft",
+    data__path=str(path),
+    data__format="dialogues",
+    data__passes=6,
+    data__batch=2,
+  )
+  summary = train.run(config, tmp_path / "run")
+  assert (summary["data"]["total"], summary["data"]["kept"]) == (3, 2)
+  assert summary["data"]["left_out_names"]["too_long"][0].startswith(f"{path}:3 (")
+  assert summary["iterations"] == 6
+  codec = build.build_chat_format(config, tmp_path / "run").codec
+  for batch in packed:
+    learnt = [
+      codec.decode(batch.targets[r, here][batch.action_mask[r, here]])
+      for r, here in segments(batch)
+    ]
+    assert sorted(learnt) == sorted([f"{CALL}<|im_end|>", f"{FINISH}<|im_end|>"])
+  losses = [record["sft/loss"] for record in read_jsonl(tmp_path / "run/metrics.jsonl")]
+  assert len(losses) == 6
+  assert losses[-1] < 0.7 * losses[0]
+
+
+@pytest.mark.parametrize(
+  ("changes", "match"),
+  [
+    ({"data__format": "dialogues"}, "'dialogues' hold no rewards.*algorithm sft"),
+    ({"algorithm": "sft", "sft__steps": 3}, "data.passes and data.batch decide.*set it to 0"),
+    ({"algorithm": "sft", "data__path": ""}, "or name stored ones with data.path"),
+  ],
+)
+def test_sft_and_stored_data_that_do_not_go_together(changes, match, offline_config):
+  with pytest.raises(ValueError, match=match):
+    offline_config(**changes)
+
+
 # --- the released sample rows ----------------------------------------------------------------
 
 
@@ -335,7 +391,7 @@ def test_ids_of_another_tokenizer_are_refused(offline_config, tmp_path):
 def test_the_released_rows_train_for_two_passes(level, shared, prepared, compiled, tmp_path):
   pattern = str(shared / "steptool/data_train/*/step_grained_for_ppo_example.csv")
   paths = offline.files(pattern, "data.path")
-  rows = [r for path in paths for r in official.read_step_rows(path)]
+  rows = [r for path in paths for r in training_rows.read_step_rows(path)]
   assert len(rows) == 30
   texts = [t for r in rows for t in (*r.prompts, *r.responses)]
   tokenizer = stored.tokenizer(tmp_path / "tokenizer", texts, vocab_size=3000)

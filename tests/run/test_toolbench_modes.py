@@ -19,7 +19,7 @@ from simulators.openai_server import Server, completion
 from steptool_jax import validation
 from steptool_jax.data import official
 from steptool_jax.data.trajectories import read_trajectories
-from steptool_jax.evaluation import rule_judge
+from steptool_jax.evaluation import passrate, rule_judge
 from steptool_jax.rewards.responses import transcript
 from steptool_jax.rollout.answers import dfs_method
 from steptool_jax.run import build, evaluate, serve, services, train
@@ -177,6 +177,12 @@ def test_chains_over_a_cache(bench_folder, tmp_path, compiled, scripted):
   assert GOOD in json.dumps(
     json.loads((tmp_path / "converted/rollout_0/G1_x.json").read_text())["1"]["answer"]
   )
+  verdicts = official.read_results(tmp_path / "pass_rate/rollout_0/G1_x_rollout_0.json")
+  scores = [verdict.score for result in verdicts.values() for verdict in result.verdicts]
+  assert scores == solved
+  outcomes = [passrate.outcome_of_result(result) for result in verdicts.values()]
+  for outcome, record in zip(outcomes, records, strict=True):
+    assert outcome.answer == passrate.outcome_of(record.trajectory, record.query).answer
 
 
 def test_a_tree_search_over_a_cache_under_the_same_budget(

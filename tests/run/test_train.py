@@ -180,13 +180,16 @@ def test_non_finite_updates_stop_the_run_and_reach_no_checkpoint(tmp_path, compi
 
   def poisoned(trajectories, row_tokens):
     batch = pack(trajectories, row_tokens)
-    return batch._replace(rewards=np.full_like(batch.rewards, np.nan))  # SFT does not read them
+    sampled = batch.behaviour_logprobs.any()  # and not demonstrated
+    return batch._replace(rewards=np.where(sampled, np.float32(np.nan), batch.rewards))
 
   monkeypatch.setattr(train.batching, "pack", poisoned)
   config = tiny.make(
     compilation_cache=compiled, train__max_skipped=3, loss__kl_adaptive=True, evaluation__every=0
   )
-  with pytest.raises(RuntimeError, match=r"3 updates in a row had a non-finite gradient"):
+  with pytest.raises(
+    RuntimeError, match=r"3 updates in a row were skipped.* not finite: .*policy_loss"
+  ):
     train.run(config, tmp_path)
   records = read_jsonl(tmp_path / "metrics.jsonl")
   assert records[-1]["step"] == 3, "two of them in the first iteration, the third in the second"
@@ -247,6 +250,21 @@ def test_demonstrations_whose_tools_are_down_are_not_learnt(monkeypatch):
   monkeypatch.setattr(source, "_draw", lambda index, position: drawn[position])
   assert source.batch(0) == [drawn[0], drawn[2]]
   assert (source._dropped, source._seen) == (2, 4)
+
+
+def test_mistakes_begin_behind_the_clean_steps(monkeypatch):
+  config = tiny.make(sft__mistakes=1.0, sft__clean_steps=3, sft__batch=2)
+  environment = build.build_environment(config)
+  parts = {"config": config, "environment": environment, "limits": None}
+  bench = types.SimpleNamespace(**parts, policy=types.SimpleNamespace(chat_format=None))
+  source = demonstrations.Demonstrations(bench)
+
+  def flawless(env, task, actions, *_):
+    return types.SimpleNamespace(status=Status.ANSWERED, flawless=actions == task.demonstration)
+
+  monkeypatch.setattr(demonstrations, "demonstrate", flawless)
+  drawn = [[t.flawless for t in source.batch(step)] for step in range(5)]
+  assert drawn == [[True, True]] * 3 + [[False, False]] * 2
 
 
 # --- order and keys ---

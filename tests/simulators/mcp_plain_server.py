@@ -104,8 +104,19 @@ class HttpServer:
     self.http.server_close()
 
 
+def note_start(path):
+  """Keeps a tally of starts in a file; its text "no more" forbids them."""
+  with open(path, "a+") as file:
+    file.seek(0)
+    if file.read() == "no more":
+      sys.exit(1)
+    file.write("x")
+
+
 def main():
   lock = threading.Lock()
+  if "STEPTOOL_STARTS" in os.environ:
+    note_start(os.environ["STEPTOOL_STARTS"])
 
   def handle(message):
     line = json.dumps(reply_to(message))

@@ -8,6 +8,7 @@ import pytest
 from openai_server import Server, completion, script
 
 from steptool_jax.simulators import endpoint as endpoint_lib
+from steptool_jax.simulators import posting
 from steptool_jax.simulators.endpoint import Endpoint
 from steptool_jax.simulators.errors import InfrastructureError
 
@@ -153,11 +154,11 @@ def test_a_long_retry_after_is_a_failure():
 
 def test_back_off_grows_and_jitters(monkeypatch):
   pauses = []
-  monkeypatch.setattr(endpoint_lib.time, "sleep", pauses.append)
+  monkeypatch.setattr(posting.time, "sleep", pauses.append)
   endpoint = Endpoint("http://127.0.0.1:9", "m", retries=8, backoff_s=1)
 
   def fail(_):
-    raise endpoint_lib._Failed("x")
+    raise posting.Failed("x")
 
   monkeypatch.setattr(endpoint, "_attempt", fail)
   with pytest.raises(InfrastructureError):

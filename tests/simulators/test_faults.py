@@ -3,6 +3,7 @@ import collections
 import pytest
 
 from steptool_jax.simulators.faults import Faults, FaultyEnvironment
+from steptool_jax.simulators.runner import ToolRunner
 from steptool_jax.types import Code, Observation, Task, ToolCall, ToolSpec
 
 CALL = ToolCall("f", {})
@@ -78,6 +79,34 @@ def test_trying_again_always_gets_through():
   seen, inner = observations(certain, 9)
   assert [o.code == Code.OK for o in seen] == [False, False, True] * 3
   assert inner.ran == 3
+
+
+@pytest.mark.parametrize("failure", ["observation", "exception"])
+def test_a_retry_after_an_infrastructure_failure_takes_no_draw_of_later_calls(failure):
+  """Peers: a tool server that hiccups must not change what the run injects."""
+
+  class Flaky(Counting):
+    def __init__(self):
+      super().__init__()
+      self.hiccups = 0
+
+    def call(self, call):
+      if self.hiccups < self.ran:  # every second attempt fails
+        self.hiccups += 1
+        if failure == "exception":
+          raise OSError("gone")
+        return Observation("down", Code.INFRASTRUCTURE)
+      return super().call(call)
+
+  faults = Faults(3, 0.2, 0.1, 0.1, 0.1)
+  inner = Flaky()
+  session = FaultyEnvironment(inner, faults).open(task(), 0)
+  with ToolRunner(workers=1, retries=1, backoff_s=0) as runner:
+    flaky = [runner.submit(session, CALL).result(5) for _ in range(60)]
+  steady, counting = observations(faults, 60)
+  assert [(o.code, o.text) for o in flaky] == [(o.code, o.text) for o in steady]
+  assert inner.ran == counting.ran
+  assert inner.hiccups > 20
 
 
 def test_not_found_names_a_way_out():

@@ -7,7 +7,7 @@ import time
 import pytest
 from virtual_server import GOOD, FaultServer
 
-from steptool_jax.simulators import http
+from steptool_jax.simulators import posting
 from steptool_jax.simulators.errors import InfrastructureError
 from steptool_jax.simulators.http import Breaker, HttpSimulator
 from steptool_jax.simulators.virtual import VirtualRequest, VirtualResponse
@@ -119,17 +119,17 @@ def test_retry_after_is_waited_for_within_the_limit():
 
 def test_retry_after_forms():
   soon = datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=30)
-  assert 28 < http._retry_after_s(email.utils.format_datetime(soon, usegmt=True)) <= 30
+  assert 28 < posting.retry_after_s(email.utils.format_datetime(soon, usegmt=True)) <= 30
   past = soon - datetime.timedelta(hours=1)
-  assert http._retry_after_s(email.utils.format_datetime(past, usegmt=True)) == 0
-  assert http._retry_after_s("7") == 7
+  assert posting.retry_after_s(email.utils.format_datetime(past, usegmt=True)) == 0
+  assert posting.retry_after_s("7") == 7
   for unreadable in ("", "soon", "-5", "5 minutes"):
-    assert http._retry_after_s(unreadable) == 0
+    assert posting.retry_after_s(unreadable) == 0
 
 
 def test_backoff_grows_and_is_jittered():
-  simulator = HttpSimulator("http://localhost/virtual", backoff_s=1.0, max_backoff_s=8.0)
-  waits = [[simulator._wait_s(attempt, 0.0) for _ in range(50)] for attempt in range(6)]
+  patience = posting.Patience(retries=5, backoff_s=1.0, max_backoff_s=8.0, max_wait_s=60.0)
+  waits = [[patience.pause_s(attempt, 0.0) for _ in range(50)] for attempt in range(6)]
   for attempt, of_one in enumerate(waits):
     base = min(2.0**attempt, 8.0)
     assert 0.5 * base <= min(of_one) < max(of_one) <= 1.5 * base

@@ -106,15 +106,30 @@ def test_an_older_server_with_pages_plain_text_and_protocol_errors(plain):
   assert "out of order" in broken.text
 
 
-def test_a_server_that_dies_is_infrastructure(plain):
-  server = plain(timeout_s=5)
-  assert server.call(ToolCall("die", {})).code == Code.INFRASTRUCTURE
-  started = time.monotonic()
-  assert server.call(ToolCall("double", {"a": 1})).code == Code.INFRASTRUCTURE
-  assert time.monotonic() - started < 7
+def test_a_call_that_kills_its_server_twice_is_infrastructure_and_the_rest_goes_on(plain, tmp_path):
+  server = plain(timeout_s=5, env={"STEPTOOL_STARTS": str(tmp_path / "starts")})
+  died = server.call(ToolCall("die", {}))
+  assert died.code == Code.INFRASTRUCTURE
+  assert "tool die" in died.text
+  assert (tmp_path / "starts").read_text() == "xx"  # asked once more, by a new server, and no more
+  with concurrent.futures.ThreadPoolExecutor(8) as pool:
+    calls = [ToolCall("double", {"a": i}) for i in range(8)]
+    assert [o.value for o in pool.map(server.call, calls)] == [str(2 * i) for i in range(8)]
+  assert (tmp_path / "starts").read_text() == "xxx"  # one new server for all of them
   server.close()
   assert server.call(ToolCall("double", {"a": 1})).code == Code.INFRASTRUCTURE
+  assert (tmp_path / "starts").read_text() == "xxx"
   server.close()  # again
+
+
+def test_a_server_that_does_not_come_back_is_infrastructure(plain, tmp_path):
+  server = plain(timeout_s=5, env={"STEPTOOL_STARTS": str(tmp_path / "starts")})
+  (tmp_path / "starts").write_text("no more")
+  died = server.call(ToolCall("die", {}))
+  assert died.code == Code.INFRASTRUCTURE
+  assert "did not start or answer" in died.text
+  (tmp_path / "starts").write_text("")
+  assert server.call(ToolCall("double", {"a": 1})).text == "2"
 
 
 def test_close_ends_the_server_process(plain):

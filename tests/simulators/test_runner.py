@@ -5,7 +5,7 @@ from concurrent.futures import wait
 import pytest
 
 from steptool_jax.simulators.errors import InfrastructureError
-from steptool_jax.simulators.runner import ToolRunner
+from steptool_jax.simulators.runner import ToolRunner, TooManyStuck
 from steptool_jax.types import Code, Observation, ToolCall
 
 CALL = ToolCall("f", {})
@@ -121,6 +121,33 @@ def test_seconds_are_measured():
 
   with ToolRunner() as runner:
     assert 0.05 <= runner.submit(Scripted(slow), CALL).result(5).seconds < 2
+
+
+def test_other_work_has_the_same_time_out():
+  release, late = threading.Event(), []
+  hanging = lambda: release.wait(20)  # noqa: E731
+  with ToolRunner(timeout_s=0.1, max_stuck=1) as runner:
+    assert runner.within(lambda: 7, "counting", late.append) == 7
+    with pytest.raises(ZeroDivisionError):
+      runner.within(lambda: 1 / 0, "counting")
+    with pytest.raises(TimeoutError, match="its own"):  # not taken for a hang
+      runner.within(lambda: (_ for _ in ()).throw(TimeoutError("its own")), "counting")
+    assert (runner.stuck, late) == (0, [])
+    started = time.monotonic()
+    for _ in range(2):
+      with pytest.raises(InfrastructureError, match=r"counting takes longer than 0\.1 s"):
+        runner.within(hanging, "counting", late.append)
+    assert time.monotonic() - started < 5
+    assert runner.stuck == 2
+    with pytest.raises(TooManyStuck):
+      runner.within(lambda: 7, "counting")
+    with pytest.raises(TooManyStuck):
+      runner.submit(Scripted(lambda _: OK), CALL)
+    release.set()
+    deadline = time.monotonic() + 5
+    while (runner.stuck or len(late) < 2) and time.monotonic() < deadline:
+      time.sleep(0.01)
+    assert (runner.stuck, late) == (0, [True, True])
 
 
 def test_close_cancels_what_waits():

@@ -1,0 +1,202 @@
+"""Market: prices, latencies, specialists and the user's wishes around another environment's tasks.
+
+As in ToolOrchestra every task has its own price list and its own choice of specialists. All of it
+is drawn per task from (seed, split, task id), so train and held-out tasks share no draw. Prices are
+in the tools' descriptions; specialists' prices and the wish are in the query too, since the compact
+chat format shows no descriptions. A latency is a number: nobody waits for it.
+"""
+
+import dataclasses
+import random
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from steptool_jax.environments import specialists
+from steptool_jax.environments.base import Environment, Session, Split, check_split
+from steptool_jax.simulators.functions import Tool, Toolbox
+from steptool_jax.types import Code, Finish, Observation, Task, ToolCall, ToolSpec
+
+_CENTS, _SECONDS = 0.3, 1.0  # usual price and latency of a call of the environment's own tools
+_PREFIX = "ask_"
+# Refused before anything ran, or the simulator's own failure: nobody pays for it.
+_FREE = frozenset({Code.MALFORMED, Code.UNKNOWN_TOOL, Code.BAD_ARGUMENTS, Code.INFRASTRUCTURE})
+
+
+@dataclasses.dataclass(frozen=True)
+class Market:
+  """spread: prices and latencies lie within this factor of the usual ones, at least 1.
+
+  tiers: the specialists on offer, of specialists.TIERS; a task offers one of them or more.
+  preferences: queries say what their user cares about; task.metadata["preference"] has it as
+  weights for rewards/orchestra.py. asked: share of reading tasks whose demonstration asks a
+  specialist that knows the answer, so that demonstrations show how one asks.
+  """
+
+  seed: int = 0
+  spread: float = 2.0
+  tiers: tuple[str, ...] = ()
+  preferences: bool = False
+  asked: float = 0.0
+
+  def __post_init__(self):
+    if not self.spread >= 1:
+      raise ValueError(f"market.spread is {self.spread}: must be at least 1")
+    if not 0 <= self.asked <= 1:
+      raise ValueError(f"market.asked is {self.asked}: must be in [0, 1]")
+    for tier in self.tiers:
+      if tier not in specialists.TIERS:
+        raise ValueError(
+          f"market.tiers: there is no {tier!r}; choose of {', '.join(specialists.TIERS)}"
+        )
+
+
+class MarketEnvironment:
+  """An environment whose calls cost something. Tasks stay solvable without any specialist.
+
+  metadata gains "prices" (tool -> [USD, seconds]) and, where the user has a wish, "preference".
+  """
+
+  def __init__(self, environment: Environment, market: Market):
+    if market.tiers and environment.name != "nested_api":
+      raise ValueError(
+        f"market.tiers: specialists know the shop of 'nested_api', not {environment.name!r}"
+      )
+    self._environment, self._market = environment, market
+    self._lock = threading.Lock()
+    self._tasks: dict[str, tuple[Task, ...]] = {}
+    self.name = environment.name
+
+  def tasks(self, split: Split) -> Sequence[Task]:
+    check_split(split)
+    with self._lock:
+      if split not in self._tasks:
+        self._tasks[split] = tuple(self._offer(t, split) for t in self._environment.tasks(split))
+      return self._tasks[split]
+
+  def open(self, task: Task, sample: int) -> "MarketSession":
+    return MarketSession(self._environment.open(task, sample), task, self._market)
+
+  def _offer(self, task: Task, split: Split) -> Task:
+    """The task on the market, a function of (seed, split, task)."""
+    rng = random.Random(f"{self._market.seed}/{split}/{task.id}/market")
+    on_offer = [tier for tier in specialists.TIERS if tier in self._market.tiers]
+    chosen = set(rng.sample(on_offer, rng.randint(1, len(on_offer)))) if on_offer else set()
+    tiers = [tier for tier in on_offer if tier in chosen]
+    usual = {spec.name: (_CENTS, _SECONDS) for spec in task.tools}
+    for tier in tiers:
+      usual[_PREFIX + tier] = (specialists.TIERS[tier].cents, specialists.TIERS[tier].seconds)
+    spread = self._market.spread
+    prices = {
+      # With one decimal, so that the text tells the truth and reads like no value of a task.
+      name: tuple(max(round(x * spread ** rng.uniform(-1, 1), 1), 0.1) for x in both)
+      for name, both in usual.items()
+    }
+    words, wish = "", {}
+    if self._market.preferences:
+      words, wish = _wish(rng, [_PREFIX + tier for tier in tiers])
+    told = ", ".join(f"{_PREFIX}{tier} {_price(prices[_PREFIX + tier])}" for tier in tiers)
+    query = " ".join([task.query, *([f"{told}."] if told else []), *([words] if words else [])])
+    metadata: dict[str, Any] = {
+      "prices": {
+        name: [round(cents / 100, 3), seconds] for name, (cents, seconds) in prices.items()
+      }
+    }
+    if wish:
+      metadata["preference"] = wish
+    specs = (*task.tools, *(_spec(tier) for tier in tiers))
+    priced = dataclasses.replace(
+      task,
+      query=query,
+      tools=tuple(
+        dataclasses.replace(spec, description=f"{spec.description} ({_price(prices[spec.name])})")
+        for spec in specs
+      ),
+      metadata={**task.metadata, **metadata},
+    )
+    if rng.random() >= self._market.asked:
+      return priced
+    avoided = [tool for tool, weight in wish.get("tools", {}).items() if weight < 0]
+    return self._ask(
+      priced, [t for t in rng.sample(tiers, len(tiers)) if _PREFIX + t not in avoided]
+    )
+
+  def _ask(self, task: Task, tiers: Sequence[str]) -> Task:
+    """With a demonstration that asks the first of these specialists that answers right."""
+    question = specialists.question_of(task)
+    if question is None:
+      return task
+    session = self.open(task, 0)
+    try:
+      for tier in tiers:
+        call = ToolCall(_PREFIX + tier, {"question": question})
+        observation = session.call(call)
+        answer = str(observation.value["answer"]) if observation.code is Code.OK else None
+        if session.grade(answer) == 1.0:
+          return dataclasses.replace(task, demonstration=(call, Finish(answer)))
+      return task
+    finally:
+      session.close()
+
+
+class MarketSession:
+  """A session that puts cost and latency on what it answers, and asks specialists itself."""
+
+  def __init__(self, session: Session, task: Task, market: Market):
+    self._session, self._prices = session, task.metadata["prices"]
+    tiers = {_PREFIX + tier: tier for tier in market.tiers}
+    seed = f"{market.seed}/{task.id}"
+    asking = [_asking(session, s, tiers[s.name], seed) for s in task.tools if s.name in tiers]
+    self._names = frozenset(spec.name for spec, _ in asking)
+    self._box = Toolbox(asking)
+
+  def call(self, call: ToolCall) -> Observation:
+    observation = (self._box if call.name in self._names else self._session).call(call)
+    if observation.code in _FREE:
+      return observation
+    cost, latency = self._prices.get(call.name, (0.0, 0.0))
+    return dataclasses.replace(observation, cost=cost, latency=latency)
+
+  def grade(self, answer: str | None) -> float:
+    return self._session.grade(answer)
+
+  def close(self) -> None:
+    self._session.close()
+
+
+def _asking(session: Any, spec: ToolSpec, tier: str, seed: str) -> Tool:
+  return Tool(spec, lambda question: {"answer": specialists.ask(session, tier, question, seed)})
+
+
+def _spec(tier: str) -> ToolSpec:
+  right = ", ".join(f"{k} {v:.0%}" for k, v in specialists.TIERS[tier].accuracy.items())
+  return ToolSpec(
+    f"{_PREFIX}{tier}",
+    f"Ask a {tier} model, e.g. city of the supplier of product NAME. Right on {right}",
+    {
+      "type": "object",
+      "properties": {"question": {"type": "string"}},
+      "required": ["question"],
+      "additionalProperties": False,
+    },
+  )
+
+
+def _price(price: tuple[float, float]) -> str:
+  return f"{price[0]:.1f} cents {price[1]:.1f} s"
+
+
+def _wish(rng: random.Random, tools: Sequence[str]) -> tuple[str, Mapping[str, Any]]:
+  """(words for the query, weights of rewards.orchestra.Preference that they stand for)."""
+  wishes: list[tuple[str, Mapping[str, Any]]] = [
+    ("", {}),
+    ("keep it cheap.", {"cost": 1.0, "latency": 0.0}),
+    ("be quick.", {"cost": 0.0, "latency": 1.0}),
+  ]
+  if tools:
+    tool = rng.choice(tools)
+    wishes += [
+      (f"avoid {tool}.", {"tools": {tool: -1.0}}),
+      (f"prefer {tool}.", {"tools": {tool: 1.0}}),
+    ]
+  return rng.choice(wishes)

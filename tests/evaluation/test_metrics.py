@@ -1,0 +1,150 @@
+import numpy as np
+import pytest
+
+from steptool_jax.evaluation.metrics import rollout_metrics
+from steptool_jax.types import (
+  Code,
+  Finish,
+  Malformed,
+  Observation,
+  Status,
+  Step,
+  ToolCall,
+  Trajectory,
+)
+
+
+def step(action, code=None, **rest):
+  """A step with 2 sampled and 3 observed tokens; rest goes into the observation."""
+  observation = None if code is None else Observation("x", code, **rest)
+  ids = np.zeros(2, np.int32)
+  return Step(ids, np.zeros(2, np.float32), action, observation, np.zeros(3, np.int32))
+
+
+def call(name="f", code=Code.OK, rest=None, **arguments):
+  return step(ToolCall(name, arguments), code, **(rest or {}))
+
+
+def trajectory(*steps, task="t", solved=1.0, status=Status.ANSWERED, **rest):
+  return Trajectory(task, 0, np.zeros(4, np.int32), steps, status, solved, **rest)
+
+
+def malformed():
+  return step(Malformed("?"), Code.MALFORMED)
+
+
+def finish(answer="1"):
+  return step(Finish(answer))
+
+
+def test_nothing_to_take_a_mean_of():
+  figures = rollout_metrics([])
+  assert set(figures.values()) == {0.0}
+  lost = trajectory(call(), finish(), status=Status.INFRASTRUCTURE_ERROR)
+  assert rollout_metrics([lost]) == figures | {"infrastructure_errors": 1.0}
+
+
+def test_figures_by_hand():
+  group = [
+    trajectory(
+      call(x=1, rest={"cost": 0.5, "latency": 2.0}), call(x=1, rest={"cost": 0.25}), finish()
+    ),
+    trajectory(
+      call("g", Code.TOOL_ERROR),
+      malformed(),
+      call("h", Code.UNKNOWN_TOOL),
+      solved=0.0,
+      status=Status.STEP_BUDGET,
+    ),
+    trajectory(call(), finish("none"), solved=0.0, status=Status.GAVE_UP, task="u"),
+    trajectory(call(), solved=1.0, status=Status.INFRASTRUCTURE_ERROR, task="u"),
+  ]
+  figures = rollout_metrics(group)
+  assert figures["pass_rate"] == pytest.approx(1 / 3)
+  assert figures["calls_per_task"] == pytest.approx((2 + 2 + 1) / 3)
+  assert figures["tokens_per_task"] == pytest.approx((19 + 19 + 14) / 3)
+  assert figures["cost_per_task"] == pytest.approx(0.75 / 3)
+  assert figures["latency_per_task"] == pytest.approx(2.0 / 3)
+  assert figures["invalid_call_rate"] == pytest.approx(2 / 6)  # of calls and malformed turns
+  assert figures["invocation_success"] == pytest.approx(3 / 6)
+  assert figures["repeated_calls"] == pytest.approx(1 / 5)
+  assert figures["solved_after_error"] == 0.0
+  assert figures["recovery"] == 0.0
+  assert (figures["answered"], figures["gave_up"]) == pytest.approx((1 / 3, 1 / 3))
+  assert figures["truncated"] == pytest.approx(1 / 3)
+  assert figures["infrastructure_errors"] == 1.0
+
+
+@pytest.mark.parametrize(
+  ("steps", "expected"),
+  [
+    # A tool's failure is made good by the same tool, however late and with other arguments.
+    ([call("f", Code.NOT_FOUND, x=1), call("g"), call("f", x=2)], 1.0),
+    ([call("f", Code.NOT_FOUND), call("g"), call("h")], 0.0),
+    ([call("f"), call("f", Code.TIMEOUT)], 0.0),
+    ([call("f", Code.BAD_ARGUMENTS), call("f", Code.RATE_LIMIT), call("f")], 1.0),
+    ([call("f", Code.BAD_ARGUMENTS), call("f", Code.RATE_LIMIT), call("g")], 0.0),
+    # Where no tool was named, the next call is what was meant.
+    ([malformed(), call("f")], 1.0),
+    ([malformed(), call("f", Code.NOT_FOUND), call("f")], 0.5),
+    ([call("?", Code.UNKNOWN_TOOL), call("f")], 1.0),
+    ([call("?", Code.UNKNOWN_TOOL), finish()], 0.0),
+  ],
+)
+def test_recovery_is_a_later_success_in_the_failed_calls_place(steps, expected):
+  assert rollout_metrics([trajectory(*steps)])["recovery"] == expected
+
+
+def test_recovery_counts_failed_calls_and_not_trajectories():
+  good = trajectory(*[s for _ in range(3) for s in (call(code=Code.TIMEOUT), call())])
+  bad = trajectory(call(code=Code.TIMEOUT), solved=0.0)
+  figures = rollout_metrics([good, bad])
+  assert figures["recovery"] == 0.75
+  assert figures["solved_after_error"] == 0.5
+
+
+@pytest.mark.parametrize(
+  ("steps", "expected"),
+  [
+    ([call(a=1, b=2), call(b=2, a=1)], 1 / 2),  # the order of arguments does not matter
+    ([call(a=1), call(a=2), call("g", a=1)], 0.0),
+    ([call(a=1), call(a=1), call(a=1)], 2 / 3),
+    ([call(a=1), call("set", rest={"changed": True}), call(a=1)], 0.0),  # it may answer otherwise
+    ([call(a=1), malformed(), call(a=1)], 1 / 2),
+    ([call("set", rest={"changed": True}), call("set", rest={"changed": False})], 1 / 2),
+  ],
+)
+def test_repeated_calls(steps, expected):
+  assert rollout_metrics([trajectory(*steps)])["repeated_calls"] == expected
+
+
+def test_diversity_compares_the_samples_of_a_task():
+  a = [call(x=1), finish()]
+  b = [call(x=2), finish()]
+  c = [call(x=1), finish("2")]
+
+  def of(*groups):
+    made = [trajectory(*s, task=f"t{k}") for k, group in enumerate(groups) for s in group]
+    return rollout_metrics(made)["diversity"]
+
+  assert of([a, a, a]) == 0.0
+  assert of([a, b, c]) == 1.0
+  assert of([a, a, b]) == 0.5
+  assert of([a, a, b], [a, c]) == 0.75
+  assert of([a], [b]) == 0.0  # one sample each: nothing to compare
+  assert of([a], [b], [a, b]) == 1.0
+  shorter = [finish()]
+  assert of([a, shorter]) == 1.0
+  other_thought = [step(ToolCall("f", {"x": 1}, "hm"), Code.OK), finish()]
+  assert of([a, other_thought]) == 0.0
+
+
+def test_rewards_by_part():
+  group = [
+    trajectory(finish(), reward_parts={"success_calling": 0.2, "solved": 1.0}),
+    trajectory(finish(), reward_parts={"success_calling": 0.4, "solved": 0.0}),
+    trajectory(finish(), reward_parts={"solved": 9.0}, status=Status.INFRASTRUCTURE_ERROR),
+  ]
+  figures = rollout_metrics(group)
+  assert figures["reward_success_calling"] == pytest.approx(0.3)
+  assert figures["reward_solved"] == 0.5

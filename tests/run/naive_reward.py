@@ -1,0 +1,73 @@
+"""What a naive reward teaches: the quickstart, once with it and once with ours. No test, minutes.
+
+    python tests/run/naive_reward.py --reward=naive --workdir=/tmp/naive
+    python tests/run/naive_reward.py --reward=ours --workdir=/tmp/ours
+
+The naive reward pays 1 for every call that was executed, whatever it was good for, and IsSolved at
+the end. --iterations shortens RL, --seed is the config's. Prints held-out figures before and after.
+"""
+
+import argparse
+import dataclasses
+import importlib.util
+import json
+import pathlib
+import sys
+from collections.abc import Sequence
+
+ROOT = pathlib.Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+
+from steptool_jax import validation  # noqa: E402
+from steptool_jax.run import train, workbench  # noqa: E402
+from steptool_jax.run.metrics_writer import read_jsonl  # noqa: E402
+from steptool_jax.types import Code, Task, Trajectory  # noqa: E402
+
+SHOWN = ("pass_rate", "calls_per_task", "truncated", "repeated_calls", "tokens_per_task")
+
+
+def naive(
+  bench: workbench.Workbench,
+  tasks: Sequence[Task],
+  trajectories: Sequence[Trajectory],
+  scheme: str = "steptool",
+) -> list[Trajectory]:
+  """In the place of workbench.reward."""
+  del bench, tasks, scheme
+  out = []
+  for trajectory in trajectories:
+    paid = [
+      float(s.observation is not None and s.observation.code is Code.OK) for s in trajectory.steps
+    ]
+    if paid and not trajectory.truncated:
+      paid[-1] = trajectory.solved
+    steps = [dataclasses.replace(s, reward=r) for s, r in zip(trajectory.steps, paid, strict=True)]
+    out.append(dataclasses.replace(trajectory, steps=tuple(steps)))
+  return out
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser()
+  parser.add_argument("--reward", choices=("naive", "ours"), required=True)
+  parser.add_argument("--workdir", type=pathlib.Path, required=True)
+  parser.add_argument("--iterations", type=int, default=28)
+  parser.add_argument("--seed", type=int, default=0)
+  flags = parser.parse_args()
+  spec = importlib.util.spec_from_file_location("quickstart", ROOT / "configs/quickstart.py")
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  config = module.get_config()
+  config.seed, config.train.iterations, config.train.export = flags.seed, flags.iterations, False
+  if flags.reward == "naive":
+    workbench.reward = naive
+  flags.workdir.mkdir(parents=True, exist_ok=True)
+  train.run(validation.validate(config), flags.workdir)
+  records = read_jsonl(flags.workdir / "metrics.jsonl")
+  heldout = [r for r in records if "heldout/pass_rate" in r]
+  for label, record in (("after SFT", heldout[1]), ("after RL", heldout[-1])):
+    figures = {name: round(record[f"heldout/{name}"], 3) for name in SHOWN}
+    print(f"{flags.reward}, {label}: {json.dumps(figures)}")
+
+
+if __name__ == "__main__":
+  main()
