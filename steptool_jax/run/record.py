@@ -22,9 +22,8 @@ from steptool_jax.config import Config
 from steptool_jax.data.trajectories import AnnotatedTrajectory, to_document, write_trajectories
 from steptool_jax.dialogue.codec import Codec
 from steptool_jax.environments.base import Environment
-from steptool_jax.learning import batching
 from steptool_jax.rollout.strategy import SearchResult
-from steptool_jax.types import Trajectory
+from steptool_jax.types import TokenBatch, Trajectory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,24 +48,30 @@ class Recorder:
     return bool(r.train) and (done % r.every == 0 or done == self.iterations - 1)
 
   def training(
-    self, done: int, trajectories: Sequence[Trajectory], advantages_BT: np.ndarray
+    self,
+    done: int,
+    trajectories: Sequence[Trajectory],
+    batch: TokenBatch,
+    advantages_BT: np.ndarray | None,
   ) -> None:
     """Keeps record.train trajectories of an iteration: all samples of tasks spread over it.
 
-    advantages_BT: float32, on the rows that batching.pack makes of all `trajectories`.
+    batch: packed from them (NumPy); advantages_BT: float32 on its rows, None where the algorithm
+    has none.
     """
-    values = batching.unpack(trajectories, advantages_BT, self.config.train.row_tokens)
     tasks = list(dict.fromkeys(t.task_id for t in trajectories))
     most = self.config.record.train
     count = max(most * len(tasks) // len(trajectories), 1)
     kept = {tasks[i] for i in np.linspace(0, len(tasks) - 1, count).astype(int)}
-    chosen = [i for i, t in enumerate(trajectories) if t.task_id in kept][:most]
-    advantages = {
-      (trajectories[i].task_id, trajectories[i].sample): _by_step(trajectories[i], values[i])
-      for i in chosen
-      if np.isfinite(values[i]).all()  # JSON has no NaN, and the update skips such a batch
-    }
-    self._write(f"train_{done:06d}.jsonl", "train", [trajectories[i] for i in chosen], advantages)
+    chosen = [t for t in trajectories if t.task_id in kept][:most]
+    found = {} if advantages_BT is None else _by_tokens(batch, advantages_BT)
+    advantages = {}
+    for t in chosen:
+      values = found.get(_key(t.prompt_tokens, _sampled(t)))
+      # JSON has no NaN; the update skips such a batch.
+      if values is not None and np.isfinite(values).all():
+        advantages[t.task_id, t.sample] = _by_step(t, values)
+    self._write(f"train_{done:06d}.jsonl", "train", chosen, advantages)
 
   def _write(
     self,
@@ -124,6 +129,28 @@ def _pieces(decode: Callable[[Sequence[int]], str], ids: list[int]) -> list[str]
     pieces.append(text[len(before) :] if whole else "")
     before = text if whole else before
   return pieces
+
+
+def _by_tokens(batch: TokenBatch, values_BT: np.ndarray) -> dict[tuple[bytes, bytes], np.ndarray]:
+  """(prompt, sampled tokens) of every packed trajectory -> the values at its sampled tokens."""
+  found = {}
+  for row in range(len(batch.tokens)):
+    for segment in range(1, batch.segment_ids[row].max(initial=0) + 1):
+      here = np.flatnonzero(batch.segment_ids[row] == segment)
+      sampled = here[batch.step_ids[row, here] >= 0]
+      if sampled.size:
+        # targets[t] follows tokens[t]: the first sampled one stands at the prompt's last place.
+        prompt = batch.tokens[row, here[0] : sampled[0] + 1]
+        found[_key(prompt, batch.targets[row, sampled])] = values_BT[row, sampled]
+  return found
+
+
+def _key(prompt: np.ndarray, sampled: np.ndarray) -> tuple[bytes, bytes]:
+  return prompt.astype(np.int32).tobytes(), sampled.astype(np.int32).tobytes()
+
+
+def _sampled(trajectory: Trajectory) -> np.ndarray:
+  return np.concatenate([step.tokens for step in trajectory.steps])
 
 
 def _by_step(trajectory: Trajectory, values: np.ndarray) -> list[list[float]]:

@@ -362,8 +362,10 @@ class _Trainer:
       self.state, device_batch, np.int32(-(-rows // t.micro_rows))
     )
     if self.recorder.wants(self.progress.done):
-      advantages_BT = np.asarray(jax.device_get(prepared.advantages)).reshape(-1, t.row_tokens)
-      self.recorder.training(self.progress.done, trajectories, advantages_BT)
+      advantages = jax.device_get(prepared.advantages)
+      if advantages is not None:
+        advantages = advantages.reshape(-1, t.row_tokens)
+      self.recorder.training(self.progress.done, trajectories, batch, advantages)
     per_update: list[dict[str, Any]] = []
     for epoch in range(t.epochs):
       for minibatch, count in self._minibatches(prepared, rows, epoch):
