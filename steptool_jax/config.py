@@ -338,6 +338,9 @@ class Evaluation:
   tasks: int = _is(200, "held-out tasks at start and end; 0 = no evaluation in training")
   curve_tasks: int = _is(100, "held-out tasks of the evaluations between")
   temperature: float = _is(0.0, "0 = greedy")
+  greedy: bool = _is(
+    False, "--mode=train: evaluate the end greedily as well, where temperature is above 0"
+  )
   attempts: int = _is(
     1, "--mode=evaluate: chains of a task until one answers and while budget is left (CoT@n)"
   )
@@ -346,6 +349,17 @@ class Evaluation:
     "", "--mode=evaluate, toolbench: WORKDIR of another evaluation, for the win rate over it"
   )
   stored: str = _is("", "--mode=evaluate: only aggregate this folder of stored runs, no model")
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+  """Trajectories that --mode=train keeps in WORKDIR/moments for --mode=report."""
+
+  heldout: int = _is(
+    300, "of the held-out evaluations at start, after SFT and at the end; 0 = none"
+  )
+  train: int = _is(16, "of a training iteration; 0 = none")
+  every: int = _is(10, "RL iterations between those that are kept; the last one is, too")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -412,6 +426,27 @@ class Bench:
 
 
 @dataclasses.dataclass(frozen=True)
+class Report:
+  """--mode=report, and the page that --mode=study writes."""
+
+  trajectories: int = _is(5000, "trajectories in the page at most, shared out by moments and cells")
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+  """--mode=study: a grid of training runs. Read by the study alone, its cells have none of it."""
+
+  cells: tuple[str, ...] = _is(
+    (), "'group/environment/method: seeds=N field=value …' each; the fields change this config"
+  )
+  only: tuple[str, ...] = _is((), "patterns of cells to run, as 'core/*/steptool/0'; empty = all")
+  parallel: int = _is(1, "cells at the same time")
+  cores: int = _is(0, "cores of a cell, its own; 0 = all")
+  hours: float = _is(0.0, "after which the study stops, to go on with the same command; 0 = never")
+  attempts: int = _is(2, "after which a cell that fails is given up")
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
   seed: int = _is(0, "of weights, sampling and task order")
   algorithm: str = _is("steptool", "a row of learning/algorithms.py")
@@ -431,11 +466,14 @@ class Config:
   sft: Sft = _is(Sft(), "supervised warm-up")
   train: Train = _is(Train(), "RL")
   evaluation: Evaluation = _is(Evaluation(), "held-out evaluation")
+  record: Record = _is(Record(), "trajectories that training keeps")
   data: Data = _is(Data(), "offline training")
   annotate: Annotate = _is(Annotate(), "annotation of stored trajectories")
   serve: Serve = _is(Serve(), "simulator server")
   checkpoint: Checkpoint = _is(Checkpoint(), "checkpoints")
   bench: Bench = _is(Bench(), "benchmarks")
+  report: Report = _is(Report(), "report")
+  study: Study = _is(Study(), "study")
 
 
 def base_config() -> ml_collections.ConfigDict:

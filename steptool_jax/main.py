@@ -12,7 +12,7 @@ from ml_collections import config_flags
 
 from steptool_jax import validation
 
-MODES = ("train", "evaluate", "annotate", "export", "bench", "serve")
+MODES = ("train", "evaluate", "annotate", "export", "bench", "serve", "report", "study")
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, FILE.py or FILE.py:arg.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; everything is written there.")

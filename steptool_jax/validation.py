@@ -112,7 +112,8 @@ _POSITIVE = (
   "bench.repeats bench.turns environment.faults.max_consecutive simulator.http_timeout "
   "simulator.http_in_flight judge.runs rollout.search.width "
   "rollout.search.answer_back rollout.search.give_up_back evaluation.attempts evaluation.rollouts "
-  "data.passes data.batch dpo.beta archer.tau archer.replay"
+  "data.passes data.batch dpo.beta archer.tau archer.replay record.every report.trajectories "
+  "study.parallel study.attempts"
 ).split() + _of_endpoints("timeout", "in_flight")
 _NOT_NEGATIVE = (
   "seed lora.rank sft.steps sft.clean_steps sft.tasks train.iterations evaluation.every "
@@ -121,7 +122,8 @@ _NOT_NEGATIVE = (
   "train.optimizer.muon_rate sft.optimizer.muon_rate environment.tools_per_task "
   "rollout.tool_retries rollout.max_stuck_tools loss.clip_low loss.clip_high loss.value_clip "
   "simulator.http_retries rollout.budget rollout.search.room serve.port evaluation.tasks "
-  "rewards.filters.min_deviation advantage.omega archer.batch"
+  "rewards.filters.min_deviation advantage.omega archer.batch record.heldout record.train "
+  "study.cores study.hours"
 ).split() + _of_endpoints("retries", "prompt_price", "completion_price")
 _SHARES = (
   "sft.mistakes environment.faults.rate_limit environment.faults.timeout "

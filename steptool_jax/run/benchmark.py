@@ -31,7 +31,7 @@ from steptool_jax.evaluation.passrate import PassRate, call_metrics, outcome_of
 from steptool_jax.evaluation.recall import macro_recall
 from steptool_jax.rollout.answers import cot_answer, dfs_answer, write_answer, write_json
 from steptool_jax.rollout.conversion import convert_folder
-from steptool_jax.run import build, solving, workbench
+from steptool_jax.run import build, record, solving, workbench
 from steptool_jax.run.solving import Solution, Work
 from steptool_jax.run.workbench import Workbench
 from steptool_jax.types import Status, Task, Trajectory
@@ -70,6 +70,7 @@ def evaluate(bench: Workbench, variables: dict) -> _Json:
     runs.append(_run(bench, variables, tasks, k, f"{name}, rollout {k + 1} of {e.rollouts}"))
     if bench.services.judging is not None:
       _write_official(bench, runs[-1], f"rollout_{k}", name)
+  codec = bench.policy.chat_format.codec
   records = [
     AnnotatedTrajectory(
       trajectory=trajectory,
@@ -80,7 +81,9 @@ def evaluate(bench: Workbench, variables: dict) -> _Json:
         "llm_calls": solution.llm_calls,
         "rollout": k,
       }
-      | {key: task.metadata[key] for key in ("subset", "query_id") if key in task.metadata},
+      | {key: task.metadata[key] for key in ("subset", "query_id") if key in task.metadata}
+      | {"texts": record.token_texts(codec, trajectory)}
+      | ({"search": record.search_document(solution.search)} if solution.search else {}),
     )
     for k, run in enumerate(runs)
     for task, solution, trajectory in zip(tasks, run.solutions, run.trajectories, strict=True)

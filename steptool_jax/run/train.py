@@ -31,6 +31,7 @@ from steptool_jax.run import (
   learners,
   metrics_writer,
   offline,
+  record,
   replay,
   restore,
   workbench,
@@ -43,8 +44,16 @@ from steptool_jax.types import Status, Task, TokenBatch, TrainState, Trajectory
 
 # Fields that may change between a start and a resume: they do not change what was learnt so far.
 MAY_CHANGE = (
-  *("evaluation.", "checkpoint.", "compilation_cache", "train.export", "bench.", "mesh."),
-  *("simulator.", "judge.endpoint.", "serve.", "annotate."),
+  *(
+    "evaluation.",
+    "record.",
+    "checkpoint.",
+    "compilation_cache",
+    "train.export",
+    "bench.",
+    "mesh.",
+  ),
+  *("simulator.", "judge.endpoint.", "serve.", "annotate.", "report.", "study."),
 )
 
 
@@ -59,6 +68,7 @@ class Progress:
   records: int = 0  # lines of metrics.jsonl
   seconds: float = 0.0
   conversations: int = 0  # rolled out in RL
+  llm_calls: int = 0  # of these conversations: the environment steps
   tokens: int = 0  # of trajectories rolled out and trained on in RL
   rl_seconds: float = 0.0
   skipped: int = 0  # updates, because something was not finite
@@ -108,6 +118,13 @@ class _Trainer:
     if self.config.data.path:
       self.data = offline.load(self.config, bench.policy.chat_format, bench.policy.model)
     self.conversations, self.iterations = self._sizes()
+    self.recorder = record.Recorder(
+      self.config,
+      bench.workdir,
+      bench.policy.chat_format.codec,
+      bench.environment,
+      self.iterations,
+    )
 
   def _sizes(self) -> tuple[int, int]:
     """(most conversations of an iteration, iterations of RL or of any training on stored data)."""
@@ -141,6 +158,8 @@ class _Trainer:
       if self.progress.phase == "rl":
         self._rl()
         self._evaluate("pass_rate_rl", "after RL")
+      if self.config.evaluation.greedy and self.config.evaluation.temperature:
+        self._evaluate("pass_rate_greedy", "at the end, greedily", temperature=0.0)
       return self._finish()
     except Interrupted:
       self._save()
@@ -223,7 +242,7 @@ class _Trainer:
         figures = self._iteration() if self.data is None else self._offline_iteration()
         self.progress.rl_seconds += time.monotonic() - started
         self._advance()
-        self.writer.write(self._number(), "train", figures)
+        self.writer.write(self._number(), "train", figures | self._spent())
         bar.update()
         bar.set_postfix_str(
           ", ".join(
@@ -281,8 +300,7 @@ class _Trainer:
     figures |= self._learn(kept)
     now = time.monotonic()
     tokens = sum(t.num_tokens for t in kept)
-    self.progress.conversations += len(trajectories)
-    self.progress.tokens += tokens
+    self._count(trajectories, tokens)
     self.progress.train_curve.append((self.progress.conversations, figures["pass_rate"]))
     return figures | _shares(stats, now - update_started, now - started, tokens)
 
@@ -291,9 +309,18 @@ class _Trainer:
     trajectories = self.data.batch(self.progress.done)
     figures = rollout_metrics(trajectories) | self._learn(trajectories)
     tokens = sum(t.num_tokens for t in trajectories)
-    self.progress.conversations += len(trajectories)
-    self.progress.tokens += tokens
+    self._count(trajectories, tokens)
     return figures | {"tokens_per_second": tokens / (time.monotonic() - started)}
+
+  def _count(self, trajectories: list[Trajectory], tokens: int) -> None:
+    self.progress.conversations += len(trajectories)
+    self.progress.llm_calls += sum(len(t.steps) for t in trajectories)
+    self.progress.tokens += tokens
+
+  def _spent(self) -> dict[str, float]:
+    """What RL has used so far: the axes of learning curves."""
+    p = self.progress
+    return {n: getattr(p, n) for n in ("conversations", "llm_calls", "tokens", "rl_seconds")}
 
   def _fill_behaviour(self) -> None:
     """Old log-probs of the data: of the present policy before its first update, else as kept."""
@@ -361,6 +388,11 @@ class _Trainer:
     prepared, prepare_metrics = prepare(
       self.state, device_batch, np.int32(-(-rows // t.micro_rows))
     )
+    if self.recorder.wants(self.progress.done):
+      advantages = jax.device_get(prepared.advantages)
+      if advantages is not None:
+        advantages = advantages.reshape(-1, t.row_tokens)
+      self.recorder.training(self.progress.done, trajectories, batch, advantages)
     per_update: list[dict[str, Any]] = []
     for epoch in range(t.epochs):
       parts = learners.minibatches(
@@ -445,13 +477,29 @@ class _Trainer:
     self.progress.seconds = self.before + time.monotonic() - self.started
     return self.progress.seconds
 
-  def _evaluate(self, name: str, label: str, num_tasks: int = 0) -> None:
-    """Held-out figures; a name puts the pass rate into the results."""
-    if not self.config.evaluation.tasks:
+  def _evaluate(
+    self, name: str, label: str, num_tasks: int = 0, temperature: float | None = None
+  ) -> None:
+    """Held-out figures; a name puts the pass rate into the results.
+
+    temperature: None for that of the config; another one's pass rate is no part of the curve.
+    """
+    e = self.config.evaluation
+    if not e.tasks:
       return
-    num_tasks = num_tasks or self.config.evaluation.tasks
-    figures, _ = workbench.evaluate_policy(self.bench, self._variables(), num_tasks, label)
-    self.writer.write(self._number(), "heldout", figures)
+    figures, trajectories = workbench.evaluate_policy(
+      self.bench,
+      self._variables(),
+      num_tasks or e.tasks,
+      label,
+      e.temperature if temperature is None else temperature,
+    )
+    if name:
+      self.recorder.heldout(name.removeprefix("pass_rate_"), trajectories)
+    if temperature is not None:
+      self.progress.results[name] = figures["pass_rate"]
+      return
+    self.writer.write(self._number(), "heldout", figures | self._spent())
     figure = f"{label}: held-out pass rate {figures['pass_rate']:.1%}"
     tqdm.write(self.bench.services.beside(figure))
     if name:

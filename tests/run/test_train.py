@@ -113,6 +113,7 @@ def scripted(config, folder, broken):
   call = ToolCall(environment.tasks("train")[0].tools[0].name, {})
   turns = [policy.chat_format.render_action(a) for a in (call, Finish("1"))]
   trainer = object.__new__(train._Trainer)
+  trainer.recorder = types.SimpleNamespace(wants=lambda done: False)
   trainer.data = None
   trainer.config, trainer.progress, trainer.state = config, train.Progress(), None
   trainer.learnt = []
@@ -269,6 +270,7 @@ def test_mistakes_begin_behind_the_clean_steps(monkeypatch):
 def trainer_at(done, **changes):
   """A trainer that knows its tasks and nothing else."""
   trainer = object.__new__(train._Trainer)
+  trainer.recorder = types.SimpleNamespace(wants=lambda done: False)
   trainer.data = None
   trainer.config = tiny.make(**changes)
   trainer.algorithm = get_algorithm(trainer.config.algorithm)
