@@ -16,7 +16,7 @@ from ml_collections import config_flags
 from steptool_jax import validation
 from steptool_jax.run import hosts
 
-MODES = ("train", "evaluate", "annotate", "export", "bench", "serve")
+MODES = ("train", "evaluate", "annotate", "export", "bench", "serve", "report", "study")
 SEVERAL = ("train", "evaluate", "export")  # on several processes
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, FILE.py or FILE.py:arg.")

@@ -97,7 +97,7 @@ def _repeats(trajectory: Trajectory) -> list[bool]:
   out, done = [], set()
   for step in trajectory.steps:
     if isinstance(step.action, ToolCall):
-      key = _key(step.action)
+      key = action_key(step.action)
       out.append(key in done)
       if step.observation is not None and step.observation.changed:
         done.clear()
@@ -127,13 +127,13 @@ def _diversity(trajectories: Sequence[Trajectory]) -> float:
   """(distinct sequences - 1) / (samples - 1), the mean over tasks with several samples."""
   groups: dict[str, list[str]] = {}
   for t in trajectories:
-    sequence = " ".join(_key(step.action) for step in t.steps)
+    sequence = " ".join(action_key(step.action) for step in t.steps)
     groups.setdefault(t.task_id, []).append(sequence)
   several = [g for g in groups.values() if len(g) > 1]
   return _mean([(len(set(g)) - 1) / (len(g) - 1) for g in several])
 
 
-def _key(action: Action) -> str:
+def action_key(action: Action) -> str:
   """An action as text; its thoughts and the order of its arguments do not matter."""
   if isinstance(action, ToolCall):
     # default: arguments that the schema refused may be anything.

@@ -1,17 +1,17 @@
 """Orbax checkpoints of everything that a run needs to go on, written asynchronously.
 
-WORKDIR/checkpoints/<number>/ holds the TrainState, a small JSON `meta` and `check`: shape, dtype
-and a fingerprint of every array. A checkpoint that cannot be read, or whose arrays are not those
-that were saved, is corrupt: the one before takes its place. One with other shapes belongs to
-another model and is refused. On another mesh the arrays are laid out anew, and their fingerprints
-are the same.
+WORKDIR/checkpoints/<number>/ holds the TrainState, a small JSON `meta`, the replay as JSON where
+there is one, and `check`: shape, dtype and a fingerprint of every array. A checkpoint that cannot
+be read, or whose arrays are not those that were saved, is corrupt: the one before takes its place.
+One with other shapes belongs to another model and is refused. On another mesh the arrays are laid
+out anew, and their fingerprints are the same.
 """
 
 import contextlib
 import json
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +34,14 @@ def _worth_reading(record) -> bool:
 
 # Orbax reports dozens of lines a checkpoint; its warnings and errors stay.
 logging.get_absl_handler().addFilter(_worth_reading)
+
+
+class Restored(NamedTuple):
+  """What a checkpoint holds."""
+
+  state: TrainState
+  meta: dict[str, Any]
+  replay: list[dict[str, Any]]
 
 
 class Checkpoints:
@@ -71,27 +79,33 @@ class Checkpoints:
     kept = {*numbers[-self._keep :], *scored[len(scored) - self._keep_best :]}
     return [n in kept for n in numbers]
 
-  def save(self, number: int, state: TrainState, meta: Mapping[str, Any]) -> None:
+  def save(
+    self,
+    number: int,
+    state: TrainState,
+    meta: Mapping[str, Any],
+    replay: Sequence[Mapping[str, Any]] = (),
+  ) -> None:
     """Copies the state off the device and writes in the background.
+
 
     OSError where this or an earlier one cannot be written.
     """
     if number in self._manager.all_steps():
       return
     arrays = _without_empty(state)
-    check = {
-      path: [text, mark]
-      for (path, text), mark in zip(_layout(arrays).items(), _fingerprints(arrays), strict=True)
+    marks = zip(_layout(arrays).items(), _fingerprints(arrays), strict=True)
+    items = {
+      "state": ocp.args.StandardSave(arrays),
+      "meta": ocp.args.JsonSave(dict(meta)),
+      "check": ocp.args.JsonSave(
+        {"arrays": {path: [text, mark] for (path, text), mark in marks}, "replay": len(replay)}
+      ),
     }
+    if replay:
+      items["replay"] = ocp.args.JsonSave(list(replay))
     with self._explained():
-      self._manager.save(
-        number,
-        args=ocp.args.Composite(
-          state=ocp.args.StandardSave(arrays),
-          meta=ocp.args.JsonSave(dict(meta)),
-          check=ocp.args.JsonSave(check),
-        ),
-      )
+      self._manager.save(number, args=ocp.args.Composite(**items))
 
   def score(self, number: int, value: float) -> None:
     """Notes how good the policy of checkpoint `number` is; nothing where there is none."""
@@ -102,9 +116,7 @@ class Checkpoints:
       with replacing(self._workdir / SCORES) as file:
         json.dump(self._scores, file)
 
-  def newest(
-    self, abstract_of: Callable[[dict[str, Any]], TrainState]
-  ) -> tuple[TrainState, dict[str, Any]] | None:
+  def newest(self, abstract_of: Callable[[dict[str, Any]], TrainState]) -> Restored | None:
     """As `newest`; corrupt checkpoints are moved to WORKDIR/corrupt, out of the way of new ones."""
     return newest(self._workdir, abstract_of, set_aside=self._set_aside)
 
@@ -157,8 +169,8 @@ def newest(
   abstract_of: Callable[[dict[str, Any]], TrainState],
   order: Sequence[int] | None = None,
   set_aside: Callable[[int], None] = lambda number: None,
-) -> tuple[TrainState, dict[str, Any]] | None:
-  """(state, meta) of the newest whole checkpoint; None where the workdir has none.
+) -> Restored | None:
+  """The newest whole checkpoint; None where the workdir has none.
 
   Args:
     workdir: of the run.
@@ -174,7 +186,7 @@ def newest(
   for number in order:
     directory = (workdir / "checkpoints" / str(number)).absolute()
     found, problem = _restore(directory, abstract_of)
-    if not problem:
+    if found is not None:
       return found
     logging.error("checkpoint %s is corrupt and not used: %s", directory, problem)
     set_aside(number)
@@ -188,19 +200,23 @@ def newest(
 
 def _restore(
   directory: pathlib.Path, abstract_of: Callable[[dict[str, Any]], TrainState]
-) -> tuple[tuple[TrainState, dict[str, Any]] | None, str]:
-  """((state, meta), "") or (None, what is wrong); the same in all processes."""
-  meta, problem = _attempt(lambda: _read_json(directory / "meta"))
+) -> tuple[Restored | None, str]:
+  """(what it holds, "") or (None, what is wrong); the same in all processes."""
+
+  def texts() -> tuple[Any, Any, list[Any]]:
+    meta, check = _read_json(directory / "meta"), _read_json(directory / "check")
+    replay = _read_json(directory / "replay") if check["replay"] else []
+    if len(replay) != check["replay"]:
+      raise ValueError(f"{len(replay)} of {check['replay']} trajectories in the replay")
+    return meta, check["arrays"], replay
+
+  found, problem = _attempt(texts)
   if problem:
     return None, problem
-  check, problem = _attempt(lambda: _read_json(directory / "check"))
-  if problem:
-    return None, problem
+  meta, saved, replay = found
   abstract = abstract_of(meta)
   wanted = _without_empty(abstract)
-  _refuse_other_layout(
-    directory, {path: text for path, (text, _) in check.items()}, _layout(wanted)
-  )
+  _refuse_other_layout(directory, {path: text for path, (text, _) in saved.items()}, wanted)
   arrays, problem = _attempt(
     lambda: ocp.StandardCheckpointHandler().restore(
       ocp.utils.epath.Path(directory / "state"), args=ocp.args.StandardRestore(wanted)
@@ -208,14 +224,11 @@ def _restore(
   )
   if problem:
     return None, problem
-  wrong = [
-    path
-    for (path, (_, mark)), now in zip(check.items(), _fingerprints(arrays), strict=True)
-    if mark != now
-  ]
+  marks = zip(saved.items(), _fingerprints(arrays), strict=True)
+  wrong = [path for (path, (_, mark)), now in marks if mark != now]
   if wrong:
-    return None, f"{wrong[0]} is not as it was saved, nor are {len(wrong) - 1} other arrays"
-  return (abstract._replace(**arrays), meta), ""
+    return None, f"{len(wrong)} arrays are not as they were saved, {wrong[0]} among them"
+  return Restored(abstract._replace(**arrays), meta, replay), ""
 
 
 def _attempt(read: Callable[[], Any]) -> tuple[Any, str]:
@@ -229,13 +242,14 @@ def _attempt(read: Callable[[], Any]) -> tuple[Any, str]:
   return (None, problems[0]) if problems else (result, "")
 
 
-def _read_json(directory: pathlib.Path) -> dict[str, Any]:
+def _read_json(directory: pathlib.Path) -> Any:
   return ocp.JsonCheckpointHandler().restore(ocp.utils.epath.Path(directory))
 
 
 def _refuse_other_layout(
-  directory: pathlib.Path, theirs: Mapping[str, str], ours: Mapping[str, str]
+  directory: pathlib.Path, theirs: Mapping[str, str], wanted: dict[str, Any]
 ) -> None:
+  ours = _layout(wanted)
   different = [p for p in theirs.keys() | ours.keys() if theirs.get(p) != ours.get(p)]
   if different:
     path = min(different)
@@ -277,5 +291,5 @@ def _without_empty(state: TrainState) -> dict[str, Any]:
   return {
     name: value
     for name, value in state._asdict().items()
-    if not (isinstance(value, dict) and not value)
+    if not (isinstance(value, dict | tuple) and not value)
   }

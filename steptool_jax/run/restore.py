@@ -60,8 +60,7 @@ def newest_variables(bench: Workbench) -> tuple[dict, dict[str, Any]] | None:
   found = checkpoint.newest(bench.workdir, abstract_of, _order(bench))
   if found is None:
     return None
-  state, meta = found
-  return lora.join_variables(state.trainable, state.frozen), meta
+  return lora.join_variables(found.state.trainable, found.state.frozen), found.meta
 
 
 def _order(bench: Workbench) -> list[int]:

@@ -32,6 +32,8 @@ from steptool_jax.run import (
   learners,
   metrics_writer,
   offline,
+  record,
+  replay,
   restore,
   workbench,
 )
@@ -43,8 +45,16 @@ from steptool_jax.types import Status, Task, TokenBatch, TrainState, Trajectory
 
 # Fields that may change between a start and a resume: they do not change what was learnt so far.
 MAY_CHANGE = (
-  *("evaluation.", "checkpoint.", "compilation_cache", "train.export", "bench.", "mesh."),
-  *("simulator.", "judge.endpoint.", "serve.", "annotate."),
+  *(
+    "evaluation.",
+    "record.",
+    "checkpoint.",
+    "compilation_cache",
+    "train.export",
+    "bench.",
+    "mesh.",
+  ),
+  *("simulator.", "judge.endpoint.", "serve.", "annotate.", "report.", "study."),
 )
 
 
@@ -54,10 +64,12 @@ class Progress:
 
   phase: str = "sft"  # sft, rl
   done: int = 0  # iterations of the phase
+  learnt: int = 0  # iterations of RL that had something to learn from
   evaluated: int = 0  # RL iteration of the newest evaluation between start and end
   records: int = 0  # lines of metrics.jsonl
   seconds: float = 0.0
   conversations: int = 0  # rolled out in RL
+  llm_calls: int = 0  # of these conversations: the environment steps
   tokens: int = 0  # of trajectories rolled out and trained on in RL
   rl_seconds: float = 0.0
   skipped: int = 0  # updates, because something was not finite
@@ -101,16 +113,24 @@ class _Trainer:
     self.progress = Progress()
     self.state: TrainState | None = None
     self.skipped_in_a_row = 0
+    self.past: list[Trajectory] = []  # ArCHer's replay
     self.algorithm = algorithms.get_algorithm(self.config.algorithm)
     self.data: offline.Data | None = None  # stored trajectories in the place of rollouts
     if self.config.data.path:
       self.data = offline.load(self.config, bench.policy.chat_format, bench.policy.model)
     self.conversations, self.iterations = self._sizes()
+    self.recorder = record.Recorder(
+      self.config,
+      bench.workdir,
+      bench.policy.chat_format.codec,
+      bench.environment,
+      self.iterations,
+    )
 
   def _sizes(self) -> tuple[int, int]:
     """(most conversations of an iteration, iterations of RL or of any training on stored data)."""
     if self.data is not None:
-      return self.data.size, self.config.data.passes * self.data.batches_per_pass
+      return self.data.most, self.config.data.passes * self.data.batches_per_pass
     r = self.config.rollout
     return r.tasks * r.samples, self.config.train.iterations
 
@@ -135,6 +155,8 @@ class _Trainer:
       if self.progress.phase == "rl":
         self._rl()
         self._evaluate("pass_rate_rl", "after RL")
+      if self.config.evaluation.greedy and self.config.evaluation.temperature:
+        self._evaluate("pass_rate_greedy", "at the end, greedily", temperature=0.0)
       return self._finish()
     except Interrupted:
       self._save()
@@ -159,7 +181,8 @@ class _Trainer:
 
     found = self.checkpoints.newest(abstract_of)
     if found is not None:
-      self.state = found[0]
+      self.state = found.state
+      self.past = replay.from_documents(found.replay)
       logging.info("resuming: %s, iteration %d", self.progress.phase, self.progress.done)
       return
     self._set_learner()
@@ -222,7 +245,7 @@ class _Trainer:
         figures = self._iteration() if self.data is None else self._offline_iteration()
         self.progress.rl_seconds += time.monotonic() - started
         self._advance()
-        self.writer.write(self._number(), "train", figures)
+        self.writer.write(self._number(), "train", figures | self._spent())
         bar.update()
         bar.set_postfix_str(
           ", ".join(
@@ -233,6 +256,13 @@ class _Trainer:
         done = self.progress.done
         if done % self.config.checkpoint.every == 0 or done == self.iterations:
           self._save()
+    if self.iterations and not self.progress.learnt and not self.progress.skipped:
+      raise RuntimeError(
+        f"algorithm {self.config.algorithm!r} learns from {self.algorithm.select.needs}, and none "
+        f"of {self.iterations} iterations had one: raise rollout.samples, rollout.tasks or "
+        "sft.steps, loosen rewards.filters, or use algorithm 'steptool', which learns from every "
+        "trajectory"
+      )
 
   def _evaluate_between(self) -> None:
     """Held-out figures every few iterations; behind the checkpoint, so that a resume makes up for
@@ -270,12 +300,10 @@ class _Trainer:
     kept, dropped = orchestra.keep(usable, filters)
     figures |= dropped
     update_started = time.monotonic()
-    if kept:
-      figures |= self._learn(kept)
+    figures |= self._learn(kept)
     now = time.monotonic()
     tokens = sum(t.num_tokens for t in kept)
-    self.progress.conversations += len(trajectories)
-    self.progress.tokens += tokens
+    self._count(trajectories, tokens)
     self.progress.train_curve.append((self.progress.conversations, figures["pass_rate"]))
     return figures | _shares(stats, now - update_started, now - started, tokens)
 
@@ -284,9 +312,18 @@ class _Trainer:
     trajectories = self.data.batch(self.progress.done)
     figures = rollout_metrics(trajectories) | self._learn(trajectories)
     tokens = sum(t.num_tokens for t in trajectories)
-    self.progress.conversations += len(trajectories)
-    self.progress.tokens += tokens
+    self._count(trajectories, tokens)
     return figures | {"tokens_per_second": tokens / (time.monotonic() - started)}
+
+  def _count(self, trajectories: list[Trajectory], tokens: int) -> None:
+    self.progress.conversations += len(trajectories)
+    self.progress.llm_calls += sum(len(t.steps) for t in trajectories)
+    self.progress.tokens += tokens
+
+  def _spent(self) -> dict[str, float]:
+    """What RL has used so far: the axes of learning curves."""
+    p = self.progress
+    return {n: getattr(p, n) for n in ("conversations", "llm_calls", "tokens", "rl_seconds")}
 
   def _fill_behaviour(self) -> None:
     """Old log-probs of the data: of the present policy before its first update, else as kept."""
@@ -326,20 +363,49 @@ class _Trainer:
       seen[index] += 1
     return jobs
 
+  def _pack(self, trajectories: list[Trajectory]) -> TokenBatch | None:
+    """What the algorithm learns from, packed; None where there is nothing."""
+    units = self.algorithm.select.pick(trajectories)
+    if not units:
+      return None
+    row_tokens, a = self.config.train.row_tokens, self.config.archer
+    if self.algorithm.critic != "double":
+      return batching.pack_units(units, row_tokens)
+    past = replay.draw(self.past, a.batch, (self.config.seed, self.progress.done))
+    self.past = replay.remember(self.past, trajectories, a.replay)
+    return batching.pack_units(units, row_tokens, replayed=past, whole_actions=True)
+
   def _learn(self, trajectories: list[Trajectory]) -> dict[str, float]:
     """prepare, then epochs x minibatches of update."""
     t = self.config.train
-    batch = batching.pack(trajectories, t.row_tokens)
+    batch = self._pack(trajectories)
+    if batch is None:
+      return {"nothing_to_learn": 1.0}
+    self.progress.learnt += 1
     rows = batch.tokens.shape[0]
-    capacity = -(-self.conversations // t.micro_rows)
-    device_batch = self._to_device(batch, t.micro_rows, capacity)
+    most = self.conversations * self.algorithm.select.rows
+    if self.algorithm.critic == "double":
+      most += self.config.archer.batch
+    device_batch = self._to_device(batch, t.micro_rows, -(-most // t.micro_rows))
     prepare, _ = self.programs
     prepared, prepare_metrics = prepare(
       self.state, device_batch, np.int32(-(-rows // t.micro_rows))
     )
+    if self.recorder.wants(self.progress.done):
+      advantages = prepared.advantages
+      if advantages is not None:
+        advantages = sharding.to_host(advantages).reshape(-1, t.row_tokens)
+      self.recorder.training(self.progress.done, trajectories, batch, advantages)
     per_update: list[dict[str, Any]] = []
     for epoch in range(t.epochs):
-      for minibatch, count in self._minibatches(prepared, rows, epoch):
+      parts = learners.minibatches(
+        prepared,
+        rows,
+        t.minibatches,
+        self.algorithm.select.rows,
+        (self.config.seed, self.progress.done, epoch),
+      )
+      for minibatch, count in parts:
         per_update.append(self._update(minibatch, count))
     figures = {k: float(v) for k, v in jax.device_get(prepare_metrics).items()}
     # A NaN would stay in the coefficient for good.
@@ -358,24 +424,8 @@ class _Trainer:
     return figures | {
       "kl_coef": float(self.state.kl_coef),
       "padding": batching.padding_share(batch),
+      "nothing_to_learn": 0.0,
     }
-
-  def _minibatches(self, prepared: Any, rows: int, epoch: int):
-    """(batch [N, B, T], used rows) of each optimizer step: rows dealt out in a seeded order."""
-    t = self.config.train
-    if t.minibatches == 1:
-      yield prepared, rows
-      return
-    rng = np.random.default_rng((self.config.seed, self.progress.done, epoch))
-    order = rng.permutation(rows)
-    most = prepared.tokens.shape[0] * t.micro_rows  # of all minibatches together
-    shape = (-(-most // (t.minibatches * t.micro_rows)), t.micro_rows)
-    for start in range(min(t.minibatches, rows)):
-      chosen = order[start :: t.minibatches]
-      index, valid = np.zeros(shape, np.int32), np.zeros(shape, bool)
-      index.flat[: len(chosen)] = chosen
-      valid.flat[: len(chosen)] = True
-      yield _SELECT(prepared, index, valid), len(chosen)
 
   def _update(self, batch: Any, rows: int) -> dict[str, float]:
     """One optimizer step."""
@@ -422,8 +472,10 @@ class _Trainer:
   def _save(self) -> None:
     self._clock()
     self.progress.records = self.writer.records
-    number = self._checkpoint_number()
-    self.checkpoints.save(number, self.state, dataclasses.asdict(self.progress))
+    past = replay.to_documents(self.past)
+    self.checkpoints.save(
+      self._checkpoint_number(), self.state, dataclasses.asdict(self.progress), past
+    )
 
   def _checkpoint_number(self) -> int:
     return self._number() + (1 if self.progress.phase == "rl" else 0)
@@ -432,13 +484,29 @@ class _Trainer:
     self.progress.seconds = self.before + time.monotonic() - self.started
     return self.progress.seconds
 
-  def _evaluate(self, name: str, label: str, num_tasks: int = 0) -> None:
-    """Held-out figures; a name puts the pass rate into the results."""
-    if not self.config.evaluation.tasks:
+  def _evaluate(
+    self, name: str, label: str, num_tasks: int = 0, temperature: float | None = None
+  ) -> None:
+    """Held-out figures; a name puts the pass rate into the results.
+
+    temperature: None for that of the config; another one's pass rate is no part of the curve.
+    """
+    e = self.config.evaluation
+    if not e.tasks:
       return
-    num_tasks = num_tasks or self.config.evaluation.tasks
-    figures, _ = workbench.evaluate_policy(self.bench, self._variables(), num_tasks, label)
-    self.writer.write(self._number(), "heldout", figures)
+    figures, trajectories = workbench.evaluate_policy(
+      self.bench,
+      self._variables(),
+      num_tasks or e.tasks,
+      label,
+      e.temperature if temperature is None else temperature,
+    )
+    if name:
+      self.recorder.heldout(name.removeprefix("pass_rate_"), trajectories)
+    if temperature is not None:
+      self.progress.results[name] = figures["pass_rate"]
+      return
+    self.writer.write(self._number(), "heldout", figures | self._spent())
     self.checkpoints.score(self._checkpoint_number(), figures["pass_rate"])
     figure = f"{label}: held-out pass rate {figures['pass_rate']:.1%}"
     hosts.say(self.bench.services.beside(figure))
@@ -502,7 +570,6 @@ _SHOWN = (
   ("KL", "kl", ".2f"),
   ("tok/s", "tokens_per_second", ".0f"),
 )
-_SELECT = jax.jit(learners.select_rows)
 
 
 def _shares(stats: Stats, update_seconds: float, seconds: float, tokens: int) -> dict[str, float]:

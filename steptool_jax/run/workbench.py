@@ -204,7 +204,7 @@ def reward(
 
 
 def evaluate_policy(
-  bench: Workbench, variables: dict, num_tasks: int, label: str
+  bench: Workbench, variables: dict, num_tasks: int, label: str, temperature: float
 ) -> tuple[dict[str, float], list[Trajectory]]:
   """Figures on the first `num_tasks` held-out tasks, one conversation each."""
   tasks = bench.environment.tasks("heldout")[:num_tasks]
@@ -218,7 +218,7 @@ def evaluate_policy(
     variables,
     [(task, 0) for task in tasks],
     EVALUATION,
-    bench.config.evaluation.temperature,
+    temperature,
     label,
   )
   if all(t.status is Status.INFRASTRUCTURE_ERROR for t in trajectories):

@@ -45,7 +45,7 @@ def abstract_of(meta):
 
 
 def assert_newest(workdir, value, number):
-  found, meta = checkpoint.newest(workdir, abstract_of)
+  found, meta, _ = checkpoint.newest(workdir, abstract_of)
   assert meta == {"done": number}
   jax.tree.map(np.testing.assert_array_equal, found, state(value))
 
@@ -113,7 +113,7 @@ def test_the_one_before_takes_the_place_of_a_corrupt_one(tmp_path, damage, caplo
   damage(tmp_path / "checkpoints" / "3")
   with caplog.at_level(logging.ERROR):
     checkpoints = Checkpoints(tmp_path, keep=9)
-    found, meta = checkpoints.newest(abstract_of)
+    found, meta, _ = checkpoints.newest(abstract_of)
   assert meta == {"done": 2}
   jax.tree.map(np.testing.assert_array_equal, found, state(2))
   assert "checkpoints/3 is corrupt and not used" in caplog.text

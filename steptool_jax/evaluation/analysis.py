@@ -1,0 +1,165 @@
+"""Learning curves of several seeds: bands, area, steps to a level, plateau. Host side, NumPy.
+
+A curve is (x, y): x what was spent (LLM calls, conversations, seconds), increasing; y a pass rate.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+Curve = tuple[Sequence[float], Sequence[float]]
+
+TOLERANCE = 0.02  # of a pass rate: less rise over the last third of a curve counts as a plateau
+_RESAMPLES = 2000
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Band:
+  """Mean over runs and its bootstrap percentile interval; every field float64[X].
+
+  With one run there is no spread to see: low and high are NaN.
+  """
+
+  x: np.ndarray
+  mean: np.ndarray
+  low: np.ndarray
+  high: np.ndarray
+  runs: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Plateau:
+  """Rise of y over the last third of x, mean over runs with its interval.
+
+  reached: the mean rise is at most TOLERANCE. None where a curve has fewer than three points there:
+  nothing can be said.
+  """
+
+  reached: bool | None
+  rise: float
+  low: float
+  high: float
+
+
+def band(curves: Sequence[Curve], confidence: float = 0.95, seed: int = 0) -> Band:
+  """The band of several runs, on the union of their points that all runs cover.
+
+  Between its points a curve is a straight line; nothing is extrapolated. Runs are drawn with
+  replacement, whole curves together. ValueError without a curve, for an x that does not increase,
+  or when no x is covered by all.
+  """
+  checked = [_checked(curve) for curve in curves]
+  if not checked:
+    raise ValueError("a band needs at least one curve")
+  first, last = max(x[0] for x, _ in checked), min(x[-1] for x, _ in checked)
+  if first > last:
+    raise ValueError(f"no x is covered by all: one curve starts at {first:g}, one ends at {last:g}")
+  grid = np.unique(np.concatenate([x for x, _ in checked]))
+  grid = grid[(grid >= first) & (grid <= last)]
+  values = np.stack([np.interp(grid, x, y) for x, y in checked])  # [runs, X]
+  low, high = _interval(values, confidence, seed)
+  return Band(grid, values.mean(axis=0), low, high, len(checked))
+
+
+def area(curve: Curve, until: float | None = None) -> float:
+  """Mean height of the curve: its trapezoid area up to `until`, divided by that length of x.
+
+  ValueError for a curve of one point, or one that ends before `until`.
+  """
+  x, y = _checked(curve)
+  end = x[-1] if until is None else until
+  if len(x) < 2 or not x[0] < end <= x[-1]:
+    raise ValueError(f"a curve from {x[0]:g} to {x[-1]:g} has no area up to {end:g}")
+  inside = x < end
+  x, y = np.append(x[inside], end), np.append(y[inside], np.interp(end, x, y))
+  return float(np.trapezoid(y, x) / (x[-1] - x[0]))
+
+
+def steps_to(curve: Curve, level: float) -> float | None:
+  """The first x at which the curve is at `level` or above; None where it never is."""
+  x, y = _checked(curve)
+  reached = np.flatnonzero(y >= level)
+  if not reached.size:
+    return None
+  k = int(reached[0])
+  if k == 0:
+    return float(x[0])
+  share = (level - y[k - 1]) / (y[k] - y[k - 1])
+  return float(x[k - 1] + share * (x[k] - x[k - 1]))
+
+
+def crossing(
+  curves: Sequence[Curve], level: float, confidence: float = 0.95, seed: int = 0
+) -> tuple[float, float, float]:
+  """(x, low, high) at which the mean curve of several runs is first at `level`; inf for never.
+
+  low and high: percentiles over mean curves of runs drawn with replacement; NaN for one run.
+  """
+  found = band(curves)
+  values = np.stack([np.interp(found.x, *_checked(curve)) for curve in curves])
+
+  def first(y: np.ndarray) -> float:
+    at = steps_to((found.x, y), level)
+    return float("inf") if at is None else at
+
+  if len(values) == 1:
+    return first(values[0]), float("nan"), float("nan")
+  drawn = np.random.default_rng(seed).integers(0, len(values), (_RESAMPLES, len(values)))
+  # Runs in another order give the same mean: few means have to be looked at.
+  chosen, counts = np.unique(np.sort(drawn, axis=1), axis=0, return_counts=True)
+  firsts = np.repeat([first(values[rows].mean(axis=0)) for rows in chosen], counts)
+  tail = 50 * (1 - confidence)
+  low, high = np.percentile(firsts, [tail, 100 - tail], method="nearest")
+  return first(found.mean), float(low), float(high)
+
+
+def plateau(curves: Sequence[Curve], confidence: float = 0.95, seed: int = 0) -> Plateau:
+  """Whether the curves of one method have stopped rising (least squares over the last third)."""
+  rises = []
+  for curve in curves:
+    x, y = _checked(curve)
+    start = x[-1] - (x[-1] - x[0]) / 3
+    tail = x >= start - 1e-9 * abs(x[-1])
+    if tail.sum() < 3:
+      return Plateau(None, float("nan"), float("nan"), float("nan"))
+    slope = np.polyfit(x[tail] - start, y[tail], 1)[0]
+    rises.append(slope * (x[-1] - start))
+  if not rises:
+    raise ValueError("a plateau needs at least one curve")
+  low, high = _interval(np.array(rises)[:, None], confidence, seed)
+  mean = float(np.mean(rises))
+  return Plateau(mean <= TOLERANCE, mean, float(low[0]), float(high[0]))
+
+
+def mean_interval(
+  values: Sequence[float], confidence: float = 0.95, seed: int = 0
+) -> tuple[float, float, float]:
+  """(mean, low, high) of one figure over runs; low and high are NaN for a single run."""
+  array = np.asarray(values, np.float64)
+  if array.ndim != 1 or not array.size:
+    raise ValueError("the figure of at least one run is needed")
+  low, high = _interval(array[:, None], confidence, seed)
+  return float(array.mean()), float(low[0]), float(high[0])
+
+
+def _interval(values: np.ndarray, confidence: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+  """Percentile interval of the mean over axis 0 of [runs, X]; NaN for one run."""
+  runs = len(values)
+  if runs == 1:
+    return np.full(values.shape[1], np.nan), np.full(values.shape[1], np.nan)
+  drawn = np.random.default_rng(seed).integers(0, runs, (_RESAMPLES, runs))
+  # How often each run was drawn, as weights: one product instead of resamples x runs x X numbers.
+  weights = np.stack([(drawn == run).sum(axis=1) for run in range(runs)], axis=1) / runs
+  tail = 50 * (1 - confidence)
+  low, high = np.percentile(weights @ values, [tail, 100 - tail], axis=0)
+  return low, high
+
+
+def _checked(curve: Curve) -> tuple[np.ndarray, np.ndarray]:
+  x, y = (np.asarray(part, np.float64) for part in curve)
+  if x.ndim != 1 or x.shape != y.shape or not x.size:
+    raise ValueError(f"a curve is x[N] and y[N] with N >= 1, found {x.shape} and {y.shape}")
+  if not (np.isfinite(x).all() and np.isfinite(y).all() and (np.diff(x) > 0).all()):
+    raise ValueError("a curve needs finite numbers, and an x that increases")
+  return x, y

@@ -1,0 +1,277 @@
+"""How a policy uses its tools: transitions, recovery, repeats, cost, before and after.
+
+Everything is counted on trajectories; those that ended in an infrastructure error are left out.
+"""
+
+import collections
+import dataclasses
+import itertools
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from steptool_jax.evaluation.metrics import action_key
+from steptool_jax.types import (
+  Action,
+  Code,
+  Finish,
+  Malformed,
+  Status,
+  Step,
+  ToolCall,
+  Trajectory,
+)
+
+START, ANSWER, GIVE_UP = "(start)", "(answer)", "(give up)"
+MALFORMED, UNKNOWN, CUT = "(malformed)", "(unknown tool)", "(out of budget)"
+
+# What follows an error, in the order of the panel.
+RETRIED, CHANGED, OTHER = "same call again", "same tool, other arguments", "other tool"
+ANSWERED, GAVE_UP, BROKEN, ENDED = "answer", "give up", "malformed", "out of budget"
+REACTIONS = (RETRIED, CHANGED, OTHER, ANSWERED, GAVE_UP, BROKEN, ENDED)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Transitions:
+  """counts[i, j]: how often an action of kind names[i] was followed by one of kind names[j]."""
+
+  names: tuple[str, ...]
+  counts: np.ndarray  # int64[N, N]
+
+  def on(self, names: Sequence[str]) -> np.ndarray:
+    """int64[M, M]: the counts of these names; a name that is not mine has zeros."""
+    index = {name: i for i, name in enumerate(self.names)}
+    out = np.zeros((len(names), len(names)), np.int64)
+    for i, a in enumerate(names):
+      for j, b in enumerate(names):
+        if a in index and b in index:
+          out[i, j] = self.counts[index[a], index[b]]
+    return out
+
+
+def transitions(trajectories: Iterable[Trajectory]) -> Transitions:
+  """Counts of consecutive actions; tools in the order of their use, the others around them."""
+  pairs: collections.Counter[tuple[str, str]] = collections.Counter()
+  for trajectory in _healthy(trajectories):
+    kinds = [START, *(kind(step) for step in trajectory.steps)]
+    if trajectory.truncated:
+      kinds.append(CUT)
+    pairs.update(itertools.pairwise(kinds))
+  seen: collections.Counter[str] = collections.Counter()
+  for (_, name), count in pairs.items():
+    seen[name] += count
+  tools = [n for n, _ in sorted(seen.items(), key=lambda p: (-p[1], p[0])) if n[0] != "("]
+  names = (START, *tools, UNKNOWN, MALFORMED, ANSWER, GIVE_UP, CUT)
+  names = tuple(n for n in names if n in seen or n == START)
+  index = {name: i for i, name in enumerate(names)}
+  counts = np.zeros((len(names), len(names)), np.int64)
+  for (a, b), count in pairs.items():
+    counts[index[a], index[b]] = count
+  return Transitions(names, counts)
+
+
+def kind(step: Step) -> str:
+  """Name of the tool, or one of the names in brackets."""
+  if isinstance(step.action, Finish):
+    return GIVE_UP if step.action.gave_up else ANSWER
+  if isinstance(step.action, Malformed):
+    return MALFORMED
+  unknown = step.observation is not None and step.observation.code is Code.UNKNOWN_TOOL
+  return UNKNOWN if unknown else step.action.name
+
+
+@dataclasses.dataclass(frozen=True)
+class Recovery:
+  """What a policy did after errors of one sort.
+
+  recovered: the same tool answered OK later in the trajectory. solved: tasks with such an error
+  that were solved. extra_calls: mean number of calls from the error to that OK.
+  """
+
+  errors: int
+  tasks: int
+  recovered: float
+  solved: float
+  extra_calls: float
+  reactions: dict[str, float]  # share of errors, over REACTIONS
+
+
+def recovery(trajectories: Iterable[Trajectory], injected: bool = True) -> Recovery:
+  """After errors that the fault injector caused, or (injected=False) after all others."""
+  reactions: collections.Counter[str] = collections.Counter()
+  recovered, extra, solved = [], [], []
+  for trajectory in _healthy(trajectories):
+    errors = [k for k, step in enumerate(trajectory.steps) if _failed(step, injected)]
+    if errors:
+      solved.append(trajectory.solved)
+    for k in errors:
+      reactions[_reaction(trajectory, k)] += 1
+      later = _recovered_at(trajectory, k)
+      recovered.append(later is not None)
+      if later is not None:
+        extra.append(later - k)
+  count = max(len(recovered), 1)
+  return Recovery(
+    errors=len(recovered),
+    tasks=len(solved),
+    recovered=_mean(recovered),
+    solved=_mean(solved),
+    extra_calls=_mean(extra),
+    reactions={name: reactions[name] / count for name in REACTIONS},
+  )
+
+
+def repeated_calls(trajectories: Iterable[Trajectory]) -> float:
+  """Share of tool calls that had been answered OK before, with the same arguments.
+
+  A call behind one that changed the environment's state is a new question. Other than in
+  rollout_metrics' repeated_calls, a retry behind an error does not count: where faults are injected
+  it is the right thing to do.
+  """
+  calls = repeats = 0
+  for trajectory in _healthy(trajectories):
+    answered: set[str] = set()
+    for step in trajectory.steps:
+      if not isinstance(step.action, ToolCall):
+        continue
+      calls += 1
+      repeats += action_key(step.action) in answered
+      if step.observation is not None and step.observation.code is Code.OK:
+        if step.observation.changed:
+          answered.clear()
+        answered.add(action_key(step.action))
+  return repeats / calls if calls else 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Spent:
+  """What all trajectories cost, for each solved task (NaN where none is solved)."""
+
+  llm_calls: float
+  tokens: float  # sampled
+  cost: float  # USD, by the tools' price lists; 0 without any
+  latency: float  # seconds, by the tools' price lists
+
+
+def spent_per_solved(trajectories: Iterable[Trajectory]) -> Spent:
+  """Totals over all trajectories, failed ones too, divided by the number of solved tasks."""
+  healthy = list(_healthy(trajectories))
+  solved = sum(t.solved for t in healthy) or float("nan")
+  steps = [step for t in healthy for step in t.steps]
+  answers = [step.observation for step in steps if step.observation is not None]
+  return Spent(
+    llm_calls=len(steps) / solved,
+    tokens=sum(len(step.tokens) for step in steps) / solved,
+    cost=sum(o.cost for o in answers) / solved,
+    latency=sum(o.latency for o in answers) / solved,
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+  """A task that failed before training and is solved after it."""
+
+  task_id: str
+  sample: int
+  step: int  # the first step whose action is another one
+  change: str  # in words
+  wrong_tool_again: bool  # before, a tool was called twice or more, and more often than after
+
+
+def turned_cases(before: Iterable[Trajectory], after: Iterable[Trajectory]) -> list[Case]:
+  """Tasks that turned from failed to solved, the most telling first.
+
+  First those that had called a wrong tool again and again and now choose another one (the paper's
+  case study), then other tools, then the rest; within these by task.
+  """
+  old = {(t.task_id, t.sample): t for t in _healthy(before)}
+  cases = []
+  for new in _healthy(after):
+    then = old.get((new.task_id, new.sample))
+    if then is None or then.solved >= 1 or new.solved < 1 or not new.steps:
+      continue
+    step = first_change(then, new)
+    was = then.steps[step] if step < len(then.steps) else None
+    cases.append(
+      Case(
+        task_id=new.task_id,
+        sample=new.sample,
+        step=step,
+        change=_change(was, new.steps[step] if step < len(new.steps) else None),
+        wrong_tool_again=_wrong_tool_again(then, new),
+      )
+    )
+  return sorted(
+    cases, key=lambda c: (not c.wrong_tool_again, "instead of" not in c.change, c.task_id, c.sample)
+  )
+
+
+def first_change(before: Trajectory, after: Trajectory) -> int:
+  """Number of the first step whose action differs (thoughts apart), or where one has ended."""
+  shared = min(len(before.steps), len(after.steps))
+  for k in range(shared):
+    if action_key(before.steps[k].action) != action_key(after.steps[k].action):
+      return k
+  return shared
+
+
+# --- parts -----------------------------------------------------------------------------------
+
+
+def _healthy(trajectories: Iterable[Trajectory]) -> Iterable[Trajectory]:
+  return (t for t in trajectories if t.status is not Status.INFRASTRUCTURE_ERROR)
+
+
+def _failed(step: Step, injected: bool) -> bool:
+  observation = step.observation
+  if observation is None or observation.code is Code.OK:
+    return False
+  return observation.injected == injected
+
+
+def _reaction(trajectory: Trajectory, k: int) -> str:
+  if k + 1 >= len(trajectory.steps):
+    return ENDED if trajectory.truncated else GAVE_UP
+  failed, action = trajectory.steps[k].action, trajectory.steps[k + 1].action
+  if isinstance(action, Finish):
+    return GAVE_UP if action.gave_up else ANSWERED
+  if isinstance(action, Malformed):
+    return BROKEN
+  if not isinstance(failed, ToolCall) or action.name != failed.name:
+    return OTHER
+  return RETRIED if action_key(action) == action_key(failed) else CHANGED
+
+
+def _recovered_at(trajectory: Trajectory, k: int) -> int | None:
+  """The step at which the tool of step k (any tool behind a malformed one) answers OK."""
+  failed = trajectory.steps[k].action
+  for later in range(k + 1, len(trajectory.steps)):
+    step = trajectory.steps[later]
+    if step.observation is None or step.observation.code is not Code.OK:
+      continue
+    if not isinstance(failed, ToolCall) or _name(step.action) == failed.name:
+      return later
+  return None
+
+
+def _wrong_tool_again(before: Trajectory, after: Trajectory) -> bool:
+  then = collections.Counter(_name(step.action) for step in before.steps)
+  now = collections.Counter(_name(step.action) for step in after.steps)
+  return any(name and count > 1 and count > now[name] for name, count in then.items())
+
+
+def _change(was: Step | None, now: Step | None) -> str:
+  old, new = (kind(step).strip("()") if step is not None else "" for step in (was, now))
+  if not old or not new:
+    return f"goes on with {new}" if new else f"stops before {old}"
+  if old == new:
+    return f"{new} with other arguments" if _name(now.action) else f"another {new}"
+  return f"{new} instead of {old}"
+
+
+def _name(action: Action) -> str:
+  return action.name if isinstance(action, ToolCall) else ""
+
+
+def _mean(values: Sequence[float]) -> float:
+  return float(np.mean(values)) if len(values) else float("nan")

@@ -1,0 +1,224 @@
+"""Parts of the report that show many runs at once: charts, heat maps of tool use, reactions to
+errors; each as plain data for the page."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from steptool_jax.evaluation import analysis, behaviour, comparison, records
+from steptool_jax.evaluation.comparison import DONE, Cell, Facts
+
+_MOST_TOOLS = 14  # rows of a heat map; rarer tools are left out
+FIGURES = {  # of the charts' menu, in its order; a single run offers all others, too
+  "pass_rate": "pass rate",
+  "reward": "reward of a conversation",
+  "calls_per_task": "calls per task",
+  "invalid_call_rate": "share of invalid calls",
+  "invocation_success": "share of calls answered OK",
+  "kl": "KL to the reference (nats)",
+  "entropy": "entropy (nats per token)",
+}
+
+
+# --- charts --------------------------------------------------------------------------------------
+
+
+def charts(cells: Sequence[Cell]) -> list[dict[str, Any]]:
+  """One chart for every (group, environment): figure -> axis -> series."""
+  panels: dict[tuple[str, str], list[Cell]] = {}
+  for cell in cells:
+    panels.setdefault((cell.group, cell.environment), []).append(cell)
+  return [chart for panel in panels.values() if (chart := _chart(panel, len(cells) == 1))]
+
+
+def _chart(panel: Sequence[Cell], single: bool) -> dict[str, Any] | None:
+  names = [name for cell in panel for name in records.figures(cell.run)]
+  found = dict.fromkeys(name.partition("/")[2] for name in names)
+  wanted = [n for n in FIGURES if n in found]
+  if single:
+    wanted += [n for n in found if n not in FIGURES]
+  data = {
+    name: {axis: series for axis in records.AXES if (series := _series(panel, axis, name, single))}
+    for name in wanted
+  }
+  data = {name: by_axis for name, by_axis in data.items() if by_axis}
+  if not data:
+    return None
+  levels = []
+  if single:
+    s = panel[0].run.summary
+    levels = [
+      {"label": label, "value": s[key]}
+      for key, label in (("pass_rate_base", "start"), ("pass_rate_sft", "after SFT"))
+      if isinstance(s.get(key), float)
+    ]
+  place = " · ".join(part for part in (panel[0].group, panel[0].environment) if part)
+  return {
+    "title": place or "learning curve",
+    "figures": {name: FIGURES.get(name, name.replace("_", " ")) for name in data},
+    "axes": records.AXES,
+    "data": data,
+    "levels": levels,
+  }
+
+
+def _series(panel: Sequence[Cell], axis: str, name: str, single: bool) -> list[dict[str, Any]]:
+  out = []
+  for method, cells in comparison.by_method(panel).items():
+    parts = ("heldout", "train") if single else ("heldout",)
+    drawn = [(part, comparison.curves(cells, axis, f"{part}/{name}", not single)) for part in parts]
+    if not any(curves for _, curves in drawn):
+      drawn = [("train", comparison.curves(cells, axis, f"train/{name}", not single))]
+    for part, curves in drawn:
+      if not curves:
+        continue
+      try:
+        band = analysis.band(curves)
+      except ValueError:  # seeds that share no stretch of x
+        continue
+      label = {"heldout": "held-out tasks", "train": "training tasks, sampled"}[part]
+      out.append(
+        {
+          "name": label if single else method,
+          "thin": part == "train",
+          "runs": band.runs,
+          "x": _numbers_of(band.x),
+          "mean": _numbers_of(band.mean),
+          "low": _numbers_of(band.low),
+          "high": _numbers_of(band.high),
+        }
+      )
+  return out
+
+
+def _numbers_of(values: np.ndarray) -> list[float | None]:
+  return [float(f"{v:.5g}") if math.isfinite(v) else None for v in values]
+
+
+# --- tool use ------------------------------------------------------------------------------------
+
+
+def tool_use(cells: Sequence[Cell]) -> list[dict[str, Any]]:
+  """Transition matrices of each method on each environment, before and after, over its seeds."""
+  out = []
+  for (group, environment, method), members in _methods(cells).items():
+    maps = []
+    parts = [[_transitions(c, which) for c in members] for which in ("before", "after", "only")]
+    parts = [[t for t in part if t is not None] for part in parts]
+    names = _common_names([t for part in parts for t in part])
+    for part, title in zip(parts, ("before training", "after training", "evaluated"), strict=True):
+      if part:
+        counts = sum(t.on(names) for t in part)
+        maps.append({"title": title, "rows": _heat(counts, names)})
+    if maps:
+      place = " · ".join(p for p in (group, environment, method) if p)
+      out.append({"title": place, "names": names, "maps": maps})
+  return out
+
+
+def _transitions(cell: Cell, which: str) -> behaviour.Transitions | None:
+  found = _facts(cell, which)
+  return found.transitions if found else None
+
+
+def _facts(cell: Cell, which: str) -> Facts | None:
+  name = {"before": cell.run.before, "after": cell.run.after, "only": "trajectories"}[which]
+  return cell.facts.get(name)
+
+
+def _common_names(found: Sequence[behaviour.Transitions]) -> list[str]:
+  """Names of all, the tools by their use and at most _MOST_TOOLS of them, the others around."""
+  total: dict[str, int] = {}
+  for transitions in found:
+    for name, count in zip(transitions.names, transitions.counts.sum(axis=0), strict=True):
+      total[name] = total.get(name, 0) + int(count)
+  tools = sorted((n for n in total if n[0] != "("), key=lambda n: (-total[n], n))[:_MOST_TOOLS]
+  ends = ("(unknown tool)", "(malformed)", "(answer)", "(give up)", "(out of budget)")
+  return ["(start)", *tools, *(n for n in ends if total.get(n))] if total else []
+
+
+def _heat(counts: np.ndarray, names: Sequence[str]) -> list[dict[str, Any]]:
+  """Rows of shares of what follows; the level 0 to 9 is the colour."""
+  rows = []
+  for name, row in zip(names, counts, strict=True):
+    total = int(row.sum())
+    if total:
+      shares = row / total
+      cells = [
+        {
+          "text": f"{100 * s:.0f}" if s else "",
+          "level": min(int(np.ceil(9 * s)), 9),
+          "label": f"{names[j]} after {name}: {int(row[j])} of {total}",
+        }
+        for j, s in enumerate(shares)
+        if j  # nothing leads back to the start, which is names[0]
+      ]
+      rows.append({"name": name, "total": total, "cells": cells})
+  return rows
+
+
+def _methods(cells: Sequence[Cell]) -> dict[tuple[str, str, str], list[Cell]]:
+  out: dict[tuple[str, str, str], list[Cell]] = {}
+  for cell in cells:
+    if cell.status == DONE or len(cells) == 1:
+      out.setdefault((cell.group, cell.environment, cell.method), []).append(cell)
+  return out
+
+
+def recoveries(cells: Sequence[Cell]) -> list[dict[str, Any]]:
+  """What follows errors: for every method, sort of error and moment, over its seeds."""
+  out = []
+  for (group, environment, method), members in _methods(cells).items():
+    for sort in ("injected", "own"):
+      for which in ("before", "after", "only"):
+        facts = [f for c in members if (f := _facts(c, which)) is not None]
+        found = [r for f in facts if (r := getattr(f, sort)).errors]
+        errors = sum(r.errors for r in found)
+        if not errors:
+          continue
+        weights = np.array([r.errors for r in found]) / errors
+        out.append(
+          {
+            "place": " · ".join(p for p in (group, environment, method) if p),
+            "sort": {"injected": "injected error", "own": "error of its own"}[sort],
+            "moment": {"before": "before", "after": "after", "only": "evaluated"}[which],
+            "errors": errors,
+            "recovered": percent(sum(w * r.recovered for w, r in zip(weights, found, strict=True))),
+            "solved": percent(_solved(found)),
+            "bars": _bars(
+              {
+                name: float(sum(w * r.reactions[name] for w, r in zip(weights, found, strict=True)))
+                for name in behaviour.REACTIONS
+              }
+            ),
+          }
+        )
+  return out
+
+
+def _solved(found: Sequence[behaviour.Recovery]) -> float:
+  tasks = sum(r.tasks for r in found)
+  return sum(r.solved * r.tasks for r in found if r.tasks) / tasks
+
+
+def _bars(shares: Mapping[str, float]) -> list[dict[str, Any]]:
+  """Segments of one stacked bar of width 100."""
+  start, out = 0.0, []
+  for number, (name, share) in enumerate(shares.items()):
+    if share:
+      out.append({"name": name, "number": number, "start": start, "width": 100 * share})
+    start += 100 * share
+  return out
+
+
+# --- formats --------------------------------------------------------------------------------------
+
+
+def percent(value: float) -> str:
+  return f"{100 * value:.1f} %"
+
+
+def plain(value: float) -> str:
+  return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"

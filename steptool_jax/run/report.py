@@ -1,0 +1,112 @@
+"""--mode=report: WORKDIR/report.html from a workdir of training or evaluation; from a study's,
+WORKDIR/results/report.html.
+
+Needs no model and changes nothing else. What is missing or damaged is named on the page.
+"""
+
+import dataclasses
+import pathlib
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from steptool_jax.config import Config
+from steptool_jax.evaluation import comparison, records, report
+from steptool_jax.evaluation.comparison import DONE, STARTED, Cell
+from steptool_jax.files import replacing
+from steptool_jax.run import grid
+
+
+def run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
+  """Writes the page; returns what is in it.
+
+  FileNotFoundError for a folder that holds nothing of a run.
+  """
+  started = time.monotonic()
+  plan = grid.read_plan(workdir)
+  if plan is not None:
+    cells = read_cells(workdir, plan, config.report.trajectories)
+    title = f"Study {workdir.name}"
+  else:
+    if not any((workdir / name).exists() for name in _TRACES):
+      raise FileNotFoundError(
+        f"{workdir} holds no run (none of {', '.join(_TRACES)}); give --workdir of a run or a study"
+      )
+    cells = [single_cell(workdir)]
+    title = _title(cells[0], workdir)
+  path = workdir / ("report.html" if plan is None else "results/report.html")
+  shown = write(path, title, cells, config.report.trajectories)
+  return {
+    "mode": "report",
+    "report": str(path),
+    "cells": len(cells),
+    "trajectories": shown,
+    "problems": sum(len(cell.run.problems) for cell in cells),
+    "seconds": time.monotonic() - started,
+  }
+
+
+_TRACES = ("config.json", "summary.json", "metrics.jsonl", "moments", "trajectories.jsonl")
+
+
+def write(
+  path: pathlib.Path, title: str, cells: Sequence[Cell], most: int, problems: Sequence[str] = ()
+) -> int:
+  """Writes the page of these cells; returns the number of trajectories in it."""
+  page, shown = report.write(title, cells, problems, most)
+  with replacing(path, errors="replace") as file:
+    file.write(page)
+  return shown
+
+
+def single_cell(workdir: pathlib.Path) -> Cell:
+  run_ = records.read_run(workdir)
+  c = run_.config
+  environment = c.get("environment", {})
+  return Cell(
+    name=workdir.name,
+    group="",
+    environment=environment.get("name", "") if isinstance(environment, Mapping) else "",
+    method=str(c.get("algorithm", run_.summary.get("mode", "run"))),
+    seed=c.get("seed", 0),
+    status=DONE if run_.summary and not run_.summary.get("interrupted") else STARTED,
+    note="",
+    run=run_,
+    facts=_facts(run_),
+  )
+
+
+def read_cells(workdir: pathlib.Path, plan: Sequence[grid.Planned], most: int) -> list[Cell]:
+  """All cells of a study, with at most `most` trajectories in memory in the end."""
+  cells = []
+  share = max(most // max(3 * len(plan), 1), 1)
+  for planned in plan:
+    folder = grid.folder(workdir, planned.name)
+    state = grid.read_state(folder)
+    run_ = records.read_run(folder)
+    facts = _facts(run_)
+    kept = {name: found[:share] for name, found in run_.moments.items() if "train_" not in name}
+    cells.append(
+      Cell(
+        name=planned.name,
+        group=planned.group,
+        environment=planned.environment,
+        method=planned.method,
+        seed=planned.seed,
+        status=state.status,
+        note=state.note,
+        run=dataclasses.replace(run_, moments=kept),
+        facts=facts,
+      )
+    )
+  return cells
+
+
+def _facts(run_: records.Run) -> dict[str, comparison.Facts]:
+  names = {name for name in (run_.before, run_.after, "trajectories") if name in run_.moments}
+  return {name: comparison.facts_of([r.trajectory for r in run_.moments[name]]) for name in names}
+
+
+def _title(cell: Cell, workdir: pathlib.Path) -> str:
+  parts = [cell.method, f"on {cell.environment}" if cell.environment else "", f"seed {cell.seed}"]
+  return f"{workdir.name}: {' '.join(part for part in parts if part)}"

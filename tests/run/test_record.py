@@ -1,0 +1,112 @@
+"""What training keeps for the report."""
+
+import types
+
+import fakes
+import numpy as np
+import pytest
+import tiny
+
+from steptool_jax.data.trajectories import read_trajectories
+from steptool_jax.learning import batching
+from steptool_jax.run import record
+from steptool_jax.types import Finish, Status, Step, Trajectory
+
+
+class Words:
+  """A tokenizer of letters; "é" takes two tokens, of which neither alone is text."""
+
+  def decode(self, ids):
+    text, ids = "", list(ids)
+    while ids:
+      token = ids.pop(0)
+      if token == 100 and ids[:1] == [101]:
+        text, ids = text + "é", ids[1:]
+      else:
+        text += "\N{REPLACEMENT CHARACTER}" if token in (100, 101) else chr(97 + token)
+    return text
+
+
+def recorder(folder, iterations=30, **changes):
+  tasks = {
+    split: [types.SimpleNamespace(id=f"t{n}", query=f"{split} {n}") for n in range(6)]
+    for split in ("train", "heldout")
+  }
+  environment = types.SimpleNamespace(tasks=tasks.__getitem__)
+  return record.Recorder(tiny.make(**changes), folder, Words(), environment, iterations)
+
+
+def trajectory(task, sample, *steps, prompt=(1, 2)):
+  made = [
+    Step(np.array(ids, np.int32), np.full(len(ids), -1, np.float32), Finish("x")) for ids in steps
+  ]
+  return Trajectory(task, sample, np.array(prompt, np.int32), tuple(made), Status.ANSWERED)
+
+
+def test_texts_of_tokens_add_up():
+  texts = record.token_texts(Words(), trajectory("t", 0, [0, 1], [2, 100, 101, 3]))
+  assert texts == [["a", "b"], ["c", "", "é", "d"]]
+
+
+def test_held_out_trajectories_are_bounded_and_have_queries(tmp_path):
+  found = [trajectory(f"t{n}", 0, [n]) for n in range(5)]
+  recorder(tmp_path, record__heldout=3).heldout("rl", found)
+  kept = list(read_trajectories(tmp_path / "moments" / "heldout_rl.jsonl"))
+  assert [(r.trajectory.task_id, r.query) for r in kept] == [
+    *(("t0", "heldout 0"), ("t1", "heldout 1"), ("t2", "heldout 2"))
+  ]
+  recorder(tmp_path, record__heldout=0).heldout("sft", found)
+  assert not (tmp_path / "moments" / "heldout_sft.jsonl").exists()
+
+
+def test_which_iterations_are_kept(tmp_path):
+  keeper = recorder(tmp_path, iterations=25, record__every=10)
+  assert [n for n in range(25) if keeper.wants(n)] == [0, 10, 20, 24]
+  assert not any(recorder(tmp_path, record__train=0).wants(n) for n in range(25))
+
+
+def test_advantages_find_their_trajectory_wherever_it_was_packed(tmp_path):
+  """Whole groups, spread over the iteration; the value at each sampled token is its own."""
+  found = [
+    trajectory(f"t{n}", k, [n, k], [5] * (1 + n), prompt=(7,) * (1 + n))
+    for n in range(6)
+    for k in (0, 1)
+  ]
+  batch = batching.pack(found, 16)
+  # The advantage of a sampled token: 100 times its row and its place, so that none is like another.
+  values = np.arange(batch.tokens.size, dtype=np.float32).reshape(batch.tokens.shape)
+  keeper = recorder(tmp_path, record__train=4, train__row_tokens=320)
+  keeper.training(10, found, batch, values)
+  kept = list(read_trajectories(tmp_path / "moments" / "train_000010.jsonl"))
+  assert [(r.trajectory.task_id, r.trajectory.sample) for r in kept] == [
+    *(("t0", 0), ("t0", 1), ("t5", 0), ("t5", 1))
+  ]
+  assert kept[2].query == "train 5"
+  by_hand = batching.unpack(found, values, 16)
+  for r, index in zip(kept, (0, 1, 10, 11), strict=True):
+    assert np.concatenate(r.metadata["advantages"]).tolist() == by_hand[index].tolist()
+    assert [len(part) for part in r.metadata["advantages"]] == [2, 1 + int(r.trajectory.task_id[1])]
+
+
+@pytest.mark.parametrize("values", [None, np.nan])
+def test_without_advantages(values, tmp_path):
+  """Algorithms that have none, and a batch that is not finite: JSON could not hold that."""
+  found = [trajectory("t0", 0, [1, 2])]
+  batch = batching.pack(found, 16)
+  if values is not None:
+    values = np.full(batch.tokens.shape, values, np.float32)
+  recorder(tmp_path).training(0, found, batch, values)
+  (kept,) = read_trajectories(tmp_path / "moments" / "train_000000.jsonl")
+  assert "advantages" not in kept.metadata
+  assert kept.metadata["texts"] == [["b", "c"]]
+
+
+def test_random_trajectories_come_back_with_their_advantages(tmp_path):
+  rng = np.random.default_rng(0)
+  found = [fakes.random_trajectory(rng) for _ in range(20)]
+  batch = batching.pack(found, 64)
+  values = rng.normal(size=batch.tokens.shape).astype(np.float32)
+  recorder(tmp_path, record__train=20).training(0, found, batch, values)
+  kept = list(read_trajectories(tmp_path / "moments" / "train_000000.jsonl"))
+  for r, wanted in zip(kept, batching.unpack(found, values, 64), strict=True):
+    assert np.concatenate(r.metadata["advantages"]).tolist() == wanted.tolist()
