@@ -21,7 +21,6 @@ class Pod:
   def __enter__(self):
     env = tiny.environment()
     env["PYTHONPATH"] += f"{os.pathsep}{tiny.ROOT / 'tests/run'}"
-    env["JAX_SHARE_BINARY_BETWEEN_HOSTS"] = "1"  # one compiles for all
     self._server = subprocess.Popen(
       [sys.executable, __file__], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )

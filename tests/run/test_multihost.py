@@ -143,7 +143,7 @@ def test_killed_and_preempted_processes_go_on_bit_equal_on_another_mesh_too(
   assert codes[2] == -signal.SIGKILL
   assert codes[:2] + codes[3:] == [1, 1, 1]
   for process in (0, 1, 3):
-    assert "start all again with the same command" in run.log(process), run.log(process)[-2000:]
+    assert "again with the same command" in run.log(process), run.log(process)[-2000:]
 
   # SIGTERM to one of them, as soon as the run goes on.
   rolls = len(rolled(workdir, 0))
