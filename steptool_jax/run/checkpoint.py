@@ -97,5 +97,5 @@ def _without_empty(state: TrainState) -> dict[str, Any]:
   return {
     name: value
     for name, value in state._asdict().items()
-    if value or not isinstance(value, dict | tuple)
+    if not (isinstance(value, dict | tuple) and not value)
   }
