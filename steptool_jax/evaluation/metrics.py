@@ -28,6 +28,7 @@ from the update (learning/update.py), in sft and train; I: of an iteration (run/
     answered, gave_up, truncated   R  shares of trajectories by how they ended
     infrastructure_errors   R  their number; they are left out of all other figures
     loss, policy_loss, value_loss, entropy_loss, kl_loss   U  the loss's terms, as weighted in it
+    value_error             U  the value's loss without its weight
     entropy                 U  nats per sampled token
     clip_fraction           U  share of tokens whose ratio is clipped; old_kl: KL to the old policy
     grad_norm               U  global norm of the gradient, before its clip

@@ -4,7 +4,7 @@
     python tests/run/naive_reward.py --reward=ours --workdir=/tmp/ours
 
 The naive reward pays 1 for every call that was executed, whatever it was good for, and IsSolved at
-the end. --iterations shortens RL, --seed is the config's. Prints held-out figures before and after.
+the end. --iterations and --tasks (held-out) shorten it. Prints held-out figures before and after.
 """
 
 import argparse
@@ -51,6 +51,7 @@ def main() -> None:
   parser.add_argument("--reward", choices=("naive", "ours"), required=True)
   parser.add_argument("--workdir", type=pathlib.Path, required=True)
   parser.add_argument("--iterations", type=int, default=28)
+  parser.add_argument("--tasks", type=int, default=300, help="held-out tasks")
   parser.add_argument("--seed", type=int, default=0)
   flags = parser.parse_args()
   spec = importlib.util.spec_from_file_location("quickstart", ROOT / "configs/quickstart.py")
@@ -58,6 +59,7 @@ def main() -> None:
   spec.loader.exec_module(module)
   config = module.get_config()
   config.seed, config.train.iterations, config.train.export = flags.seed, flags.iterations, False
+  config.evaluation.tasks, config.evaluation.every = flags.tasks, 0
   if flags.reward == "naive":
     workbench.reward = naive
   flags.workdir.mkdir(parents=True, exist_ok=True)
