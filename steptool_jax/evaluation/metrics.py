@@ -30,7 +30,7 @@ from the update (learning/update.py), in sft and train; I: of an iteration (run/
     loss, policy_loss, value_loss, q_loss, v_loss, entropy_loss, kl_loss   U  the loss's terms, as
                                weighted in it; of those that the algorithm has
     value_error, q_error, v_error   U  a critic's loss without its weight
-    pair_margin, pair_accuracy      U  DPO: reward of the success over the failure, and share above 0
+    pair_margin, pair_accuracy      U  DPO: margin of the success over the failure, share above 0
     entropy                 U  nats per sampled token
     clip_fraction           U  share of tokens whose ratio is clipped; old_kl: KL to the old policy
     grad_norm               U  global norm of the gradient, before its clip
