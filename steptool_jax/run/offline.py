@@ -131,6 +131,10 @@ def load(config: Config, chat_format: ChatFormat, model: ModelConfig) -> Data:
   algorithm = get_algorithm(config.algorithm)
   if algorithm.rewards == "outcome":
     kept = [shaping.shape(trajectory, outcome_only=True) for trajectory in kept]
+  if algorithm.rewards == "none":  # imitation reads no log-probs: zeros, as in demonstrations
+    kept = [
+      _with_logprobs(t, np.zeros(sum(len(s.tokens) for s in t.steps), np.float32)) for t in kept
+    ]
   _check_algorithm(config, kept)
   units: dict[Any, list[int]] = {}
   for i, trajectory in enumerate(kept):
