@@ -177,6 +177,9 @@ def _connect(coordinator: str, count: int, index: int) -> None:
       "all three, host:port of process 0, their number and 0 <= --process < --processes (or "
       "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID)"
     )
+  # Its handler of SIGTERM would keep a process alive that has nothing to save yet; while training,
+  # ours tells the others (workbench.Stop).
+  jax.config.update("jax_enable_preemption_service", False)
   try:
     jax.distributed.initialize(
       **described,
@@ -303,10 +306,9 @@ def _leave(error: BaseException) -> None:
       text = f"process {failure['process']} stopped: {failure['text']}; this one stops with it"
     else:
       text = f"another process died or cannot be reached ({text[:200]}); {_AGAIN}"
-  else:
-    # Another one may have been first.
-    with contextlib.suppress(Exception):
-      _store().key_value_set(_FAILED, json.dumps({"process": _peers.index, "text": text}))
+  # Another one may have been first, or the store is gone.
+  with contextlib.suppress(Exception):
+    _store().key_value_set(_FAILED, json.dumps({"process": _peers.index, "text": text}))
   _cry(text)
   if primary():
     time.sleep(_LINGER_S)  # the store ends with this process

@@ -29,7 +29,11 @@ EVALUATION = -1  # the policy version of evaluation rollouts: the same keys at e
 
 
 class Stop:
-  """Set by SIGTERM (and the first Ctrl-C); asked at every safe point."""
+  """Set by SIGTERM (and the first Ctrl-C); asked at every safe point.
+
+  A preemption or a maintenance event of the host is announced by SIGTERM too. On several processes
+  the answers are exchanged wherever it is asked, so that all stop at the same point.
+  """
 
   def __init__(self):
     self.requested = False
