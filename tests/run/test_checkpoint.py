@@ -146,6 +146,7 @@ def test_a_full_disk_keeps_the_old_one_and_says_so(tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
   assert_newest(tmp_path, 1, 1)
   # With room again the next start clears what was left half-written, and goes on.
+  (tmp_path / "checkpoints" / "9.orbax-checkpoint-tmp").mkdir()
   again = Checkpoints(tmp_path, keep=1)
   again.save(2, state(2), {"done": 2})
   again.close()
