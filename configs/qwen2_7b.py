@@ -31,13 +31,7 @@ def get_config(arg=""):
   loss = config.loss
   loss.clip_low = loss.clip_high = loss.value_clip = 0.2
   loss.value_coef = 0.1
-  loss.kl, loss.kl_coef, loss.kl_adaptive, loss.kl_target, loss.kl_horizon = (
-    "reward",
-    0.3,
-    True,
-    6.0,
-    10000.0,
-  )
+  loss.kl_coef, loss.kl_adaptive, loss.kl_target, loss.kl_horizon = 0.3, True, 6.0, 10000.0
   s = config.sft
   # Released SFT: 5 epochs at 2e-5, cosine, 4 % warm-up. Set sft.steps for your data; 0 starts RL
   # from the model as it is.

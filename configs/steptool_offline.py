@@ -48,8 +48,7 @@ def get_config(arg=""):
   loss = config.loss
   loss.clip_low = loss.clip_high = loss.value_clip = 0.2
   loss.value_coef = 0.1
-  loss.kl, loss.kl_coef, loss.kl_adaptive = "reward", 0.3, True
-  loss.kl_target, loss.kl_horizon = 6.0, 10000.0
+  loss.kl_coef, loss.kl_adaptive, loss.kl_target, loss.kl_horizon = 0.3, True, 6.0, 10000.0
   t = config.train
   # 4 PPO epochs, each one optimizer step (minibatches of 2, accumulated 4 times).
   t.epochs, t.minibatches, t.micro_rows = 4, 1, 8

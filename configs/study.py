@@ -4,13 +4,14 @@
     python -m steptool_jax.main --config=configs/study.py --mode=study --workdir=runs/study
     python -m steptool_jax.main --config=configs/study.py --mode=report --workdir=runs/study
 
-The first makes the start checkpoint of data_pipeline (nested_api's is in the package). The second is
-the study: the same command goes on after a stop, `--config.study.hours=2` stops it in time, and
+The first makes the start checkpoint of data_pipeline (nested_api's is in the package). The second
+is the study: the same command goes on after a stop, `--config.study.hours=2` stops it in time, and
 `--config.study.only="('core/*/0',)"` chooses cells. runs/study/results is what to keep.
 
 One cell alone, with the bits that it has in the study (which gives every cell one core):
 
-    taskset -c 0 python -m steptool_jax.main --config=configs/study.py:core/nested_api/steptool/0 --workdir=W
+    CELL=core/nested_api/steptool/0
+    taskset -c 0 python -m steptool_jax.main --config=configs/study.py:$CELL --workdir=runs/cell
 
 Groups. core: 6 methods x 4 environments x 5 seeds = 120 cells. wide: the other methods of the table
 that learn from rewards, on nested_api with faults, 8 x 3 = 24. depth: outcome-only PPO and StepTool

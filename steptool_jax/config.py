@@ -250,7 +250,8 @@ class Advantage:
   lam: float = _is(0.95, "lambda of GAE")
   level: str = _is("", "step, token or released; empty = as the algorithm says")
   broadcast: bool = _is(True, "level step: one advantage for all tokens of a step (the paper)")
-  whiten: bool = _is(True, "mean 0 and deviation 1 over the global batch")
+  whiten: bool = _is(True, "mean 0 and deviation 1 over the global batch; for critics' advantages")
+  omega: float = _is(1.0, "gigpo: weight of the step-relative part (Feng et al. 2025: 1)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -258,15 +259,35 @@ class Loss:
   clip_low: float = _is(0.2, "lower clip of the ratio")
   clip_high: float = _is(0.2, "upper clip of the ratio")
   value_clip: float = _is(0.2, "clip of the value around the old one")
-  value_coef: float = _is(0.1, "weight of the value loss")
+  value_coef: float = _is(0.1, "weight of the value loss (archer: of its critic's losses)")
   entropy_coef: float = _is(0.0, "weight of the entropy bonus")
-  kl: str = _is("reward", "per-token KL to the reference: in the 'reward', the 'loss' or 'none'")
+  kl: str = _is(
+    "",
+    "per-token KL to the reference: in the 'reward', the 'loss' or 'none'; empty = as the "
+    "algorithm says",
+  )
   kl_coef: float = _is(0.05, "coefficient of the KL penalty (start value if adaptive)")
   kl_adaptive: bool = _is(False, "move the coefficient towards kl_target")
   kl_target: float = _is(6.0, "nats per trajectory")
   kl_horizon: float = _is(10000.0, "trajectories")
-  aggregation: str = _is("token", "what weighs the same: every token, step or trajectory")
+  aggregation: str = _is(
+    "", "what weighs the same: every token, step or trajectory; empty = as the algorithm says"
+  )
   logprob_chunk: int = _is(128, "positions of a row projected to the vocabulary at a time")
+
+
+@dataclasses.dataclass(frozen=True)
+class Dpo:
+  beta: float = _is(0.1, "eto: scale of log(pi / reference) (Song et al. 2024: 0.1)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Archer:
+  """ArCHer's critic; the discount is advantage.gamma."""
+
+  tau: float = _is(0.1, "step of the target towards the critic, each update (the authors': 0.1)")
+  replay: int = _is(512, "newest past trajectories that are kept")
+  batch: int = _is(96, "of them in one iteration, for the Q functions")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -362,7 +383,9 @@ class Data:
     "instances; algorithm sft only)",
   )
   passes: int = _is(5, "passes over the data; with data.batch they decide the iterations")
-  batch: int = _is(8, "trajectories of one iteration")
+  batch: int = _is(
+    8, "trajectories of one iteration; tasks, where an algorithm compares samples of a task"
+  )
   behaviour: str = _is(
     "start",
     "policy that old log-probs are of: 'start' (recorded, else of the policy before training) or "
@@ -438,6 +461,8 @@ class Config:
   rewards: Rewards = _is(Rewards(), "step rewards")
   advantage: Advantage = _is(Advantage(), "GAE")
   loss: Loss = _is(Loss(), "loss terms")
+  dpo: Dpo = _is(Dpo(), "algorithm eto")
+  archer: Archer = _is(Archer(), "algorithm archer")
   sft: Sft = _is(Sft(), "supervised warm-up")
   train: Train = _is(Train(), "RL")
   evaluation: Evaluation = _is(Evaluation(), "held-out evaluation")

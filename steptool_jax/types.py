@@ -156,25 +156,29 @@ class TokenBatch(NamedTuple):
   """Packed trajectories. Every field is [B, T] and aligned with `targets`: value[t] belongs to
   the state that emits targets[t]. Segment 0 is padding; positions restart in every segment.
 
-  The second group is None until `prepare` has filled it.
+  A trajectory that only a critic reads (ArCHer's replay) has step ids and an empty action mask.
+  The second group is None until `prepare` has filled what the algorithm needs of it.
   """
 
   tokens: Any  # int32, the inputs
   targets: Any  # int32, the next tokens
   segment_ids: Any  # int32, 1.. inside a row, 0 = padding
   positions: Any  # int32
-  action_mask: Any  # bool, targets[t] was sampled by the policy
+  action_mask: Any  # bool, targets[t] was sampled by the policy that learns
   step_ids: Any  # int32, index of the step of targets[t] in its trajectory, -1 outside
   step_end: Any  # bool, targets[t] is the last sampled token of its step
   bootstrap: Any  # bool, position behind the last target of a truncated trajectory: V of next state
   rewards: Any  # float32, r_k on the last sampled token of step k, else 0
   behaviour_logprobs: Any  # float32, as sampled, 0 outside the action mask
+  group_ids: Any  # int32, 1.. the task of the trajectory, one number over all rows; 0 = padding
+  anchor_ids: Any  # int32, 1.. task and last observation before the step; 0 outside steps
 
   old_logprobs: Any = None  # float32
   ref_logprobs: Any = None  # float32
   values: Any = None  # float32
   advantages: Any = None  # float32
-  returns: Any = None  # float32
+  returns: Any = None  # float32, what the critic's values (ArCHer: its Q) are fitted to
+  value_targets: Any = None  # float32, what ArCHer's V is fitted to
 
 
 class TrainState(NamedTuple):
@@ -182,6 +186,7 @@ class TrainState(NamedTuple):
 
   `trainable` and `frozen` together are the policy's variables (policy/lora.py joins them);
   `reference` is the frozen copy for the KL term; {} where that is "adapters off", or unused.
+  ArCHer's critic is trainable["critic"].
   """
 
   step: Any  # int32[], optimizer steps done
@@ -190,3 +195,4 @@ class TrainState(NamedTuple):
   reference: Any
   opt_state: Any
   kl_coef: Any  # float32[], coefficient of the KL penalty (moved by the adaptive controller)
+  target: Any = ()  # slow copy of the critic (ArCHer); () elsewhere

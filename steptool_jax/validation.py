@@ -12,7 +12,7 @@ import ml_collections
 from steptool_jax.config import Config, Filters
 from steptool_jax.environments.specialists import TIERS
 from steptool_jax.learning.advantages import LEVELS
-from steptool_jax.learning.algorithms import get_algorithm
+from steptool_jax.learning.algorithms import Algorithm, get_algorithm
 from steptool_jax.learning.losses import AGGREGATIONS
 
 
@@ -98,6 +98,10 @@ def _typed(default: Any, value: Any, where: str) -> Any:
   return value
 
 
+def _of_endpoints(*fields: str) -> list[str]:
+  return [f"{group}.{field}" for group in ("simulator.llm", "judge.endpoint") for field in fields]
+
+
 _POSITIVE = (
   "rollout.tasks rollout.samples rollout.slots rollout.max_tokens rollout.max_steps "
   "rollout.max_step_tokens rollout.max_invalid rollout.max_observation_chars rollout.decode_chunk "
@@ -106,29 +110,26 @@ _POSITIVE = (
   "loss.kl_target loss.kl_horizon checkpoint.every checkpoint.keep train.optimizer.learning_rate "
   "rollout.temperature sft.optimizer.learning_rate evaluation.curve_tasks "
   "bench.repeats bench.turns environment.faults.max_consecutive simulator.http_timeout "
-  "simulator.http_in_flight simulator.llm.timeout simulator.llm.in_flight judge.runs "
-  "judge.endpoint.timeout judge.endpoint.in_flight rollout.search.width "
+  "simulator.http_in_flight judge.runs rollout.search.width "
   "rollout.search.answer_back rollout.search.give_up_back evaluation.attempts evaluation.rollouts "
-  "data.passes data.batch record.every report.trajectories study.parallel "
-  "study.attempts"
-).split()
+  "data.passes data.batch dpo.beta archer.tau archer.replay record.every report.trajectories "
+  "study.parallel study.attempts"
+).split() + _of_endpoints("timeout", "in_flight")
 _NOT_NEGATIVE = (
   "seed lora.rank sft.steps sft.clean_steps sft.tasks train.iterations evaluation.every "
   "evaluation.temperature rollout.top_k rewards.alpha loss.kl_coef loss.value_coef "
   "sft.checkpoint_every train.optimizer.max_grad_norm sft.optimizer.max_grad_norm "
   "train.optimizer.muon_rate sft.optimizer.muon_rate environment.tools_per_task "
   "rollout.tool_retries rollout.max_stuck_tools loss.clip_low loss.clip_high loss.value_clip "
-  "simulator.http_retries simulator.llm.retries simulator.llm.prompt_price "
-  "simulator.llm.completion_price judge.endpoint.retries judge.endpoint.prompt_price "
-  "judge.endpoint.completion_price rollout.budget rollout.search.room serve.port "
-  "evaluation.tasks rewards.filters.min_deviation record.heldout record.train study.cores "
-  "study.hours"
-).split()
+  "simulator.http_retries rollout.budget rollout.search.room serve.port evaluation.tasks "
+  "rewards.filters.min_deviation advantage.omega archer.batch record.heldout record.train "
+  "study.cores study.hours"
+).split() + _of_endpoints("retries", "prompt_price", "completion_price")
 _SHARES = (
   "sft.mistakes environment.faults.rate_limit environment.faults.timeout "
   "environment.faults.transient environment.faults.not_found environment.heldout_share "
-  "advantage.gamma advantage.lam rollout.top_p train.optimizer.warmup sft.optimizer.warmup "
-  "train.optimizer.floor sft.optimizer.floor "
+  "advantage.gamma advantage.lam archer.tau rollout.top_p train.optimizer.warmup "
+  "sft.optimizer.warmup train.optimizer.floor sft.optimizer.floor "
   "rewards.orchestra.outcome rewards.orchestra.cost rewards.orchestra.latency "
   "environment.market.asked"
 ).split()
@@ -143,8 +144,8 @@ _CHOICES = {
   "rewards.normalization": ("mean", "none"),
   "rewards.scheme": ("steptool", "orchestra", "orchestra_steps"),
   "advantage.level": ("", *LEVELS),
-  "loss.kl": ("reward", "loss", "none"),
-  "loss.aggregation": AGGREGATIONS,
+  "loss.kl": ("", "reward", "loss", "none"),
+  "loss.aggregation": ("", *AGGREGATIONS),
   "data.format": ("jsonl", "tsv", "dialogues"),
   "data.behaviour": ("start", "current"),
   "annotate.format": ("jsonl", "converted", "annotations"),
@@ -174,6 +175,22 @@ def _check(config: Config) -> None:
       raise ValueError(
         f"config.{name}: {flat[name]!r} is not one of {', '.join(map(repr, valid))}{hint}"
       )
+  _check_algorithm(config)
+  if config.rollout.max_tokens > config.train.row_tokens:
+    raise ValueError(
+      f"config.train.row_tokens: {config.train.row_tokens} is less than rollout.max_tokens = "
+      f"{config.rollout.max_tokens}; a conversation must fit a packed row"
+    )
+  if config.rollout.top_p == 0:
+    raise ValueError("config.rollout.top_p: must be above 0; 1 = off")
+  _check_environment(config)
+  _check_market(config)
+  _check_rewards(config, get_algorithm(config.algorithm))
+  _check_evaluation(config)
+
+
+def _check_algorithm(config: Config) -> None:
+  """Combinations with the algorithm that make no sense."""
   algorithm = get_algorithm(config.algorithm)
   if algorithm.rewards == "none" and not config.sft.steps and not config.data.path:
     raise ValueError(
@@ -191,17 +208,33 @@ def _check(config: Config) -> None:
       f"config.data.format: 'dialogues' hold no rewards, which algorithm {config.algorithm!r} "
       "learns from; use algorithm sft, or a format with rewards (jsonl, tsv)"
     )
-  if config.rollout.max_tokens > config.train.row_tokens:
+  if algorithm.compares and not config.data.path and config.rollout.samples < 2:
+    alone = "rft" if algorithm.select.rows > 1 else "reinforce"
+    alone = "steptool" if algorithm.rewards == "step" else alone
     raise ValueError(
-      f"config.train.row_tokens: {config.train.row_tokens} is less than rollout.max_tokens = "
-      f"{config.rollout.max_tokens}; a conversation must fit a packed row"
+      f"config.rollout.samples: {config.rollout.samples}, but algorithm {config.algorithm!r} "
+      f"compares samples of a task; set it to 2 or more (4 is usual), or use {alone!r}"
     )
-  if config.rollout.top_p == 0:
-    raise ValueError("config.rollout.top_p: must be above 0; 1 = off")
-  _check_environment(config)
-  _check_market(config)
-  _check_rewards(config, algorithm.rewards)
-  _check_evaluation(config)
+  if algorithm.advantage is None and config.loss.kl == "reward":
+    raise ValueError(
+      f"config.loss.kl: 'reward', but algorithm {config.algorithm!r} reads no rewards; leave it "
+      "empty, or use 'loss'"
+    )
+  if config.advantage.level and algorithm.critic != "value" and algorithm.rewards != "none":
+    raise ValueError(
+      f"config.advantage.level: {config.advantage.level!r}, but algorithm {config.algorithm!r} has "
+      "no GAE; leave it empty, or use 'ppo' or 'steptool'"
+    )
+  if config.train.micro_rows % algorithm.select.rows:
+    raise ValueError(
+      f"config.train.micro_rows: {config.train.micro_rows}, but algorithm {config.algorithm!r} "
+      f"needs pairs of rows; use {config.train.micro_rows + 1}"
+    )
+  if algorithm.critic == "double" and config.archer.replay < config.archer.batch:
+    raise ValueError(
+      f"config.archer.replay: keeps {config.archer.replay} trajectories, fewer than the "
+      f"{config.archer.batch} of archer.batch; raise it, or lower archer.batch"
+    )
 
 
 def _check_environment(config: Config) -> None:
@@ -243,9 +276,8 @@ def _check_market(config: Config) -> None:
     raise ValueError(f"{where}.asked: {m.asked:g}, but there are no specialists to ask")
 
 
-def _check_rewards(config: Config, paid: str) -> None:
-  """`paid`: what the algorithm's row takes rewards for."""
-  r, name = config.rewards, config.algorithm
+def _check_rewards(config: Config, algorithm: Algorithm) -> None:
+  r, name, paid = config.rewards, config.algorithm, algorithm.rewards
   where = f"config.rewards.scheme: {r.scheme!r}"
   if config.data.path and (r.scheme != "steptool" or r.filters != Filters()):
     raise ValueError(
@@ -259,8 +291,8 @@ def _check_rewards(config: Config, paid: str) -> None:
     )
   if r.scheme == "steptool":
     return
-  if paid == "none":
-    raise ValueError(f"{where}, but algorithm {name!r} learns without rewards; use 'steptool'")
+  if algorithm.advantage is None:
+    raise ValueError(f"{where}, but algorithm {name!r} reads no rewards; use 'steptool', or 'grpo'")
   if r.scheme == "orchestra" and paid == "step":
     raise ValueError(
       f"{where} pays the last step only, but algorithm {name!r} is for step rewards; use "

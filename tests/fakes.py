@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from steptool_jax.learning import algorithms
 from steptool_jax.policy import engine, model
 from steptool_jax.types import Finish, Malformed, Status, Step, Trajectory
 
@@ -22,6 +23,27 @@ def tiny_config(**changes) -> model.ModelConfig:
     "max_position_embeddings": 128,
   }
   return model.ModelConfig(**(fields | changes))
+
+
+def hyperparameters(**changes) -> algorithms.Hyperparameters:
+  fields = {
+    "gamma": 0.99,
+    "lam": 0.95,
+    "level": "",
+    "broadcast": True,
+    "whiten": True,
+    "omega": 1.0,
+    "clip_low": 0.2,
+    "clip_high": 0.2,
+    "value_clip": 0.2,
+    "value_coef": 0.1,
+    "entropy_coef": 0.0,
+    "kl_placement": "",
+    "aggregation": "",
+    "dpo_beta": 0.1,
+    "tau": 0.1,
+  }
+  return algorithms.Hyperparameters(**(fields | changes))
 
 
 def random_trajectory(rng, max_steps=4, status=None, prompt=5) -> Trajectory:
@@ -68,6 +90,7 @@ class ScriptedEngine:
     for slot, length in lengths.items():
       assert length <= len(self.seen[slot])
       self.seen[slot] = self.seen[slot][:length]
+      self.todo[slot] = []
 
   def fork(self, state, sources):
     for slot, source in sources.items():

@@ -61,3 +61,73 @@ def orchestra(solved, costs, latencies, calls, outcome, cost, latency, tools):
   for weight, values in entries:
     total = [r + weight * m for r, m in zip(total, min_max(values), strict=True)]
   return [r if s else 0.0 for r, s in zip(total, solved, strict=True)]
+
+
+def leave_one_out(returns):
+  """R_i - mean of the others; 0 for one alone."""
+  return [
+    r - np.mean([*returns[:i], *returns[i + 1 :]]) if len(returns) > 1 else 0.0
+    for i, r in enumerate(returns)
+  ]
+
+
+def standardised(x, weights=None):
+  """(x - mean) / (std + 1e-4) of a list, population deviation."""
+  x = np.asarray(x, np.float64)
+  mean = np.average(x, weights=weights)
+  return (x - mean) / (np.sqrt(np.average((x - mean) ** 2, weights=weights)) + 1e-4)
+
+
+def returns_to_go(rewards, gamma):
+  out, following = [], 0.0
+  for r in reversed(rewards):
+    following = r + gamma * following
+    out.append(following)
+  return out[::-1]
+
+
+def episode_advantages(samples, gamma, kind):
+  """One number a step, of `samples` = [(task, rewards of the steps, anchors of the steps)].
+
+  kind: reinforce, rloo, grpo, grpo_step, anchor (GiGPO's step-relative part alone).
+  """
+  out = [np.zeros(len(rewards)) for _, rewards, _ in samples]
+  if kind == "reinforce":
+    mean = np.mean([sum(rewards) for _, rewards, _ in samples])
+    return [a + sum(rewards) - mean for a, (_, rewards, _) in zip(out, samples, strict=True)]
+  for task in {task for task, _, _ in samples}:
+    members = [i for i, sample in enumerate(samples) if sample[0] == task]
+    totals = [sum(samples[i][1]) for i in members]
+    later = [returns_to_go(samples[i][1], gamma) for i in members]
+    if kind in ("rloo", "grpo"):
+      relative = leave_one_out if kind == "rloo" else standardised
+      for i, a in zip(members, relative(totals), strict=True):
+        out[i] += a
+    elif kind == "grpo_step":
+      weights = [1 / len(steps) for steps in later for _ in steps]
+      flat = iter(standardised([g for steps in later for g in steps], weights))
+      for i in members:
+        out[i] = np.array([next(flat) for _ in out[i]])
+    else:
+      places = [(i, k) for i in members for k in range(len(out[i]))]
+      for anchor in {samples[i][2][k] for i, k in places}:
+        same = [(i, k) for i, k in places if samples[i][2][k] == anchor]
+        group = standardised([later[members.index(i)][k] for i, k in same])
+        for (i, k), a in zip(same, group, strict=True):
+          out[i][k] = a
+  return out
+
+
+def dpo(chosen, rejected, beta):
+  """Mean of -log sigmoid over pairs of summed log-ratios, and its gradient for `chosen`."""
+  margins = beta * (np.asarray(chosen) - np.asarray(rejected))
+  return np.mean(np.log1p(np.exp(-margins))), -beta / (1 + np.exp(margins)) / len(margins)
+
+
+def archer_targets(rewards, target_v, target_q1, target_q2, bootstrap, gamma):
+  """(targets of Q, targets of V), one a step; V behind the end is `bootstrap`."""
+  following = [*target_v[1:], bootstrap]
+  return (
+    [r + gamma * v for r, v in zip(rewards, following, strict=True)],
+    [min(a, b) for a, b in zip(target_q1, target_q2, strict=True)],
+  )

@@ -23,6 +23,7 @@ from steptool_jax.data.reading import (
   texts,
   typed,
 )
+from steptool_jax.dialogue.parser import GIVE_ANSWER, GIVE_UP
 from steptool_jax.files import replacing
 
 
@@ -135,6 +136,26 @@ def result_of(answer: "Converted", verdicts: Sequence[Verdict]) -> Result:
     steps[-1] if steps else StoredStep("", "", ""),
     tuple(verdicts),
   )
+
+
+def answer_of(arguments: str) -> str:
+  """The final answer in Finish's arguments as files hold them, "" for a give-up.
+
+  Some 8 % of the published answers are cut in the middle of their JSON and were judged all the
+  same, so here (unlike in a rollout) the text behind "final_answer" counts.
+  """
+  try:
+    value = json.loads(arguments, strict=False)
+  except (ValueError, RecursionError):
+    match = _ANSWER.search(arguments)
+    gave_up = GIVE_UP in arguments.partition('"final_answer"')[0]
+    return match[1].replace("\\n", "\n").replace('\\"', '"') if match and not gave_up else ""
+  if not isinstance(value, dict) or value.get("return_type") != GIVE_ANSWER:
+    return ""
+  return str(value.get("final_answer") or "")
+
+
+_ANSWER = re.compile(r'"final_answer"\s*:\s*"(.*?)"?\s*\}?\s*\Z', re.DOTALL)
 
 
 def write_results(path: Path, results: Iterable[Result]) -> None:

@@ -12,8 +12,8 @@ from typing import Any
 
 from steptool_jax.data.official import Verdict
 from steptool_jax.evaluation.passrate import Outcome, Preference
+from steptool_jax.simulators.asking import ask
 from steptool_jax.simulators.endpoint import Endpoint, Reply
-from steptool_jax.simulators.errors import InfrastructureError
 
 _ATTEMPTS = 3
 _DATA = (
@@ -103,31 +103,25 @@ def _ask(
   (field,) = (name for name in function["parameters"]["properties"] if name != "reasons")
   allowed = function["parameters"]["properties"][field]["enum"]
 
-  def accept(reply: Reply) -> None:
+  def read(reply: Reply) -> Any:
     value = None if reply.arguments is None else reply.arguments.get(field)
     if value not in allowed:
       found = repr(reply.text[:80]) if reply.arguments is None else repr(value)
       raise ValueError(
         f"call {function['name']} with {field!r} as one of {', '.join(allowed)}; found {found}"
       )
+    return value
 
-  messages = [
-    {"role": "system", "content": system},
-    {"role": "user", "content": json.dumps(shown, ensure_ascii=False)},
-  ]
-  reason = ""
-  for _ in range(_ATTEMPTS):
-    correction = [{"role": "user", "content": f"That was no verdict: {reason}"}] if reason else []
-    try:
-      reply = endpoint.chat(
-        [*messages, *correction],
-        function=function,
-        temperature=temperature,
-        sample=run,
-        accept=accept,
-      )
-    except ValueError as error:
-      reason = str(error)
-      continue
-    return reply.arguments[field]
-  raise InfrastructureError(f"the judge gave no verdict in {_ATTEMPTS} attempts: {reason}")
+  return ask(
+    lambda messages, _, accept: endpoint.chat(
+      messages, function=function, temperature=temperature, sample=run, accept=accept
+    ),
+    [
+      {"role": "system", "content": system},
+      {"role": "user", "content": json.dumps(shown, ensure_ascii=False)},
+    ],
+    read,
+    lambda _, reason: [{"role": "user", "content": f"That was no verdict: {reason}"}],
+    _ATTEMPTS,
+    f"the judge gave no verdict in {_ATTEMPTS} attempts",
+  )

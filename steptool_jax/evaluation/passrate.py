@@ -15,7 +15,6 @@ left out of all runs.
 import dataclasses
 import json
 import random
-import re
 from collections.abc import Callable, Mapping, Sequence
 from concurrent import futures
 from typing import Literal, Protocol
@@ -23,8 +22,8 @@ from typing import Literal, Protocol
 import numpy as np
 
 from steptool_jax.data.conversion import observation_code
-from steptool_jax.data.official import Result, Verdict
-from steptool_jax.dialogue.parser import FINISH, GIVE_ANSWER, GIVE_UP
+from steptool_jax.data.official import Result, Verdict, answer_of
+from steptool_jax.dialogue.parser import FINISH
 from steptool_jax.simulators.errors import InfrastructureError
 from steptool_jax.types import Code, Finish, Malformed, Status, ToolCall, Trajectory
 
@@ -139,7 +138,7 @@ def outcome_of(trajectory: Trajectory, query: str) -> Outcome:
 
 def outcome_of_result(result: Result) -> Outcome:
   """The outcome of a stored task; a call's code is read from its stored response."""
-  answer = _stored_answer(result.final.arguments) if result.final.name == FINISH else ""
+  answer = answer_of(result.final.arguments).strip() if result.final.name == FINISH else ""
   lines = [
     _line(number, step.name, step.arguments, step.response)
     for number, step in enumerate(result.steps, start=1)
@@ -152,22 +151,6 @@ def outcome_of_result(result: Result) -> Outcome:
   return Outcome(
     result.query_id, result.query, answer, "\n".join(lines), tuple(codes), len(result.steps)
   )
-
-
-def _stored_answer(arguments: str) -> str:
-  """The answer in Finish's arguments, "" when it was given up.
-
-  Some 8 % of the published answers are cut in the middle of their JSON and were judged all the
-  same, so here (unlike in a rollout) the text behind "final_answer" counts.
-  """
-  try:
-    value = json.loads(arguments)
-  except ValueError:
-    match = re.search(r'"final_answer"\s*:\s*"(.*)', arguments, re.DOTALL)
-    return "" if match is None or GIVE_UP in arguments else match[1].strip()
-  if not isinstance(value, dict) or value.get("return_type") != GIVE_ANSWER:
-    return ""
-  return str(value.get("final_answer") or "").strip()
 
 
 def _line(number: int, name: str, arguments: str, response: str) -> str:

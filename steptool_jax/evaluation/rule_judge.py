@@ -272,7 +272,7 @@ def row_transcript(row: training_rows.StepRow) -> Transcript:
     name, _, arguments = _plain(response).partition("Action:")[2].partition("Action Input:")
     calls.append((f"{name.strip()} {arguments.strip()}", _HEADERS.sub("", prompt)))
   last = _plain(row.responses[-1]).partition("Action Input:")[2]
-  return Transcript(query[1].strip() if query else "", tuple(calls), tables.answer_of(last))
+  return Transcript(query[1].strip() if query else "", tuple(calls), official.answer_of(last))
 
 
 def _plain(response: str) -> str:

@@ -62,7 +62,8 @@ def gae(
     advantages_BT = _gae(batch, rewards_BT, values_BT, gamma, lam, level, step_episodes)
   returns_BT = action_BT * (advantages_BT + values_BT)
   if level == "step" and broadcast:
-    advantages_BT = _broadcast_over_steps(batch, advantages_BT)
+    start_BT = segments.step_starts(batch.action_mask, batch.step_ids, batch.segment_ids)
+    advantages_BT = segments.spread(advantages_BT, start_BT, batch.action_mask)
   return action_BT * advantages_BT, returns_BT
 
 
@@ -102,13 +103,6 @@ def _released_gae(batch, rewards_BT, values_BT, gamma, lam):
   next_values_BT = continues_BT * segments.shift_left(values_BT, 0.0)
   delta_BT = rewards_BT + gamma * next_values_BT - values_BT
   return segments.linear_recurrence(gamma * lam * continues_BT, delta_BT, reverse=True)
-
-
-def _broadcast_over_steps(batch, advantages_BT):
-  start_BT = segments.step_starts(batch.action_mask, batch.step_ids, batch.segment_ids)
-  start_BT = start_BT.astype(jnp.float32)
-  inside_BT = batch.action_mask.astype(jnp.float32) * (1.0 - start_BT)
-  return segments.linear_recurrence(inside_BT, start_BT * advantages_BT)
 
 
 def whiten(x_BT: jax.Array, mask_BT: jax.Array) -> jax.Array:

@@ -1,17 +1,18 @@
-"""All algorithms as rows of one literal table: name -> (rewards, advantage, loss).
+"""All algorithms as rows of one literal table: name -> (selection, advantage, loss).
 
 To add one, write its advantage or loss as a function and give it a row. Nothing is subclassed.
 """
 
 import dataclasses
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
-from steptool_jax.learning import advantages, losses, segments
+from steptool_jax.learning import advantages, critic, groups, losses, segments
 from steptool_jax.learning.outputs import Outputs
+from steptool_jax.learning.selection import EVERYTHING, PAIRS, SOLVED, Selection
 from steptool_jax.types import TokenBatch
 
 Terms = dict[str, losses.SumAndDenominator]
@@ -19,20 +20,26 @@ Terms = dict[str, losses.SumAndDenominator]
 
 @dataclasses.dataclass(frozen=True)
 class Hyperparameters:
-  """The numbers that advantages and losses read; static under jit. Meanings: config.py."""
+  """The numbers that advantages and losses read; static under jit. Meanings: config.py.
+
+  level, kl_placement, aggregation: "" = as the algorithm's row says (`resolve`).
+  """
 
   gamma: float
   lam: float
-  level: str  # "" = as the algorithm's row says
+  level: str
   broadcast: bool
   whiten: bool
+  omega: float
   clip_low: float
   clip_high: float
   value_clip: float
   value_coef: float
   entropy_coef: float
-  kl_placement: str  # "reward", "loss" or "none"
-  aggregation: losses.Aggregation
+  kl_placement: str
+  aggregation: str
+  dpo_beta: float
+  tau: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,31 +48,77 @@ class Algorithm:
 
   rewards: what the rollout's steps are paid: "step" (every call), "outcome" (the last step only),
     "none" (it learns from demonstrations).
-  advantage: (batch, rewards, values, hyperparameters) -> (advantages, returns); None if unused.
   loss: (outputs, batch, hyperparameters) -> (terms to add up, metrics), (sum, denominator) each.
-  needs_values: the value head is part of the update.
+  advantage: (batch, rewards, critic's values, hyperparameters) -> fields of the batch; None: the
+    loss reads none. Whitened where there is a critic; without one the baseline sets the scale.
+  select: which trajectories are learnt from, and which of them stay together.
+  critic: "value" (the policy's value head), "double" (ArCHer's, with replay) or "none".
+  compares: it learns from differences between samples of a task.
+  reference: the loss itself reads the reference policy.
+  level, kl, aggregation: where the config's word is empty.
   """
 
   rewards: Literal["step", "outcome", "none"]
-  advantage: Callable | None
   loss: Callable[[Outputs, TokenBatch, Hyperparameters], tuple[Terms, Terms]]
-  needs_values: bool
+  advantage: Callable[..., dict[str, jax.Array]] | None = None
+  select: Selection = EVERYTHING
+  critic: Literal["none", "value", "double"] = "none"
+  compares: bool = False
+  reference: bool = False
+  level: advantages.Level = "token"
+  kl: Literal["reward", "loss", "none"] = "reward"
+  aggregation: losses.Aggregation = "token"
 
 
-def _gae(level: advantages.Level, step_episodes: bool = False) -> Callable:
+# --- advantages ------------------------------------------------------------------------------
+
+
+def _gae(step_episodes: bool = False) -> Callable:
   def advantage(batch, rewards_BT, values_BT, hp: Hyperparameters):
-    return advantages.gae(
+    advantages_BT, returns_BT = advantages.gae(
       batch,
       rewards_BT,
       values_BT,
       gamma=hp.gamma,
       lam=hp.lam,
-      level=hp.level or level,
+      level=hp.level,
       broadcast=hp.broadcast,
       step_episodes=step_episodes,
     )
+    return {"advantages": advantages_BT, "values": values_BT, "returns": returns_BT}
 
   return advantage
+
+
+def _baseline(function: Callable, discounted: bool = False) -> Callable:
+  """An advantage without a critic; `discounted`: over steps, with gamma."""
+
+  def advantage(batch, rewards_BT, values: None, hp: Hyperparameters):
+    gamma = (hp.gamma,) if discounted else ()
+    return {"advantages": function(batch, rewards_BT, *gamma)}
+
+  return advantage
+
+
+def _gigpo(batch, rewards_BT, values: None, hp: Hyperparameters):
+  """Feng et al. 2025, eq. 9: episode-relative + omega step-relative."""
+  episode_BT = groups.group_relative(batch, rewards_BT)
+  step_BT = groups.anchor_relative(batch, rewards_BT, hp.gamma)
+  return {"advantages": episode_BT + hp.omega * step_BT}
+
+
+def _archer(batch, rewards_BT, values: tuple, hp: Hyperparameters):
+  online, target = values
+  returns_BT, value_targets_BT = critic.targets(batch, rewards_BT, target, hp.gamma)
+  return {
+    "advantages": critic.utterance_advantages(batch, online),
+    "values": online.q,
+    "returns": returns_BT,
+    "value_targets": value_targets_BT,
+  }
+
+
+# --- losses ----------------------------------------------------------------------------------
 
 
 def _sft_loss(outputs: Outputs, batch: TokenBatch, hp: Hyperparameters) -> tuple[Terms, Terms]:
@@ -74,55 +127,104 @@ def _sft_loss(outputs: Outputs, batch: TokenBatch, hp: Hyperparameters) -> tuple
   return {"loss": loss}, {"entropy": losses.weighted(outputs.entropy, weights_BT)}
 
 
-def _ppo_loss(level: advantages.Level) -> Callable:
-  def loss(outputs: Outputs, batch: TokenBatch, hp: Hyperparameters) -> tuple[Terms, Terms]:
-    weights_BT = losses.action_weights(batch, hp.aggregation)
-    policy, metrics = losses.ppo_policy(
-      outputs.logprobs,
-      batch.old_logprobs,
-      batch.advantages,
-      weights_BT,
-      hp.clip_low,
-      hp.clip_high,
-    )
-    # A broadcast advantage reads V at step starts only, so only those values are fitted.
-    value_mask_BT = batch.action_mask
-    if (hp.level or level) == "step" and hp.broadcast:
-      value_mask_BT = segments.step_starts(batch.action_mask, batch.step_ids, batch.segment_ids)
-    value = losses.clipped_value(
-      outputs.values, batch.values, batch.returns, value_mask_BT, hp.value_clip
-    )
-    entropy = losses.weighted(outputs.entropy, weights_BT)
-    terms = {
-      "policy_loss": policy,
-      "value_loss": _scale(value, hp.value_coef),
-      "entropy_loss": _scale(entropy, -hp.entropy_coef),
-    }
-    return terms, metrics | {"entropy": entropy, "value_error": value}
+def _policy_loss(outputs: Outputs, batch: TokenBatch, hp: Hyperparameters) -> tuple[Terms, Terms]:
+  """Clipped surrogate and entropy bonus.
 
-  return loss
+  At the policy that sampled, the surrogate's gradient is REINFORCE's, - A grad log pi; behind the
+  first minibatch its ratio makes up for how far the policy has moved.
+  """
+  weights_BT = losses.action_weights(batch, hp.aggregation)
+  policy, metrics = losses.ppo_policy(
+    outputs.logprobs,
+    batch.old_logprobs,
+    batch.advantages,
+    weights_BT,
+    hp.clip_low,
+    hp.clip_high,
+  )
+  entropy = losses.weighted(outputs.entropy, weights_BT)
+  terms = {"policy_loss": policy, "entropy_loss": _scale(entropy, -hp.entropy_coef)}
+  return terms, metrics | {"entropy": entropy}
+
+
+def _ppo_loss(outputs: Outputs, batch: TokenBatch, hp: Hyperparameters) -> tuple[Terms, Terms]:
+  # A broadcast advantage reads V at step starts only, so only those values are fitted.
+  value_mask_BT = batch.action_mask
+  if hp.level == "step" and hp.broadcast:
+    value_mask_BT = segments.step_starts(batch.action_mask, batch.step_ids, batch.segment_ids)
+  value = losses.clipped_value(
+    outputs.values, batch.values, batch.returns, value_mask_BT, hp.value_clip
+  )
+  terms, metrics = _policy_loss(outputs, batch, hp)
+  terms |= {"value_loss": _scale(value, hp.value_coef)}
+  return terms, metrics | {"value_error": value}
+
+
+def _archer_loss(outputs: Outputs, batch: TokenBatch, hp: Hyperparameters) -> tuple[Terms, Terms]:
+  (online,) = outputs.values
+  q, v = critic.q_loss(online, batch), critic.v_loss(online, batch)
+  terms, metrics = _policy_loss(outputs, batch, hp)
+  terms |= {"q_loss": _scale(q, hp.value_coef), "v_loss": _scale(v, hp.value_coef)}
+  return terms, metrics | {"q_error": q, "v_error": v}
+
+
+def _dpo_loss(outputs: Outputs, batch: TokenBatch, hp: Hyperparameters) -> tuple[Terms, Terms]:
+  loss, metrics = losses.dpo(outputs.logprobs, batch.ref_logprobs, batch, hp.dpo_beta)
+  weights_BT = losses.action_weights(batch, hp.aggregation)
+  return {"loss": loss}, metrics | {"entropy": losses.weighted(outputs.entropy, weights_BT)}
 
 
 def _scale(term: losses.SumAndDenominator, factor: float) -> losses.SumAndDenominator:
   return factor * term[0], term[1]
 
 
+# --- the table -------------------------------------------------------------------------------
+
+# Without a critic: KL as a loss of its own (k3), and no trajectory weighs more for being longer.
+_GROUP: dict[str, Any] = {"compares": True, "kl": "loss", "aggregation": "trajectory"}
+
 ALGORITHMS: dict[str, Algorithm] = {
   # Supervised fine-tuning on demonstrations.
-  "sft": Algorithm("none", None, _sft_loss, needs_values=False),
+  "sft": Algorithm("none", _sft_loss, kl="none"),
+  # Rejection sampling (Yuan et al. 2023): SFT on the policy's own solved trajectories, every time.
+  "rft": Algorithm("outcome", _sft_loss, select=SOLVED, kl="none"),
   # Outcome-only PPO: IsSolved on the last token, GAE over tokens.
-  "ppo": Algorithm("outcome", _gae("token"), _ppo_loss("token"), needs_values=True),
+  "ppo": Algorithm("outcome", _ppo_loss, _gae(), critic="value"),
   # StepTool: step rewards, GAE over steps.
-  "steptool": Algorithm("step", _gae("step"), _ppo_loss("step"), needs_values=True),
+  "steptool": Algorithm("step", _ppo_loss, _gae(), critic="value", level="step"),
   # Ablation "without step rewards": intermediate rewards are 0.
-  "steptool_no_step_rewards": Algorithm(
-    "outcome", _gae("step"), _ppo_loss("step"), needs_values=True
-  ),
+  "steptool_no_step_rewards": Algorithm("outcome", _ppo_loss, _gae(), critic="value", level="step"),
   # Ablation "without step-grained optimisation": sub-trajectories, plain PPO on each.
   "steptool_no_step_grained": Algorithm(
-    "step", _gae("token", step_episodes=True), _ppo_loss("token"), needs_values=True
+    "step", _ppo_loss, _gae(step_episodes=True), critic="value"
   ),
+  # Outcome minus the batch's mean outcome.
+  "reinforce": Algorithm("outcome", _policy_loss, _baseline(groups.batch_relative)),
+  # Outcome minus the mean outcome of the task's other samples.
+  "rloo": Algorithm("outcome", _policy_loss, _baseline(groups.leave_one_out), compares=True),
+  # Outcome, normalised over the task's samples.
+  "grpo": Algorithm("outcome", _policy_loss, _baseline(groups.group_relative), **_GROUP),
+  # Step rewards' discounted returns-to-go, normalised over all steps of the task's samples.
+  "grpo_step": Algorithm(
+    "step", _policy_loss, _baseline(groups.step_relative, discounted=True), **_GROUP
+  ),
+  # grpo, plus omega times returns-to-go normalised over steps that begin in the same state.
+  "gigpo": Algorithm("outcome", _policy_loss, _gigpo, **_GROUP),
+  # DPO on a success and a failure of the same task.
+  "eto": Algorithm("outcome", _dpo_loss, select=PAIRS, compares=True, reference=True, kl="none"),
+  # Utterance-level double critic with replay, token-level actor.
+  "archer": Algorithm("outcome", _archer_loss, _archer, critic="double"),
 }
+
+
+def resolve(algorithm: Algorithm, hp: Hyperparameters) -> Hyperparameters:
+  """The hyper-parameters with the row's words where theirs are empty."""
+  return dataclasses.replace(
+    hp,
+    level=hp.level or algorithm.level,
+    kl_placement=hp.kl_placement or algorithm.kl,
+    aggregation=hp.aggregation or algorithm.aggregation,
+  )
 
 
 def get_algorithm(name: str) -> Algorithm:

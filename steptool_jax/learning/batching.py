@@ -1,21 +1,23 @@
 """Trajectories -> packed TokenBatch: first-fit-decreasing rows, static shapes, host side only."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import numpy as np
 
 from steptool_jax.types import TokenBatch, Trajectory
 
 
-def packed_length(trajectory: Trajectory) -> int:
+def packed_length(trajectory: Trajectory, whole_actions: bool = False) -> int:
   """Positions that a trajectory takes in a row.
 
-  A terminated one ends with its last sampled token, which is a target but never an input. A
-  truncated one keeps all: behind its last token stands the state whose value it bootstraps from.
+  A terminated one ends with its last sampled token, which is a target but never an input, unless
+  `whole_actions` asks for it: Q(s, a) reads the state behind all of a. A truncated one keeps all:
+  behind its last token stands the state whose value it bootstraps from.
   """
   if trajectory.truncated:
     return trajectory.num_tokens
-  return trajectory.num_tokens - len(trajectory.steps[-1].observation_tokens) - 1
+  length = trajectory.num_tokens - len(trajectory.steps[-1].observation_tokens)
+  return length if whole_actions else length - 1
 
 
 def first_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -57,6 +59,8 @@ def empty_batch(num_rows: int, row_tokens: int) -> TokenBatch:
     bootstrap=np.zeros(shape, bool),
     rewards=np.zeros(shape, np.float32),
     behaviour_logprobs=np.zeros(shape, np.float32),
+    group_ids=np.zeros(shape, np.int32),
+    anchor_ids=np.zeros(shape, np.int32),
   )
 
 
@@ -68,34 +72,78 @@ def pack(trajectories: Sequence[Trajectory], row_tokens: int, row_multiple: int 
   Raises:
     ValueError: a trajectory without steps, or one longer than a row.
   """
-  for trajectory in trajectories:
+  return pack_units([(t,) for t in trajectories], row_tokens, row_multiple)
+
+
+def pack_units(
+  units: Sequence[tuple[Trajectory, ...]],
+  row_tokens: int,
+  row_multiple: int = 1,
+  *,
+  replayed: Sequence[Trajectory] = (),
+  whole_actions: bool = False,
+) -> TokenBatch:
+  """Packs trajectories that belong together into neighbouring rows.
+
+  Args:
+    units: each of W trajectories, member m of which goes to a row W n + m, as segment s of all
+      these W rows. W = 1: every trajectory by itself; W = 2: pairs.
+    row_tokens, row_multiple: as `pack`; row_multiple is a multiple of W.
+    replayed: further trajectories, for a critic only (W = 1).
+    whole_actions: see `packed_length`.
+
+  Raises:
+    ValueError: as `pack`.
+  """
+  width = len(units[0]) if units else 1
+  units = [*units, *((t,) for t in replayed)]
+  for trajectory in (t for unit in units for t in unit):
     if not trajectory.steps:
       raise ValueError(f"trajectory of task {trajectory.task_id!r} has no steps: nothing to train")
-  bins = first_fit_decreasing([packed_length(t) for t in trajectories], row_tokens)
-  num_rows = max(-(-len(bins) // row_multiple), 1) * row_multiple
+  lengths = [max(packed_length(t, whole_actions) for t in unit) for unit in units]
+  bins = first_fit_decreasing(lengths, row_tokens)
+  num_rows = max(-(-len(bins) * width // row_multiple), 1) * row_multiple
   batch = empty_batch(num_rows, row_tokens)
-  for row, indices in enumerate(bins):
-    start = 0
-    for segment, index in enumerate(indices, start=1):
-      start += _write(batch, trajectories[index], row, start, segment)
+  tasks, anchors = _Numbers(), _Numbers()
+  for number, indices in enumerate(bins):
+    for member in range(width):
+      row, start = width * number + member, 0
+      for segment, index in enumerate(indices, start=1):
+        trajectory = units[index][member]
+        here = slice(start, start + packed_length(trajectory, whole_actions))
+        _write(batch, trajectory, row, here, anchors)
+        batch.group_ids[row, here] = tasks[trajectory.task_id]
+        batch.segment_ids[row, here] = segment
+        if index >= len(units) - len(replayed):
+          batch.action_mask[row, here] = False
+        start = here.stop
   return batch
 
 
-def _write(batch: TokenBatch, trajectory: Trajectory, row: int, start: int, segment: int) -> int:
-  """Writes one trajectory at [row, start:] and returns the positions taken."""
+class _Numbers(dict):
+  """Numbers from 1 for things in the order in which they come up."""
+
+  def __missing__(self, key: Hashable) -> int:
+    self[key] = len(self) + 1
+    return self[key]
+
+
+def _write(
+  batch: TokenBatch, trajectory: Trajectory, row: int, here: slice, anchors: _Numbers
+) -> None:
+  """Writes one trajectory at [row, here]."""
   ids = np.concatenate(
     [trajectory.prompt_tokens]
     + [part for step in trajectory.steps for part in (step.tokens, step.observation_tokens)]
   ).astype(np.int32)
-  length = packed_length(trajectory)
-  here = slice(start, start + length)
+  start, length = here.start, here.stop - here.start
   batch.tokens[row, here] = ids[:length]
   targets = ids[1 : length + 1]
   batch.targets[row, start : start + len(targets)] = targets
-  batch.segment_ids[row, here] = segment
   batch.positions[row, here] = np.arange(length)
   # targets[t] is ids[t + 1]: a step whose first token is ids[first] is aligned at first - 1.
   first = start + len(trajectory.prompt_tokens) - 1
+  seen = trajectory.prompt_tokens
   for index, step in enumerate(trajectory.steps):
     end = first + len(step.tokens)
     batch.action_mask[row, first:end] = True
@@ -103,10 +151,10 @@ def _write(batch: TokenBatch, trajectory: Trajectory, row: int, start: int, segm
     batch.step_end[row, end - 1] = True
     batch.rewards[row, end - 1] = step.reward
     batch.behaviour_logprobs[row, first:end] = step.logprobs
-    first = end + len(step.observation_tokens)
+    batch.anchor_ids[row, first:end] = anchors[trajectory.task_id, seen.tobytes()]
+    first, seen = end + len(step.observation_tokens), step.observation_tokens
   if trajectory.truncated:
-    batch.bootstrap[row, start + length - 1] = True
-  return length
+    batch.bootstrap[row, here.stop - 1] = True
 
 
 def unpack(

@@ -31,7 +31,7 @@ def action_weights(batch: TokenBatch, aggregation: Aggregation) -> jax.Array:
     start_BT = segments.step_starts(batch.action_mask, batch.step_ids, batch.segment_ids)
     # Tokens between two steps fall into the group of the first; they have no weight.
   else:
-    start_BT = batch.segment_ids != segments.shift_right(batch.segment_ids, -1)
+    start_BT = segments.starts(batch.segment_ids)
   return action_BT / jnp.maximum(segments.group_totals(action_BT, start_BT), 1.0)
 
 
@@ -95,6 +95,35 @@ def kl_to_reference(
   _check(logprobs_BT, ref_logprobs_BT, weights_BT)
   d_BT = jnp.where(weights_BT > 0, ref_logprobs_BT - logprobs_BT, 0.0)
   return weighted(jnp.exp(d_BT) - 1.0 - d_BT, weights_BT)
+
+
+def dpo(
+  logprobs_BT: jax.Array, ref_logprobs_BT: jax.Array, batch: TokenBatch, beta: float
+) -> tuple[SumAndDenominator, dict[str, SumAndDenominator]]:
+  """-log sigmoid(beta (h(chosen) - h(rejected))), h = sum over sampled tokens of log(pi / ref).
+
+  Rafailov et al. 2023, eq. 7, on whole trajectories (ETO: Song et al. 2024, eq. 6). Segment s of
+  row 2n was chosen over segment s of row 2n + 1. The denominator counts pairs. Metrics: the mean of
+  the scaled difference, and the share of pairs in which it is positive.
+  """
+  _check(logprobs_BT, ref_logprobs_BT)
+  segments_per_row = logprobs_BT.shape[1] + 1
+
+  def totals(x_BT):
+    sums_BS = jax.vmap(lambda x, ids: jax.ops.segment_sum(x, ids, segments_per_row))(
+      jnp.where(batch.action_mask, x_BT, 0.0), batch.segment_ids
+    )
+    return sums_BS.reshape(-1, 2, segments_per_row)
+
+  present_P2S = totals(jnp.ones_like(logprobs_BT)) > 0
+  log_ratio_P2S = totals(logprobs_BT - ref_logprobs_BT)
+  margin_PS = beta * (log_ratio_P2S[:, 0] - log_ratio_P2S[:, 1])
+  pairs_PS = (present_P2S[:, 0] & present_P2S[:, 1]).astype(jnp.float32)
+  metrics = {
+    "pair_margin": weighted(margin_PS, pairs_PS),
+    "pair_accuracy": weighted((margin_PS > 0).astype(jnp.float32), pairs_PS),
+  }
+  return weighted(-jax.nn.log_sigmoid(margin_PS), pairs_PS), metrics
 
 
 def _check(*arrays: jax.Array) -> None:

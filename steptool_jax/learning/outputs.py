@@ -5,7 +5,8 @@ row and projected in chunks, each recomputed in the backward pass; chunks withou
 are skipped at run time.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,11 +16,14 @@ from steptool_jax.types import TokenBatch
 
 
 class Outputs(NamedTuple):
-  """float32 [B, T], aligned with targets; log-probs and entropy are 0 outside the action mask."""
+  """float32 [B, T], aligned with targets; log-probs and entropy are 0 outside the action mask.
+
+  values: whatever `heads` made of the hidden states; None without.
+  """
 
   logprobs: jax.Array
   entropy: jax.Array
-  values: jax.Array
+  values: Any
 
 
 def policy_outputs(
@@ -29,7 +33,7 @@ def policy_outputs(
   *,
   temperature: float,
   chunk: int,
-  with_values: bool,
+  heads: Callable[[jax.Array], Any] | None = None,
 ) -> Outputs:
   """One forward pass over a packed batch.
 
@@ -39,17 +43,13 @@ def policy_outputs(
     batch: tokens, targets, segment_ids, positions and action_mask are read.
     temperature: of the behaviour policy; one temperature for all log-probs.
     chunk: positions of a row projected at a time.
-    with_values: False leaves the value head out of the program; values are then zeros.
+    heads: hidden [B, T, D] -> values; None leaves a critic out of the program.
   """
   hidden_BTD = model.forward(config, variables, batch.tokens, batch.positions, batch.segment_ids)
   logprobs_BT, entropy_BT = _action_logprobs(
     config, variables, hidden_BTD, batch.targets, batch.action_mask, temperature, chunk
   )
-  if with_values:
-    values_BT = model.project_values(config, variables, hidden_BTD)
-  else:
-    values_BT = jnp.zeros_like(logprobs_BT)
-  return Outputs(logprobs_BT, entropy_BT, values_BT)
+  return Outputs(logprobs_BT, entropy_BT, None if heads is None else heads(hidden_BTD))
 
 
 def _action_logprobs(config, variables, hidden_BTD, targets_BT, mask_BT, temperature, chunk):

@@ -56,6 +56,17 @@ def step_starts(action_mask_BT: jax.Array, step_ids_BT: jax.Array, segment_ids_B
   return action_mask_BT & ~same_step_BT
 
 
+def starts(segment_ids_BT: jax.Array) -> jax.Array:
+  """bool [B, T], the first position of each trajectory (and of the padding)."""
+  return segment_ids_BT != shift_right(segment_ids_BT, -1)
+
+
+def spread(x_BT: jax.Array, from_BT: jax.Array, to_BT: jax.Array, reverse: bool = False):
+  """x at marked positions, carried to the positions `to` behind them (`reverse`: before them)."""
+  from_BT, to_BT = from_BT.astype(jnp.float32), to_BT.astype(jnp.float32)
+  return linear_recurrence(to_BT * (1.0 - from_BT), from_BT * x_BT, reverse)
+
+
 def group_totals(x_BT: jax.Array, group_start_BT: jax.Array) -> jax.Array:
   """Sum of x over the contiguous group that t belongs to; a group starts where `group_start`."""
   inside_BT = 1.0 - group_start_BT.astype(jnp.float32)

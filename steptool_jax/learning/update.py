@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from steptool_jax.learning import advantages, losses, segments
+from steptool_jax.learning import advantages, critic, losses, segments
 from steptool_jax.learning.algorithms import Algorithm, Hyperparameters
 from steptool_jax.learning.outputs import Outputs, policy_outputs
 from steptool_jax.policy import lora, model
@@ -27,7 +27,8 @@ class Learner:
   """What the two programs close over; all static.
 
   chunk: positions projected to the vocabulary at a time; temperature: of the behaviour policy.
-  with_reference: a reference policy is evaluated (KL penalty on). fixed_behaviour: old log-probs
+  with_reference: a reference policy is evaluated (for a KL penalty, or the loss reads it);
+  hyperparameters: `algorithms.resolve`d. fixed_behaviour: old log-probs
   are the batch's behaviour_logprobs, not those of today's policy (stored data).
   """
 
@@ -41,13 +42,19 @@ class Learner:
   fixed_behaviour: bool = False
 
 
-def init_state(learner: Learner, trainable: Any, frozen: Any, kl_coef: float) -> TrainState:
-  """A fresh optimizer, and today's policy as the reference where one is needed.
+def init_state(
+  learner: Learner, trainable: Any, frozen: Any, kl_coef: float, seed: int = 0
+) -> TrainState:
+  """A fresh optimizer, today's policy as the reference where one is needed, ArCHer's critic.
 
   With adapters the reference is the same weights with adapters off, so nothing is copied.
   """
   needs_copy = learner.with_reference and "lora" not in trainable
   reference = jax.tree.map(jnp.copy, trainable) if needs_copy else {}
+  target = ()
+  if learner.algorithm.critic == "double":
+    heads = critic.init_critic(learner.model.hidden_size, jax.random.key(seed))
+    trainable, target = trainable | {"critic": heads}, jax.tree.map(jnp.copy, heads)
   return TrainState(
     step=jnp.zeros((), jnp.int32),
     trainable=trainable,
@@ -55,6 +62,7 @@ def init_state(learner: Learner, trainable: Any, frozen: Any, kl_coef: float) ->
     reference=reference,
     opt_state=learner.optimizer.init(trainable),
     kl_coef=jnp.asarray(kl_coef, jnp.float32),
+    target=target,
   )
 
 
@@ -68,7 +76,7 @@ def reference_variables(state: TrainState) -> dict:
 def prepare(
   learner: Learner, state: TrainState, batch_NBT: TokenBatch, count: jax.Array
 ) -> tuple[TokenBatch, Metrics]:
-  """Fills old_logprobs, ref_logprobs, values, advantages and returns (float32 [N, B, T]).
+  """Fills old_logprobs, ref_logprobs and what the algorithm's advantage gives (float32 [N, B, T]).
 
   The KL penalty, where it is a reward, is that of today's policy, whatever old_logprobs are.
   Advantages are whitened here, over the global batch, because whitening per minibatch would erase
@@ -76,59 +84,65 @@ def prepare(
   """
   hp = learner.hyperparameters
   variables = lora.join_variables(state.trainable, state.frozen)
+  critics = (state.trainable.get("critic"), state.target)
+
+  def of_micro(index):
+    micro = _micro(batch_NBT, index)
+    now = _outputs(learner, variables, micro, critics)
+    ref_BT = now.logprobs
+    if learner.with_reference:
+      ref_BT = _outputs(learner, reference_variables(state), micro, None).logprobs
+    return now, ref_BT
 
   def one(index, filled):
-    micro = _micro(batch_NBT, index)
-    now = _outputs(learner, variables, micro)
-    if learner.with_reference:
-      ref_BT = _outputs(learner, reference_variables(state), micro, with_values=False).logprobs
-    else:
-      ref_BT = now.logprobs
-    new = (now.logprobs, ref_BT, now.values, now.entropy)
-    return jax.tree.map(lambda whole, part: whole.at[index].set(part), filled, new)
+    return jax.tree.map(lambda whole, part: whole.at[index].set(part), filled, of_micro(index))
 
-  zeros_NBT = jnp.zeros(batch_NBT.tokens.shape, jnp.float32)
-  old_NBT, ref_NBT, values_NBT, entropy_NBT = jax.lax.fori_loop(
-    0, count, one, (zeros_NBT, zeros_NBT, zeros_NBT, zeros_NBT)
-  )
   shape = batch_NBT.tokens.shape
-  flat = jax.tree.map(lambda x: x.reshape(-1, shape[-1]), batch_NBT)
-  old_BT, ref_BT, values_BT, entropy_BT = (
-    x.reshape(-1, shape[-1]) for x in (old_NBT, ref_NBT, values_NBT, entropy_NBT)
+  empty = jax.tree.map(
+    lambda part: jnp.zeros((shape[0], *part.shape), part.dtype), jax.eval_shape(of_micro, 0)
   )
-  mask_BT = flat.action_mask
+  filled = jax.lax.fori_loop(0, count, one, empty)
+  flat, (now, ref_BT) = jax.tree.map(lambda x: x.reshape(-1, shape[-1]), (batch_NBT, filled))
+  old_BT, mask_BT = now.logprobs, flat.action_mask
   log_ratio_BT = jnp.where(mask_BT, old_BT - ref_BT, 0.0)  # k1
   rewards_BT = flat.rewards
   if hp.kl_placement == "reward":
     rewards_BT = rewards_BT - state.kl_coef * log_ratio_BT
-  advantages_BT, returns_BT = learner.algorithm.advantage(flat, rewards_BT, values_BT, hp)
-  raw_BT = advantages_BT
-  if hp.whiten:
-    advantages_BT = advantages.whiten(advantages_BT, mask_BT)
+  signal = {}
+  if learner.algorithm.advantage is not None:
+    signal = learner.algorithm.advantage(flat, rewards_BT, now.values, hp)
+  metrics = _signal_metrics(flat, signal)
+  if learner.algorithm.critic != "none" and hp.whiten:
+    signal |= {"advantages": advantages.whiten(signal["advantages"], mask_BT)}
   behaviour_BT = jnp.where(mask_BT, flat.behaviour_logprobs, 0.0)
   prepared = flat._replace(
     old_logprobs=behaviour_BT if learner.fixed_behaviour else old_BT,
     ref_logprobs=ref_BT,
-    values=values_BT,
-    advantages=advantages_BT,
-    returns=returns_BT,
+    **signal,
   )
-  tokens = jnp.maximum(mask_BT.sum(), 1)
-  trajectories = jnp.maximum(
-    jnp.max(flat.segment_ids, axis=1).sum(), 1
-  )  # ids count from 1 in each row
-  # At step starts, where every level fits the values.
   starts_BT = segments.step_starts(mask_BT, flat.step_ids, flat.segment_ids)
-  metrics = {
-    "kl": log_ratio_BT.sum() / trajectories,
-    "entropy": entropy_BT.sum() / tokens,
-    "advantage_std": jnp.sqrt(_masked_variance(raw_BT, mask_BT)),
-    "explained_variance": 1.0
-    - _masked_variance(returns_BT - values_BT, starts_BT)
-    / (_masked_variance(returns_BT, starts_BT) + 1e-8),
+  trajectories = (starts_BT & (flat.step_ids == 0)).sum()
+  metrics |= {
+    "kl": log_ratio_BT.sum() / jnp.maximum(trajectories, 1),
+    "entropy": now.entropy.sum() / jnp.maximum(mask_BT.sum(), 1),
     "sampler_gap": jnp.where(mask_BT, jnp.abs(old_BT - flat.behaviour_logprobs), 0.0).max(),
   }
   return jax.tree.map(lambda x: x.reshape(shape), prepared), metrics
+
+
+def _signal_metrics(batch: TokenBatch, signal: dict[str, jax.Array]) -> Metrics:
+  """Before whitening."""
+  metrics = {}
+  if "advantages" in signal:
+    variance = _masked_variance(signal["advantages"], batch.action_mask)
+    metrics["advantage_std"] = jnp.sqrt(variance)
+  if "returns" in signal:
+    # At step starts, where every level fits the values.
+    starts_BT = segments.step_starts(batch.action_mask, batch.step_ids, batch.segment_ids)
+    left = _masked_variance(signal["returns"] - signal["values"], starts_BT)
+    whole = _masked_variance(signal["returns"], starts_BT)
+    metrics["explained_variance"] = 1.0 - left / (whole + 1e-8)
+  return metrics
 
 
 def action_logprobs(
@@ -137,7 +151,7 @@ def action_logprobs(
   """Today's log-probs of the sampled tokens, float32 [N, B, T], 0 elsewhere."""
 
   def one(index, filled):
-    outputs = _outputs(learner, variables, _micro(batch_NBT, index), with_values=False)
+    outputs = _outputs(learner, variables, _micro(batch_NBT, index), None)
     return filled.at[index].set(outputs.logprobs)
 
   zeros_NBT = jnp.zeros(batch_NBT.tokens.shape, jnp.float32)
@@ -153,10 +167,17 @@ def update(
   large batch. Where anything is not finite (the gradient, a term or metric of the loss, what the
   batch brings along) parameters and optimizer stay as they were, and metrics["skipped"] is 1.
   """
-  denominators = _total_denominators(learner, batch_NBT, count)
+
+  def outputs_of(trainable, micro):
+    variables = lora.join_variables(trainable, state.frozen)
+    return _outputs(learner, variables, micro, (trainable.get("critic"),))
+
+  denominators = _total_denominators(
+    learner, batch_NBT, count, jax.eval_shape(outputs_of, state.trainable, _micro(batch_NBT, 0))
+  )
 
   def loss_of_micro(trainable, micro):
-    outputs = _outputs(learner, lora.join_variables(trainable, state.frozen), micro)
+    outputs = outputs_of(trainable, micro)
     terms, metrics = _terms(learner, outputs, micro, state.kl_coef)
     shares = {k: s / denominators[k] for k, (s, _) in (terms | metrics).items()}
     return sum(shares[k] for k in terms), shares
@@ -178,25 +199,34 @@ def update(
     finite &= jnp.isfinite(value)
   updates, opt_state = learner.optimizer.update(grads, state.opt_state, state.trainable)
   trainable = optax.apply_updates(state.trainable, updates)
-  trainable, opt_state = jax.tree.map(
+  target = state.target
+  if learner.algorithm.critic == "double":
+    target = critic.polyak(target, trainable["critic"], learner.hyperparameters.tau)
+  trainable, opt_state, target = jax.tree.map(
     lambda new, old: jnp.where(finite, new, old),
-    (trainable, opt_state),
-    (state.trainable, state.opt_state),
+    (trainable, opt_state, target),
+    (state.trainable, state.opt_state, state.target),
   )
   metrics = metrics | {"grad_norm": grad_norm, "skipped": 1.0 - finite.astype(jnp.float32)}
-  return state._replace(step=state.step + 1, trainable=trainable, opt_state=opt_state), metrics
+  new = {"trainable": trainable, "opt_state": opt_state, "target": target}
+  return state._replace(step=state.step + 1, **new), metrics
 
 
-def _outputs(learner, variables, micro, with_values=None) -> Outputs:
-  if with_values is None:
-    with_values = learner.algorithm.needs_values
+def _outputs(learner, variables, micro, critics) -> Outputs:
+  """critics: of ArCHer, each of which gives values; None: no values, whatever the algorithm."""
+  kind = "none" if critics is None else learner.algorithm.critic
+  heads = {
+    "none": None,
+    "value": lambda hidden_BTD: model.project_values(learner.model, variables, hidden_BTD),
+    "double": lambda hidden_BTD: tuple(critic.project(c, hidden_BTD, micro) for c in critics),
+  }[kind]
   return policy_outputs(
     learner.model,
     variables,
     micro,
     temperature=learner.temperature,
     chunk=learner.chunk,
-    with_values=with_values,
+    heads=heads,
   )
 
 
@@ -209,10 +239,9 @@ def _terms(learner, outputs, micro, kl_coef):
   return terms, metrics
 
 
-def _total_denominators(learner, batch_NBT, count) -> dict[str, jax.Array]:
-  """Denominators depend on masks alone, so zeros stand in for the policy's outputs."""
-  zeros_BT = jnp.zeros(batch_NBT.tokens.shape[1:], jnp.float32)
-  zeros = Outputs(zeros_BT, zeros_BT, zeros_BT)
+def _total_denominators(learner, batch_NBT, count, outputs: Outputs) -> dict[str, jax.Array]:
+  """Denominators depend on masks alone, so zeros (in the shape of `outputs`) stand in for them."""
+  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), outputs)
 
   def of_micro(index):
     terms, metrics = _terms(learner, zeros, _micro(batch_NBT, index), jnp.float32(0.0))

@@ -94,18 +94,26 @@ def adapters_off(variables: dict[str, Any]) -> dict[str, Any]:
   return {"params": variables["params"]}
 
 
-def split_variables(variables: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-  """(trainable, frozen). Full fine-tuning trains all; LoRA trains adapters and the value head."""
-  if "lora" not in variables:
-    return {"params": variables["params"]}, {}
+def split_variables(
+  variables: dict[str, Any], train_values: bool = True
+) -> tuple[dict[str, Any], dict[str, Any]]:
+  """(trainable, frozen). Full fine-tuning trains all; LoRA trains adapters and the value head.
+
+  train_values: False freezes the value head, for algorithms that do not read it.
+  """
   params = dict(variables["params"])
-  value_head = params.pop("value_head")
-  return {"lora": variables["lora"], "value_head": value_head}, {"params": params}
+  value_head = {"value_head": params.pop("value_head")}
+  if "lora" in variables:
+    trainable, frozen = {"lora": variables["lora"]}, {"params": params}
+  else:
+    trainable, frozen = {"params": params}, {}
+  return (trainable | value_head, frozen) if train_values else (trainable, frozen | value_head)
 
 
 def join_variables(trainable: dict[str, Any], frozen: dict[str, Any]) -> dict[str, Any]:
-  """The inverse of split_variables."""
-  if "params" in trainable:
-    return {"params": trainable["params"]}
-  params = {**frozen["params"], "value_head": trainable["value_head"]}
-  return {"params": params, "lora": trainable["lora"]}
+  """The inverse of split_variables; what else is trained (a critic) is no part of the policy."""
+  parts = frozen | trainable
+  params = parts["params"]
+  if "value_head" in parts:
+    params = params | {"value_head": parts["value_head"]}
+  return {"params": params, "lora": parts["lora"]} if "lora" in parts else {"params": params}

@@ -33,6 +33,8 @@ RULES: tuple[tuple[str, PartitionSpec], ...] = (
   (r"layers/o/bias", P(None, None)),
   (r"layers/(attn|mlp|q|k)_norm/scale", P(None, None)),
   (r"final_norm/scale", P(None)),
+  (r"(critic|target)/(q1|q2|v)/kernel", P(None, None)),
+  (r"(critic|target)/(q1|q2|v)/bias", P(None)),
   (r"value_head/kernel", P(None, None)),
   (r"value_head/bias", P(None)),
   (r"ns_coeffs", P(None)),  # Muon's constants

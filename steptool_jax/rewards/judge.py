@@ -7,16 +7,16 @@ again with the reason; a judge that does not manage is an infrastructure failure
 import concurrent.futures
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from steptool_jax.data.official import Verdict
 from steptool_jax.rewards import tables
-from steptool_jax.rewards.responses import Transcript, transcript
+from steptool_jax.rewards.responses import Transcript
 from steptool_jax.rewards.tables import CONTRIBUTION_MAX, StepScores
-from steptool_jax.simulators.endpoint import Endpoint, Reply
+from steptool_jax.simulators.asking import ask
+from steptool_jax.simulators.endpoint import Endpoint
 from steptool_jax.simulators.errors import InfrastructureError
-from steptool_jax.types import Status, Trajectory
 
 _STATUS = {verdict.value.removeprefix("AnswerStatus."): verdict.score for verdict in Verdict}
 
@@ -98,30 +98,23 @@ class StepJudge:
       {"role": "user", "content": self._question(texts)},
     ]
     function = function_schema(calls)
-    scores: list[StepScores] = []
-    reason = ""
-
-    def accept(reply: Reply) -> None:
-      scores.append(parse(reply.arguments, calls, bool(texts.answer.strip())))
-
-    for _ in range(self._retries + 1):
-      again = [{"role": "user", "content": f"Not valid: {reason}. Call the function again."}]
-      try:
-        self._endpoint.chat(
-          messages + (again if reason else []),
-          function=function,
-          # A score is a few tokens; the rest is for names, brackets and white space.
-          max_tokens=256 + 16 * calls,
-          temperature=self._temperature,
-          sample=run,
-          accept=accept,
-        )
-      except ValueError as error:
-        reason = str(error)
-      else:
-        return scores[-1]
-    raise InfrastructureError(
-      f"judge {self._endpoint.model}: no valid grades after {self._retries + 1} replies: {reason}"
+    return ask(
+      lambda messages, _, accept: self._endpoint.chat(
+        messages,
+        function=function,
+        # A score is a few tokens; the rest is for names, brackets and white space.
+        max_tokens=256 + 16 * calls,
+        temperature=self._temperature,
+        sample=run,
+        accept=accept,
+      ),
+      messages,
+      lambda reply: parse(reply.arguments, calls, bool(texts.answer.strip())),
+      lambda _, reason: [
+        {"role": "user", "content": f"Not valid: {reason}. Call the function again."}
+      ],
+      self._retries + 1,
+      f"judge {self._endpoint.model}: no valid grades after {self._retries + 1} replies",
     )
 
   def score(self, texts: Sequence[Transcript]) -> Judged:
@@ -152,23 +145,6 @@ class StepJudge:
       for index, runs in enumerate(done)
     )
     return Judged(scores, dict(sorted(failures.items())))
-
-  def annotate(self, items: Iterable[tuple[str, Trajectory]]) -> list[Trajectory]:
-    """(query, trajectory) pairs -> trajectories with SC, Con and solved, in the same order.
-
-    One that ended in an infrastructure error is not judged and comes back as it is; one that the
-    judge failed on comes back with that status, so that nothing trains on it or counts it.
-    """
-    items = list(items)
-    healthy = [k for k, (_, t) in enumerate(items) if t.status is not Status.INFRASTRUCTURE_ERROR]
-    judged = self.score([transcript(*items[k]) for k in healthy])
-    out = [trajectory for _, trajectory in items]
-    for k, scores in zip(healthy, judged.scores, strict=True):
-      if scores is None:
-        out[k] = dataclasses.replace(out[k], status=Status.INFRASTRUCTURE_ERROR)
-      else:
-        out[k] = tables.apply(scores, out[k])
-    return out
 
   def _question(self, texts: Transcript) -> str:
     data = {

@@ -3,14 +3,17 @@ come to on average.
 
 Judges give SC in {0, 1}, Con in 0..5 and a status a run; here both are means over runs in [0, 1],
 so that shaping.shape(alpha=1, normalization="none") gives r = .5 SC + .5 Con / 5.
+
+The released training rows lie on that formula's grid for three judge runs, all of them. They are of
+other runs than the released annotation file, though: of its five trajectories four are rows 1, 2, 4
+and 5 of the qwen2 file, and 5 of their 11 rewards are those of the file (row 1 first step and
+answer, row 2 second step and answer, row 4 answer).
 """
 
 import dataclasses
-import json
 import pathlib
-import re
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from steptool_jax.data import official
 from steptool_jax.rewards.responses import Transcript, transcript
@@ -113,34 +116,6 @@ def official_transcript(entry: official.Annotation | official.Result) -> Transcr
   return Transcript(
     entry.query,
     tuple((f"{step.name} {step.arguments}", step.response) for step in calls),
-    answer_of(entry.final.arguments) if finished else "",
+    official.answer_of(entry.final.arguments) if finished else "",
     finished,
   )
-
-
-def answer_of(arguments: str) -> str:
-  """The final answer in Finish's arguments, "" for a give-up; JSON that was cut off is read too."""
-  try:
-    value = json.loads(arguments, strict=False)
-  except (ValueError, RecursionError):
-    match = _ANSWER.search(arguments)
-    gave_up = "give_up" in arguments.partition('"final_answer"')[0]
-    return match[1].replace("\\n", "\n").replace('\\"', '"') if match and not gave_up else ""
-  if not isinstance(value, dict) or value.get("return_type") != "give_answer":
-    return ""
-  return str(value.get("final_answer", ""))
-
-
-_ANSWER = re.compile(r'"final_answer"\s*:\s*"(.*?)"?\s*\}?\s*\Z', re.DOTALL)
-
-
-def annotate(
-  scores: Mapping[str, StepScores], trajectories: Sequence[Trajectory]
-) -> list[Trajectory]:
-  """`apply` to each trajectory by its task id. ValueError that names the ids without a score."""
-  missing = sorted({t.task_id for t in trajectories} - set(scores))
-  if missing:
-    raise ValueError(
-      f"no annotation for {len(missing)} tasks, e.g. {missing[:5]}: annotate them, or leave out"
-    )
-  return [apply(scores[t.task_id], t) for t in trajectories]

@@ -1,7 +1,7 @@
 """Orbax checkpoints of everything that a run needs to go on, written asynchronously."""
 
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import orbax.checkpoint as ocp
@@ -19,7 +19,8 @@ logging.get_absl_handler().addFilter(_worth_reading)
 
 
 class Checkpoints:
-  """Numbered checkpoints under WORKDIR/checkpoints: the TrainState and a small JSON `meta`.
+  """Numbered checkpoints under WORKDIR/checkpoints: the TrainState, a small JSON `meta`, and the
+  replay as JSON where there is one.
 
   meta holds the phase, how many of its iterations are done (the task cursor and all keys follow
   from it) and the results so far.
@@ -30,16 +31,23 @@ class Checkpoints:
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
     self._manager = ocp.CheckpointManager(self._directory, options=options)
 
-  def save(self, number: int, state: TrainState, meta: Mapping[str, Any]) -> None:
+  def save(
+    self,
+    number: int,
+    state: TrainState,
+    meta: Mapping[str, Any],
+    replay: Sequence[Mapping[str, Any]] = (),
+  ) -> None:
     """Copies the state off the device and writes in the background."""
     if number in self._manager.all_steps():
       return
-    self._manager.save(
-      number,
-      args=ocp.args.Composite(
-        state=ocp.args.StandardSave(_without_empty(state)), meta=ocp.args.JsonSave(dict(meta))
-      ),
-    )
+    items = {
+      "state": ocp.args.StandardSave(_without_empty(state)),
+      "meta": ocp.args.JsonSave(dict(meta)),
+    }
+    if replay:
+      items["replay"] = ocp.args.JsonSave(list(replay))
+    self._manager.save(number, args=ocp.args.Composite(**items))
 
   def latest_meta(self) -> dict[str, Any] | None:
     """meta of the newest checkpoint; None where there is none."""
@@ -48,6 +56,14 @@ class Checkpoints:
       return None
     args = ocp.args.Composite(meta=ocp.args.JsonRestore())
     return dict(self._manager.restore(number, args=args)["meta"])
+
+  def latest_replay(self) -> list[dict[str, Any]]:
+    """The replay of the newest checkpoint; empty where it has none."""
+    number = self._manager.latest_step()
+    if not (self._directory / str(number) / "replay").exists():
+      return []
+    args = ocp.args.Composite(replay=ocp.args.JsonRestore())
+    return list(self._manager.restore(number, args=args)["replay"])
 
   def restore(self, abstract: TrainState) -> TrainState:
     """The newest state, placed as `abstract` (ShapeDtypeStructs with shardings) says.
@@ -81,5 +97,5 @@ def _without_empty(state: TrainState) -> dict[str, Any]:
   return {
     name: value
     for name, value in state._asdict().items()
-    if not (isinstance(value, dict) and not value)
+    if value or not isinstance(value, dict | tuple)
   }

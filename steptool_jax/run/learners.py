@@ -1,6 +1,7 @@
 """Config -> optimizer, learner and train state, and packed batches on the mesh."""
 
 import functools
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -76,41 +77,52 @@ def build_learner(
   """
   sft = algorithm == "sft"
   t, a, c = config.train, config.advantage, config.loss
+  row = algorithms.get_algorithm(algorithm)
   hyperparameters = algorithms.Hyperparameters(
     gamma=a.gamma,
     lam=a.lam,
     level=a.level,
     broadcast=a.broadcast,
     whiten=a.whiten,
+    omega=a.omega,
     clip_low=c.clip_low,
     clip_high=c.clip_high,
     value_clip=c.value_clip,
     value_coef=c.value_coef,
     entropy_coef=c.entropy_coef,
-    kl_placement="none" if sft else c.kl,
+    kl_placement="" if sft else c.kl,
     aggregation=c.aggregation,
+    dpo_beta=config.dpo.beta,
+    tau=config.archer.tau,
   )
+  hyperparameters = algorithms.resolve(row, hyperparameters)
   iterations = t.iterations if iterations is None else iterations
   # Without steps of its own, SFT runs through stored trajectories.
   steps = config.sft.steps or iterations if sft else iterations * t.epochs * t.minibatches
   return update.Learner(
     model=model_config,
-    algorithm=algorithms.get_algorithm(algorithm),
+    algorithm=row,
     hyperparameters=hyperparameters,
     optimizer=build_optimizer(config.sft.optimizer if sft else t.optimizer, steps),
     temperature=1.0 if sft else config.rollout.temperature,
     chunk=c.logprob_chunk,
-    with_reference=not sft and c.kl != "none",
+    with_reference=row.reference or hyperparameters.kl_placement != "none",
     fixed_behaviour=not sft and bool(config.data.path) and config.data.behaviour == "start",
   )
 
 
 def start_phase(config: Config, mesh: Mesh, learner: update.Learner, variables: dict) -> TrainState:
   """A fresh TrainState over given variables, laid out on the mesh."""
-  trainable, frozen = lora.split_variables(variables)
-  make = functools.partial(update.init_state, learner, kl_coef=config.loss.kl_coef)
+  trainable, frozen = _split(learner, variables)
+  make = functools.partial(
+    update.init_state, learner, kl_coef=config.loss.kl_coef, seed=config.seed
+  )
   layout = sharding.shardings(jax.eval_shape(make, trainable, frozen), mesh)
   return jax.jit(make, out_shardings=layout)(trainable, frozen)
+
+
+def _split(learner: update.Learner, variables: dict) -> tuple[dict, dict]:
+  return lora.split_variables(variables, train_values=learner.algorithm.critic == "value")
 
 
 def abstract_state(
@@ -122,7 +134,7 @@ def abstract_state(
     variables = {"params": model.init_params(policy.model, jax.random.key(0))}
     if policy.lora is not None:
       variables["lora"] = lora.init_lora(policy.model, policy.lora, jax.random.key(0))
-    return update.init_state(learner, *lora.split_variables(variables), config.loss.kl_coef)
+    return update.init_state(learner, *_split(learner, variables), config.loss.kl_coef)
 
   abstract = jax.eval_shape(make)
   return jax.tree.map(
@@ -146,7 +158,30 @@ def to_device(batch: TokenBatch, micro_rows: int, capacity: int, mesh: Mesh) -> 
   )
 
 
-def select_rows(batch_NBT: TokenBatch, index_NB: jax.Array, valid_NB: jax.Array) -> TokenBatch:
+def minibatches(
+  batch_NBT: TokenBatch, rows: int, parts: int, together: int, seed: Sequence[int]
+) -> Iterator[tuple[TokenBatch, int]]:
+  """(batch [M, B, T], used rows) of each optimizer step: rows dealt out in a seeded order.
+
+  batch_NBT: `rows` used rows first, padding behind. together: so many neighbouring rows are not
+    parted.
+  """
+  if parts == 1:
+    yield batch_NBT, rows
+    return
+  order = np.random.default_rng(seed).permutation(rows // together)
+  micro_batches, micro_rows, _ = batch_NBT.tokens.shape
+  shape = (-(-micro_batches // parts), micro_rows)
+  for start in range(min(parts, len(order))):
+    chosen = (together * order[start::parts, None] + np.arange(together)).reshape(-1)
+    index, valid = np.zeros(shape, np.int32), np.zeros(shape, bool)
+    index.flat[: len(chosen)] = chosen
+    valid.flat[: len(chosen)] = True
+    yield _select_rows(batch_NBT, index, valid), len(chosen)
+
+
+@jax.jit
+def _select_rows(batch_NBT: TokenBatch, index_NB: jax.Array, valid_NB: jax.Array) -> TokenBatch:
   """Rows by number, as a new [N, B, T] batch; invalid ones become padding."""
 
   def take(x):
@@ -157,6 +192,7 @@ def select_rows(batch_NBT: TokenBatch, index_NB: jax.Array, valid_NB: jax.Array)
   return chosen._replace(
     segment_ids=jnp.where(valid, chosen.segment_ids, 0),
     action_mask=chosen.action_mask & valid,
+    step_ids=jnp.where(valid, chosen.step_ids, -1),
     step_end=chosen.step_end & valid,
     bootstrap=chosen.bootstrap & valid,
   )

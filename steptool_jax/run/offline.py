@@ -2,8 +2,9 @@
 
 The paper's set-up: trajectories that were annotated once, trained on for several passes. Rewards
 are those of the file. (--mode=annotate put rewards.alpha and rewards.normalization into them;
-official rows come with theirs.) An algorithm with outcome rewards sees IsSolved alone; sft imitates
-every step, of official SFT and RFT instances ("dialogues") the last one.
+official rows come with theirs.) An algorithm with outcome rewards sees IsSolved alone; one that
+compares samples of a task gets all its trajectories in one batch; sft imitates every step, of
+official SFT and RFT instances ("dialogues") the last one.
 
 Old log-probs, the denominator of PPO's ratio, are those of the policy that sampled the data: as
 recorded in rollouts, and where nobody recorded them (official rows, trajectories of other models)
@@ -50,19 +51,26 @@ class Data:
 
   trajectories: tuple[Trajectory, ...]
   recorded: tuple[bool, ...]  # [i]: the log-probs of trajectory i were recorded when sampled
-  size: int  # trajectories of one batch
+  units: tuple[tuple[int, ...], ...]  # trajectories that are dealt together
+  size: int  # units of one batch
   seed: int
   report: dict[str, Any]  # JSON data: what was read, what was left out
 
   @property
   def batches_per_pass(self) -> int:
-    return -(-len(self.trajectories) // self.size)
+    return -(-len(self.units) // self.size)
+
+  @property
+  def most(self) -> int:
+    """Trajectories of the largest batch that may come up."""
+    return sum(sorted(map(len, self.units))[-self.size :])
 
   def batch(self, number: int) -> list[Trajectory]:
     """Batch `number` of the run: a seeded permutation a pass, whose last batch may be short."""
     current, place = divmod(number, self.batches_per_pass)
-    order = permutation(len(self.trajectories), self.seed, current)
-    return [self.trajectories[i] for i in order[place * self.size : (place + 1) * self.size]]
+    order = permutation(len(self.units), self.seed, current)
+    chosen = order[place * self.size : (place + 1) * self.size]
+    return [self.trajectories[i] for unit in chosen for i in self.units[unit]]
 
 
 def files(pattern: str, field: str) -> list[pathlib.Path]:
@@ -79,7 +87,7 @@ def load(config: Config, chat_format: ChatFormat, model: ModelConfig) -> Data:
 
   Raises:
     OSError, ValueError: a missing or broken file (named, with its line or row), token ids of
-      another tokenizer, no trajectory that can be trained on.
+      another tokenizer, no trajectory that can be trained on, nothing that the algorithm needs.
   """
   limit = min(config.train.row_tokens, model.max_position_embeddings)
   records: list[AnnotatedTrajectory] = []
@@ -119,10 +127,42 @@ def load(config: Config, chat_format: ChatFormat, model: ModelConfig) -> Data:
     "left_out_names": {kind: names[:_NAMED] for kind, names in left_out.items() if names},
   }
   kept = [record.trajectory for record in records]
-  if get_algorithm(config.algorithm).rewards == "outcome":
+  algorithm = get_algorithm(config.algorithm)
+  if algorithm.rewards == "outcome":
     kept = [shaping.shape(trajectory, outcome_only=True) for trajectory in kept]
+  _check_algorithm(config, kept)
+  units: dict[Any, list[int]] = {}
+  for i, trajectory in enumerate(kept):
+    units.setdefault(trajectory.task_id if algorithm.compares else i, []).append(i)
   recorded = tuple(record.logprobs_known for record in records)
-  return Data(tuple(kept), recorded, config.data.batch, config.seed, report)
+  return Data(
+    tuple(kept),
+    recorded,
+    tuple(map(tuple, units.values())),
+    config.data.batch,
+    config.seed,
+    report,
+  )
+
+
+def _check_algorithm(config: Config, kept: list[Trajectory]) -> None:
+  algorithm = get_algorithm(config.algorithm)
+  where = f"config.data.path: algorithm {config.algorithm!r}"
+  if algorithm.compares and len({t.task_id for t in kept}) == len(kept):
+    raise ValueError(
+      f"{where} compares samples of a task, but no two of the {len(kept)} trajectories have the "
+      "same task_id; use 'reinforce' or 'steptool', or store several samples of a task"
+    )
+  if not algorithm.select.pick(kept):
+    raise ValueError(
+      f"{where} learns from {algorithm.select.needs}, and the {len(kept)} trajectories give none; "
+      "use 'steptool' or 'ppo', which learn from every trajectory, or store what is missing"
+    )
+  if algorithm.rewards == "step" and not any(s.reward for t in kept for s in t.steps[:-1]):
+    raise ValueError(
+      f"{where} learns from step rewards, but only last steps have one; use 'ppo' (final rewards), "
+      "or annotate the trajectories with --mode=annotate"
+    )
 
 
 def _official(

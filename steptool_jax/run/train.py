@@ -32,6 +32,7 @@ from steptool_jax.run import (
   metrics_writer,
   offline,
   record,
+  replay,
   restore,
   workbench,
 )
@@ -62,6 +63,7 @@ class Progress:
 
   phase: str = "sft"  # sft, rl
   done: int = 0  # iterations of the phase
+  learnt: int = 0  # iterations of RL that had something to learn from
   evaluated: int = 0  # RL iteration of the newest evaluation between start and end
   records: int = 0  # lines of metrics.jsonl
   seconds: float = 0.0
@@ -110,6 +112,7 @@ class _Trainer:
     self.progress = Progress()
     self.state: TrainState | None = None
     self.skipped_in_a_row = 0
+    self.past: list[Trajectory] = []  # ArCHer's replay
     self.algorithm = algorithms.get_algorithm(self.config.algorithm)
     self.data: offline.Data | None = None  # stored trajectories in the place of rollouts
     if self.config.data.path:
@@ -126,7 +129,7 @@ class _Trainer:
   def _sizes(self) -> tuple[int, int]:
     """(most conversations of an iteration, iterations of RL or of any training on stored data)."""
     if self.data is not None:
-      return self.data.size, self.config.data.passes * self.data.batches_per_pass
+      return self.data.most, self.config.data.passes * self.data.batches_per_pass
     r = self.config.rollout
     return r.tasks * r.samples, self.config.train.iterations
 
@@ -182,6 +185,7 @@ class _Trainer:
       self.config, self.bench.policy, self.bench.mesh, self.learner
     )
     self.state = self.checkpoints.restore(abstract)
+    self.past = replay.from_documents(self.checkpoints.latest_replay())
 
   def _set_learner(self) -> None:
     name = "sft" if self.progress.phase == "sft" else self.config.algorithm
@@ -249,6 +253,13 @@ class _Trainer:
         done = self.progress.done
         if done % self.config.checkpoint.every == 0 or done == self.iterations:
           self._save()
+    if self.iterations and not self.progress.learnt and not self.progress.skipped:
+      raise RuntimeError(
+        f"algorithm {self.config.algorithm!r} learns from {self.algorithm.select.needs}, and none "
+        f"of {self.iterations} iterations had one: raise rollout.samples, rollout.tasks or "
+        "sft.steps, loosen rewards.filters, or use algorithm 'steptool', which learns from every "
+        "trajectory"
+      )
 
   def _evaluate_between(self) -> None:
     """Held-out figures every few iterations; behind the checkpoint, so that a resume makes up for
@@ -286,8 +297,7 @@ class _Trainer:
     kept, dropped = orchestra.keep(usable, filters)
     figures |= dropped
     update_started = time.monotonic()
-    if kept:
-      figures |= self._learn(kept)
+    figures |= self._learn(kept)
     now = time.monotonic()
     tokens = sum(t.num_tokens for t in kept)
     self._count(trajectories, tokens)
@@ -350,13 +360,30 @@ class _Trainer:
       seen[index] += 1
     return jobs
 
+  def _pack(self, trajectories: list[Trajectory]) -> TokenBatch | None:
+    """What the algorithm learns from, packed; None where there is nothing."""
+    units = self.algorithm.select.pick(trajectories)
+    if not units:
+      return None
+    row_tokens, a = self.config.train.row_tokens, self.config.archer
+    if self.algorithm.critic != "double":
+      return batching.pack_units(units, row_tokens)
+    past = replay.draw(self.past, a.batch, (self.config.seed, self.progress.done))
+    self.past = replay.remember(self.past, trajectories, a.replay)
+    return batching.pack_units(units, row_tokens, replayed=past, whole_actions=True)
+
   def _learn(self, trajectories: list[Trajectory]) -> dict[str, float]:
     """prepare, then epochs x minibatches of update."""
     t = self.config.train
-    batch = batching.pack(trajectories, t.row_tokens)
+    batch = self._pack(trajectories)
+    if batch is None:
+      return {"nothing_to_learn": 1.0}
+    self.progress.learnt += 1
     rows = batch.tokens.shape[0]
-    capacity = -(-self.conversations // t.micro_rows)
-    device_batch = self._to_device(batch, t.micro_rows, capacity)
+    most = self.conversations * self.algorithm.select.rows
+    if self.algorithm.critic == "double":
+      most += self.config.archer.batch
+    device_batch = self._to_device(batch, t.micro_rows, -(-most // t.micro_rows))
     prepare, _ = self.programs
     prepared, prepare_metrics = prepare(
       self.state, device_batch, np.int32(-(-rows // t.micro_rows))
@@ -368,7 +395,14 @@ class _Trainer:
       self.recorder.training(self.progress.done, trajectories, batch, advantages)
     per_update: list[dict[str, Any]] = []
     for epoch in range(t.epochs):
-      for minibatch, count in self._minibatches(prepared, rows, epoch):
+      parts = learners.minibatches(
+        prepared,
+        rows,
+        t.minibatches,
+        self.algorithm.select.rows,
+        (self.config.seed, self.progress.done, epoch),
+      )
+      for minibatch, count in parts:
         per_update.append(self._update(minibatch, count))
     figures = {k: float(v) for k, v in jax.device_get(prepare_metrics).items()}
     # A NaN would stay in the coefficient for good.
@@ -387,24 +421,8 @@ class _Trainer:
     return figures | {
       "kl_coef": float(self.state.kl_coef),
       "padding": batching.padding_share(batch),
+      "nothing_to_learn": 0.0,
     }
-
-  def _minibatches(self, prepared: Any, rows: int, epoch: int):
-    """(batch [N, B, T], used rows) of each optimizer step: rows dealt out in a seeded order."""
-    t = self.config.train
-    if t.minibatches == 1:
-      yield prepared, rows
-      return
-    rng = np.random.default_rng((self.config.seed, self.progress.done, epoch))
-    order = rng.permutation(rows)
-    most = prepared.tokens.shape[0] * t.micro_rows  # of all minibatches together
-    shape = (-(-most // (t.minibatches * t.micro_rows)), t.micro_rows)
-    for start in range(min(t.minibatches, rows)):
-      chosen = order[start :: t.minibatches]
-      index, valid = np.zeros(shape, np.int32), np.zeros(shape, bool)
-      index.flat[: len(chosen)] = chosen
-      valid.flat[: len(chosen)] = True
-      yield _SELECT(prepared, index, valid), len(chosen)
 
   def _update(self, batch: Any, rows: int) -> dict[str, float]:
     """One optimizer step."""
@@ -452,7 +470,8 @@ class _Trainer:
     self._clock()
     self.progress.records = self.writer.records
     number = self._number() + (1 if self.progress.phase == "rl" else 0)
-    self.checkpoints.save(number, self.state, dataclasses.asdict(self.progress))
+    past = replay.to_documents(self.past)
+    self.checkpoints.save(number, self.state, dataclasses.asdict(self.progress), past)
 
   def _clock(self) -> float:
     self.progress.seconds = self.before + time.monotonic() - self.started
@@ -543,7 +562,6 @@ _SHOWN = (
   ("KL", "kl", ".2f"),
   ("tok/s", "tokens_per_second", ".0f"),
 )
-_SELECT = jax.jit(learners.select_rows)
 
 
 def _shares(stats: Stats, update_seconds: float, seconds: float, tokens: int) -> dict[str, float]:

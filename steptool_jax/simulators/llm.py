@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
-from steptool_jax.simulators.errors import InfrastructureError
+from steptool_jax.simulators.asking import ask
 from steptool_jax.simulators.virtual import (
   NOT_PARSED,
   VirtualRequest,
@@ -102,41 +102,37 @@ class LlmSimulator:
       return None
     prompt = self._gpt(request, arguments) if self._style == "gpt" else _mirror(request, arguments)
     messages = [{"role": "system", "content": self._system}, {"role": "user", "content": prompt}]
-    lenient = self._style == "mirror"
-    replies: list[str] = []
-    reasons: list[str] = []
+    gpt = self._style == "gpt"
 
-    def accept(reply: _Reply) -> None:
-      replies.append(reply.text)
-      read_answer(reply.text, lenient)  # the endpoint does not keep what is refused here
+    def chat(messages: list[dict], attempt: int, accept: Callable[[_Reply], None]) -> _Reply:
+      # `sample`: a second draw of the same request is another one, for the endpoint's cache too.
+      return self._endpoint.chat(
+        messages,
+        json_mode=gpt,
+        max_tokens=_MAX_TOKENS[self._style],
+        temperature=self._temperature,
+        sample=attempt,
+        accept=accept,
+      )
 
-    for attempt in range(ATTEMPTS):
-      try:
-        # `sample`: a second draw of the same request is another one, for the endpoint's cache too.
-        reply = self._endpoint.chat(
-          messages,
-          json_mode=self._style == "gpt",
-          max_tokens=_MAX_TOKENS[self._style],
-          temperature=self._temperature,
-          sample=attempt,
-          accept=accept,
-        )
-        return read_answer(reply.text, lenient)
-      except ValueError as error:
-        if len(replies) == len(reasons):
-          raise  # not about a reply
-        reasons.append(str(error))
-        if self._style == "gpt":
-          # At temperature 0 the same question would bring the same reply.
-          note = f"That reply {error}. Reply with the JSON object only."
-          messages = [
-            *messages[:2],
-            {"role": "assistant", "content": replies[-1][:MAX_EXAMPLE_CHARS] or "-"},
-            {"role": "user", "content": note},
-          ]
-    raise InfrastructureError(
+    def correction(text: str, reason: str) -> list[dict]:
+      if not gpt:
+        return []
+      # At temperature 0 the same question would bring the same reply.
+      note = f"That reply {reason}. Reply with the JSON object only."
+      return [
+        {"role": "assistant", "content": text[:MAX_EXAMPLE_CHARS] or "-"},
+        {"role": "user", "content": note},
+      ]
+
+    return ask(
+      chat,
+      messages,
+      lambda reply: read_answer(reply.text, lenient=not gpt),
+      correction,
+      ATTEMPTS,
       f"simulated answer for {request.api_name} of {request.tool_name}: no valid reply in "
-      f"{ATTEMPTS} attempts: {'; '.join(reasons)}"
+      f"{ATTEMPTS} attempts",
     )
 
   def _gpt(self, request: VirtualRequest, arguments: Mapping[str, Any]) -> str:

@@ -187,6 +187,22 @@ def test_verdicts_are_written_as_they_are_read(tmp_path):
   assert document["13"]["final_step"] == document["13"]["answer_steps"] == ""
 
 
+@pytest.mark.parametrize(
+  ("arguments", "answer"),
+  [
+    ('{"return_type": "give_answer", "final_answer": "a\nb"}', "a\nb"),
+    ('{"return_type": "give_up_and_restart", "final_answer": "a"}', ""),
+    ('{"return_type": "give_answer"}', ""),
+    ('{"return_type": "give_answer", "final_answer": "cut \\"of', 'cut "of'),
+    ('{"return_type": "give_up_and_restart", "final_answer": "cut', ""),
+    ("prose", ""),
+    ("[1]", ""),
+  ],
+)
+def test_answer_of(arguments, answer):
+  assert official.answer_of(arguments) == answer
+
+
 def test_only_calls_of_an_answer_stand_in_its_result():
   call, finish = StoredStep(**STEP), StoredStep(**FINISH)
   chain = (("system", ""), ("user", ""), ("assistant", "let me think"), ("tool", call))

@@ -30,7 +30,7 @@ def step(action, observation=None, seed=0, **rest):
 STEPS = (
   step(
     ToolCall("f", {"a": [1, 2.5, None, True, "\ud800 \u2028 ü"], "b": {"c": 10**30}}, "hm\n"),
-    Observation('{"x": "</s>\n"}', Code.OK, {"x": [0.1, 1e-300]}, True, False, 0.25),
+    Observation('{"x": "</s>\n"}', Code.OK, {"x": [0.1, 1e-300]}, True, False, 0.25, 0.003, 1.1),
     observation_tokens=np.array([9, 8], np.int32),
     success_calling=1 / 3,
     contribution=0.1 + 0.2,
@@ -40,7 +40,10 @@ STEPS = (
   step(Finish("ja", False, "so"), None, 2, reward=1.0),
 )
 RECORD = AnnotatedTrajectory(
-  Trajectory("t/ü", 3, np.array([1, 5], np.int32), STEPS, Status.ANSWERED, 5e-324, 17),
+  Trajectory(
+    *("t/ü", 3, np.array([1, 5], np.int32), STEPS, Status.ANSWERED, 5e-324, 17),
+    reward_parts={"solved": 0.1 + 0.2, "cost": 1 / 3},
+  ),
   query="Rain?",
   metadata={"source": ["a.csv", 4]},
 )
@@ -184,3 +187,14 @@ def test_a_cut_file_is_named(tmp_path):
   next(reader)
   with pytest.raises(ValueError, match="line 2: the line has no end"):
     next(reader)
+
+
+def test_a_file_of_before_there_were_prices_and_parts_is_read():
+  document = trajectories.to_document(RECORD)
+  del document["reward_parts"]
+  for step in document["steps"]:
+    for name in ("cost", "latency"):
+      (step["observation"] or {}).pop(name, None)
+  read = trajectories.from_document(document).trajectory
+  assert (read.reward_parts, read.cost, read.latency) == ({}, 0.0, 0.0)
+  assert exactly(read.steps[1].tokens) == exactly(STEPS[1].tokens)

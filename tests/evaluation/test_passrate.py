@@ -257,9 +257,9 @@ def test_call_metrics():
   assert np.isnan(call_metrics([])["invocation_success"])
 
 
-def test_stored_tasks_without_an_answer_are_unsolved_officially(data):
+def test_stored_tasks_without_an_answer_are_unsolved_officially(shared):
   """Our reading of Finish agrees with the released verdicts: no answer, never solved."""
-  path = data / "steptool" / "pass_rate_results" / "toolllama_sft_cot" / "G2_instruction.json.xz"
+  path = shared / "steptool" / "pass_rate_results" / "toolllama_sft_cot" / "G2_instruction.json.xz"
   results = official.read_results(path)
   silent = [r for r in results.values() if not passrate.outcome_of_result(r).answer]
   assert len(silent) > 10

@@ -36,8 +36,8 @@ def rows(total, solved, unsure=(0, 0, 0)):
   ]
 
 
-def test_the_published_figures(data):
-  summary = stored_summary(data / "steptool" / "pass_rate_results")
+def test_the_published_figures(shared):
+  summary = stored_summary(shared / "steptool" / "pass_rate_results")
   published = summary["published_aggregation"]
   assert published["toolllama_sft_cot"] == {"I1": [50.6, 1.6]}
   assert published["baseline-ppo_cot"] == {"I1": [50.9, 1.0]}

@@ -181,24 +181,11 @@ def test_hand_computed_literal():
 )
 def test_the_advantage_of_every_algorithm_by_hand(name, level, expected):
   """The trajectory of the literal above, gamma = lambda = .5."""
-  hp = algorithms.Hyperparameters(
-    gamma=0.5,
-    lam=0.5,
-    level=level,
-    broadcast=True,
-    whiten=True,
-    clip_low=0.2,
-    clip_high=0.2,
-    value_clip=0.2,
-    value_coef=0.1,
-    entropy_coef=0.0,
-    kl_placement="none",
-    aggregation="token",
-  )
+  row = algorithms.get_algorithm(name)
+  hp = algorithms.resolve(row, fakes.hyperparameters(gamma=0.5, lam=0.5, level=level))
   batch = batching.pack([literal_trajectory(Status.ANSWERED)], 8)
   values = jnp.array([[9, 0.5, 0.1, 9, 0.2, 9, 9, 9]], jnp.float32)
-  advantage = algorithms.get_algorithm(name).advantage
-  adv, _ = advantage(batch, jnp.asarray(batch.rewards), values, hp)
+  adv = row.advantage(batch, jnp.asarray(batch.rewards), values, hp)["advantages"]
   np.testing.assert_allclose(adv[0, [1, 2, 4]], expected, atol=1e-6)
 
 

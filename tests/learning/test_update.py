@@ -12,27 +12,14 @@ from steptool_jax.learning.outputs import policy_outputs
 from steptool_jax.policy import lora, model
 
 CONFIG = fakes.tiny_config()
-HP = algorithms.Hyperparameters(
-  gamma=0.9,
-  lam=0.8,
-  level="",
-  broadcast=True,
-  whiten=True,
-  clip_low=0.2,
-  clip_high=0.2,
-  value_clip=0.2,
-  value_coef=0.1,
-  entropy_coef=0.01,
-  kl_placement="reward",
-  aggregation="token",
-)
+HP = fakes.hyperparameters(gamma=0.9, lam=0.8, entropy_coef=0.01, kl_placement="reward")
 
 
 def make_learner(name="steptool", hp=HP, with_reference=True, optimizer=None, temperature=1.0):
   return update.Learner(
     model=CONFIG,
     algorithm=algorithms.get_algorithm(name),
-    hyperparameters=hp,
+    hyperparameters=algorithms.resolve(algorithms.get_algorithm(name), hp),
     optimizer=optimizer or optax.sgd(0.5),
     temperature=temperature,
     chunk=16,
@@ -73,13 +60,17 @@ def full_logprobs(params, ids, temperature=1.0):
   return logp, np.asarray(values)[0, : len(ids)]
 
 
+def heads(params):
+  return lambda hidden: model.project_values(CONFIG, {"params": params}, hidden)
+
+
 @pytest.mark.parametrize("chunk", [5, 16, 512])
 def test_packed_chunked_outputs_equal_single_forward_passes(params, chunk):
   """Peers' defect 4: packed == unpacked, for log-probs, entropy and values."""
   group = trajectories()
   batch = batching.pack(group, 64)
   outputs = functools.partial(
-    policy_outputs, CONFIG, temperature=0.7, chunk=chunk, with_values=True
+    policy_outputs, CONFIG, temperature=0.7, chunk=chunk, heads=heads(params)
   )
   out = jax.jit(outputs)({"params": params}, batch)
   by_tokens = {}
@@ -167,7 +158,7 @@ def test_the_reference_of_a_lora_run_is_the_policy_without_adapters(params):
   batch = stacked(batching.pack(trajectories(), 64, 2), 2)
   prepared, metrics = jitted(learner)[0](state, batch, batch.tokens.shape[0])
   flat = jax.tree.map(lambda x: x.reshape(-1, 64), batch)
-  base = functools.partial(policy_outputs, CONFIG, temperature=1.0, chunk=16, with_values=False)
+  base = functools.partial(policy_outputs, CONFIG, temperature=1.0, chunk=16)
   expected = jax.jit(base)({"params": params}, flat).logprobs
   np.testing.assert_allclose(prepared.ref_logprobs.reshape(-1, 64), expected, atol=1e-5)
   assert float(jnp.abs(prepared.old_logprobs.reshape(-1, 64) - expected).max()) > 0.01
@@ -194,10 +185,6 @@ def gradient(learner, params, batch, micro):
 @pytest.mark.parametrize("name", ["sft", "steptool", "steptool_no_step_grained"])
 def test_gradient_accumulation_equals_the_full_batch(params, name):
   learner = make_learner(name, optimizer=optax.sgd(1.0))
-  if name == "sft":
-    learner = update.dataclasses.replace(
-      learner, algorithm=update.dataclasses.replace(learner.algorithm, advantage=zero_advantage)
-    )
   batch = batching.pack(trajectories(), 48, 4)
   whole, metrics = gradient(learner, params, batch, batch.tokens.shape[0])
   parts, part_metrics = gradient(learner, params, batch, 1)
@@ -205,11 +192,6 @@ def test_gradient_accumulation_equals_the_full_batch(params, name):
     np.testing.assert_allclose(a, b, atol=1e-5)
   for key in metrics:
     np.testing.assert_allclose(metrics[key], part_metrics[key], atol=1e-4)
-
-
-def zero_advantage(batch, rewards, values, hp):
-  del batch, hp
-  return rewards * 0, values * 0
 
 
 def test_only_counted_micro_batches_are_read(params):
@@ -247,7 +229,7 @@ def test_steptool_gradient_equals_a_direct_ppo_loss(params):
       seen.add(key)
 
   def loss(p):
-    out = policy_outputs(CONFIG, {"params": p}, micro, temperature=1.0, chunk=512, with_values=True)
+    out = policy_outputs(CONFIG, {"params": p}, micro, temperature=1.0, chunk=512, heads=heads(p))
     policy = -(micro.advantages * out.logprobs * mask).sum() / mask.sum()
     value = 0.5 * (jnp.square(out.values - micro.returns) * starts).sum() / starts.sum()
     entropy = (out.entropy * mask).sum() / mask.sum()
@@ -270,7 +252,6 @@ def test_observation_and_prompt_tokens_have_no_gradient(params):
       batch._replace(targets=targets),
       temperature=1.0,
       chunk=16,
-      with_values=False,
     )
     return out.logprobs.sum()
 

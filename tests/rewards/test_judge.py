@@ -5,8 +5,9 @@ import pytest
 from replays import step, trajectory
 from simulators.openai_server import Server, completion, script
 
+from steptool_jax.rewards import tables
 from steptool_jax.rewards.judge import StepJudge, parse
-from steptool_jax.rewards.responses import Transcript
+from steptool_jax.rewards.responses import Transcript, transcript
 from steptool_jax.rewards.shaping import shape
 from steptool_jax.simulators.endpoint import Endpoint
 from steptool_jax.simulators.errors import InfrastructureError
@@ -109,25 +110,19 @@ def by_word(body, _):
   return completion(arguments=grades((1,), (3,), "Unsure"))
 
 
-def test_annotate_keeps_failures_apart():
-  words = ["fine", "broken", "fine too", "mute"]
-  items = [("q", made(w)) for w in words] + [("q", made("down", Status.INFRASTRUCTURE_ERROR))]
+def test_failures_are_kept_apart():
+  items = [made(word) for word in ("fine", "broken", "fine too", "mute")]
   with Server(by_word) as server:
     scorer, endpoint = judge(server, runs=2, retries=0, max_in_flight=4)
-    got = scorer.annotate(items)
-    judged = scorer.score([TEXTS, Transcript("q", (("f", "broken"),), "a")])
-    asked = [b["messages"][1]["content"] for b in server.bodies]
-  failed = Status.INFRASTRUCTURE_ERROR
-  assert [t.status for t in got] == [Status.ANSWERED, failed, Status.ANSWERED, failed, failed]
-  assert [t.solved for t in got] == [0.5, 0.25, 0.5, 0.25, 0.25]
+    judged = scorer.score([transcript("q", item) for item in items] + [TEXTS])
+  assert [scores is None for scores in judged.scores] == [False, True, False, True, True]
   for k in (0, 2):
-    assert [s.reward for s in shape(got[k], 1.0, "none").steps] == pytest.approx([0.8, 0.5])
-  for k in (1, 3):
-    assert [s.reward for s in shape(got[k], 1.0, "none").steps] == [0, 0]
-  assert not any("down" in text for text in asked)
-  assert judged.scores == (None, None)
+    got = tables.apply(judged.scores[k], items[k])
+    assert got.solved == 0.5
+    assert [s.reward for s in shape(got, 1.0, "none").steps] == pytest.approx([0.8, 0.5])
+  assert list(judged.failures) == [1, 3, 4]
   assert "status 500" in judged.failures[1]
-  assert "no valid grades" in judged.failures[0]  # two calls, graded as one
+  assert "no valid grades" in judged.failures[4]  # two calls, graded as one
   assert endpoint.usage().calls > 0
 
 

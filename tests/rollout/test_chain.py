@@ -67,51 +67,11 @@ def policy(chat_format):
   return eng, {"params": params}
 
 
-class ScriptedEngine:
-  """The real engine's interface; samples fixed turns. turns[key of prompt] -> list of id lists."""
-
-  slots, size, chunk = 2, 160, 4
-
-  def __init__(self, chat_format, turns):
-    self.format, self.turns = chat_format, turns
-    self.seen = {n: [] for n in range(self.slots)}
-    self.todo = {n: [] for n in range(self.slots)}
-    self.turn = dict.fromkeys(range(self.slots), 0)
-
-  def init(self):
-    return None
-
-  def rewind(self, state, lengths):
-    for slot, length in lengths.items():
-      self.seen[slot] = self.seen[slot][:length]
-      self.turn[slot], self.todo[slot] = 0, []
-
-  def fork(self, state, sources):
-    for slot, source in sources.items():
-      self.seen[slot] = list(self.seen[source])
-
-  def append(self, variables, state, pieces):
-    for slot, ids in pieces.items():
-      self.seen[slot].extend(ids.tolist())
-
-  def decode(self, variables, state, limits, seeds, stop_ids, temperature):
-    out = engine.Decoded(
-      np.zeros((self.slots, self.chunk), np.int32),
-      np.full((self.slots, self.chunk), -0.5, np.float32),
-      np.zeros(self.slots, np.int32),
-      np.zeros(self.slots, bool),
-    )
-    for slot, limit in limits.items():
-      if not self.todo[slot]:
-        self.todo[slot] = self.format.render_action(self.turns[self.turn[slot]]).tolist()
-        self.turn[slot] += 1
-      take = self.todo[slot][: min(limit, self.chunk)]
-      self.todo[slot] = self.todo[slot][len(take) :]
-      out.tokens[slot, : len(take)] = take
-      out.count[slot] = len(take)
-      out.stopped[slot] = take[-1] in stop_ids
-      self.seen[slot].extend(take)
-    return None, out
+def scripted(chat_format, *actions):
+  """The n-th turn of every conversation is actions[n]."""
+  return fakes.ScriptedEngine(
+    chat_format, lambda text: actions[text.count("<|result|>")], size=160, chunk=4
+  )
 
 
 def run(eng, variables, environment, chat_format, jobs, runner=None, limits=LIMITS, **kwargs):
@@ -151,7 +111,7 @@ def ok(_):
 
 
 def test_ids_are_the_engines_and_sessions_are_closed(chat_format):
-  eng = ScriptedEngine(chat_format, [call(), answer()])
+  eng = scripted(chat_format, call(), answer())
   environment = Script(ok)
   (trajectory,), stats = run(eng, None, environment, chat_format, [(task(), 0)])
   assert trajectory.status is Status.ANSWERED
@@ -163,7 +123,7 @@ def test_ids_are_the_engines_and_sessions_are_closed(chat_format):
 
 
 def test_continuous_batching_keeps_the_order_and_shares_prefills(chat_format):
-  eng = ScriptedEngine(chat_format, [call(), answer()])
+  eng = scripted(chat_format, call(), answer())
   jobs = [(task(f"t{i}", f"query {i}"), s) for i in range(3) for s in range(2)]
   trajectories, stats = run(eng, None, Script(ok), chat_format, jobs)
   assert [(t.task_id, t.sample) for t in trajectories] == [(j.id, s) for j, s in jobs]
@@ -180,7 +140,7 @@ def test_a_fork_from_a_slot_that_has_gone_on_gets_the_prompt_only(chat_format):
         session.call = lambda call: Observation("down", Code.INFRASTRUCTURE)
       return session
 
-  eng = ScriptedEngine(chat_format, [call(), call(), answer()])
+  eng = scripted(chat_format, call(), call(), answer())
   jobs = [(task("short", "another query"), 0), (task(), 0), (task(), 1)]
   trajectories, stats = run(eng, None, Uneven(ok), chat_format, jobs)
   assert stats.shared_prefills == 1
@@ -201,7 +161,7 @@ def test_a_fork_from_a_slot_that_has_gone_on_gets_the_prompt_only(chat_format):
 )
 def test_broken_tools_never_stop_a_rollout(chat_format, answers, status):
   limits = dataclasses.replace(LIMITS, max_observation_chars=20)
-  eng = ScriptedEngine(chat_format, [call(), answer()])
+  eng = scripted(chat_format, call(), answer())
   (trajectory,), _ = run(eng, None, Script(answers), chat_format, [(task(), 0)], limits=limits)
   assert trajectory.status is status
   assert trajectory.solved == float(status is Status.ANSWERED)
@@ -230,7 +190,7 @@ class Checked(Script):
 def test_a_checker_that_is_down_marks_its_trajectory_and_stops_no_other(chat_format):
   """Peers' defect 14, in grading: not scored 0, not trained on, and nothing else is lost."""
   environment = Checked(InfrastructureError("the judge is down"))
-  eng = ScriptedEngine(chat_format, [call(), answer()])
+  eng = scripted(chat_format, call(), answer())
   jobs = [(task(), sample) for sample in range(3)]
   trajectories, _ = run(eng, None, environment, chat_format, jobs)
   assert [t.status for t in trajectories] == [
@@ -244,7 +204,7 @@ def test_a_checker_that_is_down_marks_its_trajectory_and_stops_no_other(chat_for
 
 def test_a_checker_that_is_wrong_stops_the_rollout_and_leaves_no_session_open(chat_format):
   environment = Checked(RuntimeError("checker f returned 3"))
-  eng = ScriptedEngine(chat_format, [call(), answer()])
+  eng = scripted(chat_format, call(), answer())
   with pytest.raises(RuntimeError, match="checker f returned 3"):
     run(eng, None, environment, chat_format, [(task(), sample) for sample in range(3)])
   assert environment.open_sessions == 0
@@ -257,7 +217,7 @@ def test_a_hanging_tool_is_left_behind_while_others_go_on(chat_format):
     release.wait(30)
     return ok(_)
 
-  eng = ScriptedEngine(chat_format, [call(), answer()])
+  eng = scripted(chat_format, call(), answer())
   started = time.monotonic()
   try:
     runner = ToolRunner(timeout_s=0.2, workers=1, retries=0)
@@ -290,7 +250,7 @@ def test_an_environment_that_hangs_loses_one_conversation_in_time(method, chat_f
       return session
 
   environment = Hanging(ok)
-  eng = ScriptedEngine(chat_format, [call(), answer()])
+  eng = scripted(chat_format, call(), answer())
   started, seen = time.monotonic(), []
   try:
     runner = ToolRunner(timeout_s=0.3, workers=2, retries=0)
@@ -312,7 +272,7 @@ def test_an_environment_that_hangs_loses_one_conversation_in_time(method, chat_f
 
 def test_should_stop_interrupts_and_closes(chat_format):
   environment = Script(ok)
-  eng = ScriptedEngine(chat_format, [call(), answer()])
+  eng = scripted(chat_format, call(), answer())
   opened = []
 
   def should_stop():
@@ -328,7 +288,7 @@ def test_should_stop_interrupts_and_closes(chat_format):
 
 
 def test_a_prompt_that_does_not_fit_ends_alone(chat_format):
-  eng = ScriptedEngine(chat_format, [call(), answer()])
+  eng = scripted(chat_format, call(), answer())
   jobs = [(task("long", "word " * 400), 0), (task(), 0)]
   long, short = run(eng, None, Script(ok), chat_format, jobs)[0]
   assert (long.status, long.steps) == (Status.TOKEN_BUDGET, ())

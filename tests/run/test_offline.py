@@ -288,12 +288,73 @@ def test_other_data_are_refused_at_a_resume(rows, folder, offline_config, monkey
 def test_every_pass_visits_all_once_in_its_own_order():
   nothing = Trajectory("t", 0, np.zeros(1, np.int32), (), Status.ANSWERED)
   made = tuple(dataclasses.replace(nothing, sample=n) for n in range(10))
-  data = offline.Data(made, (True,) * 10, size=4, seed=3, report={})
+  alone = tuple((n,) for n in range(10))
+  data = offline.Data(made, (True,) * 10, alone, size=4, seed=3, report={})
   assert data.batches_per_pass == 3
   orders = [[t.sample for k in range(3) for t in data.batch(3 * p + k)] for p in range(2)]
   assert [len(data.batch(k)) for k in range(3)] == [4, 4, 2]
   assert [sorted(order) for order in orders] == [list(range(10))] * 2
   assert orders[0] != orders[1]
+
+
+def by_task(recorded, tasks, solved):
+  """The records, as samples of `tasks` tasks; solved(n) says how record n ended."""
+  return [
+    dataclasses.replace(
+      r, trajectory=dataclasses.replace(r.trajectory, task_id=f"t{n % tasks}", solved=solved(n))
+    )
+    for n, r in enumerate(recorded)
+  ]
+
+
+def test_all_samples_of_a_task_come_in_one_batch(recorded, offline_config, tmp_path):
+  path = tmp_path / "t.jsonl"
+  write_trajectories(path, by_task(recorded, 4, lambda n: n % 3 / 2))  # 3, 3, 2, 2 samples
+  common = {"data__path": str(path), "data__format": "jsonl", "data__batch": 3}
+  data = load(offline_config(algorithm="grpo", **common), tmp_path)
+  assert (data.batches_per_pass, data.most) == (2, 8)
+  for number in range(4):
+    found = collections.Counter(t.task_id for t in data.batch(number))
+    assert len(found) == (3, 1)[number % 2]
+    assert all(count == (3, 3, 2, 2)[int(task[1])] for task, count in found.items())
+  assert load(offline_config(**common), tmp_path).most == 3
+
+
+def test_pairs_of_stored_samples_train(recorded, offline_config, tmp_path):
+  path = tmp_path / "t.jsonl"
+  write_trajectories(path, by_task(recorded, 4, lambda n: float(n < 4)))
+  config = offline_config(
+    algorithm="eto", data__path=str(path), data__format="jsonl", data__passes=1, data__batch=2
+  )
+  assert train.run(config, tmp_path)["iterations"] == 2
+  found = read_jsonl(tmp_path / "metrics.jsonl")
+  assert all(r["train/grad_norm"] > 0 for r in found)
+
+
+@pytest.mark.parametrize(
+  ("algorithm", "tasks", "solved", "match"),
+  [
+    ("grpo", 10, 0.5, r"'grpo' compares samples of a task, but no two of the 10.*'reinforce'"),
+    ("eto", 5, 1.0, r"'eto' learns from a success and a failure of the same task.*'steptool'"),
+    ("rft", 5, 0.0, r"'rft' learns from a solved trajectory, and the 10.*'steptool'"),
+  ],
+)
+def test_data_without_what_an_algorithm_needs_are_refused(
+  algorithm, tasks, solved, match, recorded, offline_config, tmp_path
+):
+  path = tmp_path / "t.jsonl"
+  write_trajectories(path, by_task(recorded, tasks, lambda n: solved))
+  config = offline_config(algorithm=algorithm, data__path=str(path), data__format="jsonl")
+  with pytest.raises(ValueError, match=match):
+    load(config, tmp_path)
+
+
+def test_steptool_on_final_rewards_only_is_refused(rows, folder, offline_config, tmp_path):
+  final = [dataclasses.replace(r, rewards=(*[0.0] * len(r.rewards[1:]), 1.0)) for r in rows]
+  path = stored.write_rows(tmp_path / "rows.csv", final)
+  with pytest.raises(ValueError, match=r"'steptool' learns from step rewards.*'ppo'.*annotate"):
+    load(offline_config(data__path=str(path)), tmp_path)
+  load(offline_config(data__path=str(path), algorithm="ppo"), tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ PRICES = {"environment__market__prices": True}
     ),
     (
       PRICES | {"rewards__scheme": "orchestra", "algorithm": "sft"},
-      r"algorithm 'sft' learns without rewards; use 'steptool'",
+      r"algorithm 'sft' reads no rewards; use 'steptool'",
     ),
     (
       PRICES | {"rewards__scheme": "orchestra", "algorithm": "ppo", "rollout__samples": 1},

@@ -10,6 +10,7 @@ import pytest
 import tiny
 
 from steptool_jax.learning import batching
+from steptool_jax.learning.algorithms import get_algorithm
 from steptool_jax.policy.engine import Decoded
 from steptool_jax.run import build, demonstrations, learners, services, train, workbench
 from steptool_jax.run.metrics_writer import read_jsonl
@@ -176,14 +177,14 @@ def test_which_algorithm_is_paid_for_a_step(algorithm, intermediate, tmp_path):
 
 
 def test_non_finite_updates_stop_the_run_and_reach_no_checkpoint(tmp_path, compiled, monkeypatch):
-  pack = batching.pack
+  pack = batching.pack_units
 
-  def poisoned(trajectories, row_tokens):
-    batch = pack(trajectories, row_tokens)
+  def poisoned(*args, **kwargs):
+    batch = pack(*args, **kwargs)
     sampled = batch.behaviour_logprobs.any()  # and not demonstrated
     return batch._replace(rewards=np.where(sampled, np.float32(np.nan), batch.rewards))
 
-  monkeypatch.setattr(train.batching, "pack", poisoned)
+  monkeypatch.setattr(train.batching, "pack_units", poisoned)
   config = tiny.make(
     compilation_cache=compiled, train__max_skipped=3, loss__kl_adaptive=True, evaluation__every=0
   )
@@ -208,19 +209,15 @@ def test_non_finite_updates_stop_the_run_and_reach_no_checkpoint(tmp_path, compi
   ("kl", "expected"),
   [(jnp.nan, 0.05), (60.0, 0.05 * 1.01), (0.0, 0.05 * 0.99)],  # 500 of 10,000 trajectories
 )
-def test_the_kl_coefficient_follows_its_target_and_no_nan(kl, expected, monkeypatch):
-  trainer = object.__new__(train._Trainer)
-  trainer.recorder = types.SimpleNamespace(wants=lambda done: False)
-  trainer.data = None
-  trainer.config = tiny.make(loss__kl_adaptive=True, train__minibatches=1)
+def test_the_kl_coefficient_follows_its_target_and_no_nan(kl, expected):
+  trainer = trainer_at(0, loss__kl_adaptive=True, train__minibatches=1)
   trainer.state = TrainState(0, {}, {}, {}, (), kl_coef=jnp.float32(0.05))
   trainer.conversations = 500
   metrics = {"kl": jnp.float32(kl)}
   trainer.programs = (lambda state, batch, count: (batch, metrics), None)
   trainer._to_device = lambda batch, micro_rows, capacity: batch
   trainer._update = lambda batch, rows: {"skipped": 1.0}
-  empty = batching.empty_batch(4, 320)
-  monkeypatch.setattr(train.batching, "pack", lambda trajectories, row_tokens: empty)
+  trainer._pack = lambda trajectories: batching.empty_batch(4, 320)
   assert trainer._learn([None] * 500)["kl_coef"] == pytest.approx(expected)
 
 
@@ -276,6 +273,7 @@ def trainer_at(done, **changes):
   trainer.recorder = types.SimpleNamespace(wants=lambda done: False)
   trainer.data = None
   trainer.config = tiny.make(**changes)
+  trainer.algorithm = get_algorithm(trainer.config.algorithm)
   trainer.conversations = trainer.config.rollout.tasks * trainer.config.rollout.samples
   trainer.progress = train.Progress(phase="rl", done=done)
   tasks = [types.SimpleNamespace(id=f"t{n}") for n in range(40)]
@@ -335,7 +333,6 @@ def test_the_same_task_gives_new_samples_in_every_iteration(tmp_path, compiled):
 
 @pytest.mark.parametrize(("rows", "sizes"), [(7, [3, 2, 2]), (2, [1, 1]), (8, [3, 3, 2])])
 def test_every_row_once_an_epoch(rows, sizes):
-  trainer = trainer_at(0, train__minibatches=3, train__micro_rows=2)
   batch = batching.empty_batch(8, 5)
   used = (np.arange(8) < rows)[:, None] & np.ones(5, bool)
   batch = batch._replace(
@@ -350,7 +347,7 @@ def test_every_row_once_an_epoch(rows, sizes):
 
   def dealt(epoch):
     order = []
-    for mini, count in trainer._minibatches(device, rows, epoch):
+    for mini, count in learners.minibatches(device, rows, 3, 1, (0, 0, epoch)):
       flat = jax.tree.map(lambda x: np.asarray(x).reshape(-1, 5), mini)
       assert flat.tokens.shape == (4, 5)
       assert flat.segment_ids[:count].all()
@@ -367,16 +364,31 @@ def test_every_row_once_an_epoch(rows, sizes):
     assert dealt(1) != first
 
 
+def test_rows_of_a_pair_stay_together():
+  tokens = np.repeat(np.arange(8, dtype=np.int32), 5).reshape(4, 2, 5)
+  batch = jax.tree.map(
+    lambda x: jnp.asarray(x).reshape(4, 2, 5), batching.empty_batch(8, 5)._replace(tokens=tokens)
+  )
+  found = []
+  for mini, count in learners.minibatches(batch, 6, 2, 2, (0, 0, 0)):
+    rows = np.asarray(mini.tokens)[..., 0].reshape(-1, 2)[: count // 2]
+    assert (rows[:, 0] % 2 == 0).all()
+    np.testing.assert_array_equal(rows[:, 1], rows[:, 0] + 1)
+    found += rows[:, 0].tolist()
+  assert sorted(found) == [0, 2, 4]
+
+
 def test_epochs_and_minibatches_make_optimizer_steps(monkeypatch):
   trainer = trainer_at(0, train__minibatches=2, train__epochs=3)
   calls = []
   trainer.state = types.SimpleNamespace(kl_coef=jnp.float32(0.0))
   trainer._to_device = lambda batch, micro_rows, capacity: batch
   trainer.programs = (lambda state, batch, count: (batch, {"kl": jnp.float32(0)}), None)
-  trainer._minibatches = lambda prepared, rows, epoch: [((epoch, k), 1) for k in range(2)]
+  monkeypatch.setattr(
+    train.learners, "minibatches", lambda *args: [((args[-1][-1], k), 1) for k in range(2)]
+  )
   trainer._update = lambda batch, rows: calls.append(batch) or {"skipped": 0.0}
   packed = dataclasses.make_dataclass("Packed", ["tokens", "segment_ids"])
-  empty = packed(np.zeros((4, 5)), np.zeros((4, 5)))
-  monkeypatch.setattr(train.batching, "pack", lambda trajectories, row_tokens: empty)
+  trainer._pack = lambda trajectories: packed(np.zeros((4, 5)), np.zeros((4, 5)))
   trainer._learn([])
   assert calls == [(e, k) for e in range(3) for k in range(2)]

@@ -1,0 +1,126 @@
+"""Baselines out of samples instead of a critic: batch, leave-one-out, group, anchor state.
+
+A group is the samples of one task that are in the batch. All sums run over the global batch, under
+jit, because the return may hold a KL penalty that only the device knows and because a packed row
+and a shard hold parts of groups. Groups are counted by what is there: a rollout that broke down is
+in no mean. Every trajectory weighs the same in a baseline, however long it is.
+"""
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from steptool_jax.learning import advantages, segments
+from steptool_jax.types import TokenBatch
+
+# Beside a deviation of rewards in [0, 1]: what the rounding of sums leaves does not count.
+_EPS = 1e-4
+
+
+def episode_returns(batch: TokenBatch, rewards_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """(R, one): float32 [B, T]. one is 1 at a trajectory's first sampled token and 0 elsewhere; R,
+  the sum of its rewards, stands there."""
+  start_BT = segments.step_starts(batch.action_mask, batch.step_ids, batch.segment_ids)
+  one_BT = (start_BT & (batch.step_ids == 0)).astype(jnp.float32)
+  return step_returns(batch, rewards_BT, 1.0), one_BT
+
+
+def step_returns(batch: TokenBatch, rewards_BT: jax.Array, gamma: float) -> jax.Array:
+  """float32 [B, T]: G_k = sum_{i >= k} gamma^(i - k) r_i on all tokens of step k."""
+  zeros_BT = jnp.zeros_like(rewards_BT)
+  return advantages.gae(batch, rewards_BT, zeros_BT, gamma=gamma, lam=1.0)[0]
+
+
+def relative(
+  x_BT: jax.Array, weights_BT: jax.Array, ids_BT: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """x against the weighted mean of its group.
+
+  Args:
+    x_BT: float32, any.
+    weights_BT: float32, >= 0; 0 where an entry is in no group.
+    ids_BT: int32, the group, in [0, B T].
+
+  Returns:
+    (x - mean, deviation, sum of the weights), float32 [B, T]: all of the entry's group. x - mean is
+    exactly 0 in a group of equals. Means something only where a weight is.
+  """
+  chex.assert_rank([x_BT, weights_BT, ids_BT], 2)
+  chex.assert_equal_shape([x_BT, weights_BT, ids_BT])
+  chex.assert_type([x_BT, weights_BT], jnp.float32)
+  ids = ids_BT.reshape(-1)
+  # Counted from the group's smallest: the rounding of a sum must not part equals, since a deviation
+  # of rounding noise would blow it up to full size.
+  lowest = jax.ops.segment_min(
+    jnp.where(weights_BT > 0, x_BT, jnp.inf).reshape(-1), ids, ids.size + 1
+  )
+  above_BT = jnp.where(weights_BT > 0, x_BT - lowest[ids_BT], 0.0)
+
+  def total(y_BT):
+    sums = jax.ops.segment_sum((weights_BT * y_BT).reshape(-1), ids, ids.size + 1)
+    return sums[ids_BT]
+
+  weight_BT = total(jnp.ones_like(x_BT))
+  some_BT = jnp.where(weight_BT > 0, weight_BT, 1.0)
+  centred_BT = above_BT - total(above_BT) / some_BT
+  deviation_BT = jnp.sqrt(total(jnp.square(centred_BT)) / some_BT)
+  return centred_BT, deviation_BT, weight_BT
+
+
+def batch_relative(batch: TokenBatch, rewards_BT: jax.Array) -> jax.Array:
+  """R - mean of the batch: REINFORCE with a baseline (Williams 1992)."""
+  returns_BT, one_BT = episode_returns(batch, rewards_BT)
+  centred_BT, _, _ = relative(returns_BT, one_BT, jnp.zeros_like(batch.group_ids))
+  return _on_trajectory(batch, centred_BT, one_BT)
+
+
+def leave_one_out(batch: TokenBatch, rewards_BT: jax.Array) -> jax.Array:
+  """R - mean of the task's other samples: RLOO (Ahmadian et al. 2024, eq. 7).
+
+  With n samples that is n / (n - 1) (R - mean of all). A sample without others earns 0.
+  """
+  returns_BT, one_BT = episode_returns(batch, rewards_BT)
+  centred_BT, _, count_BT = relative(returns_BT, one_BT, batch.group_ids)
+  others_BT = jnp.maximum(count_BT - 1.0, 1.0)
+  return _on_trajectory(batch, centred_BT * count_BT / others_BT, one_BT)
+
+
+def group_relative(batch: TokenBatch, rewards_BT: jax.Array) -> jax.Array:
+  """(R - mean) / std of the task's samples: GRPO (Shao et al. 2024, section 4.1.2)."""
+  returns_BT, one_BT = episode_returns(batch, rewards_BT)
+  centred_BT, deviation_BT, _ = relative(returns_BT, one_BT, batch.group_ids)
+  return _on_trajectory(batch, centred_BT / (deviation_BT + _EPS), one_BT)
+
+
+def step_relative(batch: TokenBatch, rewards_BT: jax.Array, gamma: float) -> jax.Array:
+  """(G_k - mean) / std over all steps of the task's samples, each sample with a weight of 1.
+
+  GRPO's process supervision (Shao et al. 2024, section 4.1.3) on discounted returns-to-go. Steps
+  are not compared by their number: the policy decides how many there are, which would bias that.
+  """
+  returns_BT = step_returns(batch, rewards_BT, gamma)
+  start_BT = segments.step_starts(batch.action_mask, batch.step_ids, batch.segment_ids)
+  start_BT = start_BT.astype(jnp.float32)
+  steps_BT = segments.group_totals(start_BT, segments.starts(batch.segment_ids))
+  weights_BT = start_BT / jnp.maximum(steps_BT, 1.0)
+  centred_BT, deviation_BT, _ = relative(returns_BT, weights_BT, batch.group_ids)
+  return segments.spread(centred_BT / (deviation_BT + _EPS), start_BT, batch.action_mask)
+
+
+def anchor_relative(batch: TokenBatch, rewards_BT: jax.Array, gamma: float) -> jax.Array:
+  """(G_k - mean) / std over the steps of the task's samples that begin in the same state.
+
+  GiGPO's step advantage (Feng et al. 2025, eq. 6 to 8). The state is the last observation (at the
+  first step the prompt), token by token, as in the authors' tasks. 0 for a step without its like.
+  """
+  returns_BT = step_returns(batch, rewards_BT, gamma)
+  start_BT = segments.step_starts(batch.action_mask, batch.step_ids, batch.segment_ids)
+  start_BT = start_BT.astype(jnp.float32)
+  centred_BT, deviation_BT, _ = relative(returns_BT, start_BT, batch.anchor_ids)
+  return segments.spread(centred_BT / (deviation_BT + _EPS), start_BT, batch.action_mask)
+
+
+def _on_trajectory(batch, x_BT, one_BT):
+  """x of a trajectory's first sampled token on all its sampled tokens."""
+  inside_BT = ~segments.starts(batch.segment_ids)
+  return jnp.where(batch.action_mask, segments.spread(x_BT, one_BT, inside_BT), 0.0)

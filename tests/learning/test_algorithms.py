@@ -1,0 +1,111 @@
+"""The table itself: what a row costs, and what it takes to add one."""
+
+import functools
+
+import fakes
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import samples
+
+from steptool_jax.learning import algorithms, update
+from steptool_jax.policy import lora, model
+
+CONFIG = fakes.tiny_config(hidden_size=64)
+
+
+def learner_of(name, **changes):
+  row = algorithms.get_algorithm(name)
+  hp = algorithms.resolve(row, fakes.hyperparameters(kl_placement="none", **changes))
+  return update.Learner(CONFIG, row, hp, optax.sgd(1.0), 1.0, 16, with_reference=False)
+
+
+@functools.cache
+def params():
+  return model.init_params(CONFIG, jax.random.key(0))
+
+
+def start(learner):
+  """Its buffers are its own, since an update takes them."""
+  with_values = learner.algorithm.critic == "value"
+  own = jax.tree.map(jnp.copy, params())
+  return update.init_state(
+    learner, *lora.split_variables({"params": own}, train_values=with_values), 0.0
+  )
+
+
+def stacked():
+  trajectories, _ = samples.random_samples(1)
+  return jax.tree.map(lambda x: jnp.asarray(x)[None], samples.pack(trajectories))
+
+
+def compiled(name):
+  learner = learner_of(name)
+  state, batch = start(learner), stacked()
+  prepare, step = update.compile_programs(learner)
+  prepared, _ = jax.eval_shape(prepare, state, batch, 1)
+  return step.lower(state, prepared, 1).compile()
+
+
+def test_an_update_without_a_critic_computes_none():
+  flops = {name: compiled(name).cost_analysis()["flops"] for name in ("grpo", "ppo")}
+  assert flops["grpo"] < flops["ppo"]
+  state = start(learner_of("grpo"))
+  assert "value_head" not in state.trainable
+  assert "value_head" in state.frozen
+  assert jax.tree.structure(lora.join_variables(state.trainable, state.frozen)) == (
+    jax.tree.structure({"params": params()})
+  )
+
+
+def test_omega_0_is_grpo_bit_for_bit():
+  batch = stacked()
+  results = {}
+  for name, omega in (("grpo", 1.0), ("gigpo", 0.0), ("gigpo", 1.0)):
+    learner = learner_of(name, omega=omega)
+    prepare, step = update.compile_programs(learner)
+    state = start(learner)
+    prepared, _ = prepare(state, batch, 1)
+    results[name, omega] = (np.asarray(prepared.advantages),)
+    if (name, omega) != ("gigpo", 1.0):
+      results[name, omega] += (step(state, prepared, 1)[0].trainable,)
+  for a, b in zip(
+    *map(jax.tree.leaves, (results["grpo", 1.0], results["gigpo", 0.0])), strict=True
+  ):
+    np.testing.assert_array_equal(a, b)
+  assert not np.array_equal(results["grpo", 1.0][0], results["gigpo", 1.0][0])
+
+
+@pytest.mark.parametrize("name", ["reinforce", "grpo"])  # of both aggregations
+def test_the_gradient_is_reinforces(name):
+  """- sum_tokens w A grad log pi, with the weights of the row's aggregation."""
+  learner = learner_of(name)
+  prepare, step = update.compile_programs(learner)
+  state, batch = start(learner), stacked()
+  prepared, _ = prepare(state, batch, 1)
+  micro = jax.tree.map(lambda x: np.asarray(x)[0], prepared)
+  weights = np.zeros(micro.tokens.shape, np.float32)
+  for row in range(weights.shape[0]):
+    for segment in range(1, micro.segment_ids[row].max() + 1):
+      at = micro.action_mask[row] & (micro.segment_ids[row] == segment)
+      weights[row, at] = 1 / at.sum() if learner.algorithm.aggregation == "trajectory" else 1
+  assert np.any(micro.advantages)
+
+  def loss(params):
+    out = update.policy_outputs(CONFIG, {"params": params}, micro, temperature=1.0, chunk=512)
+    return -(weights * micro.advantages * out.logprobs).sum() / weights.sum()
+
+  expected = jax.jit(jax.grad(loss))(state.trainable["params"])
+  before = jax.tree.map(jnp.copy, state.trainable["params"])
+  new, _ = step(state, prepared, 1)
+  got = jax.tree.map(jnp.subtract, before, new.trainable["params"])
+  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+    np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+def test_no_two_rows_are_the_same():
+  rows = list(algorithms.ALGORITHMS.values())
+  for n, row in enumerate(rows):
+    assert row not in rows[:n]

@@ -1,0 +1,104 @@
+"""8 fake devices (mesh 2x2x2) prepare and update as one device does: groups, pairs, critic."""
+
+import functools
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def test_eight_devices_equal_one():
+  flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+  paths = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests/learning")]
+  env = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": os.pathsep.join(paths)}
+  done = subprocess.run(
+    [sys.executable, __file__], env=env, capture_output=True, text=True, timeout=280, check=False
+  )
+  assert done.returncode == 0, done.stderr[-4000:]
+  assert done.stdout.split() == ["grpo", "eto", "archer"]
+
+
+def _batch(name):
+  import samples
+
+  from steptool_jax.learning import batching
+  from steptool_jax.learning.selection import PAIRS
+
+  trajectories, _ = samples.random_samples(3, tasks=8)
+  if name == "eto":
+    solved = [_solved(t, n % 2) for n, t in enumerate(trajectories)]
+    return batching.pack_units(PAIRS.pick(solved), 40, 8)
+  units = [(t,) for t in trajectories]
+  if name == "archer":
+    return batching.pack_units(units[:12], 40, 8, replayed=trajectories[12:], whole_actions=True)
+  return batching.pack_units(units, 40, 8)
+
+
+def _solved(trajectory, solved):
+  import dataclasses
+
+  return dataclasses.replace(trajectory, solved=float(solved))
+
+
+def _updated(name, mesh):
+  """(the updated policy and critic, advantages or None) after one step of plain SGD."""
+  import fakes
+  import jax
+  import optax
+
+  from steptool_jax.learning import algorithms, update
+  from steptool_jax.policy import lora, model, sharding
+
+  row = algorithms.get_algorithm(name)
+  config = fakes.tiny_config(vocab_size=64)
+  learner = update.Learner(
+    model=config,
+    algorithm=row,
+    hyperparameters=algorithms.resolve(row, fakes.hyperparameters(value_coef=1.0)),
+    optimizer=optax.sgd(1.0),
+    temperature=1.0,
+    chunk=16,
+    with_reference=True,
+  )
+  with jax.set_mesh(mesh):
+    params = model.init_params(config, jax.random.key(0))
+    split = lora.split_variables({"params": params}, train_values=False)
+    make = functools.partial(update.init_state, learner, kl_coef=0.1)
+    layout = sharding.shardings(jax.eval_shape(make, *split), mesh)
+    state = jax.jit(make, out_shardings=layout)(*split)
+    rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, sharding.ROWS))
+    batch = jax.tree.map(
+      lambda x: jax.device_put(x.reshape(-1, 4, x.shape[-1]), rows), _batch(name)
+    )
+    count = batch.tokens.shape[0]
+    prepare, step = update.compile_programs(learner)
+    prepared, _ = prepare(state, batch, count)
+    signal = jax.device_get(prepared.advantages)
+    new, _ = step(state, prepared, count)
+    if mesh.size > 1:
+      kernel = new.trainable["params"]["layers"]["up"]["kernel"]
+      assert kernel.addressable_shards[0].data.shape == (2, 16, 24), "not sharded"
+    return jax.device_get((new.trainable, new.target)), signal, jax.device_get(params)
+
+
+def _main():
+  import jax
+
+  from steptool_jax.policy import sharding
+
+  assert jax.device_count() == 8
+  for name in ("grpo", "eto", "archer"):
+    one = _updated(name, sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1]))
+    eight = _updated(name, sharding.make_mesh(2, 2, 2))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), one, eight)
+    moved = np.abs(one[0][0]["params"]["embed"]["embedding"] - one[2]["embed"]["embedding"]).max()
+    assert moved > 1e-3, "an empty comparison"
+    print(name)
+
+
+if __name__ == "__main__":
+  _main()
