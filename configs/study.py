@@ -124,7 +124,7 @@ def _study():
   v.every, v.tasks, v.curve_tasks, v.temperature, v.greedy = 5, 150, 150, 1.0, True
   config.record.heldout, config.record.train, config.record.every = 150, 8, 15
   config.checkpoint.every, config.checkpoint.keep = 10, 1
-  config.report.trajectories = 1500
+  config.report.trajectories = 1700
   s = config.study
   s.cells = _cells()
   s.parallel, s.cores = 2, 1

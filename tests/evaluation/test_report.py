@@ -142,6 +142,8 @@ def test_it_steps_through_a_trajectory_by_keys(opened):
   opened.keys("k/b?")
   assert opened.run("return document.activeElement.id") == "f-text"
   assert listed(opened) == 2
+  opened.keys("jk")  # letters of the search, while one types
+  assert opened.run("return byId('f-text').value") == "b?jk"
 
 
 def test_tokens_wear_their_advantage(opened):

@@ -12,13 +12,16 @@ import sys
 import threading
 import time
 
+import fakes
 import numpy as np
 import pytest
 import tiny
 from test_resume import saved
 
+from steptool_jax.data.trajectories import AnnotatedTrajectory, write_trajectories
 from steptool_jax.learning.algorithms import ALGORITHMS
 from steptool_jax.run import grid, report, results, study, train
+from steptool_jax.types import Status
 from steptool_jax.validation import validate
 
 FAKE = (sys.executable, str(pathlib.Path(__file__).parent / "fake_cell.py"))
@@ -93,10 +96,10 @@ def test_cells_that_cannot_be_run_are_all_named_before_any_work(tmp_path):
   assert not list(tmp_path.iterdir())
 
 
-def test_unequal_budgets_are_refused(tmp_path):
+def test_unequal_budgets_are_refused():
   lines = (LINES[0], "core/shop/steptool: algorithm=steptool rollout.tasks=5 sft.steps=1")
   with pytest.raises(ValueError, match=r"core/shop/ppo/0 .*differ in rollout\.tasks, sft\.steps"):
-    study.run(make(*lines), tmp_path)
+    grid.configs(make(*lines), grid.plan(make(*lines).study))
 
 
 def test_a_pattern_of_no_cell(tmp_path):
@@ -199,6 +202,27 @@ def test_each_place_has_its_own_cores(fake, tmp_path):
   study.run(make(study__only=("*/0",), study__cores=1), tmp_path)
   core = str(sorted(os.sched_getaffinity(0))[0])
   assert (tmp_path / "cells/core/shop/ppo/0/starts").read_text() == core + "\n"
+
+
+def test_the_page_of_a_study_shows_the_tasks_that_turned(tmp_path):
+  """Room for one trajectory a moment: it is that of the case, not the first."""
+  grid.write_plan(tmp_path, grid.plan(make("core/shop/ppo: algorithm=ppo").study))
+  folder = grid.folder(tmp_path, "core/shop/ppo/0")
+  rng = np.random.default_rng(0)
+
+  def rolled(task, solved):
+    found = fakes.random_trajectory(rng, status=Status.ANSWERED)
+    return AnnotatedTrajectory(dataclasses.replace(found, task_id=task, solved=solved), query=task)
+
+  for moment, solved in (("base", 0.0), ("rl", 1.0)):
+    found = [rolled("stays failed", 0.0), rolled("turned", solved)]
+    write_trajectories(folder / "moments" / f"heldout_{moment}.jsonl", found)
+  config = make("core/shop/ppo: algorithm=ppo", report__trajectories=2)
+  assert report.run(config, tmp_path)["trajectories"] == 2
+  page = (tmp_path / "results/report.html").read_text()
+  assert page.count('<span class="query">turned</span>') == 1
+  assert "stays failed" not in page
+  assert "2 trajectories are in the figures and not on this page" in page
 
 
 def test_a_report_of_a_study_that_has_hardly_begun(fake, tmp_path):
