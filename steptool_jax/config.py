@@ -410,6 +410,10 @@ class Annotate:
 class Checkpoint:
   every: int = _is(10, "RL iterations between checkpoints")
   keep: int = _is(2, "newest checkpoints that are kept")
+  keep_best: int = _is(
+    1, "checkpoints with the best held-out pass rate, of those evaluated, that are kept besides"
+  )
+  use: str = _is("newest", "what --mode=evaluate and export read: 'newest' or 'best'")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,7 @@
-"""python -m steptool_jax.main --config=FILE[:arg] --workdir=DIR [--mode=M] [--config.a.b=value]"""
+"""python -m steptool_jax.main --config=FILE[:arg] --workdir=DIR [--mode=M] [--config.a.b=value]
+
+On several hosts the same command on each; see run/hosts.py and launch/.
+"""
 
 import importlib
 import pathlib
@@ -11,12 +14,21 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from steptool_jax import validation
+from steptool_jax.run import hosts
 
 MODES = ("train", "evaluate", "annotate", "export", "bench", "serve", "report", "study")
+SEVERAL = ("train", "evaluate", "export")  # on several processes
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, FILE.py or FILE.py:arg.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; everything is written there.")
 _MODE = flags.DEFINE_enum("mode", "train", MODES, "What to do.")
+_COORDINATOR = flags.DEFINE_string(
+  "coordinator",
+  "",
+  "host:port of process 0, or 'auto' (Slurm, Open MPI); found by itself on Cloud TPUs and GKE.",
+)
+_PROCESSES = flags.DEFINE_integer("processes", -1, "Processes of this run; 1 = alone, anywhere.")
+_PROCESS = flags.DEFINE_integer("process", -1, "Number of this one, from 0.")
 flags.mark_flags_as_required(["config", "workdir"])
 
 
@@ -26,6 +38,11 @@ def main(argv: list[str]) -> None:
   logging.set_verbosity(logging.INFO)
   logging.get_absl_logger().setLevel(logging.INFO)
   summary = _or_exit(_dispatch)
+  if hosts.primary():
+    _show(summary)
+
+
+def _show(summary: dict[str, Any]) -> None:
   for name, value in summary.items():
     print(f"{name}: {value:.4g}" if isinstance(value, float) else f"{name}: {value}")
 
@@ -34,12 +51,15 @@ def _dispatch() -> dict[str, Any]:
   config = validation.validate(_CONFIG.value)
   workdir = pathlib.Path(_WORKDIR.value).absolute()
   workdir.mkdir(parents=True, exist_ok=True)
-  mode = importlib.import_module(f"steptool_jax.run.{_MODE.value}")
-  try:
-    return mode.run(config, workdir)
-  except Exception:
-    (workdir / "error.txt").write_text(traceback.format_exc())
-    raise
+  with hosts.joined(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value):
+    try:
+      if hosts.peers().count > 1 and _MODE.value not in SEVERAL:
+        raise ValueError(f"--mode={_MODE.value} runs in one process; start it without --processes")
+      return importlib.import_module(f"steptool_jax.run.{_MODE.value}").run(config, workdir)
+    except Exception:
+      name = "error.txt" if hosts.primary() else f"error_{hosts.peers().index}.txt"
+      (workdir / name).write_text(traceback.format_exc())
+      raise
 
 
 def _parse(argv: list[str]) -> list[str]:

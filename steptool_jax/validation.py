@@ -123,7 +123,7 @@ _NOT_NEGATIVE = (
   "rollout.tool_retries rollout.max_stuck_tools loss.clip_low loss.clip_high loss.value_clip "
   "simulator.http_retries rollout.budget rollout.search.room serve.port evaluation.tasks "
   "rewards.filters.min_deviation advantage.omega archer.batch record.heldout record.train "
-  "study.cores study.hours"
+  "study.cores study.hours checkpoint.keep_best"
 ).split() + _of_endpoints("retries", "prompt_price", "completion_price")
 _SHARES = (
   "sft.mistakes environment.faults.rate_limit environment.faults.timeout "
@@ -148,6 +148,7 @@ _CHOICES = {
   "loss.aggregation": ("", *AGGREGATIONS),
   "data.format": ("jsonl", "tsv", "dialogues"),
   "data.behaviour": ("start", "current"),
+  "checkpoint.use": ("newest", "best"),
   "annotate.format": ("jsonl", "converted", "annotations"),
   "annotate.source": ("rules", "judge", "table"),
   "annotate.rule": ("evidence", "lcs", "environment"),

@@ -106,7 +106,7 @@ def to_document(record: AnnotatedTrajectory) -> dict[str, Any]:
       "tokens": _ids(step.tokens),
       "logprobs": _floats(step.logprobs) if record.logprobs_known else None,
       "action": _dump_action(step.action),
-      "observation": _dump_observation(step.observation),
+      "observation": observation_document(step.observation),
       "observation_tokens": _ids(step.observation_tokens),
       "success_calling": float(step.success_calling),
       "contribution": float(step.contribution),
@@ -170,7 +170,7 @@ def _load_step(entry: Mapping[str, Any], known: bool) -> Step:
     tokens=tokens,
     logprobs=logprobs,
     action=_load_action(entry["action"]),
-    observation=_load_observation(entry["observation"]),
+    observation=observation_of(entry["observation"]),
     observation_tokens=_load_ids(entry["observation_tokens"]),
     success_calling=_typed(entry["success_calling"], float),
     contribution=_typed(entry["contribution"], float),
@@ -206,7 +206,8 @@ def _load_action(entry: Mapping[str, Any]) -> Action:
   return Malformed(_typed(entry["malformed"], str))
 
 
-def _dump_observation(observation: Observation | None) -> dict[str, Any] | None:
+def observation_document(observation: Observation | None) -> dict[str, Any] | None:
+  """An observation as JSON data; ValueError for a value that JSON cannot carry back."""
   if observation is None:
     return None
   return {
@@ -221,7 +222,8 @@ def _dump_observation(observation: Observation | None) -> dict[str, Any] | None:
   }
 
 
-def _load_observation(entry: Mapping[str, Any] | None) -> Observation | None:
+def observation_of(entry: Mapping[str, Any] | None) -> Observation | None:
+  """Inverts `observation_document`."""
   if entry is None:
     return None
   return Observation(

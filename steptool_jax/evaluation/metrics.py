@@ -27,7 +27,10 @@ from the update (learning/update.py), in sft and train; I: of an iteration (run/
                                all samples act the same, 1 where no two do
     answered, gave_up, truncated   R  shares of trajectories by how they ended
     infrastructure_errors   R  their number; they are left out of all other figures
-    loss, policy_loss, value_loss, entropy_loss, kl_loss   U  the loss's terms, as weighted in it
+    loss, policy_loss, value_loss, q_loss, v_loss, entropy_loss, kl_loss   U  the loss's terms, as
+                               weighted in it; of those that the algorithm has
+    value_error, q_error, v_error   U  a critic's loss without its weight
+    pair_margin, pair_accuracy      U  DPO: margin of the success over the failure, share above 0
     entropy                 U  nats per sampled token
     clip_fraction           U  share of tokens whose ratio is clipped; old_kl: KL to the old policy
     grad_norm               U  global norm of the gradient, before its clip
@@ -38,6 +41,7 @@ from the update (learning/update.py), in sft and train; I: of an iteration (run/
     explained_variance      U  1 - Var(return - V) / Var(return) at step starts
     sampler_gap             U  largest |log-prob of trainer - of sampler| of a sampled token
     padding                 U  share of padded positions
+    nothing_to_learn        I  1 where no trajectory was left for the algorithm to learn from
     dropped_malformed, dropped_unfinished, dropped_even   I  trajectories that rewards.filters took
     tokens_per_second       I  trained on; sampled_tokens_per_second: of the rollout
     device_share, tool_share, host_share   I  of the time: on the device (rollout and update), in

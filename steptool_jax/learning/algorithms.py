@@ -101,7 +101,7 @@ def _baseline(function: Callable, discounted: bool = False) -> Callable:
 
 
 def _gigpo(batch, rewards_BT, values: None, hp: Hyperparameters):
-  """Feng et al. 2025, eq. 9: episode-relative + omega step-relative."""
+  """Feng et al. 2025: episode-relative + omega step-relative."""
   episode_BT = groups.group_relative(batch, rewards_BT)
   step_BT = groups.anchor_relative(batch, rewards_BT, hp.gamma)
   return {"advantages": episode_BT + hp.omega * step_BT}

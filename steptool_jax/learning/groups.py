@@ -20,8 +20,7 @@ _EPS = 1e-4
 def episode_returns(batch: TokenBatch, rewards_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
   """(R, one): float32 [B, T]. one is 1 at a trajectory's first sampled token and 0 elsewhere; R,
   the sum of its rewards, stands there."""
-  start_BT = segments.step_starts(batch.action_mask, batch.step_ids, batch.segment_ids)
-  one_BT = (start_BT & (batch.step_ids == 0)).astype(jnp.float32)
+  one_BT = jnp.where(batch.step_ids == 0, _step_starts(batch), 0.0)
   return step_returns(batch, rewards_BT, 1.0), one_BT
 
 
@@ -75,7 +74,7 @@ def batch_relative(batch: TokenBatch, rewards_BT: jax.Array) -> jax.Array:
 
 
 def leave_one_out(batch: TokenBatch, rewards_BT: jax.Array) -> jax.Array:
-  """R - mean of the task's other samples: RLOO (Ahmadian et al. 2024, eq. 7).
+  """R - mean of the task's other samples: RLOO (Ahmadian et al. 2024).
 
   With n samples that is n / (n - 1) (R - mean of all). A sample without others earns 0.
   """
@@ -88,8 +87,7 @@ def leave_one_out(batch: TokenBatch, rewards_BT: jax.Array) -> jax.Array:
 def group_relative(batch: TokenBatch, rewards_BT: jax.Array) -> jax.Array:
   """(R - mean) / std of the task's samples: GRPO (Shao et al. 2024, section 4.1.2)."""
   returns_BT, one_BT = episode_returns(batch, rewards_BT)
-  centred_BT, deviation_BT, _ = relative(returns_BT, one_BT, batch.group_ids)
-  return _on_trajectory(batch, centred_BT / (deviation_BT + _EPS), one_BT)
+  return _on_trajectory(batch, _standardised(returns_BT, one_BT, batch.group_ids), one_BT)
 
 
 def step_relative(batch: TokenBatch, rewards_BT: jax.Array, gamma: float) -> jax.Array:
@@ -98,26 +96,37 @@ def step_relative(batch: TokenBatch, rewards_BT: jax.Array, gamma: float) -> jax
   GRPO's process supervision (Shao et al. 2024, section 4.1.3) on discounted returns-to-go. Steps
   are not compared by their number: the policy decides how many there are, which would bias that.
   """
-  returns_BT = step_returns(batch, rewards_BT, gamma)
-  start_BT = segments.step_starts(batch.action_mask, batch.step_ids, batch.segment_ids)
-  start_BT = start_BT.astype(jnp.float32)
+  start_BT = _step_starts(batch)
   steps_BT = segments.group_totals(start_BT, segments.starts(batch.segment_ids))
   weights_BT = start_BT / jnp.maximum(steps_BT, 1.0)
-  centred_BT, deviation_BT, _ = relative(returns_BT, weights_BT, batch.group_ids)
-  return segments.spread(centred_BT / (deviation_BT + _EPS), start_BT, batch.action_mask)
+  returns_BT = step_returns(batch, rewards_BT, gamma)
+  return _on_steps(batch, _standardised(returns_BT, weights_BT, batch.group_ids))
 
 
 def anchor_relative(batch: TokenBatch, rewards_BT: jax.Array, gamma: float) -> jax.Array:
   """(G_k - mean) / std over the steps of the task's samples that begin in the same state.
 
-  GiGPO's step advantage (Feng et al. 2025, eq. 6 to 8). The state is the last observation (at the
-  first step the prompt), token by token, as in the authors' tasks. 0 for a step without its like.
+  GiGPO's step advantage (Feng et al. 2025, arXiv 2505.10978). The state is the last observation (at
+  the first step the prompt), token by token, as in the authors' tasks. 0 for a step without its
+  like.
   """
   returns_BT = step_returns(batch, rewards_BT, gamma)
+  return _on_steps(batch, _standardised(returns_BT, _step_starts(batch), batch.anchor_ids))
+
+
+def _standardised(x_BT, weights_BT, ids_BT):
+  centred_BT, deviation_BT, _ = relative(x_BT, weights_BT, ids_BT)
+  return centred_BT / (deviation_BT + _EPS)
+
+
+def _step_starts(batch):
   start_BT = segments.step_starts(batch.action_mask, batch.step_ids, batch.segment_ids)
-  start_BT = start_BT.astype(jnp.float32)
-  centred_BT, deviation_BT, _ = relative(returns_BT, start_BT, batch.anchor_ids)
-  return segments.spread(centred_BT / (deviation_BT + _EPS), start_BT, batch.action_mask)
+  return start_BT.astype(jnp.float32)
+
+
+def _on_steps(batch, x_BT):
+  """x of a step's first token on all its tokens."""
+  return segments.spread(x_BT, _step_starts(batch), batch.action_mask)
 
 
 def _on_trajectory(batch, x_BT, one_BT):

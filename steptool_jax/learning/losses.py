@@ -102,7 +102,7 @@ def dpo(
 ) -> tuple[SumAndDenominator, dict[str, SumAndDenominator]]:
   """-log sigmoid(beta (h(chosen) - h(rejected))), h = sum over sampled tokens of log(pi / ref).
 
-  Rafailov et al. 2023, eq. 7, on whole trajectories (ETO: Song et al. 2024, eq. 6). Segment s of
+  Rafailov et al. 2023, eq. 7, on whole trajectories (ETO: Song et al. 2024). Segment s of
   row 2n was chosen over segment s of row 2n + 1. The denominator counts pairs. Metrics: the mean of
   the scaled difference, and the share of pairs in which it is positive.
   """

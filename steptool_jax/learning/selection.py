@@ -25,7 +25,7 @@ def _everything(trajectories: Sequence[Trajectory]) -> Units:
 
 
 def _solved(trajectories: Sequence[Trajectory]) -> Units:
-  """Solved ones, each way of solving a task once (Yuan et al. 2023, section 3.3)."""
+  """Solved ones, each way of solving a task once (Yuan et al. 2023, arXiv 2308.01825)."""
   distinct = {
     (t.task_id, *(s.tokens.tobytes() for s in t.steps)): t for t in trajectories if t.solved >= 1
   }

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from steptool_jax.policy import model, sampling
+from steptool_jax.policy import model, sampling, sharding
 
 MIN_CHUNK = 16  # the shortest append program, tokens
 
@@ -299,7 +299,10 @@ def make_engine(
   """
   alone = state_sharding is None or state_sharding.length.mesh.size == 1
   jit = functools.partial(jax.jit, out_shardings=state_sharding)
-  out = (state_sharding, None) if state_sharding is not None else None
+  # What was sampled goes to every process.
+  out = None
+  if state_sharding is not None:
+    out = (state_sharding, sharding.replicated(state_sharding.length.mesh))
   return Engine(
     slots=slots,
     size=size,

@@ -164,7 +164,7 @@ def save_params(
   `raw_config`: the config.json the model came with (default: made from `config`). `source`: a
   directory whose tokenizer and generation config are carried over. Tensors keep the dtype of
   `params`; the value head goes into a file of its own. ValueError when `raw_config` is of another
-  model, FileExistsError when `directory` holds anything.
+  model, FileExistsError when `directory` holds anything. Process 0 writes; all processes call it.
   """
   raw = dict(raw_config_of(config) if raw_config is None else raw_config)
   check_same_model(config, raw)
@@ -187,9 +187,13 @@ def save_params(
 
   def fetch(name):
     spot, array = names[name], leaf(name)
-    tensor = np.asarray(array if spot.layer is None else array[spot.layer])
+    tensor = sharding.to_host(array if spot.layer is None else array[spot.layer])
     return tensor.T if spot.transpose else tensor
 
+  if jax.process_index():  # takes part in bringing the tensors together, and writes nothing
+    for name in entries:
+      fetch(name)
+    return
   with output_directory(directory) as out:
     write_shards(out, entries, fetch, max_shard_bytes)
     head = {

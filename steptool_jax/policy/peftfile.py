@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from steptool_jax.policy import sharding
 from steptool_jax.policy.hfconfig import PROJECTIONS
 from steptool_jax.policy.lora import LoraConfig, init_lora
 from steptool_jax.policy.model import ModelConfig
@@ -61,7 +62,9 @@ def save_adapter(
   for name, target, part, layer in _tensors(config, lora):
     stack = adapters if layer is None else adapters["layers"]
     array = stack[target][part] if layer is None else stack[target][part][layer]
-    tensors[name] = np.asarray(array, np.float32).T
+    tensors[name] = np.asarray(sharding.to_host(array), np.float32).T
+  if jax.process_index():
+    return
   sizes = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
   with output_directory(directory) as out:
     write_file(out / "adapter_model.safetensors", sizes, tensors.__getitem__)

@@ -133,6 +133,22 @@ def cache_sharding(num_kv_heads: int, slots: int, mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, P(None, ROWS, None, heads, None))
 
 
+def place(x: np.ndarray, where: jax.sharding.Sharding) -> jax.Array:
+  """An array that every process holds whole, laid out over the devices of all."""
+  return jax.make_array_from_callback(np.shape(x), where, lambda index: x[index])
+
+
+def to_host(x: jax.Array) -> np.ndarray:
+  """The whole array in every process; all processes call it, in the same order."""
+  if not x.is_fully_addressable and not x.is_fully_replicated:
+    x = jax.jit(_same, out_shardings=replicated(x.sharding.mesh))(x)
+  return np.asarray(x)
+
+
+def _same(x: jax.Array) -> jax.Array:
+  return x
+
+
 def constrain(x: jax.Array, spec: PartitionSpec) -> jax.Array:
   """Pins the layout of an intermediate under `jax.set_mesh`; does nothing outside of one."""
   mesh = jax.sharding.get_abstract_mesh()

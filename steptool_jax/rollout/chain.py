@@ -3,9 +3,13 @@
 Continuous batching: a slot that is freed takes the next conversation, tools run in threads while
 other slots decode, samples of one task share the prompt's prefill by fork. A conversation depends
 on its (seed, version, task, sample) alone, never on its neighbours or on timing.
+
+On several processes (peers.py) all hold the same conversations and make the same engine calls; the
+sessions of a slot live in one of them, which tells the others its observations and grades.
 """
 
 import dataclasses
+import functools
 import hashlib
 import time
 from collections import deque
@@ -15,12 +19,17 @@ from typing import Any
 
 import numpy as np
 
+from steptool_jax.data.trajectories import observation_document, observation_of
 from steptool_jax.dialogue.template import ChatFormat
 from steptool_jax.environments.base import Environment, Session
 from steptool_jax.rollout.conversation import Conversation, Limits, State
+from steptool_jax.rollout.peers import ALONE, Peers, together
 from steptool_jax.simulators.errors import InfrastructureError
 from steptool_jax.simulators.runner import ToolRunner, TooManyStuck
-from steptool_jax.types import Status, Task, Trajectory
+from steptool_jax.types import Observation, Status, Task, Trajectory
+
+# Several processes look at each other's tools so often while nothing can be decoded, seconds.
+PATIENCE_S = 0.05
 
 
 class Interrupted(Exception):
@@ -55,7 +64,7 @@ class Seat:
   """A conversation in its slot. tree.py seats a whole search, with the same methods."""
 
   conversation: Conversation
-  session: Session
+  session: Session | None  # None in the processes that do not own the slot
   seed: np.ndarray | None = None
   future: Future | None = None
 
@@ -77,6 +86,7 @@ def rollout(
   sampling: Sampling,
   *,
   system: str | None = None,
+  peers: Peers = ALONE,
   should_stop: Callable[[], bool] = lambda: False,
   on_done: Callable[[Trajectory], None] = lambda trajectory: None,
 ) -> tuple[list[Trajectory], Stats]:
@@ -84,14 +94,15 @@ def rollout(
 
   Args:
     engine: policy/engine.py Engine, or a fake with its methods.
+    peers: the processes that make this very call together; all get all trajectories.
     should_stop: asked between device calls.
     on_done: called with each finished trajectory (progress bars).
 
   Raises:
-    Interrupted: should_stop answered True.
+    Interrupted: should_stop answered True, in any process.
     TooManyStuck: tools hang beyond what the runner may leave behind.
   """
-  loop = Loop(engine, variables, environment, chat_format, limits, runner, sampling, system)
+  loop = Loop(engine, variables, environment, chat_format, limits, runner, sampling, system, peers)
   started = time.monotonic()
   try:
     trajectories = loop.run(jobs, should_stop, on_done)
@@ -101,26 +112,37 @@ def rollout(
   return trajectories, loop.stats
 
 
-def graded(trajectory: Trajectory, grade: Callable[[], float]) -> Trajectory:
-  """The trajectory with IsSolved; a checker (a judge) that is down is not the policy's failure."""
+def verdict_on(trajectory: Trajectory, grade: Callable[[], float]) -> dict[str, Any]:
+  """IsSolved and status as JSON data.
+
+  A checker (a judge) that is down is not the policy's failure.
+  """
   if trajectory.status is Status.INFRASTRUCTURE_ERROR:
-    return trajectory
+    return {"solved": 0.0, "status": trajectory.status}
   try:
-    return dataclasses.replace(trajectory, solved=grade())
+    return {"solved": float(grade()), "status": trajectory.status}
   except TooManyStuck:
     raise
   except InfrastructureError:
-    return dataclasses.replace(trajectory, status=Status.INFRASTRUCTURE_ERROR)
+    return {"solved": 0.0, "status": Status.INFRASTRUCTURE_ERROR}
+
+
+def judged(trajectory: Trajectory, verdict: dict[str, Any]) -> Trajectory:
+  """The trajectory with its verdict."""
+  return dataclasses.replace(trajectory, solved=verdict["solved"], status=Status(verdict["status"]))
 
 
 class Loop:
   """The scheduler's state; lives for one rollout. Searches over trees (tree.py) extend it."""
 
-  def __init__(self, engine, variables, environment, chat_format, limits, runner, sampling, system):
+  def __init__(
+    self, engine, variables, environment, chat_format, limits, runner, sampling, system, peers
+  ):
     self.engine, self.variables, self.environment = engine, variables, environment
     self.format, self.limits, self.runner = chat_format, limits, runner
-    self.sampling, self.system = sampling, system
+    self.sampling, self.system, self.peers = sampling, system, peers
     self.seats: dict[int, Seat] = {}
+    self.trouble: Exception | None = None  # of this process, until all hear of it
     self.state = engine.init()
     self.stats = Stats()
 
@@ -129,43 +151,112 @@ class Loop:
     order: dict[int, int] = {}  # slot -> index of its job
     results: dict[int, Trajectory] = {}
     while waiting or self.seats:
-      if should_stop():
-        raise Interrupted
-      fresh = []
-      for slot in range(self.engine.slots):
-        while slot not in self.seats and waiting:
-          index, (task, sample) = waiting.popleft()
-          try:
-            self._sit(slot, task, sample)
-          except TooManyStuck:
-            raise
-          except InfrastructureError:
-            results[index] = self._lost(task, sample)
-            on_done(results[index])
-            continue
-          order[slot] = index
-          fresh.append(slot)
-      if fresh:
-        self._start(fresh)
-      self._collect()
-      self._append()
-      self._decode()
-      for slot in [s for s, seat in self.seats.items() if seat.conversation.state is State.DONE]:
-        trajectory = self._stand(slot)
+      for slot, verdict in sorted(self._exchange(should_stop).items()):
+        trajectory = self._stand(slot, verdict)
         results[order.pop(slot)] = trajectory
         on_done(trajectory)
+      fresh = self._fill(waiting, order, results, on_done)
+      if fresh:
+        self._start(fresh)
+      self._append()
+      self._decode()
     return [results[index] for index in range(len(jobs))]
+
+  def _fill(self, waiting, order, results, on_done) -> list[int]:
+    """Jobs into free slots; a conversation whose session cannot be opened ends at once."""
+    fresh: list[int] = []
+    while waiting and len(self.seats) < self.engine.slots:
+      seated = []
+      for slot in range(self.engine.slots):
+        if slot not in self.seats and waiting:
+          order[slot], (task, sample) = waiting.popleft()
+          self._sit(slot, task, sample)
+          seated.append(slot)
+      unopened = together(self.peers, functools.partial(self._unopened, seated))
+      for slot in sorted(slot for theirs in unopened for slot in theirs):
+        conversation = self.seats.pop(slot).conversation
+        index = order.pop(slot)
+        results[index] = self._lost(conversation.task, conversation.sample)
+        on_done(results[index])
+      fresh += [slot for slot in seated if slot in self.seats]
+    return fresh
+
+  def _unopened(self, seated: list[int]) -> list[int]:
+    """This process's slots whose session could not be opened."""
+    if self.trouble is not None:
+      raise self.trouble
+    return [slot for slot in seated if self._mine(slot) and self.seats[slot].session is None]
 
   def close(self) -> None:
     for seat in self.seats.values():
-      seat.session.close()
+      if seat.session is not None:
+        seat.session.close()
+
+  def _mine(self, slot: int) -> bool:
+    """Whether this process runs the slot's tools."""
+    return slot * self.peers.count // self.engine.slots == self.peers.index
+
+  def _own(self, work: Callable[[], Any]) -> Any:
+    """Work of this process alone; where there are others, an error waits for the next exchange."""
+    try:
+      return work()
+    except Exception as error:
+      if self.peers.count == 1:
+        raise
+      self.trouble = self.trouble or error
+      return None
+
+  def _exchange(self, should_stop: Callable[[], bool]) -> dict[int, dict[str, Any]]:
+    """Observes what tools have answered; the verdicts on conversations that are done, by slot.
+
+    Interrupted where one process is asked to stop; its error where one has one.
+    """
+    wait_for_tools = not any(
+      seat.conversation.state in (State.DECODING, State.DONE) for seat in self.seats.values()
+    )
+
+    def news() -> dict[str, Any]:
+      if self.trouble is not None:
+        raise self.trouble
+      if should_stop():
+        return {"stop": True}
+      observed = self._collect(wait_for_tools)
+      verdicts = {
+        str(slot): self._grade(seat)
+        for slot, seat in self.seats.items()
+        if self._mine(slot) and seat.conversation.state is State.DONE
+      }
+      return {"stop": False, "observed": observed, "verdicts": verdicts}
+
+    found = together(self.peers, news)
+    if any(theirs["stop"] for theirs in found):
+      raise Interrupted
+    verdicts: dict[int, dict[str, Any]] = {}
+    for index, theirs in enumerate(found):
+      if index != self.peers.index:
+        for slot, document in theirs["observed"].items():
+          self._observe(self.seats[int(slot)], observation_of(document))
+      verdicts |= {int(slot): verdict for slot, verdict in theirs["verdicts"].items()}
+    return verdicts
 
   def _sit(self, slot: int, task: Task, sample: int) -> None:
     conversation = Conversation(task, sample, self.format, self.limits, self.system)
-    session = self._within(
-      "opening a session", lambda: self.environment.open(task, sample), lambda late: late.close()
-    )
-    self.seats[slot] = Seat(conversation, session)
+    self.seats[slot] = Seat(conversation, None)
+    if self._mine(slot):
+      self.seats[slot].session = self._opened(lambda: self.environment.open(task, sample))
+
+  def _opened(self, opening: Callable[[], Any]) -> Any:
+    """What `opening` returns; None where it cannot be had."""
+
+    def within() -> Any:
+      try:
+        return self._within("opening a session", opening, lambda late: late.close())
+      except TooManyStuck:
+        raise
+      except InfrastructureError:
+        return None
+
+    return self._own(within)
 
   def _lost(self, task: Task, sample: int) -> Trajectory:
     """Of a conversation whose session could not be opened."""
@@ -183,15 +274,20 @@ class Loop:
     """The environment's work that a slot waits for, with the time-out of a tool call."""
     return self.runner.within(function, f"environment {self.environment.name!r}: {what}", late)
 
-  def _stand(self, slot: int) -> Trajectory:
-    """Grades and frees a finished conversation."""
-    seat = self.seats.pop(slot)
+  def _grade(self, seat: Seat) -> dict[str, Any]:
+    """The verdict on a finished conversation (JSON data), by the owner of its slot."""
     trajectory = seat.conversation.trajectory(0.0, self.sampling.version)
-    try:
-      answer = seat.conversation.answer
-      return graded(trajectory, lambda: self._within("grading", lambda: seat.session.grade(answer)))
-    finally:
+    answer = seat.conversation.answer
+    return verdict_on(
+      trajectory, lambda: self._within("grading", lambda: seat.session.grade(answer))
+    )
+
+  def _stand(self, slot: int, verdict: dict[str, Any]) -> Trajectory:
+    """Frees a slot whose conversation is finished and graded."""
+    seat = self.seats.pop(slot)
+    if seat.session is not None:
       seat.session.close()
+    return judged(seat.conversation.trajectory(0.0, self.sampling.version), verdict)
 
   def _start(self, fresh: list[int]) -> None:
     """Prompts into new slots; a prompt that stands in another slot is forked, not computed."""
@@ -239,26 +335,34 @@ class Loop:
     """Whether the slot begins with the whole prompt at this moment."""
     return True
 
-  def _collect(self) -> None:
-    """Takes finished tool calls; waits for one only if no slot has anything else to do."""
+  def _collect(self, wait_for_tools: bool) -> dict[str, Any]:
+    """Takes this process's finished tool calls, as {slot: observation} for the others.
+
+    wait_for_tools: no slot has anything else to do.
+    """
     calling = {slot: seat for slot, seat in self.seats.items() if seat.future is not None}
-    if not calling:
-      return
-    busy = any(s.conversation.state in (State.DECODING, State.DONE) for s in self.seats.values())
-    if not busy:
+    if calling and wait_for_tools:
       # Where all are calling, all are quick or one is slow; a moment's patience fills the batch.
       started = time.monotonic()
       futures = [seat.future for seat in calling.values()]
       done, pending = wait(futures, timeout=0.02)
       if not done:
-        wait(pending, return_when=FIRST_COMPLETED)
+        patience = None if self.peers.count == 1 else PATIENCE_S
+        wait(pending, timeout=patience, return_when=FIRST_COMPLETED)
       self.stats.tool_wait_seconds += time.monotonic() - started
-    for seat in calling.values():
+    observed = {}
+    for slot, seat in calling.items():
       if seat.future.done():
         observation = seat.future.result()
         seat.future = None
-        self.stats.tool_seconds += observation.seconds
-        seat.conversation.observe(observation)
+        if self.peers.count > 1:
+          observed[str(slot)] = observation_document(observation)
+        self._observe(seat, observation)
+    return observed
+
+  def _observe(self, seat: Seat, observation: Observation) -> None:
+    self.stats.tool_seconds += observation.seconds
+    seat.conversation.observe(observation)
 
   def _append(self) -> None:
     """Observations into the live cache."""
@@ -298,8 +402,8 @@ class Loop:
       state = seat.conversation.sampled(
         decoded.tokens[slot, :count], decoded.logprobs[slot, :count], bool(decoded.stopped[slot])
       )
-      if state is State.CALLING:
-        seat.future = self._submit(seat)
+      if state is State.CALLING and self._mine(slot):
+        seat.future = self._own(functools.partial(self._submit, seat))
 
   def _submit(self, seat: Seat) -> Future:
     """A tool call in a thread."""

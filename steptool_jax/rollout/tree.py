@@ -27,8 +27,9 @@ import numpy as np
 from steptool_jax.dialogue.template import ChatFormat
 from steptool_jax.environments.base import Environment
 from steptool_jax.rollout.branching import ROOT, Branches
-from steptool_jax.rollout.chain import Loop, Sampling, Seat, Stats, graded
+from steptool_jax.rollout.chain import Loop, Sampling, Seat, Stats, judged, verdict_on
 from steptool_jax.rollout.conversation import Conversation, Limits, State
+from steptool_jax.rollout.peers import ALONE, Peers
 from steptool_jax.rollout.strategy import CANDIDATES, Node, Search, SearchResult
 from steptool_jax.simulators.runner import ToolRunner
 from steptool_jax.types import Finish, Malformed, Observation, Status, Step, Task, Trajectory
@@ -57,6 +58,7 @@ def search(
   strategy: Search,
   *,
   system: str | None = None,
+  peers: Peers = ALONE,
   should_stop: Callable[[], bool] = lambda: False,
   on_done: Callable[[Trajectory], None] = lambda trajectory: None,
 ) -> tuple[list[SearchResult], TreeStats]:
@@ -66,7 +68,7 @@ def search(
   that is larger than limits.max_tokens leaves room for diversity prompts. Else as chain.rollout.
   """
   loop = _TreeLoop(
-    *(engine, variables, environment, chat_format, limits, runner, sampling, system),
+    *(engine, variables, environment, chat_format, limits, runner, sampling, system, peers),
     strategy=strategy,
   )
   started = time.monotonic()
@@ -297,29 +299,33 @@ class _TreeLoop(Loop):
     self.results: dict[tuple[str, int], SearchResult] = {}
 
   def _sit(self, slot: int, task: Task, sample: int) -> None:
-    branches = self._within(
-      "opening a session",
-      lambda: Branches(self.environment, task, sample),
-      lambda late: late.close(),
-    )
+    branches = None
+    if self._mine(slot):
+      branches = self._opened(lambda: Branches(self.environment, task, sample))
     start = Conversation(task, sample, self.format, self.limits, self.system)
-    tree = _Tree(start, self.format, self.limits, self.strategy, self.engine.size, branches.enter)
+    on_node = branches.enter if branches is not None else lambda *_: None
+    tree = _Tree(start, self.format, self.limits, self.strategy, self.engine.size, on_node)
     self.seats[slot] = Seat(tree, branches)
 
-  def _stand(self, slot: int) -> Trajectory:
-    seat = self.seats.pop(slot)
+  def _grade(self, seat: Seat) -> dict[str, Any]:
     tree, branches = seat.conversation, seat.session
     leaf, trajectory = tree.result(self.sampling.version)
-    try:
-      path, answer = tree.path(leaf), tree.answer(leaf)
-      trajectory = graded(
-        trajectory, lambda: self._within("grading", lambda: branches.grade(leaf, path, answer))
-      )
-    finally:
-      branches.close()
+    path, answer = tree.path(leaf), tree.answer(leaf)
+    verdict = verdict_on(
+      trajectory, lambda: self._within("grading", lambda: branches.grade(leaf, path, answer))
+    )
+    return verdict | {"replayed_calls": branches.replayed_calls}
+
+  def _stand(self, slot: int, verdict: dict[str, Any]) -> Trajectory:
+    seat = self.seats.pop(slot)
+    tree = seat.conversation
+    if seat.session is not None:
+      seat.session.close()
+    leaf, trajectory = tree.result(self.sampling.version)
+    trajectory = judged(trajectory, verdict)
     self.stats.calls += len(tree.nodes)
     self.stats.siblings_without_room += tree.without_room
-    self.stats.replayed_calls += branches.replayed_calls
+    self.stats.replayed_calls += verdict["replayed_calls"]
     self.results[tree.task.id, tree.sample] = SearchResult(tuple(tree.nodes), leaf, trajectory)
     return trajectory
 

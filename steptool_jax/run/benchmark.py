@@ -11,6 +11,7 @@ evaluation.stored=WORKDIR/pass_rate the verdicts give the figures once more.
 """
 
 import dataclasses
+import functools
 import pathlib
 import shutil
 from collections.abc import Mapping, Sequence
@@ -31,7 +32,7 @@ from steptool_jax.evaluation.passrate import PassRate, call_metrics, outcome_of
 from steptool_jax.evaluation.recall import macro_recall
 from steptool_jax.rollout.answers import cot_answer, dfs_answer, write_answer, write_json
 from steptool_jax.rollout.conversion import convert_folder
-from steptool_jax.run import build, record, solving, workbench
+from steptool_jax.run import build, hosts, record, solving, workbench
 from steptool_jax.run.solving import Solution, Work
 from steptool_jax.run.workbench import Workbench
 from steptool_jax.types import Status, Task, Trajectory
@@ -53,6 +54,8 @@ class _Run:
 def evaluate(bench: Workbench, variables: dict) -> _Json:
   """Attempts the first evaluation.tasks held-out tasks, writes the files, returns the figures.
 
+  All processes roll out; process 0 judges and writes.
+
   RuntimeError when every task ended in an infrastructure error; ValueError without tasks.
   """
   e = bench.config.evaluation
@@ -61,15 +64,36 @@ def evaluate(bench: Workbench, variables: dict) -> _Json:
     raise ValueError("environment: there are no held-out tasks; evaluation needs at least one")
   name = solving.method(bench)
   others = _read_others(e.against, tasks) if e.against else None
-  # Of an earlier evaluation, perhaps of other tasks.
-  for name_of in ("answers", "converted", "pass_rate"):
-    for old in (bench.workdir / name_of).glob("rollout_*"):
-      shutil.rmtree(old)
-  runs = []
-  for k in range(e.rollouts):
-    runs.append(_run(bench, variables, tasks, k, f"{name}, rollout {k + 1} of {e.rollouts}"))
+  hosts.lead(functools.partial(_clear, bench))
+  runs: list[_Run] = []
+
+  def finish(k: int, solutions: list[Solution], work: Work) -> None:
+    runs.append(_judged(bench, tasks, solutions, work))
     if bench.services.judging is not None:
       _write_official(bench, runs[-1], f"rollout_{k}", name)
+
+  for k in range(e.rollouts):
+    label = f"{name}, rollout {k + 1} of {e.rollouts}"
+    solutions, work = solving.solve(bench, variables, tasks, k, label)
+    hosts.lead(functools.partial(finish, k, solutions, work))
+  return hosts.lead(lambda: _reported(bench, name, tasks, runs, others))
+
+
+def _clear(bench: Workbench) -> None:
+  """Removes what an earlier evaluation, perhaps of other tasks, has written."""
+  for name in ("answers", "converted", "pass_rate"):
+    for old in (bench.workdir / name).glob("rollout_*"):
+      shutil.rmtree(old)
+
+
+def _reported(
+  bench: Workbench,
+  name: str,
+  tasks: Sequence[Task],
+  runs: Sequence[_Run],
+  others: Sequence[AnnotatedTrajectory] | None,
+) -> _Json:
+  """The figures; writes the trajectories."""
   codec = bench.policy.chat_format.codec
   records = [
     AnnotatedTrajectory(
@@ -95,10 +119,7 @@ def evaluate(bench: Workbench, variables: dict) -> _Json:
   return figures
 
 
-def _run(
-  bench: Workbench, variables: dict, tasks: Sequence[Task], repetition: int, label: str
-) -> _Run:
-  solutions, work = solving.solve(bench, variables, tasks, repetition, label)
+def _judged(bench: Workbench, tasks: Sequence[Task], solutions: list[Solution], work: Work) -> _Run:
   trajectories = [solution.chosen for solution in solutions]
   judging, rate = bench.services.judging, None
   if judging is not None:

@@ -1,6 +1,7 @@
 """The one place that turns a Config into policy, environment, engine and learner."""
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Iterator
 
@@ -22,6 +23,7 @@ from steptool_jax.policy import engine as engine_lib
 from steptool_jax.policy import hfconfig, hub, lora, model, sharding
 from steptool_jax.rollout.conversation import Limits
 from steptool_jax.rollout.strategy import Search
+from steptool_jax.run import hosts
 from steptool_jax.run.services import NO_SERVICES, Services, secret
 from steptool_jax.simulators.faults import Faults, FaultyEnvironment
 from steptool_jax.simulators.runner import ToolRunner
@@ -220,8 +222,12 @@ def _source(path: str, workdir: pathlib.Path) -> pathlib.Path:
   from steptool_jax.policy import gguf  # needs the extra `gguf`
 
   imported = workdir / "imported"
-  if not (imported / "config.json").exists():
-    gguf.gguf_to_hub(source, imported)
+
+  def write() -> None:
+    if not (imported / "config.json").exists():
+      gguf.gguf_to_hub(source, imported)
+
+  hosts.lead(write)
   return imported
 
 
@@ -234,12 +240,16 @@ def _tokenizer(config: Config, environment: Environment, workdir: pathlib.Path) 
   if config.model.tokenizer != "compact":
     return pathlib.Path(config.model.tokenizer)
   out = workdir / "tokenizer"
-  if not (out / "tokenizer_config.json").exists():
-    tasks = environment.tasks("train")[:TOKENIZER_TASKS]
-    texts = (text for task in tasks for text in _texts(environment, task))
-    compact.build_tokenizer(
-      texts, config.model.architecture.vocab_size, out, digits=config.model.number_digits
-    )
+
+  def write() -> None:
+    if not (out / "tokenizer_config.json").exists():
+      tasks = environment.tasks("train")[:TOKENIZER_TASKS]
+      texts = (text for task in tasks for text in _texts(environment, task))
+      compact.build_tokenizer(
+        texts, config.model.architecture.vocab_size, out, digits=config.model.number_digits
+      )
+
+  hosts.lead(write)
   return out
 
 
@@ -269,8 +279,8 @@ def initial_variables(config: Config, policy: Policy, mesh: Mesh) -> dict:
 
 def fresh_adapters(policy: Policy, mesh: Mesh, seed: int) -> dict:
   key = jax.random.fold_in(jax.random.key(seed), 1)
-  adapters = lora.init_lora(policy.model, policy.lora, key)
-  return jax.device_put(adapters, sharding.shardings(adapters, mesh))
+  make = functools.partial(lora.init_lora, policy.model, policy.lora, key)
+  return jax.jit(make, out_shardings=sharding.shardings(jax.eval_shape(make), mesh))()
 
 
 def build_mesh(config: Config) -> Mesh:

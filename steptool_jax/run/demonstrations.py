@@ -1,10 +1,15 @@
 """Batches of demonstrations for the supervised warm-up."""
 
+from typing import Any
+
 import numpy as np
 from absl import logging
 
+from steptool_jax.data.trajectories import AnnotatedTrajectory, from_document, to_document
 from steptool_jax.environments.demonstrations import imperfect
 from steptool_jax.rollout.demonstrations import demonstrate
+from steptool_jax.rollout.peers import together
+from steptool_jax.run import hosts
 from steptool_jax.run.order import Order
 from steptool_jax.run.workbench import Workbench
 from steptool_jax.types import TRUNCATED, Status, Trajectory
@@ -27,7 +32,17 @@ class Demonstrations:
   def batch(self, step: int) -> list[Trajectory]:
     size = self._sft.batch
     order = Order(len(self._tasks), self._bench.config.seed)
-    drawn = [self._draw(order[step * size + k], step * size + k) for k in range(size)]
+    peers = hosts.peers()
+
+    def share() -> list[Any]:
+      numbers = range(step * size + peers.index, (step + 1) * size, peers.count)
+      return [[k, _document(self._draw(order[k], k))] for k in numbers]
+
+    if peers.count == 1:
+      drawn = [self._draw(order[k], k) for k in range(step * size, (step + 1) * size)]
+    else:  # every process runs the tools of its share
+      found = dict(pair for part in together(peers, share) for pair in part)
+      drawn = [from_document(found[k]).trajectory for k in sorted(found)]
     kept = [t for t in drawn if t.status not in TRUNCATED | {Status.INFRASTRUCTURE_ERROR}]
     self._seen, self._dropped = self._seen + len(drawn), self._dropped + len(drawn) - len(kept)
     if not kept:
@@ -57,3 +72,7 @@ class Demonstrations:
       self._bench.limits,
       self._bench.config.model.system or None,
     )
+
+
+def _document(trajectory: Trajectory) -> dict[str, Any]:
+  return to_document(AnnotatedTrajectory(trajectory))

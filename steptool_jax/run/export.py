@@ -6,7 +6,7 @@ from typing import Any
 
 from steptool_jax.config import Config
 from steptool_jax.policy import hub, lora, peftfile
-from steptool_jax.run import metrics_writer, restore, workbench
+from steptool_jax.run import hosts, metrics_writer, restore, workbench
 from steptool_jax.run.workbench import Workbench
 
 
@@ -40,7 +40,7 @@ def write(bench: Workbench, variables: dict, folded: bool) -> pathlib.Path:
   params = variables["params"]
   if policy.lora is not None:
     params = lora.merge_lora(params, variables["lora"], policy.lora)
-  if out.exists():
+  if hosts.primary() and out.exists():
     shutil.rmtree(out)
   hub.save_params(out, policy.model, params, policy.raw_config, source=policy.tokenizer)
   if policy.lora is not None and not folded:

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from steptool_jax.config import Config, Optimizer
 from steptool_jax.learning import algorithms, batching, update
 from steptool_jax.policy import lora, model, sharding
+from steptool_jax.run import hosts
 from steptool_jax.run.build import Policy
 from steptool_jax.types import TokenBatch, TrainState
 
@@ -149,13 +150,11 @@ def to_device(batch: TokenBatch, micro_rows: int, capacity: int, mesh: Mesh) -> 
   rows, length = batch.tokens.shape
   padding = batching.empty_batch(capacity * micro_rows - rows, length)
   placement = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, sharding.ROWS))
-  return jax.tree.map(
-    lambda x, pad: jax.device_put(
-      np.concatenate([x, pad]).reshape(capacity, micro_rows, length), placement
-    ),
-    batch,
-    padding,
+  whole = jax.tree.map(
+    lambda x, pad: np.concatenate([x, pad]).reshape(capacity, micro_rows, length), batch, padding
   )
+  hosts.refuse_different_batches(whole)
+  return jax.tree.map(lambda x: sharding.place(x, placement), whole)
 
 
 def minibatches(

@@ -9,16 +9,21 @@ from typing import Any
 import tensorboardX
 
 from steptool_jax.files import replacing
+from steptool_jax.run import hosts
 
 
 class MetricsWriter:
-  """Appends to WORKDIR/metrics.jsonl and WORKDIR/tensorboard.
+  """Appends to WORKDIR/metrics.jsonl and WORKDIR/tensorboard, in process 0 alone.
 
   A resumed run keeps the first `keep` records, those that its checkpoint knows, and drops the
   others, because they are written again. `resumed_at`: the checkpoint's step, for TensorBoard.
   """
 
   def __init__(self, workdir: pathlib.Path, keep: int = 0, resumed_at: int = 0):
+    self.records = keep
+    if not hosts.primary():
+      self._file = self._board = None
+      return
     path = workdir / "metrics.jsonl"
     kept = read_jsonl(path)[:keep]
     write_atomically(path, "".join(json.dumps(r) + "\n" for r in kept))
@@ -29,17 +34,20 @@ class MetricsWriter:
     )
 
   def write(self, step: int, prefix: str, metrics: Mapping[str, float]) -> None:
+    self.records += 1
+    if self._file is None:
+      return
     record = {"step": step} | {f"{prefix}/{k}": float(v) for k, v in metrics.items()}
     self._file.write(json.dumps(record) + "\n")
     self._file.flush()
-    self.records += 1
     for name, value in record.items():
       if name != "step":
         self._board.add_scalar(name, value, step)
 
   def close(self) -> None:
-    self._file.close()
-    self._board.close()
+    if self._file is not None:
+      self._file.close()
+      self._board.close()
 
 
 def read_jsonl(path: pathlib.Path) -> list[dict[str, Any]]:
@@ -61,7 +69,8 @@ def write_atomically(path: pathlib.Path, text: str) -> None:
 
 
 def write_summary(workdir: pathlib.Path, summary: Mapping[str, Any]) -> None:
-  write_atomically(workdir / "summary.json", json.dumps(summary, indent=2) + "\n")
+  if hosts.primary():
+    write_atomically(workdir / "summary.json", json.dumps(summary, indent=2) + "\n")
 
 
 def peak_rss_gib() -> float:

@@ -38,6 +38,7 @@ from steptool_jax.learning import batching
 from steptool_jax.learning.algorithms import get_algorithm
 from steptool_jax.policy.model import ModelConfig
 from steptool_jax.rewards import shaping
+from steptool_jax.run import hosts
 from steptool_jax.run.order import permutation
 from steptool_jax.types import Status, TokenBatch, Trajectory
 
@@ -130,6 +131,10 @@ def load(config: Config, chat_format: ChatFormat, model: ModelConfig) -> Data:
   algorithm = get_algorithm(config.algorithm)
   if algorithm.rewards == "outcome":
     kept = [shaping.shape(trajectory, outcome_only=True) for trajectory in kept]
+  if algorithm.rewards == "none":  # imitation reads no log-probs: zeros, as in demonstrations
+    kept = [
+      _with_logprobs(t, np.zeros(sum(len(s.tokens) for s in t.steps), np.float32)) for t in kept
+    ]
   _check_algorithm(config, kept)
   units: dict[Any, list[int]] = {}
   for i, trajectory in enumerate(kept):
@@ -231,8 +236,9 @@ def with_behaviour(
     for i, values in zip(chosen, computed, strict=True):
       filled[i] = _with_logprobs(filled[i], values)
   flat = np.concatenate([step.logprobs for t in filled for step in t.steps])
-  with replacing(workdir / _FILE, "wb") as file:
-    np.savez(file, digest=_digest(data), logprobs=flat)
+  if hosts.primary():
+    with replacing(workdir / _FILE, "wb") as file:
+      np.savez(file, digest=_digest(data), logprobs=flat)
   return dataclasses.replace(data, trajectories=tuple(filled))
 
 

@@ -23,6 +23,7 @@ from steptool_jax.data.trajectories import AnnotatedTrajectory, to_document, wri
 from steptool_jax.dialogue.codec import Codec
 from steptool_jax.environments.base import Environment
 from steptool_jax.rollout.strategy import SearchResult
+from steptool_jax.run import hosts
 from steptool_jax.types import TokenBatch, Trajectory
 
 
@@ -80,6 +81,8 @@ class Recorder:
     trajectories: Sequence[Trajectory],
     advantages: Mapping[tuple[str, int], list[list[float]]],
   ) -> None:
+    if not hosts.primary():
+      return
     wanted = {t.task_id for t in trajectories}
     queries = {t.id: t.query for t in self.environment.tasks(split) if t.id in wanted}
 

@@ -7,9 +7,9 @@ from typing import Any
 from steptool_jax import validation
 from steptool_jax.config import Config
 from steptool_jax.policy import lora
-from steptool_jax.run import learners, metrics_writer
-from steptool_jax.run.checkpoint import Checkpoints
+from steptool_jax.run import checkpoint, hosts, learners, metrics_writer
 from steptool_jax.run.workbench import Workbench
+from steptool_jax.types import TrainState
 
 # What decides how a checkpoint is read: the other fields may differ in modes that only read.
 POLICY = ("algorithm", "model.", "lora.", "sft.", "loss.kl", "train.optimizer.")
@@ -40,26 +40,39 @@ def refuse_other_config(
 def claim(config: Config, workdir: pathlib.Path) -> None:
   """Writes config.json where there is none."""
   path = workdir / "config.json"
-  if not path.exists():
+  if hosts.primary() and not path.exists():
     metrics_writer.write_atomically(path, validation.to_json(config))
 
 
 def newest_variables(bench: Workbench) -> tuple[dict, dict[str, Any]] | None:
-  """(variables, meta) of the newest checkpoint; None where the workdir has none.
+  """(variables, meta) of the newest checkpoint, or of the best (checkpoint.use); None for none.
 
   Raises:
     ValueError: it belongs to another model or config.
   """
   refuse_other_config(bench.config, bench.workdir, only=POLICY)
-  checkpoints = Checkpoints(bench.workdir, bench.config.checkpoint.keep)
-  try:
-    meta = checkpoints.latest_meta()
-    if meta is None:
-      return None
+
+  def abstract_of(meta: dict[str, Any]) -> TrainState:
     name = "sft" if meta["phase"] == "sft" else bench.config.algorithm
     learner = learners.build_learner(bench.config, bench.policy.model, name)
-    abstract = learners.abstract_state(bench.config, bench.policy, bench.mesh, learner)
-    state = checkpoints.restore(abstract)
-    return lora.join_variables(state.trainable, state.frozen), meta
-  finally:
-    checkpoints.close()
+    return learners.abstract_state(bench.config, bench.policy, bench.mesh, learner)
+
+  found = checkpoint.newest(bench.workdir, abstract_of, _order(bench))
+  if found is None:
+    return None
+  return lora.join_variables(found.state.trainable, found.state.frozen), found.meta
+
+
+def _order(bench: Workbench) -> list[int]:
+  """Checkpoints to read, the one that is wanted first."""
+  numbers = hosts.lead(lambda: checkpoint.numbers(bench.workdir))
+  if bench.config.checkpoint.use == "newest" or not numbers:
+    return numbers
+  scores = checkpoint.read_scores(bench.workdir)
+  numbers = [n for n in numbers if n in scores]
+  if not numbers:
+    raise ValueError(
+      f"config.checkpoint.use: 'best', but no checkpoint of {bench.workdir} was evaluated; set "
+      "evaluation.every to a multiple of checkpoint.every when training, or use 'newest'"
+    )
+  return sorted(numbers, key=lambda n: (scores[n], n), reverse=True)

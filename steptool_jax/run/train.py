@@ -28,6 +28,7 @@ from steptool_jax.rollout.conversation import NonFiniteLogprobs
 from steptool_jax.run import (
   build,
   export,
+  hosts,
   learners,
   metrics_writer,
   offline,
@@ -96,7 +97,7 @@ def run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
     )
   restore.refuse_other_config(config, workdir, MAY_CHANGE)
   with workbench.Stop().listening() as stop, workbench.open_workbench(config, workdir, stop) as b:
-    checkpoints = Checkpoints(workdir, config.checkpoint.keep)
+    checkpoints = Checkpoints(workdir, config.checkpoint.keep, config.checkpoint.keep_best)
     try:
       return _Trainer(b, checkpoints).run()
     finally:
@@ -136,12 +137,8 @@ class _Trainer:
   # --- phases ---
 
   def run(self) -> dict[str, Any]:
-    meta = self.checkpoints.latest_meta()
-    if meta is not None:
-      self.progress = Progress(**meta)
-      logging.info("resuming: %s, iteration %d", self.progress.phase, self.progress.done)
+    self._enter()
     self.before = self.progress.seconds
-    self._enter(resume=meta is not None)
     # Only now: a start that fails on its input must not bind the folder to that input.
     restore.claim(self.config, self.bench.workdir)
     self.writer = metrics_writer.MetricsWriter(
@@ -169,23 +166,29 @@ class _Trainer:
     finally:
       self.writer.close()
 
-  def _enter(self, resume: bool) -> None:
-    """The state of the present phase: fresh, or from the newest checkpoint."""
+  def _enter(self) -> None:
+    """State and progress: fresh, or of the newest whole checkpoint."""
     for name, rows in (
       ("sft.micro_rows", self.config.sft.micro_rows),
       ("train.micro_rows", self.config.train.micro_rows),
     ):
       sharding.check_rows(name, rows, self.bench.mesh)
-    self._set_learner()
-    if not resume:
-      variables = build.initial_variables(self.config, self.bench.policy, self.bench.mesh)
-      self.state = self._start(variables)
+
+    def abstract_of(meta: dict[str, Any]) -> TrainState:
+      self.progress = Progress(**meta)
+      self._set_learner()
+      return learners.abstract_state(self.config, self.bench.policy, self.bench.mesh, self.learner)
+
+    found = self.checkpoints.newest(abstract_of)
+    if found is not None:
+      self.state = found.state
+      self.past = replay.from_documents(found.replay)
+      logging.info("resuming: %s, iteration %d", self.progress.phase, self.progress.done)
       return
-    abstract = learners.abstract_state(
-      self.config, self.bench.policy, self.bench.mesh, self.learner
+    self._set_learner()
+    self.state = self._start(
+      build.initial_variables(self.config, self.bench.policy, self.bench.mesh)
     )
-    self.state = self.checkpoints.restore(abstract)
-    self.past = replay.from_documents(self.checkpoints.latest_replay())
 
   def _set_learner(self) -> None:
     name = "sft" if self.progress.phase == "sft" else self.config.algorithm
@@ -334,7 +337,7 @@ class _Trainer:
       rows, length = batch.tokens.shape
       on_device = self._to_device(batch, micro_rows, -(-self.conversations // micro_rows))
       values = program(variables, on_device, np.int32(-(-rows // micro_rows)))
-      return np.asarray(jax.device_get(values)).reshape(-1, length)[:rows]
+      return sharding.to_host(values).reshape(-1, length)[:rows]
 
     self.data = offline.with_behaviour(
       self.data, self.config.train.row_tokens, logprobs, self.bench.workdir
@@ -389,9 +392,9 @@ class _Trainer:
       self.state, device_batch, np.int32(-(-rows // t.micro_rows))
     )
     if self.recorder.wants(self.progress.done):
-      advantages = jax.device_get(prepared.advantages)
+      advantages = prepared.advantages
       if advantages is not None:
-        advantages = advantages.reshape(-1, t.row_tokens)
+        advantages = sharding.to_host(advantages).reshape(-1, t.row_tokens)
       self.recorder.training(self.progress.done, trajectories, batch, advantages)
     per_update: list[dict[str, Any]] = []
     for epoch in range(t.epochs):
@@ -453,7 +456,7 @@ class _Trainer:
     return learners.to_device(batch, micro_rows, capacity, self.bench.mesh)
 
   def _bar(self, total: int, label: str) -> tqdm:
-    return tqdm(total=total, initial=self.progress.done, desc=label, mininterval=0.5)
+    return hosts.bar(total=total, initial=self.progress.done, desc=label)
 
   def _number(self) -> int:
     """Iterations of both phases so far: the step of a metrics record."""
@@ -463,15 +466,19 @@ class _Trainer:
     self.progress.done += 1
 
   def _check_stop(self) -> None:
-    if self.bench.stop():
+    if any(hosts.gather(self.bench.stop())):
       raise Interrupted
 
   def _save(self) -> None:
     self._clock()
     self.progress.records = self.writer.records
-    number = self._number() + (1 if self.progress.phase == "rl" else 0)
     past = replay.to_documents(self.past)
-    self.checkpoints.save(number, self.state, dataclasses.asdict(self.progress), past)
+    self.checkpoints.save(
+      self._checkpoint_number(), self.state, dataclasses.asdict(self.progress), past
+    )
+
+  def _checkpoint_number(self) -> int:
+    return self._number() + (1 if self.progress.phase == "rl" else 0)
 
   def _clock(self) -> float:
     self.progress.seconds = self.before + time.monotonic() - self.started
@@ -500,8 +507,9 @@ class _Trainer:
       self.progress.results[name] = figures["pass_rate"]
       return
     self.writer.write(self._number(), "heldout", figures | self._spent())
+    self.checkpoints.score(self._checkpoint_number(), figures["pass_rate"])
     figure = f"{label}: held-out pass rate {figures['pass_rate']:.1%}"
-    tqdm.write(self.bench.services.beside(figure))
+    hosts.say(self.bench.services.beside(figure))
     if name:
       self.progress.results[name] = figures["pass_rate"]
     if self.progress.phase == "rl" or name == "pass_rate_sft":
@@ -516,7 +524,7 @@ class _Trainer:
     if self.config.train.export:
       folded = self.progress.phase == "rl" and self.config.sft.steps > 0
       export.write(self.bench, self._variables(), folded)
-    if self.progress.train_curve or self.progress.heldout_curve:
+    if hosts.primary() and (self.progress.train_curve or self.progress.heldout_curve):
       self._plot()
     return self._summary(interrupted=False)
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 from jax.sharding import Mesh
-from tqdm import tqdm
 
 from steptool_jax.config import Config
 from steptool_jax.environments.base import Environment
@@ -20,7 +19,7 @@ from steptool_jax.rewards import orchestra, responses, rules, shaping
 from steptool_jax.rollout import chain, tree
 from steptool_jax.rollout.conversation import Limits
 from steptool_jax.rollout.strategy import Search
-from steptool_jax.run import allocator, build
+from steptool_jax.run import allocator, build, hosts
 from steptool_jax.run.services import Services, open_services
 from steptool_jax.simulators.errors import InfrastructureError
 from steptool_jax.simulators.runner import ToolRunner
@@ -73,11 +72,7 @@ class Workbench:
 @contextlib.contextmanager
 def open_workbench(config: Config, workdir: pathlib.Path, stop: Stop) -> Iterator[Workbench]:
   """Builds all parts; everything that can be wrong with the input is found here."""
-  if jax.process_count() > 1:
-    raise ValueError(
-      f"{jax.process_count()} processes: rollouts over several hosts are not supported yet; "
-      "start one process with all devices"
-    )
+  hosts.refuse_differences(config, workdir)
   if config.compilation_cache:
     jax.config.update("jax_compilation_cache_dir", config.compilation_cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
@@ -117,9 +112,24 @@ def collect(
   trajectories, stats = roll(bench, variables, jobs, version, temperature, label)
   tasks = [task for task, _ in jobs]
   if bench.services.judging is not None:
-    _, trajectories = bench.services.judging.judge(tasks, trajectories)
+    trajectories = judge(bench, tasks, trajectories)
   scheme = "steptool" if version == EVALUATION else bench.config.rewards.scheme
   return reward(bench, tasks, trajectories, scheme), stats
+
+
+def judge(
+  bench: Workbench, tasks: Sequence[Task], trajectories: Sequence[Trajectory]
+) -> list[Trajectory]:
+  """The same trajectories with the judge's verdicts; process 0 asks it, once for all."""
+
+  def verdicts() -> list[list[Any]]:
+    _, marked = bench.services.judging.judge(tasks, trajectories)
+    return [[t.solved, t.status] for t in marked]
+
+  return [
+    dataclasses.replace(t, solved=solved, status=Status(status))
+    for t, (solved, status) in zip(trajectories, hosts.lead(verdicts), strict=True)
+  ]
 
 
 def roll(
@@ -138,14 +148,13 @@ def roll(
   no more than that there is an answer.
   """
   word = "pass" if bench.services.judging is None else "answered"
-  with tqdm(total=len(jobs), desc=label, leave=False, unit="task", mininterval=0.5) as bar:
-    passed = 0.0
+  with hosts.bar(total=len(jobs), desc=label, leave=False, unit="task") as bar:
+    solved: list[float] = []
 
     def on_done(trajectory: Trajectory) -> None:
-      nonlocal passed
-      passed += trajectory.solved
+      solved.append(trajectory.solved)
       bar.update()
-      bar.set_postfix_str(f"{word} {passed / bar.n:.0%}", refresh=False)
+      bar.set_postfix_str(f"{word} {sum(solved) / len(solved):.0%}", refresh=False)
 
     parts = (
       *(bench.engine, variables, bench.environment, jobs, bench.policy.chat_format),
@@ -154,6 +163,7 @@ def roll(
     )
     keywords = {
       "system": bench.config.model.system or None,
+      "peers": hosts.peers(),
       "should_stop": bench.stop,
       "on_done": on_done,
     }

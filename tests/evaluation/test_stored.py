@@ -52,8 +52,8 @@ def test_the_published_figures(shared):
 
 
 def test_rounded_per_subset_then_weighted(tmp_path):
-  """A case in which rounding late gives other figures."""
-  counts = {"G2_instruction": ((40, 41, 42), 106), "G2_category": ((71, 77, 71), 124)}
+  """A case in which rounding late gives 58.6 and 0.7."""
+  counts = {"G2_instruction": ((47, 48, 50), 106), "G2_category": ((86, 87, 86), 124)}
   for name, (solved, total) in counts.items():
     write(tmp_path / "run", f"{name}.json", rows(total, solved))
   got = stored_summary(tmp_path)["published_aggregation"]["run"]["I2"]
@@ -66,8 +66,8 @@ def test_rounded_per_subset_then_weighted(tmp_path):
     round((106 * means[0] + 124 * means[1]) / 230, 1),
     round((106 * stds[0] + 124 * stds[1]) / 230, 1),
   ]
-  assert (means, stds) == ([38.7, 58.9], [0.8, 2.3])
-  assert got == [49.6, 1.6]
+  assert (means, stds) == ([45.6, 69.6], [1.2, 0.4])
+  assert got == [58.5, 0.8]
 
 
 def test_unsure_is_a_half_and_the_std_that_of_the_population():

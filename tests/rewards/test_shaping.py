@@ -246,3 +246,20 @@ def with_others(marks, others):
   for at, mark in others:
     out[at % len(marks)].insert(0, mark)
   return [mark for group in out for mark in group]
+
+
+@given(
+  st.lists(st.tuples(unit, unit), min_size=1, max_size=6),
+  unit,
+  st.floats(0, 5),
+  st.sampled_from(list(Status)),
+  st.sampled_from(["mean", "none"]),
+  st.none() | st.dictionaries(st.sampled_from("abc"), unit),
+)
+def test_parts_add_up_to_the_rewards(marks, solved, alpha, status, normalization, final):
+  """Also where the last step is a call, whose marks are not paid."""
+  steps = [step(ToolCall("f", {}), None, success_calling=a, contribution=b) for a, b in marks]
+  shaped = shape(trajectory(TASK, steps, solved, status), alpha, normalization, False, final)
+  assert sum(shaped.reward_parts.values()) == pytest.approx(sum(s.reward for s in shaped.steps))
+  last = {"solved"} if final is None else set(final)
+  assert set(shaped.reward_parts) == {"success_calling", "contribution", *last}

@@ -178,6 +178,18 @@ def test_more_answers_go_on_behind_the_first(chat_format):
   assert result.trajectory.solved == 0.0
 
 
+def test_an_answer_backs_up_two_levels(chat_format):
+  actions = [echo(1), echo(2), Finish("6"), echo(3), ANSWER]
+  result = one(chat_format, actions, answers=2)[0]
+  assert shape(result) == [
+    (ROOT, None),
+    (0, None),
+    (1, Status.ANSWERED),
+    (0, None),
+    (3, Status.ANSWERED),
+  ]
+
+
 def test_the_budget_counts_llm_calls(chat_format):
   result, stats, eng, _ = one(chat_format, [echo(n) for n in range(9)], max_calls=5)
   assert (result.calls, stats.calls, len(eng.turns)) == (5, 5, 5)

@@ -49,7 +49,7 @@ def _run(config, workdir, mesh):
     with workbench.open_workbench(config, workdir, workbench.Stop()) as bench:
       trainer = train._Trainer(bench, Checkpoints(workdir, 1))
       trainer.writer, trainer.before = MetricsWriter(workdir), 0.0
-      trainer._enter(resume=False)
+      trainer._enter()
       trainer._sft()
       after_sft = jax.device_get(trainer.state.trainable)
       trainer._to_rl()

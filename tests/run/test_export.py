@@ -175,4 +175,4 @@ def test_rows_that_do_not_divide_the_mesh(tmp_path, monkeypatch):
   trainer.config = tiny.make(train__micro_rows=6)
   trainer.bench = type("Bench", (), {"mesh": mesh})()
   with pytest.raises(ValueError, match=r"train\.micro_rows: 6 is not a multiple .*valid: 4 or 8"):
-    trainer._enter(resume=False)
+    trainer._enter()

@@ -373,7 +373,7 @@ def test_bad_input_is_named(changes, match, offline_config, tmp_path):
 
 
 def test_bad_settings_are_named(offline_config):
-  with pytest.raises(ValueError, match=r"config\.data\.path: algorithm 'sft'"):
+  with pytest.raises(ValueError, match=r"config\.sft\.steps: 2 together with data\.path"):
     offline_config(algorithm="sft", sft__steps=2)
   with pytest.raises(ValueError, match=r"config\.data\.batch: must be above 0"):
     offline_config(data__batch=0)

@@ -27,6 +27,10 @@ PRICES = {"environment__market__prices": True}
       r"algorithm 'sft' reads no rewards; use 'steptool'",
     ),
     (
+      PRICES | {"rewards__scheme": "orchestra", "algorithm": "eto"},
+      r"algorithm 'eto' reads no rewards; use 'steptool'",
+    ),
+    (
       PRICES | {"rewards__scheme": "orchestra", "algorithm": "ppo", "rollout__samples": 1},
       r"compares the samples of a task, and config\.rollout\.samples is 1; set it to 2",
     ),
@@ -79,6 +83,10 @@ def test_what_makes_no_sense_is_refused_with_the_nearest_choice(changes, words):
     ("ppo", "orchestra"),
     ("steptool", "orchestra_steps"),
     ("steptool_no_step_rewards", "orchestra"),
+    ("grpo", "orchestra"),
+    ("grpo_step", "orchestra_steps"),
+    ("gigpo", "orchestra"),
+    ("archer", "orchestra"),
   ],
 )
 def test_schemes_that_fit_their_algorithm(algorithm, scheme):

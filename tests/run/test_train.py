@@ -12,7 +12,15 @@ import tiny
 from steptool_jax.learning import batching
 from steptool_jax.learning.algorithms import get_algorithm
 from steptool_jax.policy.engine import Decoded
-from steptool_jax.run import build, demonstrations, learners, services, train, workbench
+from steptool_jax.run import (
+  build,
+  checkpoint,
+  demonstrations,
+  learners,
+  services,
+  train,
+  workbench,
+)
 from steptool_jax.run.metrics_writer import read_jsonl
 from steptool_jax.simulators.errors import InfrastructureError
 from steptool_jax.types import Code, Finish, Observation, Status, ToolCall, TrainState
@@ -196,11 +204,9 @@ def test_non_finite_updates_stop_the_run_and_reach_no_checkpoint(tmp_path, compi
   assert records[-1]["step"] == 3, "two of them in the first iteration, the third in the second"
   assert records[-1]["train/skipped"] == 1.0
   with workbench.open_workbench(config, tmp_path, workbench.Stop()) as bench:
-    checkpoints = train.Checkpoints(tmp_path, 2)
     learner = learners.build_learner(config, bench.policy.model, "steptool")
-    state = checkpoints.restore(learners.abstract_state(config, bench.policy, bench.mesh, learner))
-    meta = checkpoints.latest_meta()
-    checkpoints.close()
+    abstract = learners.abstract_state(config, bench.policy, bench.mesh, learner)
+    state, meta, _ = checkpoint.newest(tmp_path, lambda meta: abstract)
   assert (meta["phase"], meta["done"]) == ("rl", 1)
   assert all(np.isfinite(x).all() for x in jax.tree.leaves(state))
 

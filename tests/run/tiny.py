@@ -16,7 +16,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 
 def get_config(arg=""):
-  """':lora' puts adapters on."""
+  """':lora' puts adapters on; ':calls' takes the quickstart's model, whose calls reach tools."""
   config = config_lib.base_config()
   config.model.tokenizer, config.model.chat_format = "compact", "compact"
   a = config.model.architecture
@@ -39,6 +39,14 @@ def get_config(arg=""):
   config.checkpoint.every = 1
   if arg == "lora":
     config.lora.rank = 4
+  if arg == "calls":
+    config.model.path, config.model.tokenizer = "asset:quickstart", ""
+    e.tools_per_task = 8
+    r.max_steps, r.max_step_tokens, r.decode_chunk = 3, 24, 24
+    config.sft.steps = config.evaluation.tasks = config.evaluation.every = 0
+    t.minibatches, t.optimizer.learning_rate = 1, 1e-3
+    # Adam divides by the gradient's size: where that is rounding noise, so would be the update.
+    t.optimizer.eps = 1e-3
   return config
 
 

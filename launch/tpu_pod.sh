@@ -1,0 +1,57 @@
+#!/usr/bin/env bash
+# A Cloud TPU pod slice through queued resources; every host runs launch/worker.sh:
+#   export NAME=steptool ZONE=us-west4-a TYPE=v5litepod-16 VERSION=v2-alpha-tpuv5-lite
+#   export SHARE=10.0.0.2:/vol1                 # an NFS share (Filestore), mounted at /data
+#   launch/tpu_pod.sh create [--spot]           # asks for the slice and waits until it is there
+#   launch/tpu_pod.sh setup                     # copies this checkout and installs it on all hosts
+#   launch/tpu_pod.sh run --config=configs/llama3_1_8b.py --workdir=/data/run …
+#   launch/tpu_pod.sh stop                      # SIGTERM to all: saves and ends
+#   launch/tpu_pod.sh delete
+# The hosts find each other by themselves. After a preemption: delete, create, setup, and the same
+# `run` goes on from the newest checkpoint.
+set -euo pipefail
+
+: "${NAME:?}" "${ZONE:?}"
+here=$(cd "$(dirname "$0")/.." && pwd)
+
+all_hosts() {
+  gcloud compute tpus tpu-vm ssh "$NAME" --zone="$ZONE" --worker=all --command="$1"
+}
+
+action=${1:-}
+shift || true
+case $action in
+  create)
+    gcloud compute tpus queued-resources create "$NAME" --node-id="$NAME" --zone="$ZONE" \
+      --accelerator-type="${TYPE:?}" --runtime-version="${VERSION:?}" "$@"
+    until state=$(gcloud compute tpus queued-resources describe "$NAME" --zone="$ZONE" \
+      --format='value(state.state)') && [[ $state == ACTIVE ]]; do
+      echo "$NAME: $state"
+      [[ $state == FAILED || $state == SUSPENDED ]] && exit 1
+      sleep 30
+    done
+    ;;
+  setup)
+    (cd "$here" && git archive --format=tar.gz HEAD) > /tmp/steptool_jax.tar.gz
+    gcloud compute tpus tpu-vm scp /tmp/steptool_jax.tar.gz "$NAME":/tmp/ \
+      --zone="$ZONE" --worker=all
+    all_hosts "set -e
+      mkdir -p ~/steptool_jax && tar -xzf /tmp/steptool_jax.tar.gz -C ~/steptool_jax
+      sudo apt-get -qq install -y nfs-common python3-venv > /dev/null
+      sudo mkdir -p /data && (mountpoint -q /data || sudo mount -t nfs '${SHARE:?}' /data)
+      cd ~/steptool_jax && python3 -m venv .venv && .venv/bin/pip install -q -e '.[tpu]'"
+    ;;
+  run)
+    all_hosts "cd ~/steptool_jax && PYTHON=.venv/bin/python launch/worker.sh $(printf '%q ' "$@")"
+    ;;
+  stop)
+    all_hosts "pkill -TERM -f 'steptool_jax[.]main' || true"
+    ;;
+  delete)
+    gcloud compute tpus queued-resources delete "$NAME" --zone="$ZONE" --force --quiet
+    ;;
+  *)
+    echo "usage: $0 create|setup|run|stop|delete (see the top of this file)" >&2
+    exit 2
+    ;;
+esac

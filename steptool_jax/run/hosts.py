@@ -1,0 +1,326 @@
+"""The processes of one run: start-up, what they tell each other, and how all of them stop.
+
+Every process runs the same command and takes the same path. What they exchange goes two ways:
+small JSON data in lockstep through collectives of the devices (`gather`), and the word of process 0
+through the key-value store of jax.distributed (`lead`), where others may wait for minutes.
+
+A process that stops with an error says so in the store; a thread in every other one looks there
+and ends its process with that sentence, even while it waits in a collective. One that dies without
+a word is missed by its neighbours' sockets (CPU, GPU) or by its heartbeat (everywhere).
+"""
+
+import contextlib
+import hashlib
+import importlib.metadata
+import importlib.util
+import itertools
+import json
+import os
+import pathlib
+import secrets
+import sys
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from jax.experimental import multihost_utils
+from tqdm import tqdm
+
+import steptool_jax
+from steptool_jax import validation
+from steptool_jax.config import Config
+from steptool_jax.rollout.peers import ALONE, Peers
+from steptool_jax.types import TokenBatch
+
+HEARTBEAT_S = 60  # a process that is silent for so long is dead
+START_S = 300  # to wait for all processes at the start
+_SMALL = 4096  # bytes of the first exchange; longer messages take a second one
+_FAILED = "steptool_jax/failed"  # the first error, {"process", "text"}
+_LOOK_S, _GRACE_S, _LINGER_S = 0.5, 1.0, 4.0
+_A_DAY_MS = 86_400_000
+_AGAIN = (
+  "start all processes again with the same command: the run goes on from its newest checkpoint"
+)
+
+
+class _Joined:
+  """This process among the others; they exchange JSON data."""
+
+  def __init__(self):
+    self.index, self.count = jax.process_index(), jax.process_count()
+
+  def gather(self, document: Any) -> list[Any]:
+    data = json.dumps([self.index, document]).encode()
+    longest, found = self._exchange(data, _SMALL)
+    if longest > _SMALL:
+      _, found = self._exchange(data, 1 << (longest - 1).bit_length())
+    return [document for _, document in sorted(map(json.loads, found), key=lambda pair: pair[0])]
+
+  def _exchange(self, data: bytes, size: int) -> tuple[int, list[bytes]]:
+    """(bytes that the longest message needs, messages that fit into `size`)."""
+    buffer = np.zeros(size, np.uint8)
+    head = np.frombuffer(len(data).to_bytes(8, "little"), np.uint8)
+    body = np.frombuffer(data, np.uint8)[: size - 8]
+    buffer[:8], buffer[8 : 8 + len(body)] = head, body
+    rows = multihost_utils.process_allgather(buffer)
+    lengths = [int.from_bytes(row[:8].tobytes(), "little") for row in rows]
+    messages = [row[8 : 8 + n].tobytes() for row, n in zip(rows, lengths, strict=True)]
+    return max(lengths) + 8, messages
+
+
+_peers: Peers = ALONE
+_numbers = itertools.count()
+
+
+def peers() -> Peers:
+  """The processes of this run."""
+  return _peers
+
+
+def primary() -> bool:
+  """Whether this process writes what one process writes: metrics, summary, export."""
+  return _peers.index == 0
+
+
+def gather(document: Any) -> list[Any]:
+  """JSON data of every process, in their order; all call it."""
+  return _peers.gather(document)
+
+
+def lead(work: Callable[[], Any]) -> Any:
+  """What `work` returns in process 0 (JSON data), in all; the others wait for it."""
+  if _peers.count == 1:
+    return work()
+  key = f"steptool_jax/lead/{next(_numbers)}"
+  if not primary():
+    return json.loads(_store().blocking_key_value_get(key, _A_DAY_MS))
+  result = work()  # an error reaches the others through the store
+  _store().key_value_set(key, json.dumps(result))
+  return result
+
+
+def bar(**arguments: Any) -> tqdm:
+  """A progress bar, in process 0 alone."""
+  return tqdm(mininterval=0.5, disable=not primary(), **arguments)
+
+
+def say(text: str) -> None:
+  """A line above the progress bar, from process 0 alone."""
+  if primary():
+    tqdm.write(text)
+
+
+# --- start -----------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def joined(coordinator: str, count: int, index: int) -> Iterator[None]:
+  """The processes of a run, until all are done. Enter it before any jax computation.
+
+  Args:
+    coordinator: host:port of process 0; "auto" = what Slurm, Open MPI or the platform say; "" =
+      JAX_COORDINATOR_ADDRESS, else what a Cloud TPU says, else one process.
+    count, index: of processes, and this one's; -1 = JAX_NUM_PROCESSES and JAX_PROCESS_ID, or as
+      the platform says. count 1 = alone, wherever this is.
+
+  Raises:
+    ValueError, RuntimeError: an incomplete description of the processes; not all of them came.
+  """
+  global _peers
+  coordinator = coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS", "")
+  count = _number(count, "--processes", "JAX_NUM_PROCESSES")
+  index = _number(index, "--process", "JAX_PROCESS_ID")
+  if count == 1 or not (coordinator or count > 0 or _on_a_tpu()):
+    yield
+    return
+  _connect(coordinator, count, index)
+  if jax.process_count() == 1:
+    yield
+    return
+  _peers = _Joined()
+  if not primary():
+    logging.set_verbosity(logging.WARNING)
+  done = threading.Event()
+  watch = threading.Thread(target=_watch, args=(done,), name="peers", daemon=True)
+  watch.start()
+  try:
+    yield
+    lead(lambda: None)  # nobody leaves while process 0 still writes
+  except BaseException as error:
+    _leave(error)
+  finally:
+    done.set()
+    watch.join()
+
+
+def _number(value: int, flag: str, variable: str) -> int:
+  text = os.environ.get(variable, "")
+  if value >= 0 or not text:
+    return value
+  if not text.isdecimal():
+    raise ValueError(f"environment variable {variable}: {text!r} is no number; see {flag}")
+  return int(text)
+
+
+def _connect(coordinator: str, count: int, index: int) -> None:
+  described = {"coordinator_address": coordinator, "num_processes": count, "process_id": index}
+  if coordinator in ("", "auto") and count < 0 and index < 0:
+    described = {}
+  elif not coordinator or coordinator == "auto" or count < 0 or not 0 <= index < count:
+    raise ValueError(
+      f"--coordinator={coordinator} --processes={count} --process={index}: several processes need "
+      "all three, host:port of process 0, their number and 0 <= --process < --processes (or "
+      "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID)"
+    )
+  try:
+    jax.distributed.initialize(
+      **described,
+      initialization_timeout=START_S,
+      heartbeat_timeout_seconds=HEARTBEAT_S,
+      shutdown_timeout_seconds=HEARTBEAT_S,
+    )
+  except (RuntimeError, ValueError) as error:
+    raise RuntimeError(
+      f"the processes did not find each other ({str(error)[:300]}); start all of them within "
+      f"{START_S} s, with one --coordinator that all can reach (--processes=1 runs alone)"
+    ) from error
+
+
+def _on_a_tpu() -> bool:
+  """Whether TPU chips are attached; on them jax.distributed finds the other hosts by itself."""
+  if importlib.util.find_spec("libtpu") is None or "cpu" in os.environ.get("JAX_PLATFORMS", ""):
+    return False
+  if "," in os.environ.get("TPU_WORKER_HOSTNAMES", ""):  # GKE
+    return True
+  return any(pathlib.Path("/dev").glob("accel[0-9]*")) or any(
+    pathlib.Path("/dev/vfio").glob("[0-9]*")
+  )
+
+
+def refuse_differences(config: Config, workdir: pathlib.Path) -> None:
+  """ValueError where processes differ in config or code, or do not share the workdir."""
+  if jax.process_count() != _peers.count:
+    raise ValueError(
+      f"jax sees {jax.process_count()} processes, but jax.distributed was not started; leave out "
+      "--processes=1, or give --coordinator, --processes and --process"
+    )
+  if _peers.count == 1:
+    return
+  mark = workdir / f".shared-{lead(lambda: secrets.token_hex(8))}"
+  lead(lambda: mark.touch())
+  mine = {
+    "config": json.loads(validation.to_json(config)),
+    "code": _code(),
+    "workdir": str(workdir) if mark.exists() else "",
+  }
+  found = gather(mine)
+  if primary():
+    mark.unlink()
+  for index, theirs in enumerate(found):
+    if theirs["config"] != found[0]["config"]:
+      first = validation.validate(found[0]["config"])
+      names = ", ".join(validation.differences(first, theirs["config"]))
+      raise ValueError(
+        f"process {index} has another config than process 0; different: {names}; start all "
+        "processes with the same command"
+      )
+    if theirs["code"] != found[0]["code"]:
+      raise ValueError(
+        f"process {index} runs other code than process 0 ({theirs['code']} and "
+        f"{found[0]['code']}); install the same version of steptool_jax and jax on all hosts"
+      )
+    if not theirs["workdir"]:
+      raise ValueError(
+        f"--workdir: {workdir} of process 0 is not seen by process {index}; all hosts need one "
+        "shared folder (NFS, Filestore, a mounted bucket)"
+      )
+
+
+def refuse_different_batches(batch: TokenBatch) -> None:
+  """RuntimeError where the processes are about to train on different data."""
+  if _peers.count == 1:
+    return
+  digest = 0
+  for array in jax.tree.leaves(batch):
+    digest = zlib.crc32(array, digest)
+  found = gather(digest)
+  if len(set(found)) > 1:
+    raise RuntimeError(
+      f"the processes have different batches (checksums {found}): their tasks, files or "
+      "environments differ; every host must see the same data"
+    )
+
+
+def _code() -> str:
+  """Versions, and a digest of this package's source."""
+  root = pathlib.Path(steptool_jax.__file__).parent
+  digest = hashlib.sha256()
+  for path in sorted(root.rglob("*.py")):
+    digest.update(str(path.relative_to(root)).encode() + path.read_bytes())
+  versions = [f"{name} {importlib.metadata.version(name)}" for name in ("jax", "jaxlib")]
+  return f"{', '.join(versions)}, source {digest.hexdigest()[:12]}"
+
+
+# --- the end ---------------------------------------------------------------------------------
+
+
+def _store() -> Any:
+  """The key-value store of jax.distributed, for which jax has no public name."""
+  from jax._src import distributed
+
+  return distributed.global_state.client
+
+
+def _failure() -> dict[str, Any] | None:
+  """What the first process that failed said, if another one did."""
+  try:
+    failure = json.loads(_store().key_value_try_get(_FAILED))
+  except Exception:  # nothing there, or nobody to ask any more
+    return None
+  return failure if failure["process"] != _peers.index else None
+
+
+def _watch(done: threading.Event) -> None:
+  while not done.wait(_LOOK_S):
+    failure = _failure()
+    if failure is not None and not done.wait(_GRACE_S):
+      _cry(f"process {failure['process']} stopped: {failure['text']}; this one stops with it")
+      os._exit(1)
+
+
+def _leave(error: BaseException) -> None:
+  """Ends this process at once: a normal exit would wait for processes that do not come any more."""
+  text = f"{error}" if isinstance(error, ValueError | OSError | RuntimeError) else repr(error)
+  if _is_lost(error):
+    time.sleep(2 * _LOOK_S)  # it may have said why
+    failure = _failure()
+    if failure is not None:
+      text = f"process {failure['process']} stopped: {failure['text']}; this one stops with it"
+    else:
+      text = f"another process died or cannot be reached ({text[:200]}); {_AGAIN}"
+  else:
+    # Another one may have been first.
+    with contextlib.suppress(Exception):
+      _store().key_value_set(_FAILED, json.dumps({"process": _peers.index, "text": text}))
+  _cry(text)
+  if primary():
+    time.sleep(_LINGER_S)  # the store ends with this process
+  os._exit(1)
+
+
+def _is_lost(error: BaseException) -> bool:
+  """Whether a collective or the store failed, and not this process."""
+  words = ("gloo", "nccl", "coordination", "socket closed", "connection re", "barrier")
+  return isinstance(error, RuntimeError | ValueError) and any(
+    word in str(error).lower() for word in words
+  )
+
+
+def _cry(text: str) -> None:
+  print(f"steptool_jax: process {_peers.index}: {text}", file=sys.stderr, flush=True)
+  sys.stdout.flush()

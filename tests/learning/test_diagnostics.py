@@ -1,0 +1,63 @@
+"""What every row of the table writes into metrics.jsonl; traced only, nothing is compiled."""
+
+import functools
+import pathlib
+import re
+
+import fakes
+import jax
+import numpy as np
+import pytest
+
+from steptool_jax import config as config_lib
+from steptool_jax import validation
+from steptool_jax.evaluation import metrics
+from steptool_jax.learning import algorithms, batching, update
+from steptool_jax.policy import model
+from steptool_jax.rewards import orchestra
+from steptool_jax.rollout.chain import Stats
+from steptool_jax.run import learners, train
+
+ROWS = sorted(algorithms.ALGORITHMS)
+
+
+@functools.cache
+def written(name):
+  """Names of the figures of prepare and update."""
+  config = config_lib.base_config()
+  config.algorithm, config.sft.steps = name, 1
+  learner = learners.build_learner(validation.validate(config), fakes.tiny_config(), name)
+  rng = np.random.default_rng(0)
+  packed = batching.pack([fakes.random_trajectory(rng) for _ in range(4)], 128, 2)
+  batch = jax.tree.map(lambda x: x[None], packed)
+
+  def run(batch):
+    params = model.init_params(fakes.tiny_config(), jax.random.key(0))
+    state = update.init_state(learner, {"params": params}, {}, 0.1)
+    found = {}
+    if learner.algorithm.rewards != "none":
+      batch, found = update.prepare(learner, state, batch, 1)
+    return found | update.update(learner, state, batch, 1)[1]
+
+  return set(jax.eval_shape(run, batch))
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_every_algorithm_writes_its_diagnostics(name):
+  row, found = algorithms.ALGORITHMS[name], written(name)
+  assert {"entropy", "grad_norm", "skipped"} <= found
+  if row.rewards != "none":
+    assert {"kl", "sampler_gap"} <= found
+  if row.advantage is not None:
+    assert {"advantage_std", "clip_fraction", "old_kl", "policy_loss"} <= found
+  if "value_loss" in found or "q_loss" in found:
+    assert "explained_variance" in found
+
+
+def test_the_table_of_figures_names_them_all():
+  text = pathlib.Path(metrics.__file__).read_text().partition('"""\n\nimport')[0]
+  named = set(re.findall(r"\w+", text))
+  others = metrics.rollout_metrics([]) | train._shares(Stats(seconds=1.0), 0.5, 2.0, 10)
+  others |= orchestra.keep([], orchestra.Filters())[1]
+  missing = set.union(set(others), *map(written, ROWS)) - named
+  assert not missing

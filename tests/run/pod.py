@@ -1,0 +1,107 @@
+"""Processes of one run on this machine, for tests: forked off one that has imported everything.
+
+As a program it reads {"commands": [argv, ...], "logs": [path, ...]} from stdin, line by line,
+starts steptool_jax.main once for each command, prints the process ids and then the exit codes.
+Every process keeps what it rolled out in WORKDIR/rolled_<process>.jsonl.
+"""
+
+import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+
+import tiny
+
+
+class Pod:
+  """Starts runs of several processes; a context manager."""
+
+  def __enter__(self):
+    env = tiny.environment()
+    env["PYTHONPATH"] += f"{os.pathsep}{tiny.ROOT / 'tests/run'}"
+    env["JAX_SHARE_BINARY_BETWEEN_HOSTS"] = "1"  # one compiles for all
+    self._server = subprocess.Popen(
+      [sys.executable, __file__], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    return self
+
+  def __exit__(self, *_):
+    self._server.stdin.close()
+    self._server.wait(20)
+
+  def start(self, workdir, *flags, each=((),) * 4) -> "Run":
+    """One process for each entry of `each`, which are further flags of one process alone."""
+    with socket.socket() as free:
+      free.bind(("localhost", 0))
+      port = free.getsockname()[1]
+    workdir.mkdir(exist_ok=True)
+    logs = [workdir / f"log_{n}.txt" for n in range(len(each))]
+    commands = [
+      [
+        *tiny.command(workdir, *flags, config=f"{tiny.ROOT}/tests/run/tiny.py:calls")[2:],
+        *(f"--coordinator=localhost:{port}", f"--processes={len(each)}", f"--process={n}"),
+        *own,
+      ]
+      for n, own in enumerate(each)
+    ]
+    request = {"commands": commands, "logs": list(map(str, logs))}
+    self._server.stdin.write(json.dumps(request) + "\n")
+    self._server.stdin.flush()
+    return Run(self._server, logs)
+
+
+class Run:
+  def __init__(self, server, logs):
+    self._server, self.logs = server, logs
+    self.pids = json.loads(server.stdout.readline())
+
+  def wait(self) -> list[int]:
+    """Exit codes; minus the signal of one that was killed."""
+    return json.loads(self._server.stdout.readline())
+
+  def log(self, n) -> str:
+    return self.logs[n].read_text()
+
+
+def _serve() -> None:
+  import steptool_jax.run.train  # noqa: F401, what every process needs
+
+  for line in sys.stdin:
+    request = json.loads(line)
+    pids = []
+    for argv, log in zip(request["commands"], request["logs"], strict=True):
+      pid = os.fork()
+      if not pid:
+        _run(argv, log)  # ends in SystemExit
+      pids.append(pid)
+    print(json.dumps(pids), flush=True)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+    print(json.dumps(codes), flush=True)
+
+
+def _run(argv, log) -> None:
+  from steptool_jax import main
+  from steptool_jax.data.trajectories import AnnotatedTrajectory, dump
+  from steptool_jax.run import hosts, workbench
+
+  with open(log, "a") as file:
+    os.dup2(file.fileno(), 1)
+    os.dup2(file.fileno(), 2)
+  collect = workbench.collect
+
+  def recording(bench, *args):
+    trajectories, stats = collect(bench, *args)
+    name = f"rolled_{hosts.peers().index}.jsonl"
+    with pathlib.Path(bench.workdir, name).open("a") as file:
+      file.writelines(dump(AnnotatedTrajectory(t)) + "\n" for t in trajectories)
+    return trajectories, stats
+
+  workbench.collect = recording
+  sys.argv = argv
+  main.run()
+
+
+if __name__ == "__main__":
+  _serve()

@@ -1,0 +1,167 @@
+"""What is kept, what is refused, and what becomes of damage and of a full disk."""
+
+import json
+import logging
+import resource
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from steptool_jax.run import checkpoint
+from steptool_jax.run.checkpoint import Checkpoints
+from steptool_jax.types import TrainState
+
+
+def state(value, **changes):
+  fields = {
+    "step": jnp.int32(value),
+    "trainable": {"w": jnp.full((64, 32), value, jnp.float32), "b": jnp.arange(8.0) + value},
+    "frozen": {},
+    "reference": {},
+    "opt_state": ({"mu": jnp.full(16, value / 3, jnp.bfloat16)},),
+    "kl_coef": jnp.float32(0.1),
+  }
+  return TrainState(**(fields | changes))
+
+
+def write(workdir, *values, keep=9, keep_best=0, scores=None):
+  """Checkpoints 1, 2, ... of these values."""
+  checkpoints = Checkpoints(workdir, keep, keep_best)
+  for number, value in enumerate(values, start=1):
+    checkpoints.save(number, state(value), {"done": number})
+    if scores:
+      checkpoints.score(number, scores[number - 1])
+  checkpoints.close()
+
+
+def abstract_of(meta):
+  where = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  return jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+    jax.eval_shape(lambda: state(0)),
+  )
+
+
+def assert_newest(workdir, value, number):
+  found, meta, _ = checkpoint.newest(workdir, abstract_of)
+  assert meta == {"done": number}
+  jax.tree.map(np.testing.assert_array_equal, found, state(value))
+
+
+def largest(folder):
+  """The file with the arrays' bytes."""
+  files = [path for path in folder.rglob("*") if path.is_file()]
+  return max(files, key=lambda path: path.stat().st_size)
+
+
+def test_the_newest_and_the_best_are_kept(tmp_path):
+  write(tmp_path, 1, 2, 3, 4, 5, keep=2, keep_best=1, scores=[0.1, 0.5, 0.2, 0.3, 0.4])
+  assert checkpoint.numbers(tmp_path) == [5, 4, 2]
+  assert checkpoint.read_scores(tmp_path)[2] == 0.5
+  # A new start knows the scores; where two are equal, the later one is better.
+  checkpoints = Checkpoints(tmp_path, keep=1, keep_best=1)
+  checkpoints.save(6, state(6), {})
+  checkpoints.score(6, 0.5)
+  checkpoints.save(7, state(7), {})
+  checkpoints.score(8, 1.0)  # there is none
+  checkpoints.close()
+  assert checkpoint.numbers(tmp_path) == [7, 6]
+  assert 8 not in checkpoint.read_scores(tmp_path)
+
+
+def test_a_checkpoint_of_another_model_is_refused_and_not_taken_for_damage(tmp_path):
+  write(tmp_path, 1, 2)
+
+  def other(meta):
+    abstract = abstract_of(meta)
+    return abstract._replace(trainable=abstract.trainable | {"b": abstract.step})
+
+  with pytest.raises(ValueError, match=r"checkpoints/2 does not fit .* \(1 arrays differ; "):
+    checkpoint.newest(tmp_path, other)
+  assert checkpoint.newest(tmp_path / "empty", abstract_of) is None
+
+
+def cut(folder):
+  path = largest(folder / "state")
+  path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip(folder):
+  path = largest(folder / "state")
+  data = bytearray(path.read_bytes())
+  data[len(data) // 2] ^= 1
+  path.write_bytes(data)
+
+
+def swap(folder):
+  """Whole files of another checkpoint: nothing is torn, but the arrays are not those saved."""
+  state = folder / "state"
+  state.rename(folder / "old")
+  (folder.parent / "1" / "state").rename(state)
+
+
+def remove(folder):
+  for path in (folder / "meta").iterdir():
+    path.unlink()
+
+
+@pytest.mark.parametrize("damage", [cut, flip, swap, remove])
+def test_the_one_before_takes_the_place_of_a_corrupt_one(tmp_path, damage, caplog):
+  write(tmp_path, 1, 2, 3)
+  damage(tmp_path / "checkpoints" / "3")
+  with caplog.at_level(logging.ERROR):
+    checkpoints = Checkpoints(tmp_path, keep=9)
+    found, meta, _ = checkpoints.newest(abstract_of)
+  assert meta == {"done": 2}
+  jax.tree.map(np.testing.assert_array_equal, found, state(2))
+  assert "checkpoints/3 is corrupt and not used" in caplog.text
+  assert [path.name for path in (tmp_path / "corrupt").iterdir()] == ["3_0"]
+  # The number is free again.
+  checkpoints.save(3, state(33), {"done": 3})
+  checkpoints.close()
+  assert_newest(tmp_path, 33, 3)
+
+
+def test_a_run_without_a_whole_checkpoint_does_not_start_anew_unasked(tmp_path):
+  write(tmp_path, 1)
+  cut(tmp_path / "checkpoints" / "1")
+  with pytest.raises(RuntimeError, match=r"all checkpoints of .* are corrupt \(1\); put back"):
+    checkpoint.newest(tmp_path, abstract_of)
+
+
+def test_a_full_disk_keeps_the_old_one_and_says_so(tmp_path):
+  """No file may grow beyond a few KiB, as if the disk were full."""
+  write(tmp_path, 1)
+  checkpoints = Checkpoints(tmp_path, keep=1)
+  noise = jax.random.normal(jax.random.key(0), (512, 256))
+  soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, hard))
+  try:
+    checkpoints.save(2, state(2, trainable={"w": noise}), {"done": 2})
+    with pytest.raises(OSError, match=r"could not be written .* 1 is the newest whole one; make r"):
+      checkpoints.wait()
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+  assert_newest(tmp_path, 1, 1)
+  # With room again the next start clears what was left half-written, and goes on.
+  again = Checkpoints(tmp_path, keep=1)
+  again.save(2, state(2), {"done": 2})
+  again.close()
+  assert_newest(tmp_path, 2, 2)
+  assert [path.name for path in (tmp_path / "checkpoints").iterdir() if path.is_dir()] == ["2"]
+
+
+def test_fingerprints_do_not_depend_on_the_layout_and_see_order():
+  x = jnp.asarray(np.random.default_rng(0).normal(size=(8, 6)), jnp.float32)
+  bits = np.asarray(x).view(np.uint32).astype(np.uint64).ravel()
+  expected = int((bits * (2 * np.arange(48, dtype=np.uint64) + 1)).sum() % 2**32)
+  assert checkpoint._fingerprints({"x": x}) == [expected]
+  assert checkpoint._fingerprints({"x": x[::-1]}) != [expected]
+  assert checkpoint._fingerprints({"x": x.at[3, 3].set(np.nextafter(x[3, 3], 9))}) != [expected]
+
+
+def test_scores_are_a_small_json_file(tmp_path):
+  write(tmp_path, 1, scores=[0.25])
+  assert json.loads((tmp_path / checkpoint.SCORES).read_text()) == {"1": 0.25}

@@ -1,0 +1,269 @@
+"""Four processes with gloo train as one: the same tokens, one checkpoint, one end.
+
+The runs of one test follow each other in one workdir, since starting processes is what costs.
+"""
+
+import json
+import os
+import shutil
+import signal
+import time
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+import tiny
+from pod import Pod
+from test_resume import records
+
+from steptool_jax.data.trajectories import AnnotatedTrajectory, read_trajectories, to_document
+from steptool_jax.learning import batching
+from steptool_jax.run import checkpoint, hosts, train
+
+MESH = ("--config.mesh.data=2", "--config.mesh.fsdp=2")
+
+
+@pytest.fixture(scope="module")
+def pod():
+  with Pod() as running:
+    yield running
+
+
+@pytest.fixture(scope="module")
+def flags(compiled):
+  return (*MESH, f"--config.compilation_cache={compiled}")
+
+
+@pytest.fixture(scope="module")
+def whole(pod, flags, tmp_path_factory):
+  """Workdir of four processes that nobody stopped."""
+  workdir = tmp_path_factory.mktemp("whole")
+  run = pod.start(workdir, *flags)
+  assert run.wait() == [0] * 4, run.log(0)[-3000:]
+  return workdir
+
+
+@pytest.fixture(scope="module")
+def alone(compiled, tmp_path_factory):
+  """Workdir of the same run in this process, and its trajectories."""
+  workdir = tmp_path_factory.mktemp("alone")
+  collect, rolled = train.workbench.collect, []
+
+  def recording(*args):
+    trajectories, stats = collect(*args)
+    rolled.extend(trajectories)
+    return trajectories, stats
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(train.workbench, "collect", recording)
+    train.run(tiny.make("calls", compilation_cache=compiled), workdir)
+  return workdir, rolled
+
+
+def arrays(workdir):
+  """(number, {path: array}) of the newest checkpoint, wherever it was written."""
+  number = checkpoint.numbers(workdir)[0]
+  handler = ocp.PyTreeCheckpointHandler()
+  path = ocp.utils.epath.Path(workdir / "checkpoints" / str(number) / "state")
+  shapes = handler.metadata(path)
+  to_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), shapes)
+  found = handler.restore(path, args=ocp.args.PyTreeRestore(restore_args=to_numpy))
+  return number, {
+    jax.tree_util.keystr(path): x for path, x in jax.tree_util.tree_leaves_with_path(found)
+  }
+
+
+def meta(workdir):
+  number = checkpoint.numbers(workdir)[0]
+  folder = ocp.utils.epath.Path(workdir / "checkpoints" / str(number) / "meta")
+  return ocp.JsonCheckpointHandler().restore(folder)
+
+
+def assert_bit_equal(workdir, other):
+  number, mine = arrays(workdir)
+  assert number == arrays(other)[0]
+  for path, array in arrays(other)[1].items():
+    np.testing.assert_array_equal(mine[path], array, err_msg=path)
+  for name in ("phase", "done", "conversations", "tokens", "train_curve"):
+    assert meta(workdir)[name] == meta(other)[name], name
+  assert records(workdir) == records(other)
+
+
+def ids(trajectories):
+  """What was sampled and shown, and how it was judged."""
+  documents = [to_document(AnnotatedTrajectory(trajectory)) for trajectory in trajectories]
+  for document in documents:
+    for step in document["steps"]:
+      del step["logprobs"]
+      if step["observation"] is not None:
+        del step["observation"]["seconds"]
+  return documents
+
+
+def rolled(workdir, process):
+  return [record.trajectory for record in read_trajectories(workdir / f"rolled_{process}.jsonl")]
+
+
+def assert_close(mine, theirs):
+  assert mine.keys() == theirs.keys()
+  for path, array in theirs.items():
+    np.testing.assert_allclose(mine[path], array, atol=1e-5, err_msg=path)
+
+
+def until(run, ready, what):
+  limit = time.monotonic() + 200
+  while not ready():
+    assert time.monotonic() < limit, f"{what}: {run.log(0)[-3000:]}"
+    time.sleep(0.01)
+
+
+def test_four_processes_are_one(whole, alone):
+  workdir, trajectories = alone
+  observations = [s.observation for t in trajectories for s in t.steps if s.observation]
+  assert "ok" in {o.code for o in observations}, "no tool was called: nothing was exchanged"
+  for process in range(4):
+    assert ids(rolled(whole, process)) == ids(trajectories)
+  mine, theirs = arrays(whole)[1], arrays(workdir)[1]
+  assert_close(mine, theirs)
+  assert any(np.any(x) for path, x in theirs.items() if "'mu'" in path), "nothing was learnt"
+  assert json.loads((whole / "summary.json").read_text())["interrupted"] is False
+
+
+def test_killed_and_preempted_processes_go_on_bit_equal_on_another_mesh_too(
+  pod, flags, whole, compiled, tmp_path
+):
+  workdir = tmp_path / "run"
+  run = pod.start(workdir, *flags)
+  until(run, lambda: 2 in checkpoint.numbers(workdir), "second checkpoint")
+  os.kill(run.pids[2], signal.SIGKILL)
+  killed = time.monotonic()
+  codes = run.wait()
+  assert time.monotonic() - killed < 60, "the others wait for the dead one"
+  assert codes[2] == -signal.SIGKILL
+  assert codes[:2] + codes[3:] == [1, 1, 1]
+  for process in (0, 1, 3):
+    assert "start all again with the same command" in run.log(process), run.log(process)[-2000:]
+
+  # SIGTERM to one of them, as soon as the run goes on.
+  rolls = len(rolled(workdir, 0))
+  run = pod.start(workdir, *flags)
+  until(run, lambda: "resuming: rl" in run.log(0).split("Connecting")[-1], "resumption")
+  os.kill(run.pids[3], signal.SIGTERM)
+  assert run.wait() == [0] * 4, run.log(0)[-3000:]
+  assert json.loads((workdir / "summary.json").read_text())["interrupted"] is True
+  assert len(rolled(workdir, 0)) == rolls, "they went on"
+  other_mesh = tmp_path / "one"
+  shutil.copytree(workdir, other_mesh)
+
+  assert pod.start(workdir, *flags).wait() == [0] * 4
+  assert_bit_equal(workdir, whole)
+
+  # The checkpoint of four processes goes on in one, with one device.
+  train.run(tiny.make("calls", compilation_cache=compiled), other_mesh)
+  assert_close(arrays(other_mesh)[1], arrays(whole)[1])
+
+
+def test_processes_with_different_configs_are_refused(pod, tmp_path):
+  run = pod.start(tmp_path / "run", each=((), ("--config.rollout.samples=3",)))
+  assert run.wait() == [1, 1]
+  for process in range(2):
+    assert "process 1 has another config than process 0; different: rollout.samples;" in run.log(
+      process
+    )
+  assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_a_corrupt_newest_checkpoint_costs_one_iteration(alone, compiled, tmp_path, caplog):
+  whole, _ = alone
+  workdir = tmp_path / "run"
+  shutil.copytree(whole, workdir)
+  newest = checkpoint.numbers(workdir)[0]
+  files = [p for p in (workdir / f"checkpoints/{newest}/state").rglob("*") if p.is_file()]
+  torn = max(files, key=lambda path: path.stat().st_size)
+  torn.write_bytes(torn.read_bytes()[: torn.stat().st_size // 2])
+  train.run(tiny.make("calls", compilation_cache=compiled), workdir)
+  assert f"checkpoints/{newest} is corrupt and not used" in caplog.text
+  assert_bit_equal(workdir, whole)
+
+
+class Others:
+  """A second process that says what it is told to."""
+
+  index, count = 0, 2
+
+  def __init__(self, changes):
+    self.changes = changes
+
+  def gather(self, document):
+    other = json.loads(json.dumps(document))
+    if isinstance(other, dict):
+      other |= self.changes
+    return [document, other]
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"code": "jax 0.0, source beef"}, r"process 1 runs other code than process 0 \(jax 0\.0, "),
+    ({"workdir": ""}, r"--workdir: .* of process 0 is not seen by process 1; all hosts need one"),
+  ],
+)
+def test_other_code_and_another_disk_are_refused(changes, message, tmp_path, monkeypatch):
+  monkeypatch.setattr(hosts, "_peers", Others(changes))
+  monkeypatch.setattr(hosts, "lead", lambda work: work())
+  monkeypatch.setattr(hosts.jax, "process_count", lambda: 2)
+  with pytest.raises(ValueError, match=message):
+    hosts.refuse_differences(tiny.make(), tmp_path)
+  assert not list(tmp_path.iterdir())
+
+
+def test_different_batches_are_refused(monkeypatch):
+  class Different(Others):
+    def gather(self, document):
+      return [document, document + 1]
+
+  monkeypatch.setattr(hosts, "_peers", Different({}))
+  with pytest.raises(RuntimeError, match="the processes have different batches"):
+    hosts.refuse_different_batches(batching.empty_batch(2, 8))
+
+
+@pytest.mark.parametrize(
+  ("coordinator", "count", "index"),
+  [("", 4, 0), ("host:1", -1, 0), ("host:1", 4, 4), ("auto", 2, 0)],
+)
+def test_an_incomplete_description_of_the_processes_is_refused(coordinator, count, index):
+  with pytest.raises(ValueError, match="several processes need all three"):
+    hosts.joined(coordinator, count, index).__enter__()
+
+
+def test_one_process_joins_nothing(monkeypatch):
+  monkeypatch.setenv("JAX_NUM_PROCESSES", "1")
+  monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "nobody:1")
+  with hosts.joined("", -1, -1):
+    assert hosts.primary()
+    assert hosts.gather(5) == [5]
+  monkeypatch.setenv("JAX_NUM_PROCESSES", "many")
+  with pytest.raises(ValueError, match="JAX_NUM_PROCESSES: 'many' is no number"):
+    hosts.joined("", -1, -1).__enter__()
+
+
+def test_long_messages_take_a_second_exchange(monkeypatch):
+  """What all_gather does for two processes, by hand."""
+  sent = {}
+
+  def all_gather(buffer):
+    sent.setdefault(len(buffer), []).append(buffer)
+    return np.stack([buffer, other[len(buffer)]])
+
+  joined = object.__new__(hosts._Joined)
+  joined.index, joined.count = 1, 2
+  text = json.dumps([0, "x" * 10_000]).encode()
+  other = {}
+  for size in (4096, 16384):
+    other[size] = np.zeros(size, np.uint8)
+    other[size][:8] = np.frombuffer(len(text).to_bytes(8, "little"), np.uint8)
+    other[size][8 : 8 + len(text)] = np.frombuffer(text, np.uint8)[: size - 8]
+  monkeypatch.setattr(hosts.multihost_utils, "process_allgather", all_gather)
+  assert joined.gather({"a": 1}) == ["x" * 10_000, {"a": 1}]
+  assert list(sent) == [4096, 16384]
