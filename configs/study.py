@@ -18,11 +18,24 @@ that learn from rewards, on nested_api with faults, 8 x 3 = 24. depth: outcome-o
 at 2, 3, 4 and 5 dependent calls, 2 x 4 x 3 = 24. 168 cells in all.
 
 Equal budgets: all methods of one environment have the same start checkpoint, training tasks in the
-same order, 30 iterations of 16 tasks x 4 samples = 1,920 conversations of at most 8 LLM calls, and
-60 optimizer steps; they differ in what config.study.cells says and in nothing else (a study with
+same order, 24 iterations of 12 tasks x 4 samples = 1,152 conversations of at most 8 LLM calls, and
+48 optimizer steps; they differ in what config.study.cells says and in nothing else (a study with
 unequal budgets is refused).
 
-Time. {arithmetic}
+Time, for 2 cores with a cell on each (one core: 58 ms a conversation rolled out, 45 ms to learn
+from it, 20 s to start with compiled programs at hand; an estimate, see below):
+
+    RL           24 x 48 conversations x (58 + 45) ms        119 s
+    held out     9 evaluations x 120 tasks x 58 ms            63 s
+    start                                                     20 s
+    a cell                                                   202 s;  data_pipeline, x 1.25: 250 s
+    all          (108 x 202 s + 60 x 250 s) / 2              5.1 h of the 6 h that there are
+
+58 and 45 ms: the quickstart alone on 2 cores takes 206 s, in which RL spends 57 ms a conversation,
+56 % of it rolling out; on one core 1.8 times that. One small cell on one core (192 conversations in
+RL, 192 held out, nothing compiled before, beside a load of 20) took 76 s of processor time; this
+estimate says 31 s and 45 s for compiling. data_pipeline has 5.5 turns where nested_api has 4.4.
+Look at the first cells' `seconds` in runs/study/results/cells.csv before the rest is run.
 """
 
 import pathlib
@@ -115,15 +128,15 @@ def _study():
   config = _QUICKSTART()
   config.compilation_cache = "/tmp/steptool_jax_compiled"  # cells share their programs
   e = config.environment
-  e.num_train, e.num_heldout = 5000, 150
+  e.num_train, e.num_heldout = 5000, 120
   e.market.prices = True  # cost and latency of every method; Eq. 2 is paid for them
-  config.rollout.tasks, config.rollout.samples, config.rollout.slots = 16, 4, 64
+  config.rollout.tasks, config.rollout.samples, config.rollout.slots = 12, 4, 48
   config.sft.steps = 0
-  config.train.iterations, config.train.export = 30, False
+  config.train.iterations, config.train.export = 24, False
   v = config.evaluation
-  v.every, v.tasks, v.curve_tasks, v.temperature, v.greedy = 5, 150, 150, 1.0, True
-  config.record.heldout, config.record.train, config.record.every = 150, 8, 15
-  config.checkpoint.every, config.checkpoint.keep = 10, 1
+  v.every, v.tasks, v.curve_tasks, v.temperature, v.greedy = 4, 120, 120, 1.0, True
+  config.record.heldout, config.record.train, config.record.every = 120, 8, 12
+  config.checkpoint.every, config.checkpoint.keep = 8, 1
   config.report.trajectories = 1700
   s = config.study
   s.cells = _cells()
