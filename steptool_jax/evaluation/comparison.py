@@ -76,10 +76,15 @@ def facts_of(trajectories: Sequence[Trajectory]) -> Facts:
 
 def rows(cells: Iterable[Cell]) -> list[Row]:
   """One row for every (group, environment, method), in the order of the cells."""
+  return [row for panel in by_environment(cells) for row in _rows(panel)]
+
+
+def by_environment(cells: Iterable[Cell]) -> list[list[Cell]]:
+  """The cells of each (group, environment), which are compared with each other."""
   panels: dict[tuple[str, str], list[Cell]] = {}
   for cell in cells:
     panels.setdefault((cell.group, cell.environment), []).append(cell)
-  return [row for panel in panels.values() for row in _rows(panel)]
+  return list(panels.values())
 
 
 def by_method(cells: Iterable[Cell]) -> dict[str, list[Cell]]:
@@ -139,10 +144,7 @@ def _rows(panel: Sequence[Cell]) -> list[Row]:
     name: [c for c in curves(cells, "llm_calls") if len(c[0]) > 1]
     for name, cells in methods.items()
   }
-  # The mean of a method that lost a seed must not set the level for others by luck alone; it is
-  # still the best that was seen.
-  finals = [np.mean([f["final"] for f in fs if "final" in f] or [0.0]) for fs in figures.values()]
-  best = max(finals)
+  best = max(np.mean([f.get("final", 0.0) for f in fs] or [0.0]) for fs in figures.values())
   ends = [curve[0][-1] for found in learnt.values() for curve in found]
   out = []
   for name, cells in methods.items():

@@ -27,10 +27,8 @@ FIGURES = {  # of the charts' menu, in its order; a single run offers all others
 
 def charts(cells: Sequence[Cell]) -> list[dict[str, Any]]:
   """One chart for every (group, environment): figure -> axis -> series."""
-  panels: dict[tuple[str, str], list[Cell]] = {}
-  for cell in cells:
-    panels.setdefault((cell.group, cell.environment), []).append(cell)
-  return [chart for panel in panels.values() if (chart := _chart(panel, len(cells) == 1))]
+  single = len(cells) == 1
+  return [c for panel in comparison.by_environment(cells) if (c := _chart(panel, single))]
 
 
 def _chart(panel: Sequence[Cell], single: bool) -> dict[str, Any] | None:

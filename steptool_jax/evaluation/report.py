@@ -239,14 +239,16 @@ def interval(value: tuple[float, float, float] | None, form) -> dict[str, str]:
     return {"mean": "–", "range": ""}
   mean, low, high = value
   known = math.isfinite(low) and math.isfinite(high)
-  return {"mean": form(mean), "range": f"{form(low)} to {form(high)}" if known else ""}
+  return {"mean": form(mean), "range": f"{form(low).rstrip(' %')} to {form(high)}" if known else ""}
 
 
 def crossing(value: tuple[float, float, float] | None) -> dict[str, str]:
+  """The same of a number of steps, which may be infinite: never."""
   if value is None:
     return {"mean": "–", "range": ""}
-  shown = [plain(v) if math.isfinite(v) else "never" for v in value]
-  return {"mean": shown[0], "range": "" if math.isnan(value[1]) else f"{shown[1]} to {shown[2]}"}
+  mean, low, high = (plain(v) if math.isfinite(v) else "never" for v in value)
+  told = not math.isnan(value[1]) and {mean, low, high} != {"never"}
+  return {"mean": mean, "range": f"{low} to {high}" if told else ""}
 
 
 _MORE = (

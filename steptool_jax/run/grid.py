@@ -113,6 +113,11 @@ def configs(config: Config, cells: Sequence[Planned]) -> dict[str, Config]:
 
 def cell_config(config: Config, cell: Planned) -> Config:
   """The study's config with the cell's fields; ValueError where they make no valid one."""
+  return validation.validate(cell_fields(config, cell))
+
+
+def cell_fields(config: Config, cell: Planned) -> dict[str, Any]:
+  """The same as nested mappings, not validated yet."""
   tree = json.loads(validation.to_json(dataclasses.replace(config, study=Study(), seed=cell.seed)))
   for name, text in cell.overrides.items():
     validation.check_name(name)
@@ -121,7 +126,7 @@ def cell_config(config: Config, cell: Planned) -> Config:
     for group in groups:
       target = target[group]
     target[last] = _value(name, target[last], text)
-  return validation.validate(tree)
+  return tree
 
 
 def folder(workdir: pathlib.Path, name: str) -> pathlib.Path:

@@ -19,13 +19,13 @@ _CURVES = ("heldout/pass_rate", "heldout/reward", "heldout/calls_per_task", "tra
 
 def write(workdir: pathlib.Path, plan: Sequence[Planned], most: int) -> list[dict[str, Any]]:
   """Writes curves.csv, cells.csv, table.json and report.html; returns the table."""
-  cells = report.read_cells(workdir, plan, most)
+  cells, notes = report.read_cells(workdir, plan, most)
   folder = workdir / "results"
   metrics_writer.write_atomically(folder / "curves.csv", _curves(cells))
   metrics_writer.write_atomically(folder / "cells.csv", _cells(cells))
   table = [_plain(row) for row in comparison.rows(cells)]
   metrics_writer.write_atomically(folder / "table.json", json.dumps(table, indent=1) + "\n")
-  report.write(folder / "report.html", f"Study {workdir.name}", cells, most)
+  report.write(folder / "report.html", f"Study {workdir.name}", cells, most, notes)
   return table
 
 

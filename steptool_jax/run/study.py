@@ -29,6 +29,7 @@ from steptool_jax.run import grid, metrics_writer, results, workbench
 from steptool_jax.run.grid import Planned, State
 
 _ENDED = (DONE, FAILED)
+COMMAND = (sys.executable, "-m", "steptool_jax.run.cell")
 _GRACE_S = 600.0  # for a cell to reach its next safe point and save
 
 
@@ -117,7 +118,7 @@ def _start(workdir: pathlib.Path, cell: Planned, cores: tuple[int, ...]) -> _Run
   grid.write_state(folder, dataclasses.replace(state, status=STARTED))
   with (folder / "log.txt").open("a") as log:
     process = subprocess.Popen(
-      [sys.executable, "-m", "steptool_jax.run.cell", str(folder), *map(str, cores)],
+      [*COMMAND, str(folder), *map(str, cores)],
       stdout=log,
       stderr=log,
       stdin=subprocess.DEVNULL,

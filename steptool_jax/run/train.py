@@ -23,7 +23,7 @@ from steptool_jax.evaluation.metrics import rollout_metrics
 from steptool_jax.learning import algorithms, batching, update
 from steptool_jax.policy import lora, sharding
 from steptool_jax.rewards import orchestra
-from steptool_jax.rollout.chain import Interrupted, Stats
+from steptool_jax.rollout.chain import Interrupted
 from steptool_jax.rollout.conversation import NonFiniteLogprobs
 from steptool_jax.run import (
   build,
@@ -32,6 +32,7 @@ from steptool_jax.run import (
   learners,
   metrics_writer,
   offline,
+  progress,
   record,
   replay,
   restore,
@@ -40,6 +41,7 @@ from steptool_jax.run import (
 from steptool_jax.run.checkpoint import Checkpoints
 from steptool_jax.run.demonstrations import Demonstrations
 from steptool_jax.run.order import Order
+from steptool_jax.run.progress import Progress
 from steptool_jax.run.workbench import Workbench
 from steptool_jax.types import Status, Task, TokenBatch, TrainState, Trajectory
 
@@ -56,26 +58,6 @@ MAY_CHANGE = (
   ),
   *("simulator.", "judge.endpoint.", "serve.", "annotate.", "report.", "study."),
 )
-
-
-@dataclasses.dataclass
-class Progress:
-  """What a checkpoint's meta holds besides the state."""
-
-  phase: str = "sft"  # sft, rl
-  done: int = 0  # iterations of the phase
-  learnt: int = 0  # iterations of RL that had something to learn from
-  evaluated: int = 0  # RL iteration of the newest evaluation between start and end
-  records: int = 0  # lines of metrics.jsonl
-  seconds: float = 0.0
-  conversations: int = 0  # rolled out in RL
-  llm_calls: int = 0  # of these conversations: the environment steps
-  tokens: int = 0  # of trajectories rolled out and trained on in RL
-  rl_seconds: float = 0.0
-  skipped: int = 0  # updates, because something was not finite
-  results: dict[str, float] = dataclasses.field(default_factory=dict)
-  train_curve: list[tuple[float, float]] = dataclasses.field(default_factory=list)
-  heldout_curve: list[tuple[float, float]] = dataclasses.field(default_factory=list)
 
 
 def run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
@@ -245,14 +227,9 @@ class _Trainer:
         figures = self._iteration() if self.data is None else self._offline_iteration()
         self.progress.rl_seconds += time.monotonic() - started
         self._advance()
-        self.writer.write(self._number(), "train", figures | self._spent())
+        self.writer.write(self._number(), "train", figures | self.progress.spent())
         bar.update()
-        bar.set_postfix_str(
-          ", ".join(
-            f"{label} {figures[name]:{form}}" for label, name, form in _SHOWN if name in figures
-          ),
-          refresh=False,
-        )
+        bar.set_postfix_str(progress.shown(figures), refresh=False)
         done = self.progress.done
         if done % self.config.checkpoint.every == 0 or done == self.iterations:
           self._save()
@@ -303,27 +280,17 @@ class _Trainer:
     figures |= self._learn(kept)
     now = time.monotonic()
     tokens = sum(t.num_tokens for t in kept)
-    self._count(trajectories, tokens)
+    self.progress.count(trajectories, tokens)
     self.progress.train_curve.append((self.progress.conversations, figures["pass_rate"]))
-    return figures | _shares(stats, now - update_started, now - started, tokens)
+    return figures | progress.shares(stats, now - update_started, now - started, tokens)
 
   def _offline_iteration(self) -> dict[str, float]:
     started = time.monotonic()
     trajectories = self.data.batch(self.progress.done)
     figures = rollout_metrics(trajectories) | self._learn(trajectories)
     tokens = sum(t.num_tokens for t in trajectories)
-    self._count(trajectories, tokens)
+    self.progress.count(trajectories, tokens)
     return figures | {"tokens_per_second": tokens / (time.monotonic() - started)}
-
-  def _count(self, trajectories: list[Trajectory], tokens: int) -> None:
-    self.progress.conversations += len(trajectories)
-    self.progress.llm_calls += sum(len(t.steps) for t in trajectories)
-    self.progress.tokens += tokens
-
-  def _spent(self) -> dict[str, float]:
-    """What RL has used so far: the axes of learning curves."""
-    p = self.progress
-    return {n: getattr(p, n) for n in ("conversations", "llm_calls", "tokens", "rl_seconds")}
 
   def _fill_behaviour(self) -> None:
     """Old log-probs of the data: of the present policy before its first update, else as kept."""
@@ -506,7 +473,7 @@ class _Trainer:
     if temperature is not None:
       self.progress.results[name] = figures["pass_rate"]
       return
-    self.writer.write(self._number(), "heldout", figures | self._spent())
+    self.writer.write(self._number(), "heldout", figures | self.progress.spent())
     self.checkpoints.score(self._checkpoint_number(), figures["pass_rate"])
     figure = f"{label}: held-out pass rate {figures['pass_rate']:.1%}"
     hosts.say(self.bench.services.beside(figure))
@@ -515,75 +482,14 @@ class _Trainer:
     if self.progress.phase == "rl" or name == "pass_rate_sft":
       self.progress.heldout_curve.append((self.progress.conversations, figures["pass_rate"]))
 
-  def _heldout_tasks(self) -> int:
-    if not self.config.evaluation.tasks:
-      return 0
-    return min(self.config.evaluation.tasks, len(self.bench.environment.tasks("heldout")))
-
   def _finish(self) -> dict[str, Any]:
     if self.config.train.export:
       folded = self.progress.phase == "rl" and self.config.sft.steps > 0
       export.write(self.bench, self._variables(), folded)
     if hosts.primary() and (self.progress.train_curve or self.progress.heldout_curve):
-      self._plot()
+      progress.plot(self.config, self.bench.workdir, self.progress)
     return self._summary(interrupted=False)
 
-  def _plot(self) -> None:
-    names = {"pass_rate_base": "start", "pass_rate_sft": "after SFT"}
-    metrics_writer.plot_learning_curve(
-      self.bench.workdir / "learning_curve.png",
-      self.progress.train_curve,
-      self.progress.heldout_curve,
-      {label: self.progress.results[k] for k, label in names.items() if k in self.progress.results},
-      f"{self.config.algorithm} on {self.config.environment.name}, seed {self.config.seed}",
-      f"held-out tasks, {'sampled' if self.config.evaluation.temperature else 'greedy'}",
-    )
-
   def _summary(self, interrupted: bool) -> dict[str, Any]:
-    p = self.progress
-    summary = dict(p.results) | {
-      "mode": "train",
-      "algorithm": self.config.algorithm,
-      "seed": self.config.seed,
-      "heldout_tasks": self._heldout_tasks(),
-      "conversations": p.conversations,
-      "skipped_updates": p.skipped,
-      "seconds": self._clock(),
-      "peak_rss_gib": metrics_writer.peak_rss_gib(),
-      "tokens_per_second": p.tokens / p.rl_seconds if p.rl_seconds else 0.0,
-      "interrupted": interrupted,
-    }
-    if self.data is not None:
-      offline_phase = "sft" if self.algorithm.rewards == "none" else "rl"
-      summary["iterations"] = p.done if p.phase == offline_phase else 0
-      summary["data"] = self.data.report | {"passes": self.config.data.passes}
-    if self.bench.services.judging is not None:
-      summary["judge"] = self.bench.services.judging.report()
-    metrics_writer.write_summary(self.bench.workdir, summary)
-    return summary
-
-
-# What the progress bar shows of an iteration's figures: (label, name, format).
-_SHOWN = (
-  ("reward", "reward", ".2f"),
-  ("pass", "pass_rate", ".0%"),
-  ("KL", "kl", ".2f"),
-  ("tok/s", "tokens_per_second", ".0f"),
-)
-
-
-def _shares(stats: Stats, update_seconds: float, seconds: float, tokens: int) -> dict[str, float]:
-  """Where an iteration's time went; the update counts as time of the device."""
-  device = (stats.device_seconds + update_seconds) / seconds
-  tools = stats.tool_wait_seconds / seconds
-  return {
-    "device_share": device,
-    "tool_share": tools,
-    "host_share": 1.0 - device - tools,
-    "tokens_per_second": tokens / seconds,
-    "sampled_tokens_per_second": stats.sampled_tokens / max(stats.seconds, 1e-9),
-    "rollout_share": stats.seconds / seconds,
-    "update_share": update_seconds / seconds,
-    "device_share_of_rollout": stats.device_seconds / max(stats.seconds, 1e-9),
-    "tool_wait_share_of_rollout": stats.tool_wait_seconds / max(stats.seconds, 1e-9),
-  }
+    self._clock()
+    return progress.summarise(self.bench, self.progress, self.data, interrupted)

@@ -109,14 +109,14 @@ def test_tasks_that_turned_and_the_first_step_that_changed():
   """The paper's case: a wrong tool is chosen again and again, and after training another one."""
   wrong = call("search", MISSING, q="x")
   before = [
-    trajectory(call("find"), wrong, wrong, give_up(), task="b"),
+    trajectory(call("find"), wrong, wrong, give_up(), task="d"),
     trajectory(call("find"), call("open", id=1), finish("7"), task="a"),
     trajectory(call("find"), finish("8"), task="c"),
     trajectory(call("find"), finish("1"), task="solved", solved=1.0),
     trajectory(call("find"), finish("2"), task="stays"),
   ]
   after = [
-    trajectory(call("find"), call("look", id=3), finish("9"), task="b", solved=1.0),
+    trajectory(call("find"), call("look", id=3), finish("9"), task="d", solved=1.0),
     trajectory(call("find"), call("open", id=2), finish("9"), task="a", solved=1.0),
     trajectory(call("find"), call("open"), finish("9"), task="c", solved=1.0),
     trajectory(call("look"), finish("1"), task="solved", solved=1.0),
@@ -125,7 +125,7 @@ def test_tasks_that_turned_and_the_first_step_that_changed():
   ]
   cases = behaviour.turned_cases(before, after)
   assert [(c.task_id, c.step, c.change, c.wrong_tool_again) for c in cases] == [
-    ("b", 1, "look instead of search", True),
+    ("d", 1, "look instead of search", True),
     ("c", 1, "open instead of answer", False),
     ("a", 1, "open with other arguments", False),
   ]

@@ -16,7 +16,7 @@ from steptool_jax.learning import algorithms, batching, update
 from steptool_jax.policy import model
 from steptool_jax.rewards import orchestra
 from steptool_jax.rollout.chain import Stats
-from steptool_jax.run import learners, train
+from steptool_jax.run import learners, progress
 
 ROWS = sorted(algorithms.ALGORITHMS)
 
@@ -57,7 +57,7 @@ def test_every_algorithm_writes_its_diagnostics(name):
 def test_the_table_of_figures_names_them_all():
   text = pathlib.Path(metrics.__file__).read_text().partition('"""\n\nimport')[0]
   named = set(re.findall(r"\w+", text))
-  others = metrics.rollout_metrics([]) | train._shares(Stats(seconds=1.0), 0.5, 2.0, 10)
+  others = metrics.rollout_metrics([]) | progress.shares(Stats(seconds=1.0), 0.5, 2.0, 10)
   others |= orchestra.keep([], orchestra.Filters())[1]
   missing = set.union(set(others), *map(written, ROWS)) - named
   assert not missing

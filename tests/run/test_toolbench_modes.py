@@ -212,6 +212,13 @@ def test_a_tree_search_over_a_cache_under_the_same_budget(
   assert set(official.read_converted(tmp_path / "converted/rollout_0/G1_x.json")) == set(answers)
   records = list(read_trajectories(tmp_path / "trajectories.jsonl"))
   assert records[4].metadata | {"llm_calls": 6} == records[4].metadata
+  # The report draws the tree and the tokens.
+  nodes = records[4].metadata["search"]["nodes"]
+  assert len(nodes) == 6
+  assert nodes[0]["parent"] == -1
+  assert nodes[0]["action"].keys() & {"call", "malformed", "finish"}
+  steps = records[2].trajectory.steps
+  assert [len(t) for t in records[2].metadata["texts"]] == [len(step.tokens) for step in steps]
   assert records[2].trajectory.status is Status.ANSWERED
 
 

@@ -75,11 +75,13 @@ function drawChart(chart, box) {
     svg.append(draw("text", { x: px(t), y: H - bottom + 18, "text-anchor": "middle" }, t.toLocaleString("en")));
   }
   svg.append(draw("text", { x: (left + W - right) / 2, y: H - 6, "text-anchor": "middle" }, chart.axes[axis]));
-  for (const level of levels) {
+  levels.forEach((level, k) => {
     const y = py(level.value);
     svg.append(draw("line", { class: "level", x1: left, x2: W - right, y1: y, y2: y }));
-    svg.append(draw("text", { x: W - right, y: y - 4, "text-anchor": "end" }, level.label));
-  }
+    // At either end, so that labels of one height do not meet.
+    const end = k % 2 ? { x: left + 8, "text-anchor": "start" } : { x: W - right, "text-anchor": "end" };
+    svg.append(draw("text", { ...end, y: y - 4 }, level.label));
+  });
   for (const s of shown) {
     const c = look(s.name);
     const points = s.x.map((x, i) => [px(x), py(s.mean[i])]);

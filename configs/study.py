@@ -1,0 +1,153 @@
+"""Do step rewards make a tool user learn faster, or better? Methods x environments x seeds.
+
+    python -m steptool_jax.main --config=configs/study.py:pipeline_base --workdir=/tmp/pipeline_base
+    python -m steptool_jax.main --config=configs/study.py --mode=study --workdir=runs/study
+    python -m steptool_jax.main --config=configs/study.py --mode=report --workdir=runs/study
+
+The first makes the start checkpoint of data_pipeline (nested_api's is in the package). The second
+is the study: the same command goes on after a stop, `--config.study.hours=2` stops it in time, and
+`--config.study.only="('core/*/0',)"` chooses cells. runs/study/results is what to keep.
+
+One cell alone, with the bits that it has in the study (which gives every cell one core):
+
+    CELL=core/nested_api/steptool/0
+    taskset -c 0 python -m steptool_jax.main --config=configs/study.py:$CELL --workdir=runs/cell
+
+Groups. core: 6 methods x 4 environments x 5 seeds = 120 cells. wide: the other methods of the table
+that learn from rewards, on nested_api with faults, 8 x 3 = 24. depth: outcome-only PPO and StepTool
+at 2, 3, 4 and 5 dependent calls, 2 x 4 x 3 = 24. 168 cells in all.
+
+Equal budgets: all methods of one environment have the same start checkpoint, training tasks in the
+same order, 24 iterations of 12 tasks x 4 samples = 1,152 conversations of at most 8 LLM calls, and
+48 optimizer steps; they differ in what config.study.cells says and in nothing else (a study with
+unequal budgets is refused).
+
+Time, for 2 cores with a cell on each (one core: 58 ms a conversation rolled out, 45 ms to learn
+from it, 20 s to start with compiled programs at hand; an estimate, see below):
+
+    RL           24 x 48 conversations x (58 + 45) ms        119 s
+    held out     9 evaluations x 120 tasks x 58 ms            63 s
+    start                                                     20 s
+    a cell                                                   202 s;  data_pipeline, x 1.25: 250 s
+    all          (108 x 202 s + 60 x 250 s) / 2              5.1 h of the 6 h that there are
+
+58 and 45 ms: the quickstart alone on 2 cores takes 206 s, in which RL spends 57 ms a conversation,
+56 % of it rolling out; on one core 1.8 times that. One small cell on one core (192 conversations in
+RL, 192 held out, nothing compiled before, beside a load of 20) took 76 s of processor time; this
+estimate says 31 s and 45 s for compiling. data_pipeline has 5.5 turns where nested_api has 4.4.
+Look at the first cells' `seconds` in runs/study/results/cells.csv before the rest is run.
+"""
+
+import pathlib
+import runpy
+
+from steptool_jax.run import grid
+from steptool_jax.validation import validate
+
+_QUICKSTART = runpy.run_path(str(pathlib.Path(__file__).with_name("quickstart.py")))["get_config"]
+_FAULTS = "rate_limit timeout transient not_found"
+_PIPELINE_BASE = "/tmp/pipeline_base/export"
+
+# Name in the study -> algorithm and what makes it this method.
+_CORE = {
+  "ppo": "ppo",
+  "steptool": "steptool",
+  "steptool_no_step_rewards": "steptool_no_step_rewards",
+  "steptool_no_step_grained": "steptool_no_step_grained",
+  "orchestra": "grpo rewards.scheme=orchestra",
+  "orchestra_steps": "grpo_step rewards.scheme=orchestra_steps",
+}
+_WIDE = ("rft", "reinforce", "rloo", "grpo", "grpo_step", "gigpo", "eto", "archer")
+_NESTED = "environment.min_calls=2 environment.max_calls=3"
+_PIPELINE = (
+  f"model.path={_PIPELINE_BASE} environment.name=data_pipeline environment.min_calls=3 "
+  "environment.max_calls=4"
+)
+
+
+def _with_faults(rate: float) -> str:
+  return " ".join(f"environment.faults.{kind}={rate}" for kind in _FAULTS.split())
+
+
+_ENVIRONMENTS = {
+  "nested_api": _NESTED,
+  "nested_api_faults": f"{_NESTED} {_with_faults(0.04)}",
+  "data_pipeline": _PIPELINE,
+  "data_pipeline_faults": f"{_PIPELINE} {_with_faults(0.04)}",
+}
+
+
+def _cells() -> tuple[str, ...]:
+  lines = []
+  for environment, fields in _ENVIRONMENTS.items():
+    lines += [_line("core", environment, m, how, fields, 5) for m, how in _CORE.items()]
+  faults = _ENVIRONMENTS["nested_api_faults"]
+  lines += [_line("wide", "nested_api_faults", m, m, faults, 3) for m in _WIDE]
+  for depth in (2, 3, 4, 5):
+    fields = f"environment.min_calls={depth} environment.max_calls={depth}"
+    lines += [_line("depth", f"{depth}_calls", m, m, fields, 3) for m in ("ppo", "steptool")]
+  return tuple(lines)
+
+
+def _line(group, environment, method, how, fields, seeds) -> str:
+  algorithm, _, rest = how.partition(" ")
+  parts = (f"seeds={seeds}", f"algorithm={algorithm}", rest, _settings(algorithm), fields)
+  return f"{group}/{environment}/{method}: {' '.join(part for part in parts if part)}"
+
+
+def _settings(algorithm: str) -> str:
+  """What the quickstart sets for this algorithm, other than for steptool."""
+  usual, own = (_flat(_QUICKSTART(name).to_dict()) for name in ("steptool", algorithm))
+  return " ".join(f"{k}={v}" for k, v in own.items() if v != usual[k] and k != "algorithm")
+
+
+def _flat(tree: dict, prefix: str = "") -> dict:
+  flat = {}
+  for key, value in tree.items():
+    if isinstance(value, dict):
+      flat |= _flat(value, f"{prefix}{key}.")
+    else:
+      flat[f"{prefix}{key}"] = value
+  return flat
+
+
+def get_config(arg=""):
+  """The study; ':pipeline_base' the start checkpoint of data_pipeline; ':NAME' one cell."""
+  config = _pipeline_base() if arg == "pipeline_base" else _study()
+  if arg in ("", "pipeline_base"):
+    return config
+  checked = validate(config)
+  cells = {cell.name: cell for cell in grid.plan(checked.study)}
+  if arg not in cells:
+    raise ValueError(f"study.py:{arg}: no such cell; they are named as {next(iter(cells))}")
+  config.update(grid.cell_fields(checked, cells[arg]))
+  return config
+
+
+def _study():
+  config = _QUICKSTART()
+  config.compilation_cache = "/tmp/steptool_jax_compiled"  # cells share their programs
+  e = config.environment
+  e.num_train, e.num_heldout = 5000, 120
+  e.market.prices = True  # cost and latency of every method; Eq. 2 is paid for them
+  config.rollout.tasks, config.rollout.samples, config.rollout.slots = 12, 4, 48
+  config.sft.steps = 0
+  config.train.iterations, config.train.export = 24, False
+  v = config.evaluation
+  v.every, v.tasks, v.curve_tasks, v.temperature, v.greedy = 4, 120, 120, 1.0, True
+  config.record.heldout, config.record.train, config.record.every = 120, 8, 12
+  config.checkpoint.every, config.checkpoint.keep = 8, 1
+  config.report.trajectories = 1700
+  s = config.study
+  s.cells = _cells()
+  s.parallel, s.cores = 2, 1
+  return config
+
+
+def _pipeline_base():
+  """The quickstart's base, made on data_pipeline: clean demonstrations, then bad habits."""
+  base = runpy.run_path(str(pathlib.Path(__file__).with_name("quickstart_base.py")))
+  config = base["get_config"]()
+  e = config.environment
+  e.name, e.min_calls, e.max_calls = "data_pipeline", 3, 4
+  return config
