@@ -83,15 +83,7 @@ class MarketEnvironment:
     on_offer = [tier for tier in specialists.TIERS if tier in self._market.tiers]
     chosen = set(rng.sample(on_offer, rng.randint(1, len(on_offer)))) if on_offer else set()
     tiers = [tier for tier in on_offer if tier in chosen]
-    usual = {spec.name: (_CENTS, _SECONDS) for spec in task.tools}
-    for tier in tiers:
-      usual[_PREFIX + tier] = (specialists.TIERS[tier].cents, specialists.TIERS[tier].seconds)
-    spread = self._market.spread
-    prices = {
-      # With one decimal, so that the text tells the truth and reads like no value of a task.
-      name: tuple(max(round(x * spread ** rng.uniform(-1, 1), 1), 0.1) for x in both)
-      for name, both in usual.items()
-    }
+    prices = self._price_list(rng, task, tiers)
     words, wish = "", {}
     if self._market.preferences:
       words, wish = _wish(rng, [_PREFIX + tier for tier in tiers])
@@ -120,6 +112,20 @@ class MarketEnvironment:
     return self._ask(
       priced, [t for t in rng.sample(tiers, len(tiers)) if _PREFIX + t not in avoided]
     )
+
+  def _price_list(
+    self, rng: random.Random, task: Task, tiers: Sequence[str]
+  ) -> dict[str, tuple[float, float]]:
+    """tool -> (cents, seconds)."""
+    usual = {spec.name: (_CENTS, _SECONDS) for spec in task.tools}
+    for tier in tiers:
+      usual[_PREFIX + tier] = (specialists.TIERS[tier].cents, specialists.TIERS[tier].seconds)
+
+    def draw(value: float) -> float:
+      # With one decimal, so that the text tells the truth and reads like no value of a task.
+      return max(round(value * self._market.spread ** rng.uniform(-1, 1), 1), 0.1)
+
+    return {name: (draw(cents), draw(seconds)) for name, (cents, seconds) in usual.items()}
 
   def _ask(self, task: Task, tiers: Sequence[str]) -> Task:
     """With a demonstration that asks the first of these specialists that answers right."""

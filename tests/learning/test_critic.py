@@ -55,7 +55,8 @@ def test_q_reads_behind_the_utterance_and_v_before_it():
   for row, segment, steps in steps_of(batch):
     for positions in steps:
       first, behind = positions[0], positions[-1] + 1
-      assert batch.segment_ids[row, behind] == segment, "the last token is an input too"
+      assert behind < length, "the last token is an input too"
+      assert batch.segment_ids[row, behind] == segment
       assert batch.tokens[row, behind] == batch.targets[row, positions[-1]]
       assert out.q1[row, first] == behind
       assert out.q2[row, first] == 2 * behind + 1
@@ -217,7 +218,7 @@ def test_the_update_equals_a_direct_loss(state, programs):
 
 
 def test_replay_reaches_q_alone(state, programs):
-  """Other past rewards move Q's gradient; actor, V and the fresh advantages stay as they are."""
+  """Actor and V are as without any past, whose rewards move Q alone."""
   group = trajectories(6, seed=4)
   richer = [
     update.dataclasses.replace(
@@ -229,6 +230,9 @@ def test_replay_reaches_q_alone(state, programs):
     one_update(programs, state, packed(group[:4], past), 4) for past in (group[4:], richer)
   ]
   (first, new, metrics), (second, other, other_metrics) = results
+  alone = one_update(programs, state, packed(group[:4]), 4)[2]
+  for term in ("policy_loss", "v_loss"):
+    np.testing.assert_allclose(metrics[term], alone[term], rtol=1e-5)
   np.testing.assert_array_equal(first.advantages, second.advantages)
   assert float(metrics["policy_loss"]) == float(other_metrics["policy_loss"])
   assert float(metrics["v_loss"]) == float(other_metrics["v_loss"])

@@ -214,7 +214,12 @@ def test_an_evaluation_that_is_cut_off_is_made_up_for(cut, tmp_path, compiled, m
   monkeypatch.setattr(train.workbench, "evaluate_policy", figures)
   # Rollouts and updates are beside the point here.
   fake = {"reward": 0.0, "pass_rate": 0.0, "kl": 0.0, "tokens_per_second": 0.0}
-  monkeypatch.setattr(train._Trainer, "_iteration", lambda self: dict(fake))
+
+  def iteration(self):
+    self.progress.learnt += 1
+    return dict(fake)
+
+  monkeypatch.setattr(train._Trainer, "_iteration", iteration)
   monkeypatch.setattr(train._Trainer, "_update", lambda self, batch, rows: {"loss": 0.0})
   first = train.run(config, tmp_path)
   assert first["interrupted"] is True
