@@ -180,6 +180,16 @@ def test_an_interrupted_study_goes_on(fake, tmp_path, monkeypatch):
   assert [float(r["llm_calls"]) for r in mine] == [0, 10, 20, 30, 40]
 
 
+def test_a_cell_that_was_begun_with_another_config_is_refused(fake, tmp_path):
+  line = "core/shop/ppo: algorithm=ppo"
+  study.run(make(line, checkpoint__every=1), tmp_path)
+  study.run(make(line, checkpoint__every=2), tmp_path)  # changes nothing that counts
+  before = (tmp_path / "summary.json").read_text()
+  with pytest.raises(ValueError, match=r"ppo/0 was begun .*: evaluation\.tasks, rollout\.samples;"):
+    study.run(make(line, rollout__samples=3, evaluation__tasks=5), tmp_path)
+  assert (tmp_path / "summary.json").read_text() == before
+
+
 def test_sigterm_stops_the_study_and_its_cells(fake, tmp_path):
   line = "core/shop/ppo: seeds=4 algorithm=ppo"
   running = tmp_path / "cells/core/shop/ppo/3/running"
