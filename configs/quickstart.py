@@ -8,6 +8,13 @@ small checkpoint that comes with the package (made by configs/quickstart_base.py
 
 from steptool_jax.config import base_config
 
+# What an algorithm needs to be taught otherwise than the others.
+_OF_ALGORITHM = {
+  # 56 steps are few for a critic that bootstraps: more of them, a target close behind it, and no
+  # word for the actor before it has learnt something.
+  "archer": {"train.epochs": 3, "archer.tau": 0.5, "archer.warmup": 4},
+}
+
 
 def get_config(arg=""):
   config = base_config()
@@ -32,4 +39,5 @@ def get_config(arg=""):
   v = config.evaluation
   v.every, v.tasks, v.curve_tasks, v.temperature = 7, 300, 100, 1.0
   config.checkpoint.every = 14
+  config.update_from_flattened_dict(_OF_ALGORITHM.get(config.algorithm, {}))
   return config

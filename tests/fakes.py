@@ -42,6 +42,7 @@ def hyperparameters(**changes) -> algorithms.Hyperparameters:
     "aggregation": "",
     "dpo_beta": 0.1,
     "tau": 0.1,
+    "warmup": 0,
   }
   return algorithms.Hyperparameters(**(fields | changes))
 

@@ -95,6 +95,7 @@ def build_learner(
     aggregation=c.aggregation,
     dpo_beta=config.dpo.beta,
     tau=config.archer.tau,
+    warmup=config.archer.warmup * t.epochs * t.minibatches,
   )
   hyperparameters = algorithms.resolve(row, hyperparameters)
   iterations = t.iterations if iterations is None else iterations
