@@ -10,9 +10,9 @@ from steptool_jax.config import base_config
 
 # What an algorithm needs to be taught otherwise than the others.
 _OF_ALGORITHM = {
-  # 56 steps are few for a critic that bootstraps: more of them, a target close behind it, and no
-  # word for the actor before it has learnt something.
-  "archer": {"train.epochs": 3, "archer.tau": 0.5, "archer.warmup": 4},
+  # 56 steps are few for a critic that bootstraps: a target close behind it, and no word for the
+  # actor before it has learnt something.
+  "archer": {"archer.tau": 0.5, "archer.warmup": 4},
 }
 
 

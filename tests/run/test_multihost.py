@@ -4,9 +4,7 @@ The runs of one test follow each other in one workdir, since starting processes 
 """
 
 import json
-import os
 import shutil
-import signal
 import time
 
 import jax
@@ -128,40 +126,6 @@ def test_four_processes_are_one(whole, alone):
   assert_close(mine, theirs)
   assert any(np.any(x) for path, x in theirs.items() if "'mu'" in path), "nothing was learnt"
   assert json.loads((whole / "summary.json").read_text())["interrupted"] is False
-
-
-def test_killed_and_preempted_processes_go_on_bit_equal_on_another_mesh_too(
-  pod, flags, whole, compiled, tmp_path
-):
-  workdir = tmp_path / "run"
-  run = pod.start(workdir, *flags)
-  until(run, lambda: 2 in checkpoint.numbers(workdir), "second checkpoint")
-  os.kill(run.pids[2], signal.SIGKILL)
-  killed = time.monotonic()
-  codes = run.wait()
-  assert time.monotonic() - killed < 60, "the others wait for the dead one"
-  assert codes[2] == -signal.SIGKILL
-  assert codes[:2] + codes[3:] == [1, 1, 1]
-  for process in (0, 1, 3):
-    assert "again with the same command" in run.log(process), run.log(process)[-2000:]
-
-  # SIGTERM to one of them, as soon as the run goes on.
-  rolls = len(rolled(workdir, 0))
-  run = pod.start(workdir, *flags)
-  until(run, lambda: "resuming: rl" in run.log(0).split("Connecting")[-1], "resumption")
-  os.kill(run.pids[3], signal.SIGTERM)
-  assert run.wait() == [0] * 4, run.log(0)[-3000:]
-  assert json.loads((workdir / "summary.json").read_text())["interrupted"] is True
-  assert len(rolled(workdir, 0)) == rolls, "they went on"
-  other_mesh = tmp_path / "one"
-  shutil.copytree(workdir, other_mesh)
-
-  assert pod.start(workdir, *flags).wait() == [0] * 4
-  assert_bit_equal(workdir, whole)
-
-  # The checkpoint of four processes goes on in one, with one device.
-  train.run(tiny.make("calls", compilation_cache=compiled), other_mesh)
-  assert_close(arrays(other_mesh)[1], arrays(whole)[1])
 
 
 def test_processes_with_different_configs_are_refused(pod, tmp_path):
