@@ -1,4 +1,4 @@
-"""Four processes with gloo train as one: the same tokens, one checkpoint, one end.
+"""Two processes of two devices train as one, over gloo: the same tokens, one checkpoint, one end.
 
 The runs of one test follow each other in one workdir, since starting processes is what costs.
 """
@@ -35,10 +35,10 @@ def flags(compiled):
 
 @pytest.fixture(scope="module")
 def whole(pod, flags, tmp_path_factory):
-  """Workdir of four processes that nobody stopped."""
+  """Workdir of two processes that nobody stopped."""
   workdir = tmp_path_factory.mktemp("whole")
   run = pod.start(workdir, *flags)
-  assert run.wait() == [0] * 4, run.log(0)[-3000:]
+  assert run.wait() == [0] * 2, run.log(0)[-3000:]
   return workdir
 
 
@@ -116,11 +116,11 @@ def until(run, ready, what):
     time.sleep(0.01)
 
 
-def test_four_processes_are_one(whole, alone):
+def test_two_processes_are_one(whole, alone):
   workdir, trajectories = alone
   observations = [s.observation for t in trajectories for s in t.steps if s.observation]
   assert "ok" in {o.code for o in observations}, "no tool was called: nothing was exchanged"
-  for process in range(4):
+  for process in range(2):
     assert ids(rolled(whole, process)) == ids(trajectories)
   mine, theirs = arrays(whole)[1], arrays(workdir)[1]
   assert_close(mine, theirs)
