@@ -302,6 +302,20 @@ def test_a_cell_of_the_committed_study_by_name(committed):
     committed("core/nested_api/ppo")
 
 
+def test_all_algorithms_as_the_quickstart_trains_them(committed):
+  config = validate(committed("algorithms"))
+  cells = grid.plan(config.study)
+  assert {(c.method, c.seed) for c in cells} == {(n, s) for n in ALGORITHMS for s in range(3)}
+  found = grid.configs(config, cells)
+  quickstart = runpy.run_path(str(tiny.ROOT / "configs" / "quickstart.py"))["get_config"]
+  for cell in cells:
+    mine, usual = found[cell.name], validate(quickstart(cell.method))
+    assert cell.method == mine.algorithm
+    for part in ("model", "sft", "advantage", "loss", "archer", "dpo", "rewards"):
+      assert getattr(mine, part) == getattr(usual, part), (cell.name, part)
+    assert mine.train.optimizer == usual.train.optimizer
+
+
 def test_the_start_of_the_pipeline(committed):
   config = validate(committed("pipeline_base"))
   assert (config.algorithm, config.environment.name) == ("sft", "data_pipeline")
