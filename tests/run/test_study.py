@@ -306,9 +306,10 @@ def test_all_algorithms_as_the_quickstart_trains_them(committed):
   config = validate(committed("algorithms"))
   cells = grid.plan(config.study)
   assert {(c.method, c.seed) for c in cells} == {(n, s) for n in ALGORITHMS for s in range(3)}
-  found = grid.configs(config, cells)
+  first = [cell for cell in cells if cell.seed == 0]
+  found = grid.configs(config, first)
   quickstart = runpy.run_path(str(tiny.ROOT / "configs" / "quickstart.py"))["get_config"]
-  for cell in cells:
+  for cell in first:
     mine, usual = found[cell.name], validate(quickstart(cell.method))
     assert cell.method == mine.algorithm
     for part in ("model", "sft", "advantage", "loss", "archer", "dpo", "rewards"):
