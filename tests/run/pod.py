@@ -20,9 +20,10 @@ class Pod:
   """Starts runs of several processes; a context manager."""
 
   def __enter__(self):
-    env = tiny.environment()
+    import fakes
+
+    env = tiny.environment() | fakes.several_devices(2)
     env["PYTHONPATH"] += f"{os.pathsep}{tiny.ROOT / 'tests/run'}"
-    env["XLA_FLAGS"] = f"{env.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2"
     self._server = subprocess.Popen(
       [sys.executable, __file__], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
