@@ -119,7 +119,7 @@ PLAIN = {"advantage__whiten": False, "loss__kl": "none"}
 @pytest.mark.parametrize("level", ["step", "released"])
 def test_rewards_and_advantages_of_the_level(level, rows, offline_config, prepared, tmp_path):
   train.run(offline_config(advantage__level=level, **PLAIN), tmp_path)
-  wanted, found = assert_advantages(prepared, rows, "step")
+  wanted, found = assert_advantages(prepared, rows, level)
   assert found == collections.Counter({k: 2 * n for k, n in wanted.items()})
 
 
