@@ -123,8 +123,7 @@ _NOT_NEGATIVE = (
   "rollout.tool_retries rollout.max_stuck_tools loss.clip_low loss.clip_high loss.value_clip "
   "simulator.http_retries rollout.budget rollout.search.room serve.port evaluation.tasks "
   "rewards.filters.min_deviation advantage.omega archer.batch archer.warmup record.heldout "
-  "record.train "
-  "study.cores study.hours checkpoint.keep_best"
+  "record.train study.cores study.hours checkpoint.keep_best"
 ).split() + _of_endpoints("retries", "prompt_price", "completion_price")
 _SHARES = (
   "sft.mistakes environment.faults.rate_limit environment.faults.timeout "
