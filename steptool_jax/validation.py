@@ -10,6 +10,7 @@ from typing import Any
 import ml_collections
 
 from steptool_jax.config import Config, Filters
+from steptool_jax.environments.market import SPECIALTIES
 from steptool_jax.environments.specialists import TIERS
 from steptool_jax.learning.advantages import LEVELS
 from steptool_jax.learning.algorithms import Algorithm, get_algorithm
@@ -264,9 +265,9 @@ def _check_market(config: Config) -> None:
   for name in ("specialists", "preferences", "asked"):
     if getattr(m, name) and not m.prices:
       raise ValueError(f"{where}.{name}: set, but {where}.prices is False, so there is no market")
-  if m.specialists and config.environment.name != "nested_api":
+  if m.specialists and config.environment.name not in SPECIALTIES:
     raise ValueError(
-      f"{where}.specialists: they know the tables of 'nested_api', not those of "
+      f"{where}.specialists: they know {' and '.join(SPECIALTIES)}, not "
       f"{config.environment.name!r}; leave it empty"
     )
   for tier in m.specialists:
