@@ -10,7 +10,7 @@ import orbax.checkpoint as ocp
 import pytest
 import tiny
 
-from steptool_jax.run import train
+from steptool_jax.run import learning, train
 from steptool_jax.run.checkpoint import Checkpoints
 from steptool_jax.run.metrics_writer import read_jsonl
 from steptool_jax.types import TrainState
@@ -225,7 +225,7 @@ def test_an_evaluation_that_is_cut_off_is_made_up_for(cut, tmp_path, compiled, m
     return dict(fake)
 
   monkeypatch.setattr(train._Trainer, "_iteration", iteration)
-  monkeypatch.setattr(train._Trainer, "_update", lambda self, batch, rows: {"loss": 0.0})
+  monkeypatch.setattr(learning.Learning, "update", lambda self, batch, rows: {"loss": 0.0})
   first = train.run(config, tmp_path)
   assert first["interrupted"] is True
   cut = ""
