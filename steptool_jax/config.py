@@ -332,6 +332,7 @@ class Train:
   row_tokens: int = _is(512, "tokens of a packed row, at least rollout.max_tokens")
   max_skipped: int = _is(5, "non-finite updates in a row that stop the run")
   export: bool = _is(False, "write WORKDIR/export (Hugging Face) at the end")
+  critic_rate: float = _is(1.0, "learning rate of a critic's heads, in multiples of the policy's")
   optimizer: Optimizer = _is(Optimizer(), "optimizer of RL")
 
 

@@ -114,7 +114,7 @@ _POSITIVE = (
   "simulator.http_in_flight judge.runs rollout.search.width "
   "rollout.search.answer_back rollout.search.give_up_back evaluation.attempts evaluation.rollouts "
   "data.passes data.batch dpo.beta archer.tau archer.replay record.every report.trajectories "
-  "study.parallel study.attempts"
+  "study.parallel study.attempts train.critic_rate"
 ).split() + _of_endpoints("timeout", "in_flight")
 _NOT_NEGATIVE = (
   "seed lora.rank sft.steps sft.clean_steps sft.tasks train.iterations evaluation.every "

@@ -18,10 +18,12 @@ from steptool_jax.run.build import Policy
 from steptool_jax.types import TokenBatch, TrainState, Trajectory
 
 
-def build_optimizer(c: Optimizer, total_steps: int) -> optax.GradientTransformation:
+def build_optimizer(
+  c: Optimizer, total_steps: int, critic_rate: float = 1.0
+) -> optax.GradientTransformation:
   """AdamW (Muon for the layers' kernels if asked for) behind a clip of the gradient's global norm.
 
-  The schedule spans `total_steps`.
+  The schedule spans `total_steps`. critic_rate: of a critic's heads, in multiples of the others'.
   """
   if c.muon_rate:
     optimizer = optax.contrib.muon(
@@ -37,9 +39,12 @@ def build_optimizer(c: Optimizer, total_steps: int) -> optax.GradientTransformat
   else:
     schedule = _schedule(c, c.learning_rate, total_steps)
     optimizer = optax.adamw(schedule, c.b1, c.b2, c.eps, weight_decay=c.weight_decay)
-  if not c.max_grad_norm:
-    return optimizer
-  return optax.chain(optax.clip_by_global_norm(c.max_grad_norm), optimizer)
+  parts = [optimizer]
+  if c.max_grad_norm:
+    parts.insert(0, optax.clip_by_global_norm(c.max_grad_norm))
+  if critic_rate != 1:
+    parts.append(optax.masked(optax.scale(critic_rate), _critic_heads))
+  return optax.chain(*parts)
 
 
 def _schedule(c: Optimizer, peak: float, total_steps: int) -> optax.Schedule:
@@ -55,6 +60,14 @@ def _schedule(c: Optimizer, peak: float, total_steps: int) -> optax.Schedule:
   # Starts above 0, so that the first step already learns.
   ramp = optax.linear_schedule(peak / warmup, peak, warmup - 1)
   return optax.join_schedules([ramp, main], [warmup])
+
+
+def _critic_heads(params: dict) -> dict:
+  """True for PPO's value head and ArCHer's three."""
+  return jax.tree_util.tree_map_with_path(
+    lambda path, x: {"value_head", "critic"} & {*sharding.path_string(path).split("/")} != set(),
+    params,
+  )
 
 
 def _muon_dimensions(params: dict) -> dict:
@@ -105,7 +118,9 @@ def build_learner(
     model=model_config,
     algorithm=row,
     hyperparameters=hyperparameters,
-    optimizer=build_optimizer(config.sft.optimizer if sft else t.optimizer, steps),
+    optimizer=build_optimizer(config.sft.optimizer, steps)
+    if sft
+    else build_optimizer(t.optimizer, steps, t.critic_rate),
     temperature=1.0 if sft else config.rollout.temperature,
     chunk=c.logprob_chunk,
     with_reference=row.reference or hyperparameters.kl_placement != "none",

@@ -1,5 +1,7 @@
 """Rates of the optimizers over a run."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -18,3 +20,24 @@ def test_a_rate_warms_up_and_falls_to_its_floor(schedule, at_6):
   np.testing.assert_allclose(rates(6), at_6, rtol=1e-6)
   end = 2.0 if schedule == "constant" else 0.4
   np.testing.assert_allclose([rates(10), rates(12)], [end, end], rtol=1e-6)
+
+
+@pytest.mark.parametrize("fields", [{}, {"muon_rate": 0.1}])
+def test_a_critics_heads_learn_at_their_own_rate(fields):
+  heads = {"value_head": {"kernel": jnp.ones((2, 1))}}
+  params = {
+    "params": {"layers": {"q": {"kernel": jnp.ones((1, 2, 2))}}} | heads,
+    "critic": {"q1": {"kernel": jnp.ones((2, 1))}},
+  }
+  found = []
+  for rate in (1.0, 8.0):
+    optimizer = learners.build_optimizer(Optimizer(learning_rate=0.5, **fields), 10, rate)
+    updates, _ = optimizer.update(params, optimizer.init(params), params)
+    found.append(updates)
+  plain, faster = found
+  expected = jax.tree_util.tree_map_with_path(
+    lambda path, x: x * (1 if "layers" in str(path) else 8), plain
+  )
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), faster, expected)
+  if not fields:  # AdamW's first step is the rate
+    np.testing.assert_allclose(faster["critic"]["q1"]["kernel"], -8 * 0.5, rtol=1e-4)
