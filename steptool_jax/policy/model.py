@@ -20,10 +20,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import PartitionSpec as P
 
-from steptool_jax.policy.attention import KVCache, attend, attend_cache, cache_blocks, write_cache
-from steptool_jax.policy.sharding import constrain, constrain_rows
+from steptool_jax.policy.attention import (
+  ATTENTION,
+  KVCache,
+  attend,
+  attend_cache,
+  cache_blocks,
+  write_cache,
+)
+from steptool_jax.policy.embedding import look_up
+from steptool_jax.policy.sharding import constrain_rows
 
 FAMILIES = ("llama", "qwen2", "qwen3")
 ROPE_TYPES = ("llama3", "linear")
@@ -32,6 +39,7 @@ REMAT = {
   "none": None,
   "full": jax.checkpoint_policies.nothing_saveable,
   "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  "attention": jax.checkpoint_policies.save_only_these_names(ATTENTION),
 }
 
 
@@ -177,8 +185,7 @@ class _Embed(nn.Module):
     shape = (config.vocab_size, config.hidden_size)
     init = nn.initializers.normal(config.hidden_size**-0.5)
     table = self.param("embedding", init, shape, config.param_dtype)
-    # Gathered over fsdp first: rows could not be looked up in columns without copying everything.
-    return constrain(table, P("tensor", None))[tokens].astype(config.dtype)
+    return look_up(table, tokens, config.dtype)
 
 
 class _Linear(nn.Module):
@@ -244,7 +251,7 @@ class _Block(nn.Module):
     gate = linear(config.intermediate_size, name="gate")(y)
     up = linear(config.intermediate_size, name="up")(y)
     down = linear(config.hidden_size, init_scale=residual_scale, name="down")
-    x = constrain_rows(x + down(_cheap(_gated)(gate, up)))
+    x = constrain_rows(x + down(_cheap(_gated)(gate, up)), sequence=cache is None)
     return (x, layer + 1, cache), None
 
 
@@ -273,7 +280,7 @@ class _Policy(nn.Module):
     )
 
   def trunk(self, tokens, positions, segments, cached, cache):
-    x = constrain_rows(self.embed(tokens))
+    x = constrain_rows(self.embed(tokens), sequence=cache is None)
     carry = (x, jnp.int32(0), cache)
     (x, _, cache), _ = self.layers(carry, _rope_tables(self.config, positions), segments, cached)
     return self.final_norm(x), cache

@@ -29,6 +29,7 @@ def build_optimizer(c: Optimizer, total_steps: int) -> optax.GradientTransformat
       eps=c.eps,
       weight_decay=c.weight_decay,
       muon_weight_dimension_numbers=_muon_dimensions,
+      mu_dtype=c.first_moment or None,
       adam_b1=c.b1,
       adam_b2=c.b2,
       adam_weight_decay=c.weight_decay,
@@ -36,7 +37,14 @@ def build_optimizer(c: Optimizer, total_steps: int) -> optax.GradientTransformat
     )
   else:
     schedule = _schedule(c, c.learning_rate, total_steps)
-    optimizer = optax.adamw(schedule, c.b1, c.b2, c.eps, weight_decay=c.weight_decay)
+    optimizer = optax.adamw(
+      schedule,
+      c.b1,
+      c.b2,
+      c.eps,
+      weight_decay=c.weight_decay,
+      mu_dtype=c.first_moment or None,
+    )
   if not c.max_grad_norm:
     return optimizer
   return optax.chain(optax.clip_by_global_norm(c.max_grad_norm), optimizer)

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -13,6 +14,7 @@ import pytest
 from fakes import tiny_config
 from jax.sharding import PartitionSpec as P
 
+from steptool_jax.learning import vocabulary
 from steptool_jax.policy import hub, lora, model, sharding
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -105,9 +107,10 @@ def test_eight_devices_equal_one(tmp_path):
 
 def _on_eight_devices(directory: pathlib.Path) -> None:
   assert jax.device_count() == 8
-  config = lora.with_lora(tiny_config(vocab_size=64, tie_embeddings=False), lora.LoraConfig(4, 8.0))
+  adapter = lora.LoraConfig(4, 8.0, targets=lora.TARGETS)
+  config = lora.with_lora(tiny_config(vocab_size=64, tie_embeddings=False), adapter)
   params = model.init_params(config, jax.random.key(0))
-  adapters = lora.init_lora(config, lora.LoraConfig(4, 8.0), jax.random.key(1))
+  adapters = lora.init_lora(config, adapter, jax.random.key(1))
   adapters = jax.tree.map(
     lambda x: x + 0.02 * jnp.sin(jnp.arange(x.size)).reshape(x.shape), adapters
   )
@@ -121,10 +124,18 @@ def _on_eight_devices(directory: pathlib.Path) -> None:
   def cached(variables, tokens, cache):
     return model.forward_cached(config, variables, tokens, positions, positions < 9, cache)
 
+  mask = positions % 3 > 0
+
+  def head(variables, tokens):
+    hidden = model.forward(config, variables, tokens, positions, jnp.ones_like(tokens))
+    logprobs, entropy = vocabulary.action_logprobs(config, variables, hidden, tokens, mask, 0.7, 5)
+    return jnp.mean(logprobs**2 - entropy)
+
   variables = {"params": params, "lora": adapters}
   cache = model.init_cache(config, 4, 16)
   one = jax.jit(jax.value_and_grad(loss))(variables, tokens)
   one_cached = jax.jit(cached)(variables, tokens, cache)
+  one_head = jax.jit(jax.value_and_grad(head))(variables, tokens)
 
   mesh = sharding.make_mesh(2, 2, 2)
   placed = jax.device_put(variables, sharding.shardings(variables, mesh))
@@ -135,6 +146,13 @@ def _on_eight_devices(directory: pathlib.Path) -> None:
   with jax.set_mesh(mesh):
     eight = jax.jit(jax.value_and_grad(loss))(placed, rows)
     eight_cached = jax.jit(cached)(placed, rows, jax.device_put(cache, spot))
+    eight_head = jax.jit(jax.value_and_grad(head))(placed, rows)
+    program = jax.jit(jax.value_and_grad(head)).lower(placed, rows).compile().as_text()
+  # Each layer gathers its own slice: nothing that is stacked over layers, and no table, is whole.
+  gathered = re.findall(r"= \w+\[([\d,]+)\][^=]* all-gather", program)
+  assert gathered
+  whole = {",".join(map(str, x.shape)) for x in jax.tree.leaves(params) if x.ndim > 1}
+  assert not whole & set(gathered)
   assert eight_cached[1].k.sharding.is_equivalent_to(spot, 5)
 
   def close(a, b):
@@ -142,6 +160,7 @@ def _on_eight_devices(directory: pathlib.Path) -> None:
 
   jax.tree.map(close, eight, one)
   jax.tree.map(close, eight_cached, one_cached)
+  jax.tree.map(close, eight_head, one_head)
 
   # Sharded export, and import straight to the shards.
   hub.save_params(directory / "m", config, placed["params"])
