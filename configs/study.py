@@ -13,6 +13,11 @@ One cell alone, with the bits that it has in the study (which gives every cell o
     CELL=core/nested_api/steptool/0
     taskset -c 0 python -m steptool_jax.main --config=configs/study.py:$CELL --workdir=runs/cell
 
+configs/study.py:algorithms is a smaller one: every row of the algorithm table on the quickstart's
+tasks, SFT warm-up included, 13 x 3 cells with the study's budget, about an hour:
+
+    python -m steptool_jax.main --config=configs/study.py:algorithms --mode=study --workdir=runs/all
+
 Groups. core: 6 methods x 4 environments x 5 seeds = 120 cells. wide: the other methods of the table
 that learn from rewards, on nested_api with faults, 8 x 3 = 24. depth: outcome-only PPO and StepTool
 at 2, 3, 4 and 5 dependent calls, 2 x 4 x 3 = 24. 168 cells in all.
@@ -41,6 +46,7 @@ Look at the first cells' `seconds` in runs/study/results/cells.csv before the re
 import pathlib
 import runpy
 
+from steptool_jax.learning import algorithms
 from steptool_jax.run import grid
 from steptool_jax.validation import validate
 
@@ -112,9 +118,14 @@ def _flat(tree: dict, prefix: str = "") -> dict:
 
 
 def get_config(arg=""):
-  """The study; ':pipeline_base' the start checkpoint of data_pipeline; ':NAME' one cell."""
-  config = _pipeline_base() if arg == "pipeline_base" else _study()
-  if arg in ("", "pipeline_base"):
+  """The study; ':algorithms' the smaller one; ':pipeline_base' the start checkpoint of
+  data_pipeline; ':NAME' one cell of the study."""
+  if arg == "pipeline_base":
+    return _pipeline_base()
+  config = _study()
+  if arg == "algorithms":
+    return _all_algorithms(config)
+  if not arg:
     return config
   checked = validate(config)
   cells = {cell.name: cell for cell in grid.plan(checked.study)}
@@ -141,6 +152,18 @@ def _study():
   s = config.study
   s.cells = _cells()
   s.parallel, s.cores = 2, 1
+  return config
+
+
+def _all_algorithms(config):
+  config.sft = _QUICKSTART().sft
+  v = config.evaluation
+  v.tasks, v.every, v.greedy, config.environment.num_heldout = 200, 0, False, 200
+  config.environment.min_calls, config.environment.max_calls = 2, 3
+  config.record.heldout = config.record.train = 0
+  config.study.cells = tuple(
+    _line("all", "quickstart", name, name, "", 3) for name in algorithms.ALGORITHMS
+  )
   return config
 
 

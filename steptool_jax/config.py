@@ -293,6 +293,7 @@ class Archer:
   tau: float = _is(0.1, "step of the target towards the critic, each update (the authors': 0.1)")
   replay: int = _is(512, "newest past trajectories that are kept")
   batch: int = _is(96, "of them in one iteration, for the Q functions")
+  warmup: int = _is(0, "iterations that train the critic alone")
 
 
 @dataclasses.dataclass(frozen=True)

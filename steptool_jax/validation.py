@@ -122,7 +122,8 @@ _NOT_NEGATIVE = (
   "train.optimizer.muon_rate sft.optimizer.muon_rate environment.tools_per_task "
   "rollout.tool_retries rollout.max_stuck_tools loss.clip_low loss.clip_high loss.value_clip "
   "simulator.http_retries rollout.budget rollout.search.room serve.port evaluation.tasks "
-  "rewards.filters.min_deviation advantage.omega archer.batch record.heldout record.train "
+  "rewards.filters.min_deviation advantage.omega archer.batch archer.warmup record.heldout "
+  "record.train "
   "study.cores study.hours checkpoint.keep_best"
 ).split() + _of_endpoints("retries", "prompt_price", "completion_price")
 _SHARES = (

@@ -1,5 +1,7 @@
 """Small real things for tests: a tiny model, random trajectories."""
 
+import os
+
 import numpy as np
 
 from steptool_jax.learning import algorithms
@@ -7,6 +9,16 @@ from steptool_jax.policy import engine, model
 from steptool_jax.types import Finish, Malformed, Status, Step, Trajectory
 
 VOCAB = 61
+
+
+def several_devices(count: int) -> dict[str, str]:
+  """Environment variables of a process with fake devices.
+
+  A collective may wait for the other devices on a thread of XLA's inner pool, which has one a core:
+  on 2 cores it ran out once, and the process ended. PJRT_NPROC makes it larger.
+  """
+  flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={count}"
+  return {"XLA_FLAGS": flags, "PJRT_NPROC": str(4 * count)}
 
 
 def tiny_config(**changes) -> model.ModelConfig:
@@ -42,6 +54,7 @@ def hyperparameters(**changes) -> algorithms.Hyperparameters:
     "aggregation": "",
     "dpo_beta": 0.1,
     "tau": 0.1,
+    "warmup": 0,
   }
   return algorithms.Hyperparameters(**(fields | changes))
 

@@ -40,6 +40,7 @@ class Hyperparameters:
   aggregation: str
   dpo_beta: float
   tau: float
+  warmup: int  # optimizer steps without the actor (ArCHer)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -158,17 +158,36 @@ def _write(
 
 
 def unpack(
-  trajectories: Sequence[Trajectory], values_BT: np.ndarray, row_tokens: int
-) -> list[np.ndarray]:
-  """Values [B, T] on a batch of `pack` -> those of each trajectory's sampled tokens, in order."""
-  bins = first_fit_decreasing([packed_length(t) for t in trajectories], row_tokens)
-  batch = pack(trajectories, row_tokens)
-  out: list[np.ndarray] = [np.zeros(0)] * len(trajectories)
-  for row, indices in enumerate(bins):
-    for segment, index in enumerate(indices, start=1):
-      here = (batch.segment_ids[row] == segment) & batch.action_mask[row]
-      out[index] = np.asarray(values_BT[row])[here]
-  return out
+  trajectories: Sequence[Trajectory], batch: TokenBatch, values_BT: np.ndarray
+) -> list[np.ndarray | None]:
+  """Values [B, T] on a packed batch -> those of each trajectory's sampled tokens, in order.
+
+  A trajectory is found by its ids and rewards, so that it does not matter how the batch was
+  packed; None for one that it does not hold (replayed ones count as not held).
+  """
+  found = {}
+  for row, segments in enumerate(batch.segment_ids):
+    for segment in range(1, segments.max(initial=0) + 1):
+      here = np.flatnonzero(segments == segment)
+      sampled = here[batch.action_mask[row, here]]
+      if sampled.size:
+        # targets[t] follows tokens[t]: the last sampled token is never an input of its own.
+        last = sampled[-1]
+        ids = [*batch.tokens[row, here[0] : last + 1], batch.targets[row, last]]
+        found[_key(ids, batch.rewards[row, sampled])] = values_BT[row, sampled]
+  return [found.get(_key_of(trajectory)) for trajectory in trajectories]
+
+
+def _key_of(trajectory: Trajectory) -> tuple[bytes, bytes]:
+  parts, rewards = [trajectory.prompt_tokens], []
+  for step in trajectory.steps:
+    parts += [step.tokens, step.observation_tokens]
+    rewards += [0.0] * (len(step.tokens) - 1) + [step.reward]
+  return _key(np.concatenate(parts[:-1]), rewards)
+
+
+def _key(ids: Sequence[int], rewards: Sequence[float]) -> tuple[bytes, bytes]:
+  return np.asarray(ids, np.int32).tobytes(), np.asarray(rewards, np.float32).tobytes()
 
 
 def padding_share(batch: TokenBatch) -> float:

@@ -20,7 +20,7 @@ from steptool_jax.learning import advantages, losses, segments
 from steptool_jax.types import TokenBatch
 
 HEADS = ("q1", "q2", "v")
-_SCALE = 0.01  # of the first weights: values near 0, and two Q that differ
+_SCALE = 0.001  # of the first weights: values near 0, and two Q that differ
 
 
 class Utterances(NamedTuple):

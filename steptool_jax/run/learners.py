@@ -13,9 +13,9 @@ from jax.sharding import Mesh
 from steptool_jax.config import Config, Optimizer
 from steptool_jax.learning import algorithms, batching, update
 from steptool_jax.policy import lora, model, sharding
-from steptool_jax.run import hosts
+from steptool_jax.run import hosts, replay
 from steptool_jax.run.build import Policy
-from steptool_jax.types import TokenBatch, TrainState
+from steptool_jax.types import TokenBatch, TrainState, Trajectory
 
 
 def build_optimizer(c: Optimizer, total_steps: int) -> optax.GradientTransformation:
@@ -103,6 +103,7 @@ def build_learner(
     aggregation=c.aggregation,
     dpo_beta=config.dpo.beta,
     tau=config.archer.tau,
+    warmup=config.archer.warmup * t.epochs * t.minibatches,
   )
   hyperparameters = algorithms.resolve(row, hyperparameters)
   iterations = t.iterations if iterations is None else iterations
@@ -151,6 +152,24 @@ def abstract_state(
     abstract,
     sharding.shardings(abstract, mesh),
   )
+
+
+def pack(
+  config: Config, trajectories: Sequence[Trajectory], past: Sequence[Trajectory], done: int
+) -> tuple[TokenBatch | None, Sequence[Trajectory]]:
+  """(what the algorithm learns from in iteration `done`, the past of the next one).
+
+  The batch is None where there is nothing to learn from; only ArCHer has a past.
+  """
+  algorithm, row_tokens = algorithms.get_algorithm(config.algorithm), config.train.row_tokens
+  units = algorithm.select.pick(trajectories)
+  if not units:
+    return None, past
+  if algorithm.critic != "double":
+    return batching.pack_units(units, row_tokens), past
+  replayed = replay.draw(past, config.archer.batch, (config.seed, done))
+  batch = batching.pack_units(units, row_tokens, replayed=replayed, whole_actions=True)
+  return batch, replay.remember(past, trajectories, config.archer.replay)
 
 
 def to_device(batch: TokenBatch, micro_rows: int, capacity: int, mesh: Mesh) -> TokenBatch:

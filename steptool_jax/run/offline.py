@@ -232,7 +232,8 @@ def with_behaviour(
   for start in range(0, len(missing), data.size):
     chosen = missing[start : start + data.size]
     part = [data.trajectories[i] for i in chosen]
-    computed = batching.unpack(part, logprobs(batching.pack(part, row_tokens)), row_tokens)
+    batch = batching.pack(part, row_tokens)
+    computed = batching.unpack(part, batch, logprobs(batch))
     for i, values in zip(chosen, computed, strict=True):
       filled[i] = _with_logprobs(filled[i], values)
   flat = np.concatenate([step.logprobs for t in filled for step in t.steps])

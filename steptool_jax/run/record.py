@@ -22,6 +22,7 @@ from steptool_jax.config import Config
 from steptool_jax.data.trajectories import AnnotatedTrajectory, to_document, write_trajectories
 from steptool_jax.dialogue.codec import Codec
 from steptool_jax.environments.base import Environment
+from steptool_jax.learning import batching
 from steptool_jax.rollout.strategy import SearchResult
 from steptool_jax.run import hosts
 from steptool_jax.types import TokenBatch, Trajectory
@@ -65,13 +66,12 @@ class Recorder:
     count = max(most * len(tasks) // len(trajectories), 1)
     kept = {tasks[i] for i in np.linspace(0, len(tasks) - 1, count).astype(int)}
     chosen = [t for t in trajectories if t.task_id in kept][:most]
-    found = {} if advantages_BT is None else _by_tokens(batch, advantages_BT)
     advantages = {}
-    for t in chosen:
-      values = found.get(_key(t.prompt_tokens, _sampled(t)))
-      # JSON has no NaN; the update skips such a batch.
-      if values is not None and np.isfinite(values).all():
-        advantages[t.task_id, t.sample] = _by_step(t, values)
+    if advantages_BT is not None:
+      for t, values in zip(chosen, batching.unpack(chosen, batch, advantages_BT), strict=True):
+        # JSON has no NaN; the update skips such a batch.
+        if values is not None and np.isfinite(values).all():
+          advantages[t.task_id, t.sample] = _by_step(t, values)
     self._write(f"train_{done:06d}.jsonl", "train", chosen, advantages)
 
   def _write(
@@ -132,28 +132,6 @@ def _pieces(decode: Callable[[Sequence[int]], str], ids: list[int]) -> list[str]
     pieces.append(text[len(before) :] if whole else "")
     before = text if whole else before
   return pieces
-
-
-def _by_tokens(batch: TokenBatch, values_BT: np.ndarray) -> dict[tuple[bytes, bytes], np.ndarray]:
-  """(prompt, sampled tokens) of every packed trajectory -> the values at its sampled tokens."""
-  found = {}
-  for row in range(len(batch.tokens)):
-    for segment in range(1, batch.segment_ids[row].max(initial=0) + 1):
-      here = np.flatnonzero(batch.segment_ids[row] == segment)
-      sampled = here[batch.step_ids[row, here] >= 0]
-      if sampled.size:
-        # targets[t] follows tokens[t]: the first sampled one stands at the prompt's last place.
-        prompt = batch.tokens[row, here[0] : sampled[0] + 1]
-        found[_key(prompt, batch.targets[row, sampled])] = values_BT[row, sampled]
-  return found
-
-
-def _key(prompt: np.ndarray, sampled: np.ndarray) -> tuple[bytes, bytes]:
-  return prompt.astype(np.int32).tobytes(), sampled.astype(np.int32).tobytes()
-
-
-def _sampled(trajectory: Trajectory) -> np.ndarray:
-  return np.concatenate([step.tokens for step in trajectory.steps])
 
 
 def _by_step(trajectory: Trajectory, values: np.ndarray) -> list[list[float]]:

@@ -56,9 +56,8 @@ def _curves(cells: Sequence[Cell]) -> str:
         part = figure.partition("/")[0]
         if figure in record:
           spent = [record.get(f"{part}/{axis}", "") for axis in axes]
-          lines.append(
-            (cell.name, cell.seed, cell.status, figure, record["step"], *spent, record[figure])
-          )
+          own = (cell.name, cell.seed, cell.status, figure, record.get("step", ""))
+          lines.append((*own, *spent, record[figure]))
   return _csv(lines)
 
 

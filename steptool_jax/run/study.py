@@ -11,6 +11,7 @@ that fails is tried again, then marked, and is in no mean; to try it once more, 
 """
 
 import dataclasses
+import json
 import os
 import pathlib
 import subprocess
@@ -51,15 +52,30 @@ def run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
   chosen = grid.chosen(config.study, cells)
   configs = grid.configs(config, chosen)
   slots = _cores(config)
+  for cell in chosen:
+    _refuse_other_config(grid.folder(workdir, cell.name), configs[cell.name])
   grid.write_plan(workdir, cells)
   metrics_writer.write_atomically(workdir / "config.json", validation.to_json(config))
-  for cell in chosen:
-    path = grid.folder(workdir, cell.name) / "cell_config.json"
-    if not path.exists():
-      metrics_writer.write_atomically(path, validation.to_json(configs[cell.name]))
+  for name, cell_config in configs.items():
+    path = grid.folder(workdir, name) / "cell_config.json"
+    metrics_writer.write_atomically(path, validation.to_json(cell_config))
   with workbench.Stop().listening() as stop:
     _run_cells(config, workdir, chosen, slots, stop, started)
   return _finish(config, workdir, cells, chosen, time.monotonic() - started)
+
+
+def _refuse_other_config(folder: pathlib.Path, config: Config) -> None:
+  """ValueError where the cell was begun with another one: it could not be compared any more."""
+  path = folder / "cell_config.json"
+  if not path.exists():
+    return
+  names = validation.differences(config, json.loads(path.read_text()))
+  names = [name for name in names if not name.startswith(("compilation_cache", "checkpoint."))]
+  if names:
+    raise ValueError(
+      f"{folder} was begun with another config; different: {', '.join(names)}; use another "
+      "--workdir, the values of its cell_config.json, or delete this folder"
+    )
 
 
 def _cores(config: Config) -> list[tuple[int, ...]]:
@@ -116,6 +132,7 @@ def _start(workdir: pathlib.Path, cell: Planned, cores: tuple[int, ...]) -> _Run
   folder = grid.folder(workdir, cell.name)
   state = grid.read_state(folder)
   grid.write_state(folder, dataclasses.replace(state, status=STARTED))
+  (folder / "error.txt").unlink(missing_ok=True)  # of an earlier attempt
   with (folder / "log.txt").open("a") as log:
     process = subprocess.Popen(
       [*COMMAND, str(folder), *map(str, cores)],

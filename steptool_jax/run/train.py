@@ -5,7 +5,6 @@ Run the same command again to go on: a checkpoint holds the state, and everythin
 from (seed, iteration), so a resumed run is bit-equal to one that was never stopped.
 """
 
-import collections
 import dataclasses
 import functools
 import math
@@ -40,10 +39,10 @@ from steptool_jax.run import (
 )
 from steptool_jax.run.checkpoint import Checkpoints
 from steptool_jax.run.demonstrations import Demonstrations
-from steptool_jax.run.order import Order
+from steptool_jax.run.order import jobs
 from steptool_jax.run.progress import Progress
 from steptool_jax.run.workbench import Workbench
-from steptool_jax.types import Status, Task, TokenBatch, TrainState, Trajectory
+from steptool_jax.types import Status, TokenBatch, TrainState, Trajectory
 
 # Fields that may change between a start and a resume: they do not change what was learnt so far.
 MAY_CHANGE = (
@@ -257,7 +256,7 @@ class _Trainer:
       trajectories, stats = workbench.collect(
         self.bench,
         self._variables(),
-        self._jobs(),
+        jobs(self.config, self.bench.environment.tasks("train"), self.progress.done),
         self.progress.done,
         self.config.rollout.temperature,
         "rollout",
@@ -310,42 +309,10 @@ class _Trainer:
       self.data, self.config.train.row_tokens, logprobs, self.bench.workdir
     )
 
-  def _jobs(self) -> list[tuple[Task, int]]:
-    """Tasks of this iteration: a permutation per pass over the training split, samples in a row.
-
-    A task that ends one pass and begins the next gets further sample numbers, and with them other
-    keys.
-    """
-    tasks = self.bench.environment.tasks("train")
-    if not tasks:
-      raise ValueError("environment: there are no training tasks; RL needs at least one")
-    count, samples = min(self.config.rollout.tasks, len(tasks)), self.config.rollout.samples
-    first = self.progress.done * count
-    order = Order(len(tasks), self.config.seed)
-    seen: collections.Counter[int] = collections.Counter()
-    jobs = []
-    for position in range(first, first + count):
-      index = order[position]
-      jobs += [(tasks[index], samples * seen[index] + k) for k in range(samples)]
-      seen[index] += 1
-    return jobs
-
-  def _pack(self, trajectories: list[Trajectory]) -> TokenBatch | None:
-    """What the algorithm learns from, packed; None where there is nothing."""
-    units = self.algorithm.select.pick(trajectories)
-    if not units:
-      return None
-    row_tokens, a = self.config.train.row_tokens, self.config.archer
-    if self.algorithm.critic != "double":
-      return batching.pack_units(units, row_tokens)
-    past = replay.draw(self.past, a.batch, (self.config.seed, self.progress.done))
-    self.past = replay.remember(self.past, trajectories, a.replay)
-    return batching.pack_units(units, row_tokens, replayed=past, whole_actions=True)
-
   def _learn(self, trajectories: list[Trajectory]) -> dict[str, float]:
     """prepare, then epochs x minibatches of update."""
     t = self.config.train
-    batch = self._pack(trajectories)
+    batch, self.past = learners.pack(self.config, trajectories, self.past, self.progress.done)
     if batch is None:
       return {"nothing_to_learn": 1.0}
     self.progress.learnt += 1

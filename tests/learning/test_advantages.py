@@ -282,6 +282,24 @@ def test_what_was_sampled_stands_at_its_targets():
     assert not getattr(batch, name)[~batch.action_mask].any(), name
 
 
+def test_unpacking_tells_trajectories_apart_that_sampled_the_same():
+  """By their observations, their rewards, and whether they are there only for a critic."""
+  same = [literal_trajectory(Status.ANSWERED) for _ in range(4)]
+  step = same[1].steps[0]
+  seen = dataclasses.replace(step, observation_tokens=step.observation_tokens + 1)
+  same[1] = dataclasses.replace(same[1], steps=(seen, *same[1].steps[1:]))
+  paid = dataclasses.replace(same[2].steps[-1], reward=0.25)
+  same[2] = dataclasses.replace(same[2], steps=(*same[2].steps[:-1], paid))
+  replayed = dataclasses.replace(same[3], prompt_tokens=same[3].prompt_tokens + 1)
+  batch = batching.pack_units([(t,) for t in same[:3]], 8, replayed=[replayed])
+  rows = np.arange(4, dtype=np.float32)[:, None] * np.ones((1, 8), np.float32)
+  assert batch.tokens.shape == rows.shape
+  out = batching.unpack([*same[:3], replayed], batch, rows)
+  assert out[3] is None
+  assert [part.tolist() for part in out[:3]] == [[n] * len(out[0]) for n in (0.0, 1.0, 2.0)]
+  assert len(out[0]) == sum(len(step.tokens) for step in same[0].steps)
+
+
 def test_packing_refuses_what_does_not_fit():
   t = literal_trajectory(Status.ANSWERED)
   with pytest.raises(ValueError, match=r"row_tokens is 4.*rollout.max_tokens"):

@@ -217,6 +217,17 @@ def test_the_update_equals_a_direct_loss(state, programs):
     np.testing.assert_allclose(slow, 0.25 * fast + 0.75 * old, atol=1e-6)
 
 
+def test_the_actor_waits_for_the_critic(state):
+  hp = update.dataclasses.replace(LEARNER.hyperparameters, warmup=5)
+  learner = update.dataclasses.replace(LEARNER, hyperparameters=hp)
+  prepare = jax.jit(functools.partial(update.prepare, learner))
+  batch = jax.tree.map(lambda x: jnp.asarray(x)[None], packed(trajectories(4)))
+  early, late = (prepare(state._replace(step=jnp.int32(n)), batch, 1)[0] for n in (4, 5))
+  assert not np.any(early.advantages)
+  assert np.any(late.advantages)
+  np.testing.assert_array_equal(early.returns, late.returns)
+
+
 def test_replay_reaches_q_alone(state, programs):
   """Actor and V are as without any past, whose rewards move Q alone."""
   group = trajectories(6, seed=4)

@@ -12,9 +12,10 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 
 def test_eight_devices_equal_one():
-  flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+  import fakes
+
   paths = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests/learning")]
-  env = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": os.pathsep.join(paths)}
+  env = os.environ | fakes.several_devices(8) | {"PYTHONPATH": os.pathsep.join(paths)}
   done = subprocess.run(
     [sys.executable, __file__], env=env, capture_output=True, text=True, timeout=280, check=False
   )

@@ -24,11 +24,18 @@ def shared():
   return engine.make_engine(CONFIG, slots=4, size=64, chunk=8)
 
 
-def full_logits(variables, ids):
-  ids = jnp.asarray(ids)[None]
+@jax.jit
+def forward(variables, ids):
   positions = jnp.arange(ids.shape[1])[None]
   hidden = model.forward(CONFIG, variables, ids, positions, jnp.ones_like(ids))
-  return np.asarray(model.project_logits(CONFIG, variables, hidden))[0]
+  return model.project_logits(CONFIG, variables, hidden)
+
+
+def full_logits(variables, ids):
+  """[n, V] of one sequence; causal, so zeros behind it change nothing."""
+  padded = np.zeros((1, 128), np.int32)
+  padded[0, : len(ids)] = ids
+  return np.asarray(forward(variables, padded))[0, : len(ids)]
 
 
 def seed(*numbers):

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from fakes import tiny_config
+from fakes import several_devices, tiny_config
 from jax.sharding import PartitionSpec as P
 
 from steptool_jax.learning import vocabulary
@@ -95,8 +95,7 @@ def test_meshes_that_do_not_work(axes, words):
 
 
 def test_eight_devices_equal_one(tmp_path):
-  flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
-  env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+  env = os.environ | several_devices(8) | {"JAX_PLATFORMS": "cpu"}
   env["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
   command = [sys.executable, __file__, str(tmp_path)]
   done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)

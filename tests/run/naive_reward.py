@@ -5,7 +5,7 @@
 
 The naive reward pays 1 for every call that was executed, whatever it was good for, and IsSolved at
 the end. Prints means over the first and over the last iterations' rollouts: training tasks, each
-met for the first time. --iterations shortens it; the table is results/naive_reward.md.
+met for the first time. --iterations shortens it.
 """
 
 import argparse

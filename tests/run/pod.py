@@ -1,4 +1,5 @@
-"""Processes of one run on this machine, for tests: forked off one that has imported everything.
+"""Processes of one run on this machine, two devices each, for tests: forked off one process that
+has imported everything.
 
 As a program it reads {"commands": [argv, ...], "logs": [path, ...]} from stdin, line by line,
 starts steptool_jax.main once for each command, prints the process ids and then the exit codes.
@@ -19,7 +20,9 @@ class Pod:
   """Starts runs of several processes; a context manager."""
 
   def __enter__(self):
-    env = tiny.environment()
+    import fakes
+
+    env = tiny.environment() | fakes.several_devices(2)
     env["PYTHONPATH"] += f"{os.pathsep}{tiny.ROOT / 'tests/run'}"
     self._server = subprocess.Popen(
       [sys.executable, __file__], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -30,7 +33,7 @@ class Pod:
     self._server.stdin.close()
     self._server.wait(20)
 
-  def start(self, workdir, *flags, each=((),) * 4) -> "Run":
+  def start(self, workdir, *flags, each=((),) * 2) -> "Run":
     """One process for each entry of `each`, which are further flags of one process alone."""
     with socket.socket() as free:
       free.bind(("localhost", 0))

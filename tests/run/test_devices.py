@@ -15,10 +15,10 @@ import pytest
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
 def test_eight_devices_equal_one(kind, compiled):
+  import fakes
   import tiny
 
-  env = tiny.environment()
-  env["XLA_FLAGS"] = f"{env.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+  env = tiny.environment() | fakes.several_devices(8)
   env["PYTHONPATH"] += f"{os.pathsep}{tiny.ROOT / 'tests/run'}"
   command = [sys.executable, __file__, kind, compiled]
   done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=250, check=False)

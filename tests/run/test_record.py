@@ -73,8 +73,7 @@ def test_advantages_find_their_trajectory_wherever_it_was_packed(tmp_path):
     for k in (0, 1)
   ]
   batch = batching.pack(found, 16)
-  # The advantage of a sampled token: 100 times its row and its place, so that none is like another.
-  values = np.arange(batch.tokens.size, dtype=np.float32).reshape(batch.tokens.shape)
+  values = np.where(batch.action_mask, 10 * batch.targets + batch.step_ids, np.nan)
   keeper = recorder(tmp_path, record__train=4, train__row_tokens=320)
   keeper.training(10, found, batch, values)
   kept = list(read_trajectories(tmp_path / "moments" / "train_000010.jsonl"))
@@ -82,10 +81,10 @@ def test_advantages_find_their_trajectory_wherever_it_was_packed(tmp_path):
     *(("t0", 0), ("t0", 1), ("t5", 0), ("t5", 1))
   ]
   assert kept[2].query == "train 5"
-  by_hand = batching.unpack(found, values, 16)
-  for r, index in zip(kept, (0, 1, 10, 11), strict=True):
-    assert np.concatenate(r.metadata["advantages"]).tolist() == by_hand[index].tolist()
-    assert [len(part) for part in r.metadata["advantages"]] == [2, 1 + int(r.trajectory.task_id[1])]
+  assert [r.metadata["advantages"] for r in kept] == [
+    *([[0, 0], [51]], [[0, 10], [51]]),
+    *([[50, 0], [51] * 6], [[50, 10], [51] * 6]),
+  ]
 
 
 @pytest.mark.parametrize("values", [None, np.nan])
@@ -105,8 +104,8 @@ def test_random_trajectories_come_back_with_their_advantages(tmp_path):
   rng = np.random.default_rng(0)
   found = [fakes.random_trajectory(rng) for _ in range(20)]
   batch = batching.pack(found, 64)
-  values = rng.normal(size=batch.tokens.shape).astype(np.float32)
-  recorder(tmp_path, record__train=20).training(0, found, batch, values)
+  recorder(tmp_path, record__train=20).training(0, found, batch, 2 * batch.behaviour_logprobs)
   kept = list(read_trajectories(tmp_path / "moments" / "train_000000.jsonl"))
-  for r, wanted in zip(kept, batching.unpack(found, values, 64), strict=True):
-    assert np.concatenate(r.metadata["advantages"]).tolist() == wanted.tolist()
+  for r, t in zip(kept, found, strict=True):
+    wanted = [(2 * step.logprobs).tolist() for step in t.steps]
+    assert r.metadata["advantages"] == wanted

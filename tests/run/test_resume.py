@@ -22,11 +22,9 @@ FLAGS = (
   "--config.checkpoint.every=2",
   "--config.loss.kl_adaptive=True",
 )
-CLOCK = (
-  "tokens_per_second",
-  "share",
-  "rl_seconds",
-)  # endings and parts of what depends on the clock
+# Parts of what depends on the clock. The sampler's log-probs do in their last bits: tools decide by
+# their speed which conversations share an append, and its width. Nothing is trained on them.
+CLOCK = ("tokens_per_second", "share", "rl_seconds", "sampler_gap")
 
 
 def saved(workdir):

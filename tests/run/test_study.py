@@ -180,6 +180,16 @@ def test_an_interrupted_study_goes_on(fake, tmp_path, monkeypatch):
   assert [float(r["llm_calls"]) for r in mine] == [0, 10, 20, 30, 40]
 
 
+def test_a_cell_that_was_begun_with_another_config_is_refused(fake, tmp_path):
+  line = "core/shop/ppo: algorithm=ppo"
+  study.run(make(line, checkpoint__every=1), tmp_path)
+  study.run(make(line, checkpoint__every=2), tmp_path)  # changes nothing that counts
+  before = (tmp_path / "summary.json").read_text()
+  with pytest.raises(ValueError, match=r"ppo/0 was begun .*: evaluation\.tasks, rollout\.samples;"):
+    study.run(make(line, rollout__samples=3, evaluation__tasks=5), tmp_path)
+  assert (tmp_path / "summary.json").read_text() == before
+
+
 def test_sigterm_stops_the_study_and_its_cells(fake, tmp_path):
   line = "core/shop/ppo: seeds=4 algorithm=ppo"
   running = tmp_path / "cells/core/shop/ppo/3/running"
@@ -290,6 +300,21 @@ def test_a_cell_of_the_committed_study_by_name(committed):
   assert validate(committed(cell.name)) == grid.cell_config(whole, cell)
   with pytest.raises(ValueError, match="no such cell; they are named as core/nested_api/ppo/0"):
     committed("core/nested_api/ppo")
+
+
+def test_all_algorithms_as_the_quickstart_trains_them(committed):
+  config = validate(committed("algorithms"))
+  cells = grid.plan(config.study)
+  assert {(c.method, c.seed) for c in cells} == {(n, s) for n in ALGORITHMS for s in range(3)}
+  first = [cell for cell in cells if cell.seed == 0]
+  found = grid.configs(config, first)
+  quickstart = runpy.run_path(str(tiny.ROOT / "configs" / "quickstart.py"))["get_config"]
+  for cell in first:
+    mine, usual = found[cell.name], validate(quickstart(cell.method))
+    assert cell.method == mine.algorithm
+    for part in ("model", "sft", "advantage", "loss", "archer", "dpo", "rewards"):
+      assert getattr(mine, part) == getattr(usual, part), (cell.name, part)
+    assert mine.train.optimizer == usual.train.optimizer
 
 
 def test_the_start_of_the_pipeline(committed):

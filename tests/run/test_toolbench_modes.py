@@ -2,8 +2,6 @@
 
 import dataclasses
 import json
-import os
-import pathlib
 import re
 import signal
 import subprocess
@@ -26,9 +24,6 @@ from steptool_jax.run import build, evaluate, serve, services, train
 from steptool_jax.simulators.cache import Cache
 from steptool_jax.types import Code, Finish, Malformed, Status, ToolCall
 
-DATA = pathlib.Path(
-  os.environ.get("STEPTOOL_DATA", pathlib.Path(__file__).parents[3] / "shared" / "data")
-)
 FIND = "find_for_ip_lookup"
 BERLIN = {"error": "", "response": "Berlin, Germany"}
 AGAIN = {"error": "", "response": "Berlin, Germany, by a second look"}
@@ -454,10 +449,8 @@ def test_serve_until_sigterm(bench_folder, tmp_path, compiled):
 # --- stored results --------------------------------------------------------------------------
 
 
-def test_the_published_figures_by_the_command(tmp_path):
-  runs = DATA / "steptool/pass_rate_results"
-  if not runs.is_dir():
-    pytest.skip(f"the official data are not in {DATA} (set STEPTOOL_DATA)")
+def test_the_published_figures_by_the_command(tmp_path, shared):
+  runs = shared / "steptool/pass_rate_results"
   done = tiny.main(
     tmp_path,
     "--mode=evaluate",

@@ -22,6 +22,7 @@ from steptool_jax.run import (
   workbench,
 )
 from steptool_jax.run.metrics_writer import read_jsonl
+from steptool_jax.run.order import jobs
 from steptool_jax.simulators.errors import InfrastructureError
 from steptool_jax.types import Code, Finish, Observation, Status, ToolCall, TrainState
 
@@ -211,19 +212,30 @@ def test_non_finite_updates_stop_the_run_and_reach_no_checkpoint(tmp_path, compi
   assert all(np.isfinite(x).all() for x in jax.tree.leaves(state))
 
 
+def learning(monkeypatch, batch, **changes):
+  """A trainer that can learn from `batch`, whatever was rolled out, and nothing else."""
+  trainer = object.__new__(train._Trainer)
+  trainer.recorder = types.SimpleNamespace(wants=lambda done: False)
+  trainer.config = tiny.make(**changes)
+  trainer.algorithm = get_algorithm(trainer.config.algorithm)
+  trainer.progress, trainer.past = train.Progress(phase="rl"), []
+  trainer.conversations = 8
+  trainer._to_device = lambda batch, micro_rows, capacity: batch
+  monkeypatch.setattr(train.learners, "pack", lambda *args: (batch, []))
+  return trainer
+
+
 @pytest.mark.parametrize(
   ("kl", "expected"),
   [(jnp.nan, 0.05), (60.0, 0.05 * 1.01), (0.0, 0.05 * 0.99)],  # 500 of 10,000 trajectories
 )
-def test_the_kl_coefficient_follows_its_target_and_no_nan(kl, expected):
-  trainer = trainer_at(0, loss__kl_adaptive=True, train__minibatches=1)
+def test_the_kl_coefficient_follows_its_target_and_no_nan(kl, expected, monkeypatch):
+  batch = batching.empty_batch(4, 320)
+  trainer = learning(monkeypatch, batch, loss__kl_adaptive=True, train__minibatches=1)
   trainer.state = TrainState(0, {}, {}, {}, (), kl_coef=jnp.float32(0.05))
-  trainer.conversations = 500
   metrics = {"kl": jnp.float32(kl)}
   trainer.programs = (lambda state, batch, count: (batch, metrics), None)
-  trainer._to_device = lambda batch, micro_rows, capacity: batch
   trainer._update = lambda batch, rows: {"skipped": 1.0}
-  trainer._pack = lambda trajectories: batching.empty_batch(4, 320)
   assert trainer._learn([None] * 500)["kl_coef"] == pytest.approx(expected)
 
 
@@ -273,27 +285,19 @@ def test_mistakes_begin_behind_the_clean_steps(monkeypatch):
 # --- order and keys ---
 
 
-def trainer_at(done, **changes):
-  """A trainer that knows its tasks and nothing else."""
-  trainer = object.__new__(train._Trainer)
-  trainer.recorder = types.SimpleNamespace(wants=lambda done: False)
-  trainer.data = None
-  trainer.config = tiny.make(**changes)
-  trainer.algorithm = get_algorithm(trainer.config.algorithm)
-  trainer.conversations = trainer.config.rollout.tasks * trainer.config.rollout.samples
-  trainer.progress = train.Progress(phase="rl", done=done)
-  tasks = [types.SimpleNamespace(id=f"t{n}") for n in range(40)]
-  environment = types.SimpleNamespace(tasks=lambda split: tasks)
-  trainer.bench = types.SimpleNamespace(environment=environment)
-  return trainer
+TASKS = [types.SimpleNamespace(id=f"t{n}") for n in range(40)]
+
+
+def jobs_at(done, **changes):
+  return jobs(tiny.make(**changes), TASKS, done)
 
 
 def test_every_task_once_an_epoch_in_a_seeded_order():
   def epoch(first, **changes):
-    jobs = [trainer_at(first + k, **changes)._jobs() for k in range(10)]
-    assert all(len(j) == 8 for j in jobs)
-    assert all([s for _, s in j] == [0, 1] * 4 for j in jobs)
-    return [task.id for j in jobs for task, sample in j if sample == 0]
+    made = [jobs_at(first + k, **changes) for k in range(10)]
+    assert all(len(j) == 8 for j in made)
+    assert all([s for _, s in j] == [0, 1] * 4 for j in made)
+    return [task.id for j in made for task, sample in j if sample == 0]
 
   everything = sorted(f"t{n}" for n in range(40))
   assert sorted(epoch(0)) == sorted(epoch(10)) == everything
@@ -305,19 +309,17 @@ def test_every_task_once_an_epoch_in_a_seeded_order():
 def test_a_task_on_both_sides_of_an_epochs_end_has_other_samples():
   met = 0
   for done in range(20):
-    jobs = [(task.id, s) for task, s in trainer_at(done, rollout__tasks=28)._jobs()]
-    assert len(jobs) == 56
-    assert len(set(jobs)) == 56, "the same key twice in one iteration"
-    met += any(s >= 2 for _, s in jobs)
+    made = [(task.id, s) for task, s in jobs_at(done, rollout__tasks=28)]
+    assert len(made) == 56
+    assert len(set(made)) == 56, "the same key twice in one iteration"
+    met += any(s >= 2 for _, s in made)
   assert met, "no epoch ended in the midst of an iteration"
 
 
 def test_more_tasks_than_there_are_and_none():
-  assert len(trainer_at(0, rollout__tasks=99)._jobs()) == 80
-  trainer = trainer_at(0)
-  trainer.bench.environment.tasks = lambda split: []
+  assert len(jobs_at(0, rollout__tasks=99)) == 80
   with pytest.raises(ValueError, match="no training tasks"):
-    trainer._jobs()
+    jobs(tiny.make(), [], 0)
 
 
 def test_the_same_task_gives_new_samples_in_every_iteration(tmp_path, compiled):
@@ -385,16 +387,15 @@ def test_rows_of_a_pair_stay_together():
 
 
 def test_epochs_and_minibatches_make_optimizer_steps(monkeypatch):
-  trainer = trainer_at(0, train__minibatches=2, train__epochs=3)
+  packed = dataclasses.make_dataclass("Packed", ["tokens", "segment_ids"])
+  batch = packed(np.zeros((4, 5)), np.zeros((4, 5)))
+  trainer = learning(monkeypatch, batch, train__minibatches=2, train__epochs=3)
   calls = []
   trainer.state = types.SimpleNamespace(kl_coef=jnp.float32(0.0))
-  trainer._to_device = lambda batch, micro_rows, capacity: batch
   trainer.programs = (lambda state, batch, count: (batch, {"kl": jnp.float32(0)}), None)
   monkeypatch.setattr(
     train.learners, "minibatches", lambda *args: [((args[-1][-1], k), 1) for k in range(2)]
   )
   trainer._update = lambda batch, rows: calls.append(batch) or {"skipped": 0.0}
-  packed = dataclasses.make_dataclass("Packed", ["tokens", "segment_ids"])
-  trainer._pack = lambda trajectories: packed(np.zeros((4, 5)), np.zeros((4, 5)))
   trainer._learn([])
   assert calls == [(e, k) for e in range(3) for k in range(2)]

@@ -48,7 +48,9 @@ def make(algorithm, compiled, **changes):
 
 @pytest.mark.parametrize("name", sorted(algorithms.ALGORITHMS))
 def test_every_algorithm_trains(name, some_solved, tmp_path, compiled):
-  train.run(make(name, compiled, sft__steps=2 if name == "sft" else 0), tmp_path)
+  # Demonstrations are longer than what these rollouts may be.
+  demonstrated = {"sft__steps": 2, "rollout__max_steps": 4, "rollout__max_step_tokens": 40}
+  train.run(make(name, compiled, **(demonstrated if name == "sft" else {})), tmp_path)
   records = read_jsonl(tmp_path / "metrics.jsonl")
   assert len(records) == 2
   for record in records:
