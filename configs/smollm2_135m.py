@@ -25,7 +25,8 @@ def get_config(arg=""):
   r = config.rollout
   r.tasks, r.samples, r.slots = 8, 4, 32
   r.max_tokens, r.max_steps, r.max_step_tokens = 2048, 6, 96
-  config.train.row_tokens, config.train.micro_rows = 2048, 1
+  config.train.row_tokens = 2048
+  config.train.micro_rows = 2 if config.algorithm == "eto" else 1  # rows of eto come in pairs
   # A 135M model does not follow the ReAct format by itself: demonstrations come first.
   config.sft.steps, config.sft.batch, config.sft.micro_rows = 100, 8, 1
   config.sft.optimizer.learning_rate = 2e-4

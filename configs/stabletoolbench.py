@@ -42,6 +42,7 @@ def get_config(arg=""):
   # With search.room these are 8,192 positions.
   r.max_tokens, r.max_step_tokens, r.slots = 7680, 1024, 16
   r.tool_workers = 64
-  config.train.row_tokens, config.train.micro_rows = 7680, 1
+  config.train.row_tokens = 7680
+  config.train.micro_rows = 2 if config.algorithm == "eto" else 1  # rows of eto come in pairs
   config.evaluation.tasks = 765
   return config

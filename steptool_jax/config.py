@@ -146,9 +146,11 @@ class Market:
   prices: bool = _is(False, "calls have a price and a simulated latency; off = no market at all")
   spread: float = _is(2.0, "a task's prices lie within this factor of the usual ones, at least 1")
   specialists: tuple[str, ...] = _is(
-    (), "nested_api: models offered as tools ask_…, of small, medium, large; a task has some"
+    (), "models offered as tools ask_…, of small, medium, large; a task has one or more"
   )
-  asked: float = _is(0.0, "share of reading tasks whose demonstration asks a specialist")
+  asked: float = _is(
+    0.0, "share of demonstrations that ask a specialist, where one question is the task"
+  )
   preferences: bool = _is(False, "queries say what their user wants: cheap, quick, a specialist")
   seed: int = _is(0, "seed of all these draws and of the specialists' mistakes")
 

@@ -10,6 +10,7 @@ from typing import Any
 import ml_collections
 
 from steptool_jax.config import Config, Filters
+from steptool_jax.environments.market import SPECIALTIES
 from steptool_jax.environments.specialists import TIERS
 from steptool_jax.learning.advantages import LEVELS
 from steptool_jax.learning.algorithms import Algorithm, get_algorithm
@@ -123,8 +124,7 @@ _NOT_NEGATIVE = (
   "rollout.tool_retries rollout.max_stuck_tools loss.clip_low loss.clip_high loss.value_clip "
   "simulator.http_retries rollout.budget rollout.search.room serve.port evaluation.tasks "
   "rewards.filters.min_deviation advantage.omega archer.batch archer.warmup record.heldout "
-  "record.train "
-  "study.cores study.hours checkpoint.keep_best"
+  "record.train study.cores study.hours checkpoint.keep_best"
 ).split() + _of_endpoints("retries", "prompt_price", "completion_price")
 _SHARES = (
   "sft.mistakes environment.faults.rate_limit environment.faults.timeout "
@@ -267,9 +267,9 @@ def _check_market(config: Config) -> None:
   for name in ("specialists", "preferences", "asked"):
     if getattr(m, name) and not m.prices:
       raise ValueError(f"{where}.{name}: set, but {where}.prices is False, so there is no market")
-  if m.specialists and config.environment.name != "nested_api":
+  if m.specialists and config.environment.name not in SPECIALTIES:
     raise ValueError(
-      f"{where}.specialists: they know the tables of 'nested_api', not those of "
+      f"{where}.specialists: they know {' and '.join(SPECIALTIES)}, not "
       f"{config.environment.name!r}; leave it empty"
     )
   for tier in m.specialists:

@@ -10,6 +10,7 @@ import itertools
 import random
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from steptool_jax.environments import names, tables
 from steptool_jax.environments.base import (
@@ -306,6 +307,16 @@ class PipelineSession:
   def call(self, call: ToolCall) -> Observation:
     with self._lock:
       return self._box.call(call)
+
+  def file(self, name: str) -> Table:
+    """A file as a table, which gets no handle; raises NotFound."""
+    with self._lock:
+      return self._owner.file(name)
+
+  def keep(self, table: Table) -> dict[str, Any]:
+    """Gives a table a handle: {"table": handle, "rows": count}."""
+    with self._lock:
+      return self._owner.keep(table)
 
   def grade(self, answer: str | None) -> float:
     """1 when the table is there with the right content and the agent finished, else 0."""

@@ -12,13 +12,17 @@ import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from steptool_jax.environments import specialists
 from steptool_jax.environments.base import Environment, Session, Split, check_split
+from steptool_jax.environments.pipeline_specialists import PIPELINE
+from steptool_jax.environments.shop_specialists import SHOP
+from steptool_jax.environments.specialists import TIERS, Knowledge, Specialty
 from steptool_jax.simulators.functions import Tool, Toolbox
-from steptool_jax.types import Code, Finish, Observation, Task, ToolCall, ToolSpec
+from steptool_jax.types import Action, Code, Observation, Task, ToolCall, ToolSpec
 
 _CENTS, _SECONDS = 0.3, 1.0  # usual price and latency of a call of the environment's own tools
 _PREFIX = "ask_"
+# Whose tables there are specialists for.
+SPECIALTIES = {"nested_api": SHOP, "data_pipeline": PIPELINE}
 # Refused before anything ran, or the simulator's own failure: nobody pays for it.
 _FREE = frozenset({Code.MALFORMED, Code.UNKNOWN_TOOL, Code.BAD_ARGUMENTS, Code.INFRASTRUCTURE})
 
@@ -29,8 +33,8 @@ class Market:
 
   tiers: the specialists on offer, of specialists.TIERS; a task offers one of them or more.
   preferences: queries say what their user cares about; task.metadata["preference"] has it as
-  weights for rewards/orchestra.py. asked: share of reading tasks whose demonstration asks a
-  specialist that knows the answer, so that demonstrations show how one asks.
+  weights for rewards/orchestra.py. asked: share of the tasks that come down to one question whose
+  demonstration asks a specialist that is right, so that demonstrations show how one asks.
   """
 
   seed: int = 0
@@ -45,10 +49,8 @@ class Market:
     if not 0 <= self.asked <= 1:
       raise ValueError(f"market.asked is {self.asked}: must be in [0, 1]")
     for tier in self.tiers:
-      if tier not in specialists.TIERS:
-        raise ValueError(
-          f"market.tiers: there is no {tier!r}; choose of {', '.join(specialists.TIERS)}"
-        )
+      if tier not in TIERS:
+        raise ValueError(f"market.tiers: there is no {tier!r}; choose of {', '.join(TIERS)}")
 
 
 class MarketEnvironment:
@@ -58,11 +60,12 @@ class MarketEnvironment:
   """
 
   def __init__(self, environment: Environment, market: Market):
-    if market.tiers and environment.name != "nested_api":
+    if market.tiers and environment.name not in SPECIALTIES:
       raise ValueError(
-        f"market.tiers: specialists know the shop of 'nested_api', not {environment.name!r}"
+        f"market.tiers: specialists know {' and '.join(SPECIALTIES)}, not {environment.name!r}"
       )
     self._environment, self._market = environment, market
+    self._specialty = SPECIALTIES.get(environment.name)
     self._lock = threading.Lock()
     self._tasks: dict[str, tuple[Task, ...]] = {}
     self.name = environment.name
@@ -75,12 +78,13 @@ class MarketEnvironment:
       return self._tasks[split]
 
   def open(self, task: Task, sample: int) -> "MarketSession":
-    return MarketSession(self._environment.open(task, sample), task, self._market)
+    session = self._environment.open(task, sample)
+    return MarketSession(session, task, self._market, self._specialty)
 
   def _offer(self, task: Task, split: Split) -> Task:
     """The task on the market, a function of (seed, split, task)."""
     rng = random.Random(f"{self._market.seed}/{split}/{task.id}/market")
-    on_offer = [tier for tier in specialists.TIERS if tier in self._market.tiers]
+    on_offer = [tier for tier in TIERS if tier in self._market.tiers]
     chosen = set(rng.sample(on_offer, rng.randint(1, len(on_offer)))) if on_offer else set()
     tiers = [tier for tier in on_offer if tier in chosen]
     prices = self._price_list(rng, task, tiers)
@@ -96,7 +100,7 @@ class MarketEnvironment:
     }
     if wish:
       metadata["preference"] = wish
-    specs = (*task.tools, *(_spec(tier) for tier in tiers))
+    specs = (*task.tools, *(_spec(self._specialty, tier) for tier in tiers))
     priced = dataclasses.replace(
       task,
       query=query,
@@ -119,7 +123,7 @@ class MarketEnvironment:
     """tool -> (cents, seconds)."""
     usual = {spec.name: (_CENTS, _SECONDS) for spec in task.tools}
     for tier in tiers:
-      usual[_PREFIX + tier] = (specialists.TIERS[tier].cents, specialists.TIERS[tier].seconds)
+      usual[_PREFIX + tier] = (TIERS[tier].cents, TIERS[tier].seconds)
 
     def draw(value: float) -> float:
       # With one decimal, so that the text tells the truth and reads like no value of a task.
@@ -128,31 +132,36 @@ class MarketEnvironment:
     return {name: (draw(cents), draw(seconds)) for name, (cents, seconds) in usual.items()}
 
   def _ask(self, task: Task, tiers: Sequence[str]) -> Task:
-    """With a demonstration that asks the first of these specialists that answers right."""
-    question = specialists.question_of(task)
-    if question is None:
-      return task
-    session = self.open(task, 0)
-    try:
-      for tier in tiers:
-        call = ToolCall(_PREFIX + tier, {"question": question})
-        observation = session.call(call)
-        answer = str(observation.value["answer"]) if observation.code is Code.OK else None
-        if session.grade(answer) == 1.0:
-          return dataclasses.replace(task, demonstration=(call, Finish(answer)))
-      return task
-    finally:
-      session.close()
+    """With a demonstration that asks the first of these specialists that is right."""
+    question = self._specialty.question_of(task) if tiers else None
+    for tier in tiers if question else ():
+      session = self.open(task, 0)
+      try:
+        asking = ToolCall(_PREFIX + tier, {"question": question})
+        observation = session.call(asking)
+        if observation.code is not Code.OK:
+          continue
+        *calls, last = self._specialty.rest(task, observation.value)
+        for call in calls:
+          session.call(call)
+        if session.grade(last.answer) == 1.0:
+          return _demonstrated(task, (asking, *calls, last), observation.value)
+      finally:
+        session.close()
+    return task
 
 
 class MarketSession:
   """A session that puts cost and latency on what it answers, and asks specialists itself."""
 
-  def __init__(self, session: Session, task: Task, market: Market):
+  def __init__(self, session: Session, task: Task, market: Market, specialty: Specialty | None):
     self._session, self._prices = session, task.metadata["prices"]
     tiers = {_PREFIX + tier: tier for tier in market.tiers}
-    seed = f"{market.seed}/{task.id}"
-    asking = [_asking(session, s, tiers[s.name], seed) for s in task.tools if s.name in tiers]
+    asking = [
+      _asking(session, spec, specialty, tiers[spec.name], f"{market.seed}/{task.id}")
+      for spec in task.tools
+      if spec.name in tiers
+    ]
     self._names = frozenset(spec.name for spec, _ in asking)
     self._box = Toolbox(asking)
 
@@ -170,15 +179,24 @@ class MarketSession:
     self._session.close()
 
 
-def _asking(session: Any, spec: ToolSpec, tier: str, seed: str) -> Tool:
-  return Tool(spec, lambda question: {"answer": specialists.ask(session, tier, question, seed)})
+def _demonstrated(task: Task, actions: tuple[Action, ...], value: Mapping[str, Any]) -> Task:
+  """The task with another demonstration, whose first call gave `value`."""
+  metadata = dict(task.metadata)
+  if "handles" in metadata:  # rewards/rules.py: what each call of the demonstration produces
+    metadata["handles"] = (value["table"], *[""] * (len(actions) - 2))
+  return dataclasses.replace(task, demonstration=actions, metadata=metadata)
 
 
-def _spec(tier: str) -> ToolSpec:
-  right = ", ".join(f"{k} {v:.0%}" for k, v in specialists.TIERS[tier].accuracy.items())
+def _asking(session: Any, spec: ToolSpec, specialty: Specialty, tier: str, seed: str) -> Tool:
+  knowledge = Knowledge(specialty.accuracy[tier], f"{seed}/{tier}")
+  return Tool(spec, lambda question: specialty.ask(session, knowledge, question))
+
+
+def _spec(specialty: Specialty, tier: str) -> ToolSpec:
+  right = ", ".join(f"{k} {v:.0%}" for k, v in specialty.accuracy[tier].items())
   return ToolSpec(
     f"{_PREFIX}{tier}",
-    f"Ask a {tier} model, e.g. city of the supplier of product NAME. Right on {right}",
+    f"Ask a {tier} model, e.g. {specialty.example}. Right on {right}",
     {
       "type": "object",
       "properties": {"question": {"type": "string"}},

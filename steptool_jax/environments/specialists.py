@@ -1,139 +1,58 @@
-"""Specialists: simulated models in three price tiers that answer questions about the shop.
+"""Specialists: simulated models in three price tiers that do a task's work, or a part of it.
 
-A question is put as the tasks put it, "city of the supplier of the last order of customer karo
-mine". Each relation on its way asks for a skill; a specialist gets a relation right with its
-accuracy at that skill, else it goes on with another entity's value, so that long questions go wrong
-more often. What it gets wrong is fixed by (seed, task, tier, fact): asking again, in other words or
-by another route, gives the same.
+Every question asks for a chain of facts, each of which needs a skill. A specialist gets a fact
+right with its accuracy at that skill, else it goes on with a wrong one, so that long questions go
+wrong more often. What it gets wrong is fixed by (seed, task, tier, fact): asked again, it says the
+same.
 """
 
 import dataclasses
-import itertools
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
-from steptool_jax.environments import shop
-from steptool_jax.environments.nested_api import HOPS, READS, STARTS
-from steptool_jax.simulators.functions import NotFound
-from steptool_jax.types import Task, ToolCall
+from steptool_jax.types import Action, Task
 
 
 @dataclasses.dataclass(frozen=True)
 class Tier:
-  """cents, seconds: usual price and latency of a question. accuracy: share right, by skill."""
+  """Usual price (US cents) and latency (seconds) of a question."""
 
   cents: float
   seconds: float
-  accuracy: Mapping[str, float]
 
 
 TIERS: Mapping[str, Tier] = {
-  "small": Tier(0.3, 1.0, {"people": 0.85, "goods": 0.7, "orders": 0.6}),
-  "medium": Tier(1.0, 2.0, {"people": 0.95, "goods": 0.85, "orders": 0.8}),
-  "large": Tier(3.0, 3.0, {"people": 0.99, "goods": 0.97, "orders": 0.95}),
-}
-_SKILLS = {
-  "customer": "people",
-  "supplier": "people",
-  "product": "goods",
-  "warehouse": "goods",
-  "order": "orders",
-  "shipment": "orders",
+  "small": Tier(0.3, 1.0),
+  "medium": Tier(1.0, 2.0),
+  "large": Tier(3.0, 3.0),
 }
 
 
 @dataclasses.dataclass(frozen=True)
-class Question:
-  """The way from a named entity: (kind asked, tool, field) of each relation, and where it ends."""
+class Knowledge:
+  """What one specialist knows in one task. seed: tells seed, task and tier apart."""
 
-  start: str  # kind of the named entity
-  name: str
-  relations: tuple[tuple[str, str, str], ...]
-  end: str  # kind of the entity at the end; "" where a field was read
+  accuracy: Mapping[str, float]
+  seed: str
+
+  def of(self, skill: str, fact: str) -> tuple[bool, random.Random]:
+    """(whether it is right there, what draws its mistake)."""
+    rng = random.Random(f"{self.seed}/{fact}")
+    return rng.random() < self.accuracy[skill], rng
 
 
-def parse(text: str) -> Question:
-  """ "[field of] [the relation of]* kind name"; without a field it asks for the id.
+@dataclasses.dataclass(frozen=True)
+class Specialty:
+  """Specialists of one environment.
 
-  NotFound for anything else: that is what the specialist then says.
+  example: a question. accuracy: tier -> skill -> share right. question_of: the question that a task
+  comes down to, or None. ask: (session, knowledge, question) -> the observation's value; raises
+  NotFound where the question is not understood. rest: what a demonstration does with that value.
   """
-  text = " ".join(text.casefold().strip(" ?.").split()).removeprefix("what is ")
-  question = _read(text.removeprefix("the ")) or _phrase(text)
-  if question is None:
-    raise NotFound("I do not understand; ask like: city of the supplier of product NAME")
-  return question
 
-
-def _read(text: str) -> Question | None:
-  word, of, rest = text.partition(" of ")
-  inner = _phrase(rest) if of else None
-  for tool, field, name in READS[inner.end] if inner else ():
-    if name == word:
-      relations = (*inner.relations, (inner.end, tool, field))
-      return dataclasses.replace(inner, relations=relations, end="")
-  return None
-
-
-def _phrase(text: str) -> Question | None:
-  text = text.removeprefix("the ")
-  for kind, hops in HOPS.items():
-    for tool, field, end, phrase in hops:
-      words = phrase.removeprefix("the ").removesuffix("{}")
-      inner = _phrase(text.removeprefix(words)) if text.startswith(words) else None
-      if inner is not None and inner.end == kind:
-        relations = (*inner.relations, (kind, tool, field))
-        return dataclasses.replace(inner, relations=relations, end=end)
-  for kind, (_, _, word) in STARTS.items():
-    name = text.removeprefix(f"{word} ")
-    if name not in ("", text):
-      return Question(kind, name, (), kind)
-  return None
-
-
-def question_of(task: Task) -> str | None:
-  """The whole question of a reading task of nested_api in these words; None for other tasks."""
-  path, _, word = task.metadata.get("composition", "").partition(".")
-  if not word:
-    return None
-  kinds = path.split(">")
-  first: ToolCall = task.demonstration[0]
-  phrase = f"{STARTS[kinds[0]][2]} {next(iter(first.arguments.values()))}"
-  for kind, following in itertools.pairwise(kinds):
-    words = next(words for _, _, end, words in HOPS[kind] if end == following)
-    phrase = words.format(phrase)
-  return f"{word} of {phrase}"
-
-
-def ask(session: shop.ShopSession, tier: str, question: str, seed: str) -> str | int:
-  """The specialist's answer from the present state of the shop. `seed` tells seed and task.
-
-  Raises:
-    NotFound: it does not understand, or there is no such entity.
-  """
-  asked = parse(question)
-  finder, _, _ = STARTS[asked.start]
-  key = asked.name
-  if finder:
-    key = _fact(session, tier, seed, asked.start, finder, key, "id")
-  for kind, tool, field in asked.relations:
-    key = _fact(session, tier, seed, kind, tool, key, field)
-  return key
-
-
-def _fact(
-  session: shop.ShopSession, tier: str, seed: str, kind: str, tool: str, key: str, field: str
-) -> str | int:
-  right = session.look(tool, key)[field]
-  rng = random.Random(f"{seed}/{tier}/{tool}/{key}/{field}")
-  if rng.random() < TIERS[tier].accuracy[_SKILLS[kind]]:
-    return right
-  keys = session.keys(f"{kind}s")
-  rng.shuffle(keys)
-  for other in keys:
-    try:
-      wrong = other if field == "id" else session.look(tool, other)[field]
-    except NotFound:  # a customer without an order
-      continue
-    if wrong != right:
-      return wrong
-  return right
+  example: str
+  accuracy: Mapping[str, Mapping[str, float]]
+  question_of: Callable[[Task], str | None]
+  ask: Callable[[Any, Knowledge, str], dict[str, Any]]
+  rest: Callable[[Task, Mapping[str, Any]], tuple[Action, ...]]

@@ -146,7 +146,12 @@ class PipelineTools:
     self.tables: dict[str, Table] = {}
     self.written: dict[str, Table] = {}
 
-  def _keep(self, table: Table) -> dict[str, Any]:
+  def file(self, name: str) -> Table:
+    if name not in self.files:
+      raise NotFound(f"no file {name}")
+    return read_csv(self.files[name])
+
+  def keep(self, table: Table) -> dict[str, Any]:
     handle = f"t{len(self.tables) + 1}"
     self.tables[handle] = table
     return {"table": handle, "rows": len(table.rows)}
@@ -158,25 +163,23 @@ class PipelineTools:
 
   def load_csv(self, file: str) -> dict[str, Any]:
     """Load a file as a table."""
-    if file not in self.files:
-      raise NotFound(f"no file {file}")
-    return self._keep(read_csv(self.files[file]))
+    return self.keep(self.file(file))
 
   def filter_rows(self, table: str, where: str) -> dict[str, Any]:
     """Keep rows, where is like: amount > 40"""
-    return self._keep(filter_table(self._table(table), where))
+    return self.keep(filter_table(self._table(table), where))
 
   def join(self, left: str, right: str) -> dict[str, Any]:
     """Join two tables on the column they share."""
-    return self._keep(join_tables(self._table(left), self._table(right)))
+    return self.keep(join_tables(self._table(left), self._table(right)))
 
   def aggregate(self, table: str, what: str) -> dict[str, Any]:
     """Group rows, what is like: sum amount by city"""
-    return self._keep(aggregate_table(self._table(table), what))
+    return self.keep(aggregate_table(self._table(table), what))
 
   def sort(self, table: str, by: str) -> dict[str, Any]:
     """Sort rows, by is like: amount desc"""
-    return self._keep(sort_table(self._table(table), by))
+    return self.keep(sort_table(self._table(table), by))
 
   def write_table(self, table: str, name: str) -> Result:
     """Write a table under a name."""
@@ -206,8 +209,11 @@ class PipelineTools:
     return {"plot": []}
 
 
+_OWN = ("file", "keep")
 _NAMES = tuple(
-  name for name, member in vars(PipelineTools).items() if callable(member) and name[0] != "_"
+  name
+  for name, member in vars(PipelineTools).items()
+  if callable(member) and name[0] != "_" and name not in _OWN
 )
 SPECS = {name: tool(getattr(PipelineTools({}), name)).spec for name in _NAMES}
 

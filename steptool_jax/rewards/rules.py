@@ -104,10 +104,15 @@ def _backward(task: Task, trajectory: Trajectory, facts: Sequence[_Fact]) -> lis
     last = trajectory.steps[-1].action
     answer = last.answer if isinstance(last, Finish) else ""
   claimed: set[str] = set()  # values of the answer that have their producer
+  asked = _key(task.checker["name"]) if task.checker.get("type") == "table" else None
   contributions = []
   for fact in reversed(facts):
-    # Without a demonstration the checker is the only witness that a change was required.
-    required = fact.changed and (fact.gold or (solved and not task.demonstration))
+    # Without a demonstration the checker is the only witness that a change was required; and of a
+    # table, which may come about in another way, that the last one of this name was.
+    witnessed = not task.demonstration or asked in fact.arguments
+    required = fact.changed and (fact.gold or (solved and witnessed))
+    if required and asked in fact.arguments:
+      asked = None
     credited = {
       v for v in fact.produced if v in used or (v not in claimed and _mentions(answer, v))
     }

@@ -88,7 +88,6 @@ class Checkpoints:
   ) -> None:
     """Copies the state off the device and writes in the background.
 
-
     OSError where this or an earlier one cannot be written.
     """
     if number in self._manager.all_steps():
@@ -232,11 +231,18 @@ def _restore(
 
 
 def _attempt(read: Callable[[], Any]) -> tuple[Any, str]:
-  """(what `read` returns, ""), or (None, why it failed), in one process or another."""
+  """(what `read` returns, ""), or (None, why it failed), in one process or another.
+
+  Raises what is the machine's fault and not the file's: no memory, no right to read, no answer.
+  """
   result, problem = None, ""
   try:
     result = read()
+  except (MemoryError, PermissionError, TimeoutError):
+    raise
   except Exception as error:  # damage shows in many ways
+    if "RESOURCE_EXHAUSTED" in str(error):
+      raise
     problem = f"{type(error).__name__}: {str(error)[:300]}"
   problems = [text for text in hosts.gather(problem) if text]
   return (None, problems[0]) if problems else (result, "")

@@ -6,21 +6,17 @@ from (seed, iteration), so a resumed run is bit-equal to one that was never stop
 """
 
 import dataclasses
-import functools
-import math
 import pathlib
 import time
 from typing import Any
 
-import jax
-import numpy as np
 from absl import logging
 from tqdm import tqdm
 
 from steptool_jax.config import Config
 from steptool_jax.evaluation.metrics import rollout_metrics
-from steptool_jax.learning import algorithms, batching, update
-from steptool_jax.policy import lora, sharding
+from steptool_jax.learning import algorithms
+from steptool_jax.policy import sharding
 from steptool_jax.rewards import orchestra
 from steptool_jax.rollout.chain import Interrupted
 from steptool_jax.rollout.conversation import NonFiniteLogprobs
@@ -28,7 +24,6 @@ from steptool_jax.run import (
   build,
   export,
   hosts,
-  learners,
   metrics_writer,
   offline,
   progress,
@@ -39,10 +34,11 @@ from steptool_jax.run import (
 )
 from steptool_jax.run.checkpoint import Checkpoints
 from steptool_jax.run.demonstrations import Demonstrations
+from steptool_jax.run.learning import Learning
 from steptool_jax.run.order import jobs
 from steptool_jax.run.progress import Progress
 from steptool_jax.run.workbench import Workbench
-from steptool_jax.types import Status, TokenBatch, TrainState, Trajectory
+from steptool_jax.types import Status, TrainState
 
 # Fields that may change between a start and a resume: they do not change what was learnt so far.
 MAY_CHANGE = (
@@ -86,15 +82,12 @@ def run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
 
 
 class _Trainer:
-  """The run's moving parts: state, progress, clock. Pure work is done by the functions it calls."""
+  """The run's moving parts: phases, progress, clock. What learns is run/learning.py's."""
 
   def __init__(self, bench: Workbench, checkpoints: Checkpoints):
     self.bench, self.config, self.checkpoints = bench, bench.config, checkpoints
     self.started = time.monotonic()
     self.progress = Progress()
-    self.state: TrainState | None = None
-    self.skipped_in_a_row = 0
-    self.past: list[Trajectory] = []  # ArCHer's replay
     self.algorithm = algorithms.get_algorithm(self.config.algorithm)
     self.data: offline.Data | None = None  # stored trajectories in the place of rollouts
     if self.config.data.path:
@@ -157,29 +150,29 @@ class _Trainer:
 
     def abstract_of(meta: dict[str, Any]) -> TrainState:
       self.progress = Progress(**meta)
-      self._set_learner()
-      return learners.abstract_state(self.config, self.bench.policy, self.bench.mesh, self.learner)
+      self._set_learning()
+      return self.learning.abstract_state()
 
     found = self.checkpoints.newest(abstract_of)
     if found is not None:
-      self.state = found.state
-      self.past = replay.from_documents(found.replay)
+      self.learning.state = found.state
+      self.learning.past = replay.from_documents(found.replay)
       logging.info("resuming: %s, iteration %d", self.progress.phase, self.progress.done)
       return
-    self._set_learner()
-    self.state = self._start(
-      build.initial_variables(self.config, self.bench.policy, self.bench.mesh)
-    )
+    self._set_learning()
+    self.learning.start(build.initial_variables(self.config, self.bench.policy, self.bench.mesh))
 
-  def _set_learner(self) -> None:
-    name = "sft" if self.progress.phase == "sft" else self.config.algorithm
-    self.learner = learners.build_learner(
-      self.config, self.bench.policy.model, name, self.iterations
+  def _set_learning(self) -> None:
+    """Of the phase that `progress` is in."""
+    self.learning = Learning(
+      self.config,
+      self.bench.policy,
+      self.bench.mesh,
+      self.recorder,
+      self.progress,
+      self.iterations,
+      self.conversations,
     )
-    self.programs = update.compile_programs(self.learner)
-
-  def _start(self, variables: dict) -> TrainState:
-    return learners.start_phase(self.config, self.bench.mesh, self.learner, variables)
 
   def _sft(self) -> None:
     stored = self.data if self.algorithm.rewards == "none" else None
@@ -192,10 +185,7 @@ class _Trainer:
     with self._bar(steps, "SFT") as bar:
       while self.progress.done < steps:
         self._check_stop()
-        batch = batching.pack(source.batch(self.progress.done), self.config.train.row_tokens)
-        metrics = self._update(
-          self._to_device(batch, self.config.sft.micro_rows, capacity), batch.tokens.shape[0]
-        )
+        metrics = self.learning.imitate(source.batch(self.progress.done), capacity)
         self._advance()
         self.writer.write(self._number(), "sft", metrics)
         bar.update()
@@ -208,11 +198,11 @@ class _Trainer:
 
   def _to_rl(self) -> None:
     variables = build.fold_adapters(
-      self.config, self.bench.policy, self.bench.mesh, self._variables()
+      self.config, self.bench.policy, self.bench.mesh, self.learning.variables()
     )
     self.progress.phase, self.progress.done = "rl", 0
-    self._set_learner()
-    self.state = self._start(variables)
+    self._set_learning()
+    self.learning.start(variables)
     self._save()
 
   def _rl(self) -> None:
@@ -255,14 +245,14 @@ class _Trainer:
     try:
       trajectories, stats = workbench.collect(
         self.bench,
-        self._variables(),
+        self.learning.variables(),
         jobs(self.config, self.bench.environment.tasks("train"), self.progress.done),
         self.progress.done,
         self.config.rollout.temperature,
         "rollout",
       )
     except NonFiniteLogprobs as error:
-      self._count_skipped(True, str(error))
+      self.learning.count_skipped(True, str(error))
       return {"skipped": 1.0}
     figures = rollout_metrics(trajectories)
     usable = [t for t in trajectories if t.steps and t.status is not Status.INFRASTRUCTURE_ERROR]
@@ -276,7 +266,7 @@ class _Trainer:
     kept, dropped = orchestra.keep(usable, filters)
     figures |= dropped
     update_started = time.monotonic()
-    figures |= self._learn(kept)
+    figures |= self.learning.learn(kept)
     now = time.monotonic()
     tokens = sum(t.num_tokens for t in kept)
     self.progress.count(trajectories, tokens)
@@ -286,7 +276,7 @@ class _Trainer:
   def _offline_iteration(self) -> dict[str, float]:
     started = time.monotonic()
     trajectories = self.data.batch(self.progress.done)
-    figures = rollout_metrics(trajectories) | self._learn(trajectories)
+    figures = rollout_metrics(trajectories) | self.learning.learn(trajectories)
     tokens = sum(t.num_tokens for t in trajectories)
     self.progress.count(trajectories, tokens)
     return figures | {"tokens_per_second": tokens / (time.monotonic() - started)}
@@ -296,98 +286,11 @@ class _Trainer:
     if self.progress.done:
       self.data = offline.restore_behaviour(self.data, self.bench.workdir)
       return
-    program = jax.jit(functools.partial(update.action_logprobs, self.learner))
-    variables, micro_rows = self._variables(), self.config.train.micro_rows
-
-    def logprobs(batch: TokenBatch) -> np.ndarray:
-      rows, length = batch.tokens.shape
-      on_device = self._to_device(batch, micro_rows, -(-self.conversations // micro_rows))
-      values = program(variables, on_device, np.int32(-(-rows // micro_rows)))
-      return sharding.to_host(values).reshape(-1, length)[:rows]
-
     self.data = offline.with_behaviour(
-      self.data, self.config.train.row_tokens, logprobs, self.bench.workdir
+      self.data, self.config.train.row_tokens, self.learning.logprobs, self.bench.workdir
     )
-
-  def _learn(self, trajectories: list[Trajectory]) -> dict[str, float]:
-    """prepare, then epochs x minibatches of update."""
-    t = self.config.train
-    batch, self.past = learners.pack(self.config, trajectories, self.past, self.progress.done)
-    if batch is None:
-      return {"nothing_to_learn": 1.0}
-    self.progress.learnt += 1
-    rows = batch.tokens.shape[0]
-    most = self.conversations * self.algorithm.select.rows
-    if self.algorithm.critic == "double":
-      most += self.config.archer.batch
-    device_batch = self._to_device(batch, t.micro_rows, -(-most // t.micro_rows))
-    prepare, _ = self.programs
-    prepared, prepare_metrics = prepare(
-      self.state, device_batch, np.int32(-(-rows // t.micro_rows))
-    )
-    if self.recorder.wants(self.progress.done):
-      advantages = prepared.advantages
-      if advantages is not None:
-        advantages = sharding.to_host(advantages).reshape(-1, t.row_tokens)
-      self.recorder.training(self.progress.done, trajectories, batch, advantages)
-    per_update: list[dict[str, Any]] = []
-    for epoch in range(t.epochs):
-      parts = learners.minibatches(
-        prepared,
-        rows,
-        t.minibatches,
-        self.algorithm.select.rows,
-        (self.config.seed, self.progress.done, epoch),
-      )
-      for minibatch, count in parts:
-        per_update.append(self._update(minibatch, count))
-    figures = {k: float(v) for k, v in jax.device_get(prepare_metrics).items()}
-    # A NaN would stay in the coefficient for good.
-    if self.config.loss.kl_adaptive and math.isfinite(figures["kl"]):
-      self.state = self.state._replace(
-        kl_coef=algorithms.adapt_kl(
-          self.state.kl_coef,
-          prepare_metrics["kl"],
-          self.config.loss.kl_target,
-          self.config.loss.kl_horizon,
-          len(trajectories),
-        )
-      )
-    names = per_update[0]
-    figures |= {k: float(np.mean([m[k] for m in per_update])) for k in names if k != "entropy"}
-    return figures | {
-      "kl_coef": float(self.state.kl_coef),
-      "padding": batching.padding_share(batch),
-      "nothing_to_learn": 0.0,
-    }
-
-  def _update(self, batch: Any, rows: int) -> dict[str, float]:
-    """One optimizer step."""
-    count = np.int32(-(-rows // batch.tokens.shape[1]))
-    self.state, metrics = self.programs[1](self.state, batch, count)
-    metrics = {k: float(v) for k, v in jax.device_get(metrics).items()}
-    names = [name for name, value in metrics.items() if not math.isfinite(value)]
-    reason = f"what is not finite: {', '.join(names) or 'rewards, log-probs or advantages'}"
-    self._count_skipped(bool(metrics["skipped"]), reason)
-    return metrics
-
-  def _count_skipped(self, skipped: bool, reason: str) -> None:
-    """Stops the run when updates that were skipped for non-finite numbers come in a row."""
-    self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
-    self.progress.skipped += skipped
-    if self.skipped_in_a_row >= self.config.train.max_skipped:
-      raise RuntimeError(
-        f"{self.skipped_in_a_row} updates in a row were skipped, the last one because of "
-        f"{reason}; lower the learning rate; the last checkpoint holds finite weights"
-      )
 
   # --- book-keeping ---
-
-  def _variables(self) -> dict:
-    return lora.join_variables(self.state.trainable, self.state.frozen)
-
-  def _to_device(self, batch, micro_rows, capacity):
-    return learners.to_device(batch, micro_rows, capacity, self.bench.mesh)
 
   def _bar(self, total: int, label: str) -> tqdm:
     return hosts.bar(total=total, initial=self.progress.done, desc=label)
@@ -406,9 +309,9 @@ class _Trainer:
   def _save(self) -> None:
     self._clock()
     self.progress.records = self.writer.records
-    past = replay.to_documents(self.past)
+    past = replay.to_documents(self.learning.past)
     self.checkpoints.save(
-      self._checkpoint_number(), self.state, dataclasses.asdict(self.progress), past
+      self._checkpoint_number(), self.learning.state, dataclasses.asdict(self.progress), past
     )
 
   def _checkpoint_number(self) -> int:
@@ -430,7 +333,7 @@ class _Trainer:
       return
     figures, trajectories = workbench.evaluate_policy(
       self.bench,
-      self._variables(),
+      self.learning.variables(),
       num_tasks or e.tasks,
       label,
       e.temperature if temperature is None else temperature,
@@ -452,7 +355,7 @@ class _Trainer:
   def _finish(self) -> dict[str, Any]:
     if self.config.train.export:
       folded = self.progress.phase == "rl" and self.config.sft.steps > 0
-      export.write(self.bench, self._variables(), folded)
+      export.write(self.bench, self.learning.variables(), folded)
     if hosts.primary() and (self.progress.train_curve or self.progress.heldout_curve):
       progress.plot(self.config, self.bench.workdir, self.progress)
     return self._summary(interrupted=False)

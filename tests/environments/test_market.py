@@ -1,13 +1,19 @@
+import collections
 import dataclasses
+import random
 import time
 
 import pytest
+from rewards.replays import replay
 
-from steptool_jax.environments import market, specialists
+from steptool_jax.environments import market, pipeline_specialists
+from steptool_jax.environments import shop_specialists as specialists
 from steptool_jax.environments.base import Environment, Session
-from steptool_jax.environments.data_pipeline import DataPipeline
+from steptool_jax.environments.data_pipeline import DataPipeline, PipelineSession
 from steptool_jax.environments.market import Market, MarketEnvironment
 from steptool_jax.environments.nested_api import NestedApi
+from steptool_jax.environments.tables import Table
+from steptool_jax.rewards import rules
 from steptool_jax.simulators.errors import NotFound
 from steptool_jax.simulators.faults import Faults, FaultyEnvironment
 from steptool_jax.types import Code, Finish, ToolCall
@@ -181,7 +187,7 @@ def test_accuracy_by_skill_of_single_relations():
     found["people"].append(value["answer"] == key)
     assert value["answer"] in tables["customers"]
     session.close()
-  for skill, share in specialists.TIERS["small"].accuracy.items():
+  for skill, share in specialists.SHOP.accuracy["small"].items():
     assert sum(found[skill]) / 150 == pytest.approx(share, abs=0.1), skill
 
 
@@ -302,9 +308,122 @@ def test_settings_are_checked(fields, match):
     Market(**fields)
 
 
-def test_specialists_know_only_the_shop():
-  with pytest.raises(ValueError, match="not 'data_pipeline'"):
-    MarketEnvironment(DataPipeline(1, 1), Market(tiers=("small",)))
+def test_specialists_know_the_embedded_environments_alone():
+  with pytest.raises(ValueError, match="know nested_api and data_pipeline, not 'custom'"):
+    MarketEnvironment(SameIds(), Market(tiers=("small",)))
+
+
+# --- data_pipeline's specialists ---
+
+PIPELINE = DataPipeline(300, 100, seed=2)
+TABLES = MarketEnvironment(PIPELINE, Market(seed=3, tiers=ALL, asked=0.5))
+CSV = "city,amount\na,1\nb,5\na,2\n"
+STORES = "city,area\na,x\nb,y\n"
+
+
+class Certain:
+  """What a specialist knows that is wrong at these skills only."""
+
+  def __init__(self, *wrong):
+    self.wrong = wrong
+
+  def of(self, skill, fact):
+    return skill not in self.wrong, random.Random(fact)
+
+
+def table_of(question, *wrong):
+  session = PipelineSession(PIPELINE.tasks("train")[0], {"sales": CSV, "stores": STORES}, 512)
+  session.keep(Table((), ()))  # handles go on where the agent's own end
+  value = pipeline_specialists.ask(session, Certain(*wrong), question)
+  assert value["table"] == "t2"
+  table = session._owner.tables["t2"]
+  assert value["rows"] == len(table.rows)
+  return table.rows
+
+
+@pytest.mark.parametrize(
+  ("question", "rows", "wrong", "mistake"),
+  [
+    ("sales: keep amount > 1", (("b", 5), ("a", 2)), "filter", {(("a", 1),)}),
+    ("sales: sort amount desc", (("b", 5), ("a", 2), ("a", 1)), "sort", None),
+    ("sales: sum amount by city", (("a", 3), ("b", 5)), "aggregate", None),
+    ("sales: join stores", (("a", 1, "x"), ("b", 5, "y"), ("a", 2, "x")), "join", None),
+    (
+      "sales: join stores, keep area = x, max amount by area.",
+      (("x", 2),),
+      "aggregate",
+      {(("x", 1),)},
+    ),
+  ],
+)
+def test_tables_by_hand(question, rows, wrong, mistake):
+  assert table_of(question) == rows
+  got = table_of(question, wrong)
+  assert got != rows
+  if mistake is not None:
+    assert got in mistake
+  if wrong == "sort":
+    assert got == rows[::-1]
+
+
+@pytest.mark.parametrize(
+  ("question", "words"),
+  [
+    ("hello", "do not understand; ask like: sales"),
+    ("sales: sing", "do not understand 'sing'; ask like"),
+    ("nothing: sort amount desc", "no file nothing"),
+    ("sales: sort price desc", "no column price"),
+    ("sales: join sales2", "no file sales2"),
+  ],
+)
+def test_what_a_pipeline_specialist_does_not_understand(question, words):
+  with pytest.raises(NotFound, match=words):
+    table_of(question)
+
+
+def test_a_question_about_every_pipeline_task_and_dearer_specialists_are_right_more_often():
+  env = MarketEnvironment(PIPELINE, Market(tiers=ALL))
+  right, asked_of = collections.Counter(), collections.Counter()
+  for task in env.tasks("train"):
+    question = pipeline_specialists.question_of(task)
+    for tier in ALL:
+      if f"ask_{tier}" not in asked(task):
+        continue
+      session = env.open(task, 0)
+      ask = ToolCall(f"ask_{tier}", {"question": question})
+      observation = session.call(ask)
+      assert session.call(ask).value["rows"] == observation.value["rows"]
+      *calls, last = pipeline_specialists.rest(task, observation.value)
+      assert [session.call(call).code for call in calls] == [Code.OK]
+      right[tier] += session.grade(last.answer)
+      asked_of[tier] += 1
+      assert [observation.cost, observation.latency] == task.metadata["prices"][ask.name]
+      session.close()
+  share = {tier: right[tier] / asked_of[tier] for tier in ALL}
+  assert 0.4 < share["small"] < 0.75 < share["medium"] < 0.9 < share["large"] < 1.0
+
+
+def test_pipeline_demonstrations_that_ask_are_right_and_contribute_whole():
+  asking = [t for t in TABLES.tasks("train") if t.demonstration[0].name.startswith("ask_")]
+  assert 0.3 < len(asking) / 300 < 0.5
+  for task in asking[:40]:
+    annotated = rules.annotate(task, replay(TABLES, task, task.demonstration))
+    assert annotated.solved == 1.0
+    assert [s.contribution for s in annotated.steps[:-1]] == [1.0] * len(task.demonstration[:-1])
+
+
+def test_asking_contributes_where_the_demonstration_went_step_by_step():
+  env = MarketEnvironment(PIPELINE, Market(tiers=("large",)))
+  solved = 0
+  for task in env.tasks("train")[:40]:
+    ask = ToolCall("ask_large", {"question": pipeline_specialists.question_of(task)})
+    write, last = pipeline_specialists.rest(task, {"table": "t1"})
+    other = ToolCall("write_table", {"table": "t1", "name": "other"})
+    annotated = rules.annotate(task, replay(env, task, (ask, other, write, last)))
+    solved += annotated.solved
+    whole = annotated.solved == 1.0
+    assert [s.contribution for s in annotated.steps[:-1]] == [float(whole), 0.0, float(whole)]
+  assert solved > 30
 
 
 def test_tools_of_ones_own_may_have_a_specialists_name():

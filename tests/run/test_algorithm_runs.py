@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import tiny
-from test_resume import Crash, assert_same_run, saved
+from test_resume import crash_and_go_on, saved
 
 from steptool_jax.learning import algorithms
 from steptool_jax.run import train, workbench
@@ -76,25 +76,10 @@ def test_a_toy_algorithm_takes_one_row(some_solved, tmp_path, compiled, monkeypa
   assert record["train/grad_norm"] > 0
 
 
-def test_archer_resumes_bit_equal_with_its_replay(some_solved, tmp_path, compiled, monkeypatch):
+def test_archer_resumes_bit_equal_with_its_replay(some_solved, tmp_path, compiled):
   config = make("archer", compiled, train__iterations=4, checkpoint__every=2)
-  train.run(config, tmp_path / "whole")
-  whole = train._Trainer._iteration
-
-  def crash_at_3(self):
-    if self.progress.done == 3:
-      raise Crash
-    return whole(self)
-
-  monkeypatch.setattr(train._Trainer, "_iteration", crash_at_3)
-  with pytest.raises(Crash):
-    train.run(config, tmp_path / "cut")
-  _, meta = saved(tmp_path / "cut")
+  meta, arrays = crash_and_go_on(config, tmp_path, 3)
   assert meta["done"] == 2
-  monkeypatch.setattr(train._Trainer, "_iteration", whole)
-  train.run(config, tmp_path / "cut")
-  assert_same_run(tmp_path / "cut", tmp_path / "whole")
-  arrays, _ = saved(tmp_path / "cut")
   assert any("target" in path and np.any(array) for path, array in arrays.items())
 
 

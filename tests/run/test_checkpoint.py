@@ -124,6 +124,23 @@ def test_the_one_before_takes_the_place_of_a_corrupt_one(tmp_path, damage, caplo
   assert_newest(tmp_path, 33, 3)
 
 
+@pytest.mark.parametrize(
+  "error", [MemoryError(), PermissionError(13, "denied"), RuntimeError("RESOURCE_EXHAUSTED: HBM")]
+)
+def test_what_is_the_machines_fault_is_no_damage(tmp_path, monkeypatch, error):
+  write(tmp_path, 1, 2)
+
+  def fail(directory):
+    raise error
+
+  with monkeypatch.context() as patched:
+    patched.setattr(checkpoint, "_read_json", fail)
+    with pytest.raises(type(error)):
+      Checkpoints(tmp_path, 9).newest(abstract_of)
+  assert checkpoint.numbers(tmp_path) == [2, 1]
+  assert not (tmp_path / "corrupt").exists()
+
+
 def test_a_run_without_a_whole_checkpoint_does_not_start_anew_unasked(tmp_path):
   write(tmp_path, 1)
   cut(tmp_path / "checkpoints" / "1")

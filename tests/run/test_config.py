@@ -6,6 +6,7 @@ import pytest
 
 from steptool_jax import validation
 from steptool_jax.config import base_config
+from steptool_jax.learning.algorithms import ALGORITHMS
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 
@@ -25,9 +26,13 @@ def test_every_config_file_is_valid(name):
   assert validation.differences(config, json.loads(validation.to_json(config))) == []
 
 
-@pytest.mark.parametrize("name", ["ppo", "steptool", "steptool_no_step_rewards", "sft"])
-def test_an_argument_picks_the_algorithm(name):
-  assert validation.validate(load("quickstart").get_config(name)).algorithm == name
+@pytest.mark.parametrize("name", sorted(ALGORITHMS))
+@pytest.mark.parametrize("config", ["quickstart", "smollm2_135m", "stabletoolbench", "llama3_1_8b"])
+def test_an_argument_picks_the_algorithm(config, name):
+  config = load(config).get_config(name)
+  if name == "sft":
+    config.sft.steps = 1
+  assert validation.validate(config).algorithm == name
 
 
 @pytest.mark.parametrize(

@@ -51,15 +51,15 @@ def _run(config, workdir, mesh):
       trainer.writer, trainer.before = MetricsWriter(workdir), 0.0
       trainer._enter()
       trainer._sft()
-      after_sft = jax.device_get(trainer.state.trainable)
+      after_sft = jax.device_get(trainer.learning.state.trainable)
       trainer._to_rl()
-      before_rl = jax.device_get(trainer.state.trainable)
+      before_rl = jax.device_get(trainer.learning.state.trainable)
       trainer._iteration()
       trainer.checkpoints.close()
       trainer.writer.close()
       cache = bench.engine.init().cache
-      after_rl = jax.device_get(trainer.state.trainable)
-      return after_sft, before_rl, after_rl, sampled, trainer.state, cache
+      after_rl = jax.device_get(trainer.learning.state.trainable)
+      return after_sft, before_rl, after_rl, sampled, trainer.learning.state, cache
   finally:
     workbench.collect = collect
 

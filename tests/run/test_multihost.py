@@ -5,7 +5,6 @@ The runs of one test follow each other in one workdir, since starting processes 
 
 import json
 import shutil
-import time
 
 import jax
 import numpy as np
@@ -107,13 +106,6 @@ def assert_close(mine, theirs):
   assert mine.keys() == theirs.keys()
   for path, array in theirs.items():
     np.testing.assert_allclose(mine[path], array, atol=1e-5, err_msg=path)
-
-
-def until(run, ready, what):
-  limit = time.monotonic() + 200
-  while not ready():
-    assert time.monotonic() < limit, f"{what}: {run.log(0)[-3000:]}"
-    time.sleep(0.01)
 
 
 def test_two_processes_are_one(whole, alone):

@@ -16,7 +16,7 @@ from test_resume import assert_same_run, saved
 from steptool_jax.data import conversion, training_rows
 from steptool_jax.data.trajectories import AnnotatedTrajectory, write_trajectories
 from steptool_jax.rollout.chain import Interrupted
-from steptool_jax.run import build, offline, train
+from steptool_jax.run import build, learning, offline, train
 from steptool_jax.run.metrics_writer import read_jsonl
 from steptool_jax.types import Finish, Status, Step, Trajectory
 
@@ -57,7 +57,7 @@ def offline_config(folder, compiled):
 def prepared(monkeypatch):
   """Every batch that `prepare` made, [B, T] each."""
   found = []
-  compile_programs = train.update.compile_programs
+  compile_programs = learning.update.compile_programs
 
   def recording(learner):
     prepare, update = compile_programs(learner)
@@ -69,7 +69,7 @@ def prepared(monkeypatch):
 
     return recorded, update
 
-  monkeypatch.setattr(train.update, "compile_programs", recording)
+  monkeypatch.setattr(learning.update, "compile_programs", recording)
   return found
 
 
@@ -119,7 +119,7 @@ PLAIN = {"advantage__whiten": False, "loss__kl": "none"}
 @pytest.mark.parametrize("level", ["step", "released"])
 def test_rewards_and_advantages_of_the_level(level, rows, offline_config, prepared, tmp_path):
   train.run(offline_config(advantage__level=level, **PLAIN), tmp_path)
-  wanted, found = assert_advantages(prepared, rows, "step")
+  wanted, found = assert_advantages(prepared, rows, level)
   assert found == collections.Counter({k: 2 * n for k, n in wanted.items()})
 
 
@@ -402,9 +402,9 @@ def test_sft_imitates_the_last_turn_of_official_dialogues(folder, compiled, tmp_
   path = tmp_path / "sft.json"
   path.write_text(json.dumps({"9": {"cnt": 3, "instances": instances}}))
   packed = []
-  pack = train.batching.pack
+  pack = learning.batching.pack
   monkeypatch.setattr(
-    train.batching, "pack", lambda *args: packed.append(pack(*args)) or packed[-1]
+    learning.batching, "pack", lambda *args: packed.append(pack(*args)) or packed[-1]
   )
   config = stored.make(
     folder / "tokenizer",

@@ -10,7 +10,7 @@ import orbax.checkpoint as ocp
 import pytest
 import tiny
 
-from steptool_jax.run import train
+from steptool_jax.run import learning, train
 from steptool_jax.run.checkpoint import Checkpoints
 from steptool_jax.run.metrics_writer import read_jsonl
 from steptool_jax.types import TrainState
@@ -176,26 +176,33 @@ class Crash(BaseException):
   pass
 
 
-def test_lora_with_folded_sft_adapters_resumes_bit_equal(tmp_path, compiled, monkeypatch):
-  config = tiny.make("lora", compilation_cache=compiled, evaluation__every=0)
-  train.run(config, tmp_path / "whole")
+def crash_and_go_on(config, folder, done):
+  """A run that nobody stopped and one that crashed in RL iteration `done` end the same.
 
+  (meta that the crash left behind, arrays in the end).
+  """
+  train.run(config, folder / "whole")
   whole = train._Trainer._iteration
 
-  def crash_at_1(self):
-    if self.progress.done == 1:
+  def crash(self):
+    if self.progress.done == done:
       raise Crash
     return whole(self)
 
-  monkeypatch.setattr(train._Trainer, "_iteration", crash_at_1)
-  with pytest.raises(Crash):
-    train.run(config, tmp_path / "cut")
-  _, meta = saved(tmp_path / "cut")
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(train._Trainer, "_iteration", crash)
+    with pytest.raises(Crash):
+      train.run(config, folder / "cut")
+  _, meta = saved(folder / "cut")
+  train.run(config, folder / "cut")
+  assert_same_run(folder / "cut", folder / "whole")
+  return meta, saved(folder / "cut")[0]
+
+
+def test_lora_with_folded_sft_adapters_resumes_bit_equal(tmp_path, compiled):
+  config = tiny.make("lora", compilation_cache=compiled, evaluation__every=0)
+  meta, arrays = crash_and_go_on(config, tmp_path, 1)
   assert (meta["phase"], meta["done"]) == ("rl", 1)
-  monkeypatch.undo()
-  train.run(config, tmp_path / "cut")
-  assert_same_run(tmp_path / "cut", tmp_path / "whole")
-  arrays, _ = saved(tmp_path / "cut")
   assert any("lora" in path and np.any(array) for path, array in arrays.items())
 
 
@@ -218,7 +225,7 @@ def test_an_evaluation_that_is_cut_off_is_made_up_for(cut, tmp_path, compiled, m
     return dict(fake)
 
   monkeypatch.setattr(train._Trainer, "_iteration", iteration)
-  monkeypatch.setattr(train._Trainer, "_update", lambda self, batch, rows: {"loss": 0.0})
+  monkeypatch.setattr(learning.Learning, "update", lambda self, batch, rows: {"loss": 0.0})
   first = train.run(config, tmp_path)
   assert first["interrupted"] is True
   cut = ""

@@ -65,8 +65,13 @@ PRICES = {"environment__market__prices": True}
     ),
     (
       PRICES
-      | {"environment__market__specialists": ("small",), "environment__name": "data_pipeline"},
-      r"they know the tables of 'nested_api', not those of 'data_pipeline'",
+      | {
+        "environment__market__specialists": ("small",),
+        "environment__name": "custom",
+        "environment__functions": "tools.py",
+        "environment__tasks": "tasks.jsonl",
+      },
+      r"they know nested_api and data_pipeline, not 'custom'",
     ),
     (PRICES | {"environment__market__asked": 0.5}, r"market\.asked: 0\.5, but there are no"),
     (PRICES | {"environment__market__spread": 0.5}, r"market\.spread: must be at least 1"),

@@ -10,13 +10,13 @@ import pytest
 import tiny
 
 from steptool_jax.learning import batching
-from steptool_jax.learning.algorithms import get_algorithm
 from steptool_jax.policy.engine import Decoded
 from steptool_jax.run import (
   build,
   checkpoint,
   demonstrations,
   learners,
+  learning,
   services,
   train,
   workbench,
@@ -124,14 +124,14 @@ def scripted(config, folder, broken):
   trainer = object.__new__(train._Trainer)
   trainer.recorder = types.SimpleNamespace(wants=lambda done: False)
   trainer.data = None
-  trainer.config, trainer.progress, trainer.state = config, train.Progress(), None
+  trainer.config, trainer.progress = config, train.Progress()
   trainer.learnt = []
 
   def learn(trajectories):
     trainer.learnt += trajectories
     return {}
 
-  trainer._learn, trainer._variables = learn, lambda: {}
+  trainer.learning = types.SimpleNamespace(learn=learn, variables=lambda: {})
   runner = build.build_runner(config)
   trainer.bench = workbench.Workbench(
     config=config,
@@ -193,7 +193,7 @@ def test_non_finite_updates_stop_the_run_and_reach_no_checkpoint(tmp_path, compi
     sampled = batch.behaviour_logprobs.any()  # and not demonstrated
     return batch._replace(rewards=np.where(sampled, np.float32(np.nan), batch.rewards))
 
-  monkeypatch.setattr(train.batching, "pack_units", poisoned)
+  monkeypatch.setattr(batching, "pack_units", poisoned)
   config = tiny.make(
     compilation_cache=compiled, train__max_skipped=3, loss__kl_adaptive=True, evaluation__every=0
   )
@@ -212,17 +212,16 @@ def test_non_finite_updates_stop_the_run_and_reach_no_checkpoint(tmp_path, compi
   assert all(np.isfinite(x).all() for x in jax.tree.leaves(state))
 
 
-def learning(monkeypatch, batch, **changes):
-  """A trainer that can learn from `batch`, whatever was rolled out, and nothing else."""
-  trainer = object.__new__(train._Trainer)
-  trainer.recorder = types.SimpleNamespace(wants=lambda done: False)
-  trainer.config = tiny.make(**changes)
-  trainer.algorithm = get_algorithm(trainer.config.algorithm)
-  trainer.progress, trainer.past = train.Progress(phase="rl"), []
-  trainer.conversations = 8
-  trainer._to_device = lambda batch, micro_rows, capacity: batch
-  monkeypatch.setattr(train.learners, "pack", lambda *args: (batch, []))
-  return trainer
+def learning_from(monkeypatch, batch, **changes):
+  """What learns from `batch`, whatever was rolled out."""
+  recorder = types.SimpleNamespace(wants=lambda done: False)
+  policy = types.SimpleNamespace(model=fakes.tiny_config())
+  found = learning.Learning(
+    tiny.make(**changes), policy, None, recorder, train.Progress(phase="rl"), 1, 8
+  )
+  monkeypatch.setattr(learners, "to_device", lambda batch, *rest: batch)
+  monkeypatch.setattr(learners, "pack", lambda *args: (batch, []))
+  return found
 
 
 @pytest.mark.parametrize(
@@ -231,12 +230,12 @@ def learning(monkeypatch, batch, **changes):
 )
 def test_the_kl_coefficient_follows_its_target_and_no_nan(kl, expected, monkeypatch):
   batch = batching.empty_batch(4, 320)
-  trainer = learning(monkeypatch, batch, loss__kl_adaptive=True, train__minibatches=1)
-  trainer.state = TrainState(0, {}, {}, {}, (), kl_coef=jnp.float32(0.05))
+  learns = learning_from(monkeypatch, batch, loss__kl_adaptive=True, train__minibatches=1)
+  learns.state = TrainState(0, {}, {}, {}, (), kl_coef=jnp.float32(0.05))
   metrics = {"kl": jnp.float32(kl)}
-  trainer.programs = (lambda state, batch, count: (batch, metrics), None)
-  trainer._update = lambda batch, rows: {"skipped": 1.0}
-  assert trainer._learn([None] * 500)["kl_coef"] == pytest.approx(expected)
+  learns.programs = (lambda state, batch, count: (batch, metrics), None)
+  learns.update = lambda batch, rows: {"skipped": 1.0}
+  assert learns.learn([None] * 500)["kl_coef"] == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("part", [{"rollout__top_k": 5}, {"rollout__top_p": 0.9}])
@@ -389,13 +388,13 @@ def test_rows_of_a_pair_stay_together():
 def test_epochs_and_minibatches_make_optimizer_steps(monkeypatch):
   packed = dataclasses.make_dataclass("Packed", ["tokens", "segment_ids"])
   batch = packed(np.zeros((4, 5)), np.zeros((4, 5)))
-  trainer = learning(monkeypatch, batch, train__minibatches=2, train__epochs=3)
+  learns = learning_from(monkeypatch, batch, train__minibatches=2, train__epochs=3)
   calls = []
-  trainer.state = types.SimpleNamespace(kl_coef=jnp.float32(0.0))
-  trainer.programs = (lambda state, batch, count: (batch, {"kl": jnp.float32(0)}), None)
+  learns.state = types.SimpleNamespace(kl_coef=jnp.float32(0.0))
+  learns.programs = (lambda state, batch, count: (batch, {"kl": jnp.float32(0)}), None)
   monkeypatch.setattr(
-    train.learners, "minibatches", lambda *args: [((args[-1][-1], k), 1) for k in range(2)]
+    learners, "minibatches", lambda *args: [((args[-1][-1], k), 1) for k in range(2)]
   )
-  trainer._update = lambda batch, rows: calls.append(batch) or {"skipped": 0.0}
-  trainer._learn([])
+  learns.update = lambda batch, rows: calls.append(batch) or {"skipped": 0.0}
+  learns.learn([])
   assert calls == [(e, k) for e in range(3) for k in range(2)]
