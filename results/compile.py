@@ -26,6 +26,10 @@ def rows(number: int) -> str:
   return f"train.micro_rows={number}"
 
 
+def context(tokens: int) -> tuple[str, ...]:
+  return f"rollout.max_tokens={tokens}", f"train.row_tokens={tokens}", "rollout.slots=32"
+
+
 # (config, topology, what, fields): the targets first.
 CELLS = (
   ("llama3_1_8b", "v5e:4x4", "full", FULL),
@@ -44,6 +48,15 @@ CELLS = (
   *((name, "v5e:4x4", "LoRA", ()) for name in BIG),
   *((name, "v6e:2x4", "LoRA", (rows(8),)) for name in BIG),
   ("llama3_1_8b", "v5p:2x2x4", "full, 32k", (*FULL, *LONG)),
+  # Twice the chips with twice the rows and slots; and one slice with longer and longer rows.
+  *(
+    ("smollm2_135m", size, "scaling", (*SMALL, rows(n), f"rollout.slots={8 * n}"))
+    for size, n in (("v5e:1x1", 1), ("v5e:2x4", 8), ("v5e:4x8", 32), ("v5e:8x8", 64))
+  ),
+  *(
+    ("smollm2_135m", "v5e:2x2", f"LoRA, {n}k", (*SMALL, rows(4), *context(1024 * n)))
+    for n in (1, 4, 8, 16, 32)
+  ),
 )
 
 
