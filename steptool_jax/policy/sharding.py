@@ -170,6 +170,25 @@ def constrain_rows(x: jax.Array, sequence: bool = False) -> jax.Array:
   return constrain(x, P(ROWS))
 
 
+def constrain_features(x: jax.Array, axis: str) -> jax.Array:
+  """Shards the last dimension of [N, 1, X] over `axis` and rows over `data` alone.
+
+  For one token a slot: so few activations travel to the weights, instead of all weights to them.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or x.shape[-1] % mesh.shape.get(axis, 1) or x.shape[0] % mesh.shape.get("data", 1):
+    return x
+  return constrain(x, P("data", *(None,) * (x.ndim - 2), axis))
+
+
+def constrain_heads(x: jax.Array) -> jax.Array:
+  """Queries, keys or values [N, C, H, h] as the cache lies; heads that do not divide are left."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or not rows_divide(x.shape[0], mesh) or x.shape[2] % mesh.shape.get("tensor", 1):
+    return x
+  return constrain(x, P(ROWS, None, "tensor"))
+
+
 def rows_divide(rows: int, mesh: Any) -> bool:
   """Whether so many rows split evenly over the mesh's row axes."""
   return rows % math.prod(mesh.shape.get(axis, 1) for axis in ROWS) == 0
