@@ -1,5 +1,6 @@
 """Mesh, table, and 8 fake devices (in a process of their own: the count is fixed at start)."""
 
+import math
 import os
 import pathlib
 import re
@@ -123,6 +124,12 @@ def _on_eight_devices(directory: pathlib.Path) -> None:
   def cached(variables, tokens, cache):
     return model.forward_cached(config, variables, tokens, positions, positions < 9, cache)
 
+  def token(variables, tokens, cache):
+    """One token a slot, as decoding feeds them: (logits, cache)."""
+    inputs = (tokens[:, :1], positions[:, 9:10], positions[:, 9:10] < 12, cache)
+    hidden, cache = model.forward_cached(config, variables, *inputs)
+    return model.project_logits(config, variables, hidden), cache
+
   mask = positions % 3 > 0
 
   def head(variables, tokens):
@@ -134,6 +141,7 @@ def _on_eight_devices(directory: pathlib.Path) -> None:
   cache = model.init_cache(config, 4, 16)
   one = jax.jit(jax.value_and_grad(loss))(variables, tokens)
   one_cached = jax.jit(cached)(variables, tokens, cache)
+  one_token = jax.jit(token)(variables, tokens, one_cached[1])
   one_head = jax.jit(jax.value_and_grad(head))(variables, tokens)
 
   mesh = sharding.make_mesh(2, 2, 2)
@@ -145,8 +153,14 @@ def _on_eight_devices(directory: pathlib.Path) -> None:
   with jax.set_mesh(mesh):
     eight = jax.jit(jax.value_and_grad(loss))(placed, rows)
     eight_cached = jax.jit(cached)(placed, rows, jax.device_put(cache, spot))
+    decode = jax.jit(token).lower(placed, rows, eight_cached[1]).compile()
+    eight_token = decode(placed, rows, eight_cached[1])
     eight_head = jax.jit(jax.value_and_grad(head))(placed, rows)
     program = jax.jit(jax.value_and_grad(head)).lower(placed, rows).compile().as_text()
+  # One token a slot: activations travel, and no slice of a weight does.
+  moved = re.findall(r"= \w+\[([\d,]+)\][^=]* all-gather", decode.as_text())
+  largest = max((math.prod(map(int, shape.split(","))) for shape in moved), default=0)
+  assert largest < min(x[0].size for x in jax.tree.leaves(params["layers"]) if x.ndim > 2)
   # Each layer gathers its own slice: nothing that is stacked over layers, and no table, is whole.
   gathered = re.findall(r"= \w+\[([\d,]+)\][^=]* all-gather", program)
   assert gathered
@@ -159,6 +173,7 @@ def _on_eight_devices(directory: pathlib.Path) -> None:
 
   jax.tree.map(close, eight, one)
   jax.tree.map(close, eight_cached, one_cached)
+  jax.tree.map(close, eight_token, one_token)
   jax.tree.map(close, eight_head, one_head)
 
   # Sharded export, and import straight to the shards.
