@@ -1,12 +1,13 @@
 """Compiles every cell of results/compile.md and writes it, with results/compile.json beside it.
 
-    python results/compile.py --workdir=/tmp/compile
+    python results/compile.py --workdir=/tmp/compile --parallel=2
 
-One cell after the other, each a --mode=compile of its own; a finished cell is not compiled
-again, and the files are written anew behind each cell. Needs libtpu (the extra tpu).
+Every cell is a --mode=compile of its own; a finished cell is not compiled again, and the files are
+written anew behind each cell. Needs libtpu (the extra tpu).
 """
 
 import argparse
+import concurrent.futures
 import json
 import pathlib
 import subprocess
@@ -63,15 +64,20 @@ CELLS = (
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument("--workdir", type=pathlib.Path, required=True)
-  workdir = parser.parse_args().workdir
-  for cell in CELLS:
-    home = workdir / folder(cell)
+  parser.add_argument("--parallel", type=int, default=1)
+  args = parser.parse_args()
+
+  def run(cell: tuple) -> None:
+    home = args.workdir / folder(cell)
     if not (home / "done").exists():
       home.mkdir(parents=True, exist_ok=True)
       with (home / "log.txt").open("w") as log:
         subprocess.run(command(cell, home), cwd=ROOT, stdout=log, stderr=log, check=False)
       (home / "done").touch()
-    write(workdir)
+
+  with concurrent.futures.ThreadPoolExecutor(args.parallel) as pool:
+    for _ in pool.map(run, CELLS):
+      write(args.workdir)
 
 
 def folder(cell: tuple) -> str:

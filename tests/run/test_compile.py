@@ -238,10 +238,11 @@ def test_bad_input_is_named(monkeypatch, tmp_path):
 @pytest.mark.skipif(util.find_spec("libtpu") is None, reason="libtpu is not installed (extra tpu)")
 def test_a_real_slice(tmp_path):
   """In a process of its own, because libtpu stays in it."""
-  flags = ("--mode=compile", "--config.model.path=/not/here", "--config.mesh.fsdp=-1")
-  flags += ("--config.mesh.data=1", f"--workdir={tmp_path}")
-  command = [sys.executable, "-m", "steptool_jax.main", *flags]
-  command.append(f"--config={tiny.ROOT}/tests/run/tiny.py")
+  command = [
+    *(sys.executable, "-m", "steptool_jax.main", "--mode=compile", f"--workdir={tmp_path}"),
+    *(f"--config={tiny.ROOT}/tests/run/tiny.py", "--config.model.path=/not/here"),
+    *("--config.mesh.fsdp=-1", "--config.mesh.data=1"),
+  ]
 
   def run(topology):
     return subprocess.run(
