@@ -31,23 +31,20 @@ def context(tokens: int) -> tuple[str, ...]:
   return f"rollout.max_tokens={tokens}", f"train.row_tokens={tokens}", "rollout.slots=32"
 
 
-# (config, topology, what, fields): the targets first.
+# (config, topology, what, fields): three topologies of every config, long rows, scaling, the rest.
 CELLS = (
-  ("llama3_1_8b", "v5e:4x4", "full", FULL),
-  ("llama3_1_8b", "v5e:2x2", "LoRA", (rows(4), "rollout.slots=16")),
+  *((name, "v5e:4x4", "full", FULL) for name in BIG),
+  *((name, "v5e:2x2", "LoRA", (rows(4), "rollout.slots=16")) for name in BIG),
+  *(
+    ("smollm2_135m", topology, "LoRA", (*SMALL, rows(chips), "rollout.slots=32"))
+    for topology, chips in (("v5e:2x2", 4), ("v5e:4x4", 16), ("v6e:2x4", 8))
+  ),
+  *((name, "v6e:2x4", "LoRA", (rows(8),)) for name in BIG),
   (
     *("llama3_1_8b", "v5e:4x4", "LoRA, 32k"),
     (*LONG, rows(8), "mesh.fsdp=8", "mesh.tensor=2"),
   ),
   ("llama3_1_8b", "v6e:4x4", "full, 32k", (*FULL, *LONG)),
-  *((name, "v5e:4x4", "full", FULL) for name in BIG[1:]),
-  *((name, "v5e:2x2", "LoRA", (rows(4), "rollout.slots=16")) for name in BIG[1:]),
-  *(
-    ("smollm2_135m", topology, "LoRA", (*SMALL, rows(chips), "rollout.slots=32"))
-    for topology, chips in (("v5e:2x2", 4), ("v5e:4x4", 16), ("v6e:2x4", 8))
-  ),
-  *((name, "v5e:4x4", "LoRA", ()) for name in BIG),
-  *((name, "v6e:2x4", "LoRA", (rows(8),)) for name in BIG),
   ("llama3_1_8b", "v5p:2x2x4", "full, 32k", (*FULL, *LONG)),
   # Twice the chips with twice the rows and slots; and one slice with longer and longer rows.
   *(
@@ -58,6 +55,7 @@ CELLS = (
     ("smollm2_135m", "v5e:2x2", f"LoRA, {n}k", (*SMALL, rows(4), *context(1024 * n)))
     for n in (1, 4, 8, 16, 32)
   ),
+  *((name, "v5e:4x4", "LoRA", ()) for name in BIG),
 )
 
 
