@@ -16,12 +16,17 @@ def get_config(arg=""):
   config.model.chat_format = "hermes"
   config.model.dtype, config.model.param_dtype = "bfloat16", "bfloat16"
   config.model.remat = "full"
+  # For --mode=compile, which needs no weights; training reads config.json.
+  a = config.model.architecture
+  a.family, a.vocab_size, a.hidden_size, a.intermediate_size = "qwen3", 151936, 4096, 12288
+  a.num_layers, a.num_heads, a.num_kv_heads, a.head_dim = 36, 32, 8, 128
+  a.rope_theta, a.tie_embeddings = 1000000.0, False
   config.mesh.data, config.mesh.fsdp, config.mesh.tensor = 1, -1, 1
   config.lora.rank, config.lora.alpha = 16, 16.0
   r = config.rollout
   # The release trains on 8 annotated trajectories a batch, offline; online rollouts need more
   # conversations for a stable whitening.
-  r.tasks, r.samples, r.slots = 32, 4, 128
+  r.tasks, r.samples, r.slots = 32, 4, 64
   r.max_tokens = 8192  # as for the paper's other models
   r.max_steps, r.max_step_tokens, r.decode_chunk = 12, 1024, 128
   config.train.row_tokens, config.train.micro_rows = r.max_tokens, 16
@@ -31,6 +36,7 @@ def get_config(arg=""):
   loss = config.loss
   loss.clip_low = loss.clip_high = loss.value_clip = 0.2
   loss.value_coef = 0.1
+  loss.logprob_chunk = 1024  # a block of the output matrix is read once for so many positions
   loss.kl_coef, loss.kl_adaptive, loss.kl_target, loss.kl_horizon = 0.3, True, 6.0, 10000.0
   s = config.sft
   # Released SFT: 5 epochs at 2e-5, cosine, 4 % warm-up. Set sft.steps for your data; 0 starts RL

@@ -20,7 +20,8 @@ def _is(default: Any, meaning: str) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-  """Shape of a model with random weights; read only where model.path is empty."""
+  """Shape of a model with random weights, where model.path is empty; and of the model that
+  --mode=compile compiles, where model.path is not here."""
 
   family: str = _is("llama", "llama, qwen2 or qwen3")
   vocab_size: int = _is(1024, "tokens; the compact tokenizer is trained to this size")
@@ -51,7 +52,11 @@ class Model:
   system: str = _is("", "task description in the system turn; empty = the chat format's own")
   dtype: str = _is("float32", "compute: float32 or bfloat16 (norms, log-probs stay float32)")
   param_dtype: str = _is("float32", "storage of parameters and optimizer moments")
-  remat: str = _is("none", "what the backward pass recomputes: none, dots or full")
+  remat: str = _is(
+    "none",
+    "what the backward pass recomputes: none, dots (all but matrix products), attention (all but "
+    "attention) or full",
+  )
   architecture: Architecture = _is(Architecture(), "shape of a model with random weights")
 
 
@@ -304,6 +309,9 @@ class Optimizer:
   warmup: float = _is(0.0, "share of the steps that warm up")
   b1: float = _is(0.9, "decay of the first moment")
   b2: float = _is(0.999, "decay of the second moment")
+  first_moment: str = _is(
+    "", "storage of the first moment: float32 or bfloat16; empty = model.param_dtype"
+  )
   eps: float = _is(1e-8, "epsilon")
   weight_decay: float = _is(0.0, "decoupled weight decay")
   max_grad_norm: float = _is(1.0, "clip of the gradient's global norm; 0 = off")

@@ -16,7 +16,9 @@ from ml_collections import config_flags
 from steptool_jax import validation
 from steptool_jax.run import hosts
 
-MODES = ("train", "evaluate", "annotate", "export", "bench", "serve", "report", "study")
+MODES = (
+  *("train", "evaluate", "annotate", "export", "bench", "serve", "report", "study", "compile"),
+)
 SEVERAL = ("train", "evaluate", "export")  # on several processes
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, FILE.py or FILE.py:arg.")
@@ -29,6 +31,7 @@ _COORDINATOR = flags.DEFINE_string(
 )
 _PROCESSES = flags.DEFINE_integer("processes", -1, "Processes of this run; 1 = alone, anywhere.")
 _PROCESS = flags.DEFINE_integer("process", -1, "Number of this one, from 0.")
+_TOPOLOGY = flags.DEFINE_string("topology", None, "--mode=compile: TPU slice, such as v5e:4x4.")
 flags.mark_flags_as_required(["config", "workdir"])
 
 
@@ -49,13 +52,17 @@ def _show(summary: dict[str, Any]) -> None:
 
 def _dispatch() -> dict[str, Any]:
   config = validation.validate(_CONFIG.value)
+  if (_MODE.value == "compile") != (_TOPOLOGY.value is not None):
+    raise ValueError(f"--topology names the slice of --mode=compile; the mode is {_MODE.value}")
+  options = {} if _TOPOLOGY.value is None else {"topology": _TOPOLOGY.value}
   workdir = pathlib.Path(_WORKDIR.value).absolute()
   workdir.mkdir(parents=True, exist_ok=True)
   with hosts.joined(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value):
     try:
       if hosts.peers().count > 1 and _MODE.value not in SEVERAL:
         raise ValueError(f"--mode={_MODE.value} runs in one process; start it without --processes")
-      return importlib.import_module(f"steptool_jax.run.{_MODE.value}").run(config, workdir)
+      mode = importlib.import_module(f"steptool_jax.run.{_MODE.value}")
+      return mode.run(config, workdir, **options)
     except Exception:
       name = "error.txt" if hosts.primary() else f"error_{hosts.peers().index}.txt"
       (workdir / name).write_text(traceback.format_exc())

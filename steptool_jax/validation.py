@@ -137,7 +137,7 @@ _SHARES = (
 _CHOICES = {
   "model.dtype": ("float32", "bfloat16"),
   "model.param_dtype": ("float32", "bfloat16"),
-  "model.remat": ("none", "dots", "full"),
+  "model.remat": ("none", "attention", "dots", "full"),
   "model.chat_format": ("auto", "toolllama", "chatml_react", "llama31", "hermes", "compact"),
   "environment.name": ("nested_api", "data_pipeline", "toolbench", "custom"),
   "simulator.llm_style": ("gpt", "mirror"),
@@ -154,6 +154,8 @@ _CHOICES = {
   "annotate.source": ("rules", "judge", "table"),
   "annotate.rule": ("evidence", "lcs", "environment"),
   "judge.kind": ("rule", "llm"),
+  "train.optimizer.first_moment": ("", "float32", "bfloat16"),
+  "sft.optimizer.first_moment": ("", "float32", "bfloat16"),
   "train.optimizer.schedule": ("constant", "linear", "cosine"),
   "sft.optimizer.schedule": ("constant", "linear", "cosine"),
 }

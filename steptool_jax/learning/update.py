@@ -17,6 +17,7 @@ from steptool_jax.learning import advantages, critic, losses, segments
 from steptool_jax.learning.algorithms import Algorithm, Hyperparameters
 from steptool_jax.learning.outputs import Outputs, policy_outputs
 from steptool_jax.policy import lora, model
+from steptool_jax.policy.sharding import path_string
 from steptool_jax.types import TokenBatch, TrainState
 
 Metrics = dict[str, jax.Array]
@@ -50,8 +51,9 @@ def init_state(
   With adapters the reference is the same weights with adapters off, so nothing is copied.
   """
   needs_copy = learner.with_reference and "lora" not in trainable
-  reference = jax.tree.map(jnp.copy, trainable) if needs_copy else {}
-  target = ()
+  reference, target = {}, ()
+  if needs_copy:
+    reference = jax.tree.map(jnp.copy, _in_compute_dtype(learner.model, trainable))
   if learner.algorithm.critic == "double":
     heads = critic.init_critic(learner.model.hidden_size, jax.random.key(seed))
     trainable, target = trainable | {"critic": heads}, jax.tree.map(jnp.copy, heads)
@@ -64,6 +66,18 @@ def init_state(
     kl_coef=jnp.asarray(kl_coef, jnp.float32),
     target=target,
   )
+
+
+def _in_compute_dtype(config: model.ModelConfig, trainable: Any) -> Any:
+  """Matrices in the compute dtype, which they are only ever read in: no log-prob changes by it."""
+
+  def cast(path, x):
+    name = path_string(path)
+    matrix = name.endswith(("/kernel", "/embedding"))
+    float32 = "value_head/" in name or "critic/" in name
+    return x.astype(config.dtype) if matrix and not float32 else x
+
+  return jax.tree_util.tree_map_with_path(cast, trainable)
 
 
 def reference_variables(state: TrainState) -> dict:
@@ -188,10 +202,15 @@ def update(
   def one(index, carry):
     grads, totals, finite = carry
     micro = _micro(batch_NBT, index)
-    more, shares = jax.grad(loss_of_micro, has_aux=True)(state.trainable, micro)
-    grads, totals = jax.tree.map(jnp.add, (grads, totals), (more, shares))
+    more, shares = jax.grad(loss_of_micro, has_aux=True)(read, micro)
+    grads, totals = jax.tree.map(
+      lambda x, y: x + y.astype(x.dtype), (grads, totals), (more, shares)
+    )
     return grads, totals, finite & _is_finite(micro)
 
+  # Gradients of what is read, not of what is stored: those of one micro-batch take half the room
+  # where storage is float32, and are summed up in float32.
+  read = _in_compute_dtype(learner.model, state.trainable)
   zero_grads = jax.tree.map(jnp.zeros_like, state.trainable)
   zero_totals = {name: jnp.zeros((), jnp.float32) for name in denominators}
   start = (zero_grads, zero_totals, jnp.bool_(True))

@@ -9,10 +9,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+
+from steptool_jax.policy.sharding import platform
 
 CACHE_BLOCK = 128  # cache positions that one pass of the cached attention reads
 QUERY_BLOCK = 128  # at least so many queries a pass; at most MAX_PASSES passes a row
 MAX_PASSES = 8
+ATTENTION = "attention"  # name, for remat policies, of what attention's backward pass reads
 MASKED = -1e30  # finite, so that a fully masked block stays free of NaN
 
 
@@ -26,7 +30,14 @@ class KVCache(NamedTuple):
 def attend(
   q_BTHh: jax.Array, k_BTKh: jax.Array, v_BTKh: jax.Array, segment_ids_BT: jax.Array
 ) -> jax.Array:
-  """[B, T, H, h]: a token sees what stands before it in its own segment, itself included."""
+  """[B, T, H, h]: a token sees what stands before it in its own segment, itself included.
+
+  On a TPU by the splash kernel; elsewhere by XLA, in blocks with a backward pass of their own.
+  """
+  if platform() == "tpu":
+    from steptool_jax.policy import splash  # Pallas takes a second to import
+
+    return splash.attend(q_BTHh, k_BTKh, v_BTKh, segment_ids_BT)
   B, T, H, h = q_BTHh.shape
   K = k_BTKh.shape[2]
   q = (q_BTHh * (h**-0.5)).reshape(B, T, K, H // K, h).transpose(0, 2, 3, 1, 4)
@@ -75,7 +86,8 @@ def _attend_forward(q, k, v, segments):
     part = jnp.matmul(probs, v[:, :, :stop], preferred_element_type=jnp.float32)
     out.append((part.reshape(B, K, G, stop - start, h) / total).astype(q.dtype))
     log_total.append(top + jnp.log(total))
-  out, log_total = jnp.concatenate(out, axis=3), jnp.concatenate(log_total, axis=3)
+  out = checkpoint_name(jnp.concatenate(out, axis=3), ATTENTION)
+  log_total = checkpoint_name(jnp.concatenate(log_total, axis=3), ATTENTION)
   return out, (q, k, v, segments, out, log_total)
 
 

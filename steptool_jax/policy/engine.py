@@ -155,7 +155,7 @@ def decode(
       active_N[:, None],
       state.cache,
     )
-    logits_NV = model.project_logits(config, variables, hidden_N1D[:, 0])
+    logits_NV = sharding.constrain_rows(model.project_logits(config, variables, hidden_N1D[:, 0]))
     token_keys_N = jax.vmap(jax.random.fold_in)(keys_N, state.length)
     new_N, logprobs_N = sampling.sample(logits_NV, token_keys_N, temperature, top_k, top_p)
     history_NS = state.tokens.at[rows_N, jnp.where(active_N, state.length, size)].set(

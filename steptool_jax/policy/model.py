@@ -20,10 +20,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import PartitionSpec as P
 
-from steptool_jax.policy.attention import KVCache, attend, attend_cache, cache_blocks, write_cache
-from steptool_jax.policy.sharding import constrain, constrain_rows
+from steptool_jax.policy.attention import (
+  ATTENTION,
+  KVCache,
+  attend,
+  attend_cache,
+  cache_blocks,
+  write_cache,
+)
+from steptool_jax.policy.embedding import look_up
+from steptool_jax.policy.sharding import constrain_features, constrain_heads, constrain_rows
 
 FAMILIES = ("llama", "qwen2", "qwen3")
 ROPE_TYPES = ("llama3", "linear")
@@ -32,6 +39,7 @@ REMAT = {
   "none": None,
   "full": jax.checkpoint_policies.nothing_saveable,
   "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  "attention": jax.checkpoint_policies.save_only_these_names(ATTENTION),
 }
 
 
@@ -177,8 +185,7 @@ class _Embed(nn.Module):
     shape = (config.vocab_size, config.hidden_size)
     init = nn.initializers.normal(config.hidden_size**-0.5)
     table = self.param("embedding", init, shape, config.param_dtype)
-    # Gathered over fsdp first: rows could not be looked up in columns without copying everything.
-    return constrain(table, P("tensor", None))[tokens].astype(config.dtype)
+    return look_up(table, tokens, config.dtype)
 
 
 class _Linear(nn.Module):
@@ -219,6 +226,9 @@ class _Block(nn.Module):
     rows, length = x.shape[:2]
     residual_scale = 1.0 / (2 * config.num_layers)
     linear = functools.partial(_Linear, config)
+    # One token a slot: the weights stay where they are (constrain_features).
+    alone = cache is not None and length == 1
+    spread = functools.partial(constrain_features, axis="tensor") if alone else lambda x: x
 
     y = _Norm(config, name="attn_norm")(x)
     q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
@@ -229,6 +239,8 @@ class _Block(nn.Module):
       q = _Norm(config, name="q_norm")(q)
       k = _Norm(config, name="k_norm")(k)
     q, k = _rotate(q, rope), _rotate(k, rope)
+    if alone:
+      q, k, v = map(constrain_heads, (q, k, v))
     if cache is None:
       out = attend(q, k, v, segments)
     else:
@@ -237,15 +249,22 @@ class _Block(nn.Module):
         write_cache(cache.k, k, layer, writes), write_cache(cache.v, v, layer, writes)
       )
       out = attend_cache(q, cache, layer, positions, blocks)
-    out = out.reshape(rows, length, q_size)
+    out = spread(out.reshape(rows, length, q_size))
     x = x + linear(config.hidden_size, config.output_bias, residual_scale, name="o")(out)
 
     y = _Norm(config, name="mlp_norm")(x)
     gate = linear(config.intermediate_size, name="gate")(y)
     up = linear(config.intermediate_size, name="up")(y)
     down = linear(config.hidden_size, init_scale=residual_scale, name="down")
-    x = constrain_rows(x + down(_cheap(_gated)(gate, up)))
+    x = _hidden(x + down(spread(_cheap(_gated)(gate, up))), cache)
     return (x, layer + 1, cache), None
+
+
+def _hidden(x: jax.Array, cache: KVCache | None) -> jax.Array:
+  """Hidden states [B, T, D] laid out for training, for a prompt, or for one token a slot."""
+  if cache is not None and x.shape[1] == 1:
+    return constrain_features(x, "fsdp")
+  return constrain_rows(x, sequence=cache is None)
 
 
 class _Policy(nn.Module):
@@ -273,7 +292,7 @@ class _Policy(nn.Module):
     )
 
   def trunk(self, tokens, positions, segments, cached, cache):
-    x = constrain_rows(self.embed(tokens))
+    x = _hidden(self.embed(tokens), cache)
     carry = (x, jnp.int32(0), cache)
     (x, _, cache), _ = self.layers(carry, _rope_tables(self.config, positions), segments, cached)
     return self.final_norm(x), cache

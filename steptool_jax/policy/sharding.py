@@ -66,9 +66,8 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Any = Non
       f"mesh axis {axis}: {sizes[axis]} with {others} does not cover {count} devices; {remedy}"
     )
   shape = tuple(sizes.values())
-  if devices == jax.devices():  # the order that suits the interconnect
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3)
-  return Mesh(np.asarray(devices).reshape(shape), AXES, axis_types=(AxisType.Auto,) * 3)
+  # In the order that suits the interconnect.
+  return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
 def spec_for(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
@@ -157,15 +156,61 @@ def constrain(x: jax.Array, spec: PartitionSpec) -> jax.Array:
   return jax.lax.with_sharding_constraint(x, spec)
 
 
-def constrain_rows(x: jax.Array) -> jax.Array:
+def constrain_rows(x: jax.Array, sequence: bool = False) -> jax.Array:
   """Keeps activations sharded by rows; a number of rows that does not divide is left alone.
 
   Without it the partitioner may follow the fsdp axis of a weight and gather activations instead.
+  sequence: positions lie over `tensor`, so that what the backward pass keeps is stored once.
   """
   mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty or x.shape[0] % math.prod(mesh.shape.get(axis, 1) for axis in ROWS):
+  if mesh.empty or not rows_divide(x.shape[0], mesh):
     return x
+  if sequence and mesh.shape.get("tensor", 1) > 1 and x.shape[1] % mesh.shape["tensor"] == 0:
+    return constrain(x, P(ROWS, "tensor"))
   return constrain(x, P(ROWS))
+
+
+def constrain_features(x: jax.Array, axis: str) -> jax.Array:
+  """Shards the last dimension of [N, 1, X] over `axis` and rows over `data` alone.
+
+  For one token a slot: so few activations travel to the weights, instead of all weights to them.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or x.shape[-1] % mesh.shape.get(axis, 1) or x.shape[0] % mesh.shape.get("data", 1):
+    return x
+  return constrain(x, P("data", *(None,) * (x.ndim - 2), axis))
+
+
+def constrain_heads(x: jax.Array) -> jax.Array:
+  """Queries, keys or values [N, C, H, h] as the cache lies; heads that do not divide are left."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or not rows_divide(x.shape[0], mesh) or x.shape[2] % mesh.shape.get("tensor", 1):
+    return x
+  return constrain(x, P(ROWS, None, "tensor"))
+
+
+def rows_divide(rows: int, mesh: Any) -> bool:
+  """Whether so many rows split evenly over the mesh's row axes."""
+  return rows % math.prod(mesh.shape.get(axis, 1) for axis in ROWS) == 0
+
+
+def mesh_of_rows(rows: int) -> Any:
+  """The mesh that a shard_map over so many rows runs on.
+
+  None with one device, outside of a mesh, and where the rows do not divide.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or mesh.axis_names != AXES or mesh.size == 1 or not rows_divide(rows, mesh):
+    return None
+  return mesh
+
+
+def platform() -> str:
+  """'tpu', 'gpu' or 'cpu': of the mesh that programs are made for, which may not be here."""
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  if device is not None:
+    return device.platform
+  return jax.default_backend()
 
 
 def _divisors(size: int, most: int | None = None) -> str:

@@ -179,11 +179,7 @@ def build_policy(config: Config, environment: Environment, workdir: pathlib.Path
   else:
     source = None
     tokenizer = _tokenizer(config, environment, workdir)
-    model_config = model.ModelConfig(
-      **dataclasses.asdict(m.architecture),
-      max_position_embeddings=slot_tokens(config),
-      **run_fields,
-    )
+    model_config = random_model(config, **run_fields)
     raw = {}
   codec = Codec.load(tokenizer)
   chat_format = get_format(m.chat_format, codec)
@@ -206,11 +202,30 @@ def build_policy(config: Config, environment: Environment, workdir: pathlib.Path
       eos_token_id=chat_format.stop_ids[0],
       pad_token_id=codec.pad_id,
     )
-  lora_config = None
-  if config.lora.rank:
-    lora_config = lora.LoraConfig(config.lora.rank, config.lora.alpha, config.lora.targets)
-    model_config = lora.with_lora(model_config, lora_config)
+  model_config, lora_config = with_adapters(config, model_config)
   return Policy(model_config, lora_config, chat_format, source, tokenizer, raw)
+
+
+def random_model(config: Config, **run_fields: str) -> model.ModelConfig:
+  """model.architecture as its family builds it, with room for a conversation."""
+  a = config.model.architecture
+  return model.ModelConfig(
+    **dataclasses.asdict(a),
+    qkv_bias=a.family == "qwen2",
+    qk_norm=a.family == "qwen3",
+    max_position_embeddings=slot_tokens(config),
+    **run_fields,
+  )
+
+
+def with_adapters(
+  config: Config, model_config: model.ModelConfig
+) -> tuple[model.ModelConfig, lora.LoraConfig | None]:
+  """The model with the configured adapters, and which they are."""
+  if not config.lora.rank:
+    return model_config, None
+  lora_config = lora.LoraConfig(config.lora.rank, config.lora.alpha, config.lora.targets)
+  return lora.with_lora(model_config, lora_config), lora_config
 
 
 def _source(path: str, workdir: pathlib.Path) -> pathlib.Path:

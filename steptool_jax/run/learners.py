@@ -31,6 +31,7 @@ def build_optimizer(
       eps=c.eps,
       weight_decay=c.weight_decay,
       muon_weight_dimension_numbers=_muon_dimensions,
+      mu_dtype=c.first_moment or None,
       adam_b1=c.b1,
       adam_b2=c.b2,
       adam_weight_decay=c.weight_decay,
@@ -38,7 +39,14 @@ def build_optimizer(
     )
   else:
     schedule = _schedule(c, c.learning_rate, total_steps)
-    optimizer = optax.adamw(schedule, c.b1, c.b2, c.eps, weight_decay=c.weight_decay)
+    optimizer = optax.adamw(
+      schedule,
+      c.b1,
+      c.b2,
+      c.eps,
+      weight_decay=c.weight_decay,
+      mu_dtype=c.first_moment or None,
+    )
   parts = [optimizer]
   if c.max_grad_norm:
     parts.insert(0, optax.clip_by_global_norm(c.max_grad_norm))

@@ -7,9 +7,11 @@ import numpy as np
 import optax
 import pytest
 
+from steptool_jax.config import Optimizer
 from steptool_jax.learning import algorithms, batching, losses, update
 from steptool_jax.learning.outputs import policy_outputs
 from steptool_jax.policy import lora, model
+from steptool_jax.run.learners import build_optimizer
 
 CONFIG = fakes.tiny_config()
 HP = fakes.hyperparameters(gamma=0.9, lam=0.8, entropy_coef=0.01, kl_placement="reward")
@@ -361,3 +363,40 @@ def skipped(state, new, metrics):
 def test_unknown_algorithm_lists_the_valid_ones():
   with pytest.raises(ValueError, match=r"no 'pppo'.*steptool"):
     algorithms.get_algorithm("pppo")
+
+
+def test_the_reference_is_stored_in_the_compute_dtype_and_says_the_same(params):
+  """float32 weights, bfloat16 products: half the memory, and the KL to itself is exactly 0."""
+  config = update.dataclasses.replace(CONFIG, dtype="bfloat16")
+  learner = update.dataclasses.replace(make_learner(), model=config)
+  state = update.init_state(learner, {"params": params}, {}, 0.3)
+  layers = state.reference["params"]["layers"]
+  assert layers["q"]["kernel"].dtype == jnp.bfloat16
+  assert layers["attn_norm"]["scale"].dtype == jnp.float32
+  assert state.reference["params"]["value_head"]["kernel"].dtype == jnp.float32
+  batch = stacked(batching.pack(trajectories(), 64, 2), 2)
+  prepare, step = jitted(learner)
+  prepared, metrics = prepare(state, batch, batch.tokens.shape[0])
+  assert float(metrics["kl"]) == 0.0
+  # Gradients of bfloat16 matrices still move float32 ones.
+  state, _ = step(state, prepared, batch.tokens.shape[0])
+  moved = state.trainable["params"]["layers"]["q"]["kernel"]
+  assert moved.dtype == jnp.float32
+  assert np.any(moved != params["layers"]["q"]["kernel"])
+
+
+def test_the_first_moment_can_be_bfloat16():
+  """Stored in half the memory; the second moment and the weights stay as they are."""
+
+  weights = {"w": jnp.ones((4, 4))}
+  for muon_rate in (0.0, 1e-2):
+    optimizer = build_optimizer(Optimizer(first_moment="bfloat16", muon_rate=muon_rate), 10)
+    state = optimizer.init(weights)
+    updates, state = optimizer.update({"w": jnp.full((4, 4), 1e-3)}, state, weights)
+    dtypes = {
+      ".".join(str(k) for k in path): x.dtype
+      for path, x in jax.tree_util.tree_leaves_with_path(state)
+      if x.shape == (4, 4)
+    }
+    assert sorted(map(str, dtypes.values())) == ["bfloat16", "float32"], dtypes
+    assert updates["w"].dtype == jnp.float32

@@ -153,7 +153,7 @@ def test_decoding_copies_no_cache():
   assert not copies
 
 
-@pytest.mark.parametrize("remat", ["full", "dots"])
+@pytest.mark.parametrize("remat", ["full", "dots", "attention"])
 def test_remat_changes_nothing(remat):
   tokens = tokens_of((2, 12))
   positions = jnp.tile(jnp.arange(12), (2, 1))

@@ -1,7 +1,9 @@
 """Mesh, table, and 8 fake devices (in a process of their own: the count is fixed at start)."""
 
+import math
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -13,6 +15,7 @@ import pytest
 from fakes import several_devices, tiny_config
 from jax.sharding import PartitionSpec as P
 
+from steptool_jax.learning import vocabulary
 from steptool_jax.policy import hub, lora, model, sharding
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -104,9 +107,10 @@ def test_eight_devices_equal_one(tmp_path):
 
 def _on_eight_devices(directory: pathlib.Path) -> None:
   assert jax.device_count() == 8
-  config = lora.with_lora(tiny_config(vocab_size=64, tie_embeddings=False), lora.LoraConfig(4, 8.0))
+  adapter = lora.LoraConfig(4, 8.0, targets=lora.TARGETS)
+  config = lora.with_lora(tiny_config(vocab_size=64, tie_embeddings=False), adapter)
   params = model.init_params(config, jax.random.key(0))
-  adapters = lora.init_lora(config, lora.LoraConfig(4, 8.0), jax.random.key(1))
+  adapters = lora.init_lora(config, adapter, jax.random.key(1))
   adapters = jax.tree.map(
     lambda x: x + 0.02 * jnp.sin(jnp.arange(x.size)).reshape(x.shape), adapters
   )
@@ -120,10 +124,25 @@ def _on_eight_devices(directory: pathlib.Path) -> None:
   def cached(variables, tokens, cache):
     return model.forward_cached(config, variables, tokens, positions, positions < 9, cache)
 
+  def token(variables, tokens, cache):
+    """One token a slot, as decoding feeds them: (logits, cache)."""
+    inputs = (tokens[:, :1], positions[:, 9:10], positions[:, 9:10] < 12, cache)
+    hidden, cache = model.forward_cached(config, variables, *inputs)
+    return model.project_logits(config, variables, hidden), cache
+
+  mask = positions % 3 > 0
+
+  def head(variables, tokens):
+    hidden = model.forward(config, variables, tokens, positions, jnp.ones_like(tokens))
+    logprobs, entropy = vocabulary.action_logprobs(config, variables, hidden, tokens, mask, 0.7, 5)
+    return jnp.mean(logprobs**2 - entropy)
+
   variables = {"params": params, "lora": adapters}
   cache = model.init_cache(config, 4, 16)
   one = jax.jit(jax.value_and_grad(loss))(variables, tokens)
   one_cached = jax.jit(cached)(variables, tokens, cache)
+  one_token = jax.jit(token)(variables, tokens, one_cached[1])
+  one_head = jax.jit(jax.value_and_grad(head))(variables, tokens)
 
   mesh = sharding.make_mesh(2, 2, 2)
   placed = jax.device_put(variables, sharding.shardings(variables, mesh))
@@ -134,6 +153,19 @@ def _on_eight_devices(directory: pathlib.Path) -> None:
   with jax.set_mesh(mesh):
     eight = jax.jit(jax.value_and_grad(loss))(placed, rows)
     eight_cached = jax.jit(cached)(placed, rows, jax.device_put(cache, spot))
+    decode = jax.jit(token).lower(placed, rows, eight_cached[1]).compile()
+    eight_token = decode(placed, rows, eight_cached[1])
+    eight_head = jax.jit(jax.value_and_grad(head))(placed, rows)
+    program = jax.jit(jax.value_and_grad(head)).lower(placed, rows).compile().as_text()
+  # One token a slot: activations travel, and no slice of a weight does.
+  moved = re.findall(r"= \w+\[([\d,]+)\][^=]* all-gather", decode.as_text())
+  largest = max((math.prod(map(int, shape.split(","))) for shape in moved), default=0)
+  assert largest < min(x[0].size for x in jax.tree.leaves(params["layers"]) if x.ndim > 2)
+  # Each layer gathers its own slice: nothing that is stacked over layers, and no table, is whole.
+  gathered = re.findall(r"= \w+\[([\d,]+)\][^=]* all-gather", program)
+  assert gathered
+  whole = {",".join(map(str, x.shape)) for x in jax.tree.leaves(params) if x.ndim > 1}
+  assert not whole & set(gathered)
   assert eight_cached[1].k.sharding.is_equivalent_to(spot, 5)
 
   def close(a, b):
@@ -141,6 +173,8 @@ def _on_eight_devices(directory: pathlib.Path) -> None:
 
   jax.tree.map(close, eight, one)
   jax.tree.map(close, eight_cached, one_cached)
+  jax.tree.map(close, eight_token, one_token)
+  jax.tree.map(close, eight_head, one_head)
 
   # Sharded export, and import straight to the shards.
   hub.save_params(directory / "m", config, placed["params"])

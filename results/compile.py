@@ -1,0 +1,129 @@
+"""Compiles every cell of results/compile.md and writes it, with results/compile.json beside it.
+
+    python results/compile.py --workdir=/tmp/compile --parallel=2
+
+Every cell is a --mode=compile of its own; a finished cell is not compiled again, and the files are
+written anew behind each cell. Needs libtpu (the extra tpu).
+"""
+
+import argparse
+import concurrent.futures
+import json
+import pathlib
+import subprocess
+import sys
+
+ROOT = pathlib.Path(__file__).parents[1]
+FULL = (
+  *("lora.rank=0", "model.param_dtype=float32", "train.optimizer.first_moment=bfloat16"),
+  "rollout.slots=32",
+)
+LONG = ("rollout.max_tokens=32768", "train.row_tokens=32768", "rollout.slots=16")
+SMALL = ("mesh.data=1", "mesh.fsdp=-1")
+BIG = ("llama3_1_8b", "qwen2_7b", "toolllama2_7b", "qwen3_8b")
+
+
+def rows(number: int) -> str:
+  return f"train.micro_rows={number}"
+
+
+def context(tokens: int) -> tuple[str, ...]:
+  return f"rollout.max_tokens={tokens}", f"train.row_tokens={tokens}", "rollout.slots=32"
+
+
+# (config, topology, what, fields): three topologies of every config, long rows, scaling, the rest.
+CELLS = (
+  *((name, "v5e:4x4", "full", FULL) for name in BIG),
+  *((name, "v5e:2x2", "LoRA", (rows(4), "rollout.slots=16")) for name in BIG),
+  *(
+    ("smollm2_135m", topology, "LoRA", (*SMALL, rows(chips), "rollout.slots=32"))
+    for topology, chips in (("v5e:2x2", 4), ("v5e:4x4", 16), ("v6e:2x4", 8))
+  ),
+  *((name, "v6e:2x4", "LoRA", (rows(8),)) for name in BIG),
+  (
+    *("llama3_1_8b", "v5e:4x4", "LoRA, 32k"),
+    (*LONG, rows(8), "mesh.fsdp=8", "mesh.tensor=2"),
+  ),
+  ("llama3_1_8b", "v6e:4x4", "full, 32k", (*FULL, *LONG)),
+  ("llama3_1_8b", "v5p:2x2x4", "full, 32k", (*FULL, *LONG)),
+  # Twice the chips with twice the rows and slots; and one slice with longer and longer rows.
+  *(
+    ("smollm2_135m", size, "scaling", (*SMALL, rows(n), f"rollout.slots={8 * n}"))
+    for size, n in (("v5e:1x1", 1), ("v5e:2x4", 8), ("v5e:4x8", 32), ("v5e:8x8", 64))
+  ),
+  *(
+    ("smollm2_135m", "v5e:2x2", f"LoRA, {n}k", (*SMALL, rows(4), *context(1024 * n)))
+    for n in (1, 4, 8, 16, 32)
+  ),
+  *((name, "v5e:4x4", "LoRA", ()) for name in BIG),
+)
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__)
+  parser.add_argument("--workdir", type=pathlib.Path, required=True)
+  parser.add_argument("--parallel", type=int, default=1)
+  args = parser.parse_args()
+
+  def run(cell: tuple) -> None:
+    home = args.workdir / folder(cell)
+    if not (home / "done").exists():
+      home.mkdir(parents=True, exist_ok=True)
+      with (home / "log.txt").open("w") as log:
+        subprocess.run(command(cell, home), cwd=ROOT, stdout=log, stderr=log, check=False)
+      (home / "done").touch()
+
+  with concurrent.futures.ThreadPoolExecutor(args.parallel) as pool:
+    for _ in pool.map(run, CELLS):
+      write(args.workdir)
+
+
+def folder(cell: tuple) -> str:
+  return "_".join(cell[:3]).replace(":", "_").replace(", ", "_")
+
+
+def command(cell: tuple, home: pathlib.Path) -> list[str]:
+  name, topology, _, fields = cell
+  return [
+    *(sys.executable, "-m", "steptool_jax.main", "--mode=compile", f"--config=configs/{name}.py"),
+    *(f"--topology={topology}", f"--workdir={home}", *(f"--config.{field}" for field in fields)),
+  ]
+
+
+def write(workdir: pathlib.Path) -> None:
+  """compile.json and compile.md from the cells that are there."""
+  sys.path.insert(0, str(ROOT))
+  from steptool_jax.run.compile import table
+
+  found, parts = {}, [HEAD]
+  for cell in CELLS:
+    summary = workdir / folder(cell) / "summary.json"
+    if not summary.exists():
+      parts.append(f"## {', '.join(cell[:3])}\n\nNot compiled yet.\n")
+      continue
+    reports = json.loads(summary.read_text())
+    found[folder(cell)] = reports
+    fields = " ".join(f"--config.{field}" for field in cell[3])
+    parts.append(
+      f"## {', '.join(cell[:3])}\n\n`{fields or 'as the config is'}`\n\n{table(reports)}\n"
+    )
+  (ROOT / "results" / "compile.json").write_text(json.dumps(found, indent=1) + "\n")
+  (ROOT / "results" / "compile.md").write_text("\n".join(parts))
+
+
+HEAD = """# Compiled for TPU slices, without the slices
+
+    pip install -e ".[tpu]" && python results/compile.py --workdir=/tmp/compile
+
+Figures are per chip and run of a program: an optimizer step of the largest batch, a decode call
+with every slot full. Memory comes from the compiler; `beside` lies in memory without being read
+(moments during a rollout). FLOPs, bytes and collectives are counted in the optimised HLO, loop
+bodies as often as they run, attention kernels by their blocks. The estimate is the longest of four
+terms: products at the datasheet rate (kernels at half of it), HBM, links (one ring, both
+directions), and the compiler's own cycles with operations one after the other. MFU counts useful
+FLOPs only: nothing recomputed, and no gradient of frozen weights. Nothing here was measured on a
+chip.
+"""
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,388 @@
+"""--mode=compile: will it fit, and how fast will it be? For a TPU slice that is not here.
+
+Compiles prepare, update, append and decode of a run for --topology=v5e:4x4 (or any other that
+libtpu knows) from abstract arrays: no weights are made, no chip is needed. Prints a table and
+writes WORKDIR/summary.json. Every position counts as a sampled one, every slot as full.
+"""
+
+import dataclasses
+import functools
+import importlib.util
+import math
+import os
+import pathlib
+import re
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from jax.sharding import Mesh
+
+from steptool_jax.config import Config
+from steptool_jax.learning import batching, update
+from steptool_jax.policy import attention, hfconfig, lora, model, sharding, splash
+from steptool_jax.policy import engine as engine_lib
+from steptool_jax.run import build, hlo, learners, metrics_writer, roofline
+from steptool_jax.types import TokenBatch, TrainState
+
+GIB = 2**30
+SPARE = 0.1  # of the chip's memory, which a run should leave free
+LISTED = 5  # largest buffers that are named
+APPEND_TOKENS = 1024  # the chunk that append is compiled for, at most
+STOP_IDS = 4
+KNOWN = "v4:2x2x2, v5e:2x2, v5e:2x4, v5e:4x4, v5e:8x8, v5p:2x2x4, v6e:2x4, v6e:4x4, tpu7x:2x2x1"
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+  """One program with its abstract arguments.
+
+  alive: what lies in the chip's memory meanwhile, its arguments among it. trips: bounds of loops
+  that an argument decides. useful_flops: of the whole slice, without anything computed twice.
+  """
+
+  name: str
+  function: Callable
+  arguments: tuple
+  alive: Any
+  trips: tuple[int, ...]
+  useful_flops: float
+
+
+def run(config: Config, workdir: pathlib.Path, topology: str) -> dict[str, Any]:
+  """Compiles all programs and returns the table.
+
+  Raises:
+    ValueError: libtpu missing, an unknown topology, one that does not divide the model.
+    RuntimeError: a program does not fit (summary.json is written all the same).
+  """
+  chip, devices = open_topology(topology)
+  policy = abstract_policy(config)
+  mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices=devices)
+  sharding.check_rows("train.micro_rows", config.train.micro_rows, mesh)
+  reports = {}
+  with jax.set_mesh(mesh):
+    for program in programs(config, policy, mesh):
+      logging.info("compiling %s for %s", program.name, topology)
+      reports[program.name] = report(program, chip, len(devices))
+      metrics_writer.write_summary(workdir, reports)
+  print(table(reports))
+  misfits = [name for name, r in reports.items() if not r["fits"]]
+  if misfits:
+    raise RuntimeError(misfit(config, topology, {name: reports[name] for name in misfits}))
+  return {"mode": "compile", "topology": topology, "programs": ", ".join(reports)}
+
+
+def open_topology(name: str) -> tuple[roofline.Chip, list]:
+  """The chip and the devices of a slice, without the slice. Any other backend is the CPU."""
+  found = re.fullmatch(r"([a-z0-9]+):\d+(x\d+)*", name)
+  if not found or found[1] not in roofline.CHIPS:
+    raise ValueError(
+      f"--topology: {name!r} is unknown; it is GENERATION:SIZE with a generation among "
+      f"{', '.join(roofline.CHIPS)}, for example {KNOWN}"
+    )
+  if importlib.util.find_spec("libtpu") is None:
+    raise ValueError(
+      "--mode=compile needs libtpu, which is not installed: pip install -e '.[tpu]' "
+      "(a TPU itself is not needed)"
+    )
+  # Tells libtpu not to look for the machine that it is not on.
+  os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+  os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-16")
+  os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+  os.environ.setdefault("TPU_WORKER_ID", "0")
+  os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nobody's chip is taken
+  jax.config.update("jax_platforms", "cpu")
+  from jax.experimental import topologies
+
+  try:
+    devices = list(topologies.get_topology_desc(name, "tpu").devices)
+  except Exception as error:  # libtpu's own, of no public type
+    reason = str(error).splitlines()[0]
+    raise ValueError(f"--topology: libtpu refuses {name!r} ({reason}); try {KNOWN}") from error
+  return roofline.CHIPS[found[1]], devices
+
+
+@dataclasses.dataclass(frozen=True)
+class AbstractPolicy:
+  """What programs read of a build.Policy: no tokenizer, no weights."""
+
+  model: model.ModelConfig
+  lora: lora.LoraConfig | None
+
+
+def abstract_policy(config: Config) -> AbstractPolicy:
+  """The configured model.
+
+  From model.path's config.json where it is here, else from model.architecture, which configs of
+  published models fill in.
+  """
+  m = config.model
+  run_fields = {"dtype": m.dtype, "param_dtype": m.param_dtype, "remat": m.remat}
+  source = pathlib.Path(m.path)
+  if m.path and (source / "config.json").exists():
+    model_config, _ = hfconfig.load_config(source, **run_fields)
+  else:
+    model_config = build.random_model(config, **run_fields)
+  return AbstractPolicy(*build.with_adapters(config, model_config))
+
+
+# --- the four programs ---
+
+
+def programs(config: Config, policy: AbstractPolicy, mesh: Mesh) -> list[Program]:
+  """prepare, update, append and decode as --mode=train runs them on this mesh."""
+  learner = learners.build_learner(config, policy.model, config.algorithm)
+  state = learners.abstract_state(config, policy, mesh, learner)
+  prepare, step = update.compile_programs(learner)
+  t, r = config.train, config.rollout
+  conversations = config.data.batch if config.data.path else r.tasks * r.samples
+  most = -(-conversations // t.micro_rows)
+  minibatch = -(-most // t.minibatches)
+  count = jax.ShapeDtypeStruct((), np.int32)
+  whole = abstract_batch(batching.empty_batch(1, 1), config, most, mesh)
+  filled, _ = jax.eval_shape(prepare, state, whole, count)
+  prepared = abstract_batch(filled, config, most, mesh)
+  part = abstract_batch(filled, config, minibatch, mesh)
+  tokens = {n: n * t.micro_rows * t.row_tokens for n in (most, minibatch)}
+  train = functools.partial(useful_flops, policy, context=t.row_tokens / 2)
+  passes = 2 if learner.with_reference else 1
+  found = [
+    Program(
+      *("prepare", prepare, (state, whole, count), (state, whole), (most,)),
+      useful_flops=passes * tokens[most] * train(backward=False),
+    ),
+    Program(
+      *("update", step, (state, part, count), (state, prepared, part), (minibatch,)),
+      useful_flops=tokens[minibatch] * train(backward=True),
+    ),
+  ]
+  return found + engine_programs(config, policy, mesh, state)
+
+
+def engine_programs(
+  config: Config, policy: AbstractPolicy, mesh: Mesh, state: TrainState
+) -> list[Program]:
+  """append and decode for all slots; the train state stays in memory meanwhile."""
+  engine = build.build_engine(config, policy, mesh)
+  rows = sharding.batch_sharding(mesh)
+  cache = sharding.cache_sharding(policy.model.num_kv_heads, engine.slots, mesh)
+  places = engine_lib.EngineState(model.KVCache(cache, cache), rows, rows)
+  slots = jax.tree.map(
+    lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+    jax.eval_shape(
+      functools.partial(engine_lib.init_state, policy.model, engine.slots, engine.size)
+    ),
+    places,
+  )
+  variables = lora.join_variables(state.trainable, state.frozen)
+  width = min(APPEND_TOKENS, engine.size)
+  host = functools.partial(jax.ShapeDtypeStruct, sharding=sharding.replicated(mesh))
+  numbers = host((engine.slots,), np.int32)
+  blocks = -(-engine.size // min(attention.CACHE_BLOCK, engine.size))
+  token = functools.partial(useful_flops, policy, backward=False)
+  append = (variables, slots, None, host((engine.slots, width), np.int32), numbers)
+  decode = (
+    *(variables, slots, None, numbers, host((STOP_IDS,), np.int32)),
+    *(host((engine.slots, 2), np.uint32), host((), np.float32)),
+  )
+  alive = (state, slots)
+  return [
+    Program(
+      *("append", engine.append_program, append, alive, (blocks,)),
+      useful_flops=engine.slots * width * token(context=engine.size - width / 2, head=False),
+    ),
+    Program(
+      *("decode", engine.decode_program, decode, alive, (engine.chunk, blocks)),
+      useful_flops=engine.slots * engine.chunk * token(context=engine.size - engine.chunk / 2),
+    ),
+  ]
+
+
+def abstract_batch(batch: TokenBatch, config: Config, number: int, mesh: Mesh) -> TokenBatch:
+  """The fields of `batch` as [number, micro_rows, row_tokens], placed as by to_device."""
+  shape = (number, config.train.micro_rows, config.train.row_tokens)
+  place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, sharding.ROWS))
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(shape, x.dtype, sharding=place), batch)
+
+
+def useful_flops(
+  policy: AbstractPolicy, context: float, backward: bool, head: bool = True
+) -> float:
+  """FLOPs a token that cannot be left out: forward, and where asked for the backward pass.
+
+  Full training costs three times the forward pass; with adapters the frozen kernels need no
+  gradient of their own, so their share costs twice.
+  """
+  config = policy.model
+  attention = model.useful_flops(config, context) - model.useful_flops(config)
+  weights = model.useful_flops(config) - (
+    0.0 if head else 2.0 * config.hidden_size * config.vocab_size
+  )
+  adapters = 2.0 * _adapter_size(policy)
+  if not backward:
+    return weights + adapters + attention
+  return (3 if policy.lora is None else 2) * weights + 3 * (adapters + attention)
+
+
+def _adapter_size(policy: AbstractPolicy) -> int:
+  if policy.lora is None:
+    return 0
+  adapters = jax.eval_shape(
+    functools.partial(lora.init_lora, policy.model, policy.lora), jax.random.key(0)
+  )
+  return sum(x.size for x in jax.tree.leaves(adapters))
+
+
+# --- one program's report ---
+
+
+def report(program: Program, chip: roofline.Chip, devices: int) -> dict[str, Any]:
+  """Compiles and prices one program."""
+  started = time.monotonic()
+  alive = bytes_per_chip(program.alive)
+  usable = chip.hbm * chip.usable * GIB
+  entry: dict[str, Any] = {
+    "capacity_gib": chip.hbm,
+    "alive_gib": alive / GIB,
+    "largest_arguments": _largest_arguments(program.alive),
+  }
+  try:
+    compiled = program.function.lower(*program.arguments).compile()
+  except jax.errors.JaxRuntimeError as error:
+    if "RESOURCE_EXHAUSTED" not in str(error):
+      raise
+    needed = re.search(r"\(([\d.]+)G\) exceeds", str(error))
+    temporaries = float(needed[1]) if needed else math.nan
+    return entry | {
+      "hbm_gib_per_chip": alive / GIB + temporaries,
+      "fits": False,
+      "reason": str(error).splitlines()[0],
+      "compile_seconds": time.monotonic() - started,
+    }
+  compile_seconds = time.monotonic() - started
+  text = compiled.as_text()
+  memory = compiled.memory_analysis()
+  counts = hlo.count(text, program.trips)
+  kernels = sum(k.times * splash.kernel_flops(k.name, _queries(k)) for k in counts.kernels)
+  cost = roofline.estimate(counts, kernels, chip)
+  # Beside the program's own buffers lies what it does not read: moments during a rollout.
+  beside = max(alive - memory.argument_size_in_bytes, 0)
+  peak = memory.peak_memory_in_bytes + beside
+  return entry | {
+    "hbm_gib_per_chip": peak / GIB,
+    "fits": peak <= usable,
+    "spare": 1 - peak / (chip.hbm * GIB),
+    "arguments_gib": memory.argument_size_in_bytes / GIB,
+    "temporaries_gib": memory.temp_size_in_bytes / GIB,
+    "aliased_gib": memory.alias_size_in_bytes / GIB,
+    "beside_gib": beside / GIB,
+    "flops": counts.flops + kernels,
+    "kernel_flops": kernels,
+    "useful_flops": program.useful_flops / devices,
+    "hbm_bytes": counts.hbm_bytes,
+    "collective_bytes": dict(counts.collectives),
+    "seconds_by_term": dataclasses.asdict(cost),
+    "binding": cost.binding,
+    "estimated_seconds": cost.seconds,
+    "estimated_mfu": program.useful_flops / devices / (cost.seconds * chip.flops),
+    "rates": dataclasses.asdict(chip),
+    "largest_buffers": hlo.largest_buffers(text, LISTED),
+    "compile_seconds": compile_seconds,
+  }
+
+
+def _queries(kernel: hlo.Kernel) -> tuple[int, ...]:
+  return next((a.dims for a in kernel.operands if a.dtype[0] in "bf" and len(a.dims) > 2), ())
+
+
+def bytes_per_chip(tree: Any) -> float:
+  """Bytes of one chip's shards of a tree of ShapeDtypeStructs with shardings."""
+  return sum(_shard_bytes(x) for x in jax.tree.leaves(tree))
+
+
+def _shard_bytes(x: jax.ShapeDtypeStruct) -> int:
+  shape = x.shape if x.sharding is None else x.sharding.shard_shape(x.shape)
+  return math.prod(shape) * np.dtype(x.dtype).itemsize
+
+
+def _largest_arguments(tree: Any) -> list[str]:
+  sizes = [
+    (_shard_bytes(x), sharding.path_string(path), x)
+    for path, x in jax.tree_util.tree_leaves_with_path(tree)
+  ]
+  sizes.sort(key=lambda entry: -entry[0])
+  return [
+    f"{path} {x.dtype}{list(x.shape)}: {size / GIB:.2f} GiB" for size, path, x in sizes[:LISTED]
+  ]
+
+
+# --- what is said ---
+
+
+def table(reports: dict[str, dict[str, Any]]) -> str:
+  """One line a program, per chip."""
+  head = (
+    "program",
+    *("arguments", "temporaries", "aliased", "beside", "peak", "of GiB", "fits"),
+    *("TFLOP", "HBM GB", "collective GB", "matrix s", "HBM s", "links s", "schedule s"),
+    *("binds", "estimate s", "MFU", "compile s"),
+  )
+  lines = [head]
+  for name, r in reports.items():
+    fits = "yes" if r["fits"] else "NO"
+    if "flops" not in r:
+      blank = ("",) * (len(head) - 9)
+      size = (f"{r['hbm_gib_per_chip']:.2f}", f"{r['capacity_gib']:g}", fits)
+      lines.append((name, *("",) * 4, *size, *blank, f"{r['compile_seconds']:.0f}"))
+      continue
+    terms = r["seconds_by_term"]
+    kinds = r["collective_bytes"].items()
+    moved = " ".join(f"{kind} {amount / 1e9:.1f}" for kind, amount in kinds if amount >= 5e7)
+    lines.append(
+      (
+        name,
+        *(f"{r[f'{k}_gib']:.2f}" for k in ("arguments", "temporaries", "aliased", "beside")),
+        *(f"{r['hbm_gib_per_chip']:.2f}", f"{r['capacity_gib']:g}", fits),
+        *(f"{r['flops'] / 1e12:.2f}", f"{r['hbm_bytes'] / 1e9:.0f}", moved or "0"),
+        *(f"{terms[k]:.3f}" for k in ("matrix", "hbm", "interconnect", "schedule")),
+        *(r["binding"], f"{r['estimated_seconds']:.3f}", f"{r['estimated_mfu']:.0%}"),
+        f"{r['compile_seconds']:.0f}",
+      )
+    )
+  rule = ("---",) * len(head)
+  return "\n".join("| " + " | ".join(line) + " |" for line in (head, rule, *lines[1:]))
+
+
+def misfit(config: Config, topology: str, reports: dict[str, dict[str, Any]]) -> str:
+  """One sentence a program: by how much, the largest buffers, and the knob that would help."""
+  sentences = []
+  for name, r in reports.items():
+    largest = r.get("largest_buffers") or r["largest_arguments"]
+    sentences.append(
+      f"{name} does not fit {topology}: {r['hbm_gib_per_chip']:.2f} GiB of {r['capacity_gib']:g}; "
+      f"largest: {'; '.join(largest[:LISTED])}; try {knob(config, name)}"
+    )
+  return "\n".join(sentences)
+
+
+def knob(config: Config, program: str) -> str:
+  """What to change first, from the configuration as it is."""
+  advice = []
+  if program in ("append", "decode"):
+    advice.append(f"rollout.slots below {config.rollout.slots}")
+  else:
+    if config.model.remat != "full":
+      advice.append("model.remat=full")
+    advice.append(f"train.micro_rows below {config.train.micro_rows} or mesh.tensor above 1")
+  if not config.lora.rank:
+    if config.train.optimizer.first_moment != "bfloat16":
+      advice.append("train.optimizer.first_moment=bfloat16")
+    advice.append("lora.rank=16")
+  if config.mesh.data > 1:
+    advice.append("more of the mesh as fsdp and less as data")
+  advice.append("a larger slice with mesh.fsdp=-1")
+  return ", ".join(advice)

@@ -1,0 +1,265 @@
+"""--mode=compile: counts against hand-made HLO and the analytic FLOPs, the table, the exit."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from importlib import util
+
+import jax
+import pytest
+import tiny
+
+from steptool_jax.policy import model
+from steptool_jax.run import compile as compile_mode
+from steptool_jax.run import hlo, roofline
+
+# A loop of 3 turns (0, 2, 4 < 6) around a product [4, 8] x [8, 16] whose result stays on the core,
+# a gather over 4 devices, and a branch.
+TEXT = """HloModule m, is_scheduled=true
+
+%fused (p0: f32[4,8], p1: f32[2,8,16], p2: s32[]) -> f32[4,16] {
+  %p0 = f32[4,8]{1,0} parameter(0)
+  %p1 = f32[2,8,16]{2,1,0} parameter(1)
+  %p2 = s32[] parameter(2)
+  %slice = f32[1,8,16]{2,1,0} dynamic-slice(%p1, %p2, %p2, %p2), dynamic_slice_sizes={1,8,16}
+  %flat = f32[8,16]{1,0} bitcast(%slice)
+  ROOT %dot = f32[4,16]{1,0} dot(%p0, %flat), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+
+%body (arg: (s32[], f32[4,8], f32[2,8,16])) -> (s32[], f32[4,8], f32[2,8,16]) {
+  %arg = (s32[], f32[4,8], f32[2,8,16]) parameter(0)
+  %i = s32[] get-tuple-element(%arg), index=0
+  %x = f32[4,8]{1,0} get-tuple-element(%arg), index=1
+  %w = f32[2,8,16]{2,1,0} get-tuple-element(%arg), index=2
+  %two = s32[] constant(2)
+  %next = s32[] add(%i, %two)
+  %product = f32[4,16]{1,0:T(8,128)S(1)} fusion(%x, %w, %i), kind=kOutput, calls=%fused, \
+backend_config={"estimated_cycles":"100"}
+  ROOT %out = (s32[], f32[4,8], f32[2,8,16]) tuple(%next, %x, %w)
+}
+
+%condition (arg: (s32[], f32[4,8], f32[2,8,16])) -> pred[] {
+  %arg = (s32[], f32[4,8], f32[2,8,16]) parameter(0)
+  %six = s32[] constant(6)
+  %i = s32[] get-tuple-element(%arg), index=0
+  ROOT %less = pred[] compare(%i, %six), direction=LT
+}
+
+%dear (y: f32[4,8]) -> f32[4,4] {
+  %y = f32[4,8]{1,0} parameter(0)
+  ROOT %square = f32[4,4]{1,0} dot(%y, %y), lhs_contracting_dims={1}, rhs_contracting_dims={1}
+}
+
+%cheap (y: f32[4,8]) -> f32[4,4] {
+  %y = f32[4,8]{1,0} parameter(0)
+  %zero = f32[] constant(0)
+  ROOT %zeros = f32[4,4]{1,0} broadcast(%zero), dimensions={}
+}
+
+ENTRY %main (a: f32[4,8], b: f32[2,8,16]) -> f32[16,8] {
+  %a = f32[4,8]{1,0} parameter(0)
+  %b = f32[2,8,16]{2,1,0} parameter(1)
+  %start = s32[] constant(0)
+  %init = (s32[], f32[4,8], f32[2,8,16]) tuple(%start, %a, %b)
+  %loop = (s32[], f32[4,8], f32[2,8,16]) while(%init), condition=%condition, body=%body
+  %which = s32[] constant(1)
+  %branch = f32[4,4]{1,0} conditional(%which, %a, %a), branch_computations={%cheap, %dear}
+  ROOT %all = f32[16,8]{1,0} all-gather(%a), channel_id=1, \
+replica_groups=mesh['x'=4,'y'=2] {'x'}, dimensions={0}
+}
+"""
+
+
+def test_counts_by_hand():
+  counts = hlo.count(TEXT)
+  assert counts.flops == 3 * 2 * 4 * 8 * 16 + 2 * 4 * 4 * 8
+  assert counts.cycles == 300
+  assert counts.collectives == {"all-gather": 3 * 4 * 8 * 4}
+  # Each turn reads x [4, 8], one slice [8, 16] of w, the counter, which it also adds to; the
+  # product stays on the core. The branch reads y twice, the gather its shard, and both write.
+  turn = (4 * 8 + 8 * 16 + 1) * 4 + (1 + 1 + 1) * 4
+  assert counts.hbm_bytes == 3 * turn + (2 * 4 * 8 + 4 * 4) * 4 + (4 * 8 + 16 * 8) * 4
+
+
+def test_a_loop_without_a_bound_takes_the_given_one():
+  text = TEXT.replace("%six = s32[] constant(6)", "%six = s32[] get-tuple-element(%arg), index=0")
+  assert hlo.count(text, (5,)).cycles == 500
+  with pytest.raises(ValueError, match="loop loop has no known bound"):
+    hlo.count(text)
+
+
+@pytest.mark.parametrize(
+  ("left", "right", "out", "attributes", "flops"),
+  [
+    # A plain product [8, 4] x [4, 16].
+    ((8, 4), (4, 16), (8, 16), "dim_labels=bf_io->bf", 2 * 8 * 4 * 16),
+    # A batch of 3 products, as a window over the batch that is mostly padding.
+    (
+      *((8, 3, 4), (3, 4, 16), (8, 5, 16)),
+      "window={size=3 pad=2_2 rhs_reversal=1}, dim_labels=b0f_0io->b0f",
+      2 * 8 * 4 * 16 * 9,
+    ),
+    # The same with a stride over a dilated batch: only the diagonal is there.
+    (
+      *((8, 3, 4), (3, 4, 16), (8, 3, 16)),
+      "window={size=3 stride=2 pad=0_0 lhs_dilate=3}, dim_labels=b0f_0io->b0f",
+      2 * 8 * 4 * 16 * 3,
+    ),
+  ],
+)
+def test_convolution_flops(left, right, out, attributes, flops):
+  assert hlo.convolution_flops(left, right, out, attributes) == flops
+
+
+@pytest.mark.parametrize(
+  ("notation", "size"),
+  [("mesh['a'=2,'b'=8] {'a','b'}", 16), ("[2,4]<=[8]", 4), ("{{0,1,2},{3,4,5}}", 3)],
+)
+def test_group_sizes(notation, size):
+  text = TEXT.replace("mesh['x'=4,'y'=2] {'x'}", notation)
+  assert hlo.count(text).collectives["all-gather"] == (size - 1) * 4 * 8 * 4
+
+
+def test_the_longest_term_is_the_estimate():
+  chip = roofline.Chip(flops=100.0, hbm=1, bandwidth=10.0, link=5.0, clock=2.0)
+  counts = hlo.Counts(flops=400.0, hbm_bytes=70.0, cycles=3.0)
+  counts.collectives["all-gather"] = 25.0
+  cost = roofline.estimate(counts, kernel_flops=50.0, chip=chip)
+  assert dataclasses.astuple(cost) == (4.0 + 1.0, 7.0, 2.5, 1.5 + 1.0)
+  assert (cost.seconds, cost.binding) == (7.0, "hbm")
+  unknown = roofline.estimate(counts, 50.0, dataclasses.replace(chip, clock=0))
+  assert unknown.schedule == 0
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory):
+  """A run on this machine's CPU in the place of a slice, priced as a chip: (config, reports)."""
+  config = tiny.make(
+    model__path="/not/here",
+    algorithm="steptool",
+    train__row_tokens=384,
+    train__micro_rows=2,
+    rollout__tasks=2,
+    rollout__samples=2,
+    train__minibatches=1,
+  )
+  workdir = tmp_path_factory.mktemp("compile")
+  with pytest.MonkeyPatch.context() as patch:
+    chip = roofline.Chip(1e12, 16, 1e11, 1e10, 1e9)
+    patch.setattr(compile_mode, "open_topology", lambda name: (chip, jax.devices()[:1]))
+    summary = compile_mode.run(config, workdir, "cpu:1")
+  assert summary["programs"] == "prepare, update, append, decode"
+  return config, json.loads((workdir / "summary.json").read_text())
+
+
+def test_flops_are_the_analytic_ones(result):
+  """Weights cost 6 N T, the output matrix once more, attention 2 products forward and 5 back."""
+  config, reports = result
+  m = compile_mode.abstract_policy(config).model
+  tokens = 2 * 2 * 384  # micro-batches, rows, positions
+  body = model.useful_flops(m) - 2 * m.hidden_size * m.vocab_size
+  head = 2 * m.hidden_size * m.vocab_size
+  pairs = 128 * (128 + 256 + 384)  # of query blocks with the keys up to their end
+  product = 2 * 4 * pairs * m.num_layers * m.num_heads * m.head_dim
+  expected = tokens * (3 * body + 4 * head) + 7 * product
+  assert reports["update"]["flops"] == pytest.approx(expected, rel=0.01)
+  forward = tokens * (body + head) + 2 * product
+  assert reports["prepare"]["flops"] == pytest.approx(2 * forward, rel=0.01)
+  useful = tokens * (3 * (body + head) + 3 * 4 * m.num_layers * m.num_heads * m.head_dim * 192)
+  assert reports["update"]["useful_flops"] == pytest.approx(useful)
+
+
+def test_flops_of_the_engine(result):
+  config, reports = result
+  m = compile_mode.abstract_policy(config).model
+  slots, size, chunk = config.rollout.slots, 384, config.rollout.decode_chunk
+  attention = 4 * m.num_layers * m.num_heads * m.head_dim * size  # all blocks of 320 positions
+  token = model.useful_flops(m) + attention
+  assert reports["decode"]["flops"] == pytest.approx(slots * chunk * token, rel=0.01)
+  without_head = token - 2 * m.hidden_size * m.vocab_size
+  assert reports["append"]["flops"] == pytest.approx(slots * 320 * without_head, rel=0.01)
+
+
+def test_what_lies_beside_counts(result):
+  """In a rollout the moments and the reference stay in memory; a tiny model has 3 copies there."""
+  _, reports = result
+  beside = reports["decode"]["beside_gib"] / reports["prepare"]["alive_gib"]
+  assert 0.5 < beside < 0.8
+  for r in reports.values():
+    assert r["hbm_gib_per_chip"] >= r["alive_gib"]
+    assert r["fits"]
+
+
+def test_the_table_and_what_does_not_fit(result):
+  config, reports = result
+  text = compile_mode.table(reports)
+  assert len(text.splitlines()) == 6
+  assert text.count("| yes |") == 4
+  failed = {"capacity_gib": 16, "fits": False, "hbm_gib_per_chip": 23.5, "compile_seconds": 9.0}
+  failed["largest_arguments"] = ["cache/k bfloat16[4, 8]: 3.00 GiB"]
+  columns = {
+    line.count("|") for line in compile_mode.table(reports | {"update": failed}).splitlines()
+  }
+  assert columns == {text.splitlines()[0].count("|")}
+  message = compile_mode.misfit(config, "v5e:2x2", {"update": failed, "decode": failed})
+  assert "update does not fit v5e:2x2: 23.50 GiB of 16; largest: cache/k" in message
+  assert "try model.remat=full, train.micro_rows below 2" in message
+  assert "try rollout.slots below 8" in message
+
+
+def test_a_misfit_ends_with_an_error(result, monkeypatch, tmp_path):
+  config, reports = result
+  device = (roofline.CHIPS["v5e"], jax.devices()[:1])
+  monkeypatch.setattr(compile_mode, "open_topology", lambda name: device)
+  monkeypatch.setattr(
+    compile_mode, "report", lambda program, *_: reports[program.name] | {"fits": False}
+  )
+  with pytest.raises(RuntimeError, match="decode does not fit v5e:1"):
+    compile_mode.run(config, tmp_path, "v5e:1")
+  assert (tmp_path / "summary.json").exists()
+
+
+def test_bad_input_is_named(monkeypatch, tmp_path):
+  for name in ("v9e:4x4", "v5e", "v5e:4x4:2", "16"):
+    with pytest.raises(ValueError, match=r"--topology: .* is unknown; .* v4, v5e, v5p, v6e, tpu7x"):
+      compile_mode.open_topology(name)
+  with monkeypatch.context() as patch:
+    patch.setattr(compile_mode.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"needs libtpu.*pip install -e '\.\[tpu\]'"):
+      compile_mode.open_topology("v5e:2x2")
+  device = (roofline.CHIPS["v5e"], jax.devices()[:1])
+  monkeypatch.setattr(compile_mode, "open_topology", lambda name: device)
+  config = tiny.make(model__path="/not/here", mesh__tensor=3)
+  with pytest.raises(ValueError, match=r"mesh axis tensor: 3 does not divide 1 devices; valid"):
+    compile_mode.run(config, tmp_path, "v5e:1")
+
+
+@pytest.mark.skipif(util.find_spec("libtpu") is None, reason="libtpu is not installed (extra tpu)")
+def test_a_real_slice(tmp_path):
+  """In a process of its own, because libtpu stays in it."""
+  command = [
+    *(sys.executable, "-m", "steptool_jax.main", "--mode=compile", f"--workdir={tmp_path}"),
+    *(f"--config={tiny.ROOT}/tests/run/tiny.py", "--config.model.path=/not/here"),
+    *("--config.mesh.fsdp=-1", "--config.mesh.data=1"),
+  ]
+
+  def run(topology):
+    return subprocess.run(
+      [*command, f"--topology={topology}"],
+      env=tiny.environment(),
+      capture_output=True,
+      text=True,
+      timeout=280,
+      check=False,
+    )
+
+  done = run("v5e:2x2")
+  assert done.returncode == 0, done.stderr[-2000:]
+  reports = json.loads((tmp_path / "summary.json").read_text())
+  assert all(r["fits"] for r in reports.values())
+  assert reports["update"]["kernel_flops"] > 0
+  assert reports["update"]["collective_bytes"]
+  refused = run("v5e:3x5")
+  assert refused.returncode == 1
+  assert "--topology: libtpu refuses 'v5e:3x5'" in refused.stderr
