@@ -1,5 +1,5 @@
-"""Processes of one run on this machine, two devices each, for tests: forked off one process that
-has imported everything.
+"""Processes of one run on this machine, four devices in all, for tests: forked off one process
+that has imported everything.
 
 As a program it reads {"commands": [argv, ...], "logs": [path, ...]} from stdin, line by line,
 starts steptool_jax.main once for each command, prints the process ids and then the exit codes.
@@ -19,10 +19,13 @@ import tiny
 class Pod:
   """Starts runs of several processes; a context manager."""
 
+  def __init__(self, processes: int):
+    self.processes = processes
+
   def __enter__(self):
     import fakes
 
-    env = tiny.environment() | fakes.several_devices(2)
+    env = tiny.environment() | fakes.several_devices(4 // self.processes)
     env["PYTHONPATH"] += f"{os.pathsep}{tiny.ROOT / 'tests/run'}"
     self._server = subprocess.Popen(
       [sys.executable, __file__], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -33,8 +36,9 @@ class Pod:
     self._server.stdin.close()
     self._server.wait(20)
 
-  def start(self, workdir, *flags, each=((),) * 2) -> "Run":
-    """One process for each entry of `each`, which are further flags of one process alone."""
+  def start(self, workdir, *flags, each=None) -> "Run":
+    """each: further flags of one process alone."""
+    each = each or ((),) * self.processes
     with socket.socket() as free:
       free.bind(("localhost", 0))
       port = free.getsockname()[1]
