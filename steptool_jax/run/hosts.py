@@ -127,6 +127,7 @@ class _Will:
 
 
 _peers: Peers = ALONE
+_speaking = threading.Lock()
 _numbers = itertools.count()
 
 
@@ -387,6 +388,8 @@ def _signed(index: int, text: str) -> str:
 
 
 def _cry(text: str, will: _Will) -> None:
+  """The last sentence of this process; a thread that has another one waits for the end."""
+  _speaking.acquire()
   print(_signed(_peers.index, text), file=sys.stderr, flush=True)
   will.write("")
   sys.stdout.flush()
