@@ -24,6 +24,7 @@ from steptool_jax.run import checkpoint, hosts, train
 
 MESH = ("--config.mesh.data=2", "--config.mesh.fsdp=2")
 PROCESSES = int(os.environ.get("STEPTOOL_PROCESSES", "2"))
+PATIENCE_S, END_S = 200, 100  # on a machine with other work
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +115,7 @@ def assert_close(mine, theirs):
 
 
 def until(run, ready, what):
-  limit = time.monotonic() + 200
+  limit = time.monotonic() + PATIENCE_S
   while not ready():
     assert time.monotonic() < limit, f"{what}: {run.log(0)[-3000:]}"
     time.sleep(0.01)
@@ -129,7 +130,7 @@ def assert_ended_with_a_sentence(run, victim):
   """All did, soon after this one was killed."""
   killed = time.monotonic()
   codes = run.wait()
-  assert time.monotonic() - killed < 100, "the others wait for the dead one"
+  assert time.monotonic() - killed < END_S, "the others wait for the dead one"
   assert codes.pop(victim) == -signal.SIGKILL
   assert set(codes) <= {1, -signal.SIGABRT}, codes
   for process in range(PROCESSES):
