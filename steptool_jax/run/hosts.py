@@ -20,6 +20,7 @@ import json
 import os
 import pathlib
 import secrets
+import signal
 import subprocess
 import sys
 import threading
@@ -60,9 +61,7 @@ _WITHOUT_A_WORD = (
 )
 # What a _Will runs. The pipe closes with the process that writes, however it ends.
 _EXECUTOR = """
-import signal, sys
-for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):  # they mean the run
-  signal.signal(number, signal.SIG_IGN)
+import sys
 text = ""
 for text in sys.stdin:
   pass
@@ -103,12 +102,17 @@ class _Will:
   """
 
   def __init__(self):
-    self._process = subprocess.Popen(
-      [sys.executable, "-ISc", _EXECUTOR],
-      stdin=subprocess.PIPE,
-      stdout=subprocess.DEVNULL,
-      start_new_session=True,
-    )
+    # Signals to all of a job mean the run. It inherits that they are blocked.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+    try:
+      self._process = subprocess.Popen(
+        [sys.executable, "-ISc", _EXECUTOR],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+      )
+    finally:
+      signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
   def write(self, sentence: str) -> None:
     """What it is to say, in the place of what was written before; "" for nothing."""
