@@ -45,7 +45,7 @@ HEARTBEAT_S = 45  # a process that is silent for so long is dead
 START_S = 300  # to wait for all processes at the start
 _SMALL = 4096  # bytes of the first exchange; longer messages take a second one
 _FAILED = "steptool_jax/failed"  # the first error, {"process", "text"}
-_LOOK_S, _GRACE_S, _LINGER_S = 0.5, 1.0, 4.0
+_LOOK_S, _GRACE_S, _LINGER_S = 0.5, 1.0, 5.0
 _A_DAY_MS = 86_400_000
 _ALL = (
   f"start all of them within {START_S} s, with one --coordinator that all can reach "
@@ -353,8 +353,7 @@ def _watch(done: threading.Event, will: _Will) -> None:
   while not done.wait(_LOOK_S):
     failure = _failure()
     if failure is not None and not done.wait(_GRACE_S):
-      _cry(_with_it(failure), will)
-      os._exit(1)
+      _end(_with_it(failure), will)
 
 
 def _leave(error: BaseException, will: _Will) -> None:
@@ -370,10 +369,7 @@ def _leave(error: BaseException, will: _Will) -> None:
   # Another one may have been first, or the store is gone.
   with contextlib.suppress(Exception):
     _store().key_value_set(_FAILED, json.dumps({"process": _peers.index, "text": text}))
-  _cry(text, will)
-  if primary():
-    time.sleep(_LINGER_S)  # the store ends with this process
-  os._exit(1)
+  _end(text, will)
 
 
 def _with_it(failure: dict[str, Any]) -> str:
@@ -391,9 +387,12 @@ def _signed(index: int, text: str) -> str:
   return f"steptool_jax: {f'process {index}' if index >= 0 else 'this process'}: {text}"
 
 
-def _cry(text: str, will: _Will) -> None:
-  """The last sentence of this process; a thread that has another one waits for the end."""
+def _end(text: str, will: _Will) -> None:
+  """Ends this process with a sentence; a thread that has another one waits here for the end."""
   _speaking.acquire()
   print(_signed(_peers.index, text), file=sys.stderr, flush=True)
   will.write("")
   sys.stdout.flush()
+  if primary():
+    time.sleep(_LINGER_S)  # the store ends with this process, and others may not have looked yet
+  os._exit(1)

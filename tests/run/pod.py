@@ -2,8 +2,8 @@
 that has imported everything.
 
 As a program it reads {"commands": [argv, ...], "logs": [path, ...]} from stdin, line by line,
-starts steptool_jax.main once for each command, prints the process ids and then the exit codes.
-Every process keeps what it rolled out in WORKDIR/rolled_<process>.jsonl.
+starts steptool_jax.main (or `_exchange`) once for each command, prints the process ids and then the
+exit codes. Every process of main keeps what it rolled out in WORKDIR/rolled_<process>.jsonl.
 """
 
 import json
@@ -12,8 +12,11 @@ import pathlib
 import socket
 import subprocess
 import sys
+import time
 
 import tiny
+
+_EXCHANGE = "exchange"
 
 
 class Pod:
@@ -39,23 +42,37 @@ class Pod:
   def start(self, workdir, *flags, each=None) -> "Run":
     """each: further flags of one process alone."""
     each = each or ((),) * self.processes
-    with socket.socket() as free:
-      free.bind(("localhost", 0))
-      port = free.getsockname()[1]
-    workdir.mkdir(exist_ok=True)
-    logs = [workdir / f"log_{n}.txt" for n in range(len(each))]
+    where = _coordinator()
     commands = [
       [
         *tiny.command(workdir, *flags, config=f"{tiny.ROOT}/tests/run/tiny.py:calls")[2:],
-        *(f"--coordinator=localhost:{port}", f"--processes={len(each)}", f"--process={n}"),
+        *(f"--coordinator={where}", f"--processes={len(each)}", f"--process={n}"),
         *own,
       ]
       for n, own in enumerate(each)
     ]
+    return self._start(workdir, commands)
+
+  def exchange(self, workdir, count, failing=-1) -> "Run":
+    """Processes that do nothing but tell each other numbers; one may fail soon."""
+    where = _coordinator()
+    return self._start(
+      workdir, [[_EXCHANGE, where, str(count), str(n), str(failing)] for n in range(count)]
+    )
+
+  def _start(self, workdir, commands) -> "Run":
+    workdir.mkdir(exist_ok=True)
+    logs = [workdir / f"log_{n}.txt" for n in range(len(commands))]
     request = {"commands": commands, "logs": list(map(str, logs))}
     self._server.stdin.write(json.dumps(request) + "\n")
     self._server.stdin.flush()
     return Run(self._server, logs)
+
+
+def _coordinator() -> str:
+  with socket.socket() as free:
+    free.bind(("localhost", 0))
+    return f"localhost:{free.getsockname()[1]}"
 
 
 class Run:
@@ -88,13 +105,33 @@ def _serve() -> None:
 
 
 def _run(argv, log) -> None:
+  with open(log, "a") as file:
+    os.dup2(file.fileno(), 1)
+    os.dup2(file.fileno(), 2)
+  if argv[0] == _EXCHANGE:
+    _exchange(*argv[1:])
+  else:
+    _main(argv)
+
+
+def _exchange(coordinator, count, index, failing) -> None:
+  from steptool_jax.run import hosts
+
+  with hosts.joined(coordinator, int(count), int(index)):
+    for number in range(2000):
+      hosts.gather(number)
+      print("exchanged", number, flush=True)
+      if number == 5 and index == failing:
+        raise ValueError("nothing but trouble")
+      time.sleep(0.05)
+  sys.exit()
+
+
+def _main(argv) -> None:
   from steptool_jax import main
   from steptool_jax.data.trajectories import AnnotatedTrajectory, dump
   from steptool_jax.run import hosts, workbench
 
-  with open(log, "a") as file:
-    os.dup2(file.fileno(), 1)
-    os.dup2(file.fileno(), 2)
   collect = workbench.collect
 
   def recording(bench, *args):

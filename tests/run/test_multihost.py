@@ -126,18 +126,23 @@ def resumed(run):
   return "resuming: rl" in run.log(0).rpartition("Starting JAX distributed service")[2]
 
 
-def assert_ended_with_a_sentence(run, victim):
-  """All did, soon after this one was killed."""
+def assert_all_end_with_a_sentence(run, victim):
+  """Soon after this one was killed."""
+  os.kill(run.pids[victim], signal.SIGKILL)
   killed = time.monotonic()
   codes = run.wait()
   assert time.monotonic() - killed < END_S, "the others wait for the dead one"
   assert codes.pop(victim) == -signal.SIGKILL
   assert set(codes) <= {1, -signal.SIGABRT}, codes
-  for process in range(PROCESSES):
-    said = [line for line in run.log(process).splitlines() if line.startswith("steptool_jax: ")]
-    assert len(said) == 1, run.log(process)[-3000:]
-    assert said[0].startswith(f"steptool_jax: process {process}: ")
-    assert "start all processes again with the same command: training goes on from" in said[0]
+  for process in range(len(run.pids)):
+    until(run, lambda process=process: sentences(run, process), "a sentence")
+    (said,) = sentences(run, process)
+    assert said.startswith(f"steptool_jax: process {process}: ")
+    assert "start all processes again with the same command: training goes on from" in said
+
+
+def sentences(run, process):
+  return [line for line in run.log(process).splitlines() if line.startswith("steptool_jax: ")]
 
 
 def test_two_processes_are_one(whole, alone):
@@ -158,14 +163,7 @@ def test_killed_and_preempted_processes_go_on_bit_equal_and_on_another_mesh(
   workdir = tmp_path / "run"
   run = pod.start(workdir, *flags)
   until(run, lambda: 2 in checkpoint.numbers(workdir), "second checkpoint")
-  os.kill(run.pids[-1], signal.SIGKILL)
-  assert_ended_with_a_sentence(run, PROCESSES - 1)
-
-  # The first one has the store of all.
-  run = pod.start(workdir, *flags)
-  until(run, lambda: resumed(run), "resumption")
-  os.kill(run.pids[0], signal.SIGKILL)
-  assert_ended_with_a_sentence(run, 0)
+  assert_all_end_with_a_sentence(run, PROCESSES - 1)
 
   run = pod.start(workdir, *flags)
   until(run, lambda: resumed(run), "resumption")
@@ -184,6 +182,23 @@ def test_killed_and_preempted_processes_go_on_bit_equal_and_on_another_mesh(
   assert checkpoint.numbers(other_mesh)[0] < checkpoint.numbers(whole)[0]
   train.run(tiny.make("calls", compilation_cache=compiled), other_mesh)
   assert_close(arrays(other_mesh)[1], arrays(whole)[1])
+
+
+@pytest.mark.parametrize("victim", [3, 0])
+def test_all_of_four_end_with_a_sentence_when_one_is_killed(pod, tmp_path, victim):
+  """Without process 0, which has the store, jax aborts the others."""
+  run = pod.exchange(tmp_path, 4)
+  until(run, lambda: all("exchanged" in run.log(n) for n in range(4)), "an exchange")
+  assert_all_end_with_a_sentence(run, victim)
+
+
+def test_all_of_four_end_with_the_error_of_one(pod, tmp_path):
+  run = pod.exchange(tmp_path, 4, failing=2)
+  assert run.wait() == [1] * 4
+  for process in range(4):
+    told = "" if process == 2 else "process 2 stopped: "
+    (said,) = sentences(run, process)
+    assert said.startswith(f"steptool_jax: process {process}: {told}nothing but trouble")
 
 
 def test_one_that_ends_without_a_word_has_left_one(capfd):
