@@ -65,7 +65,8 @@ import sys
 text = ""
 for text in sys.stdin:
   pass
-sys.stderr.write(text.lstrip())
+if text.strip():
+  sys.stderr.write("\\n" + text)
 """
 
 
@@ -390,7 +391,8 @@ def _signed(index: int, text: str) -> str:
 def _end(text: str, will: _Will) -> None:
   """Ends this process with a sentence; a thread that has another one waits here for the end."""
   _speaking.acquire()
-  print(_signed(_peers.index, text), file=sys.stderr, flush=True)
+  # On a line of its own, below a progress bar.
+  print(f"\n{_signed(_peers.index, text)}", file=sys.stderr, flush=True)
   will.write("")
   sys.stdout.flush()
   if primary():

@@ -202,7 +202,7 @@ def test_all_of_four_end_with_the_error_of_one(pod, tmp_path):
 
 
 def test_one_that_ends_without_a_word_has_left_one(capfd):
-  for last, expected in (("farewell", "farewell\n"), ("", "")):
+  for last, expected in (("farewell", "\nfarewell\n"), ("", "")):
     will = hosts._Will()
     will.write("unheard")
     will.write(last)
