@@ -380,7 +380,8 @@ def _with_it(failure: dict[str, Any]) -> str:
 def is_lost(error: BaseException | None) -> bool:
   """Whether a collective or the store failed, and not this process: another one is gone."""
   words = ("gloo", "nccl", "coordination", "socket closed", "connection re", "barrier")
-  said = str(error).lower() if isinstance(error, RuntimeError | ValueError) else ""
+  kinds = RuntimeError | ValueError | TimeoutError
+  said = str(error).lower() if isinstance(error, kinds) else ""
   return _peers.count > 1 and any(word in said for word in words)
 
 
