@@ -138,11 +138,20 @@ class Checkpoints:
     with self._explained():
       self._manager.close()
 
+  def __enter__(self) -> "Checkpoints":
+    return self
+
+  def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+    if not hosts.is_lost(error):  # a process that is gone writes its part no more
+      self.close()
+
   @contextlib.contextmanager
   def _explained(self) -> Iterator[None]:
     try:
       yield
     except (OSError, ValueError, RuntimeError) as error:
+      if hosts.is_lost(error):
+        raise
       whole = numbers(self._workdir)
       raise OSError(
         f"a checkpoint could not be written to {self._directory} ({str(error)[:300]}); "

@@ -6,7 +6,9 @@ through the key-value store of jax.distributed (`lead`), where others may wait f
 
 A process that stops with an error says so in the store; a thread in every other one looks there
 and ends its process with that sentence, even while it waits in a collective. One that dies without
-a word is missed by its neighbours' sockets (CPU, GPU) or by its heartbeat (everywhere).
+a word is missed by its neighbours' sockets (CPU, GPU) or by its heartbeat (everywhere). Without the
+heartbeat, or without process 0, which has the store, jax aborts a process in C++: then its `_Will`
+speaks.
 """
 
 import contextlib
@@ -18,6 +20,8 @@ import json
 import os
 import pathlib
 import secrets
+import signal
+import subprocess
 import sys
 import threading
 import time
@@ -37,15 +41,33 @@ from steptool_jax.config import Config
 from steptool_jax.rollout.peers import ALONE, Peers
 from steptool_jax.types import TokenBatch
 
-HEARTBEAT_S = 60  # a process that is silent for so long is dead
+HEARTBEAT_S = 45  # a process that is silent for so long is dead
 START_S = 300  # to wait for all processes at the start
 _SMALL = 4096  # bytes of the first exchange; longer messages take a second one
 _FAILED = "steptool_jax/failed"  # the first error, {"process", "text"}
-_LOOK_S, _GRACE_S, _LINGER_S = 0.5, 1.0, 4.0
+_LOOK_S, _GRACE_S, _LINGER_S = 0.5, 1.0, 5.0
 _A_DAY_MS = 86_400_000
-_AGAIN = (
-  "start all processes again with the same command: the run goes on from its newest checkpoint"
+_ALL = (
+  f"start all of them within {START_S} s, with one --coordinator that all can reach "
+  "(--processes=1 runs alone)"
 )
+_AGAIN = (
+  "start all processes again with the same command: training goes on from its newest whole "
+  "checkpoint"
+)
+_WITHOUT_A_WORD = (
+  "ended without a word of its own: it was killed, or another process of this run is gone and jax "
+  f"ended this one with it (see above, and what the others say); {_AGAIN}"
+)
+# What a _Will runs. The pipe closes with the process that writes, however it ends.
+_EXECUTOR = """
+import sys
+text = ""
+for text in sys.stdin:
+  pass
+if text.strip():
+  sys.stderr.write("\\n" + text)
+"""
 
 
 class _Joined:
@@ -73,7 +95,44 @@ class _Joined:
     return max(lengths) + 8, messages
 
 
+class _Will:
+  """A small process that says a sentence for this one, should this one end without a word.
+
+  In a process that is killed, or that jax aborts, no Python runs any more. (jaxlib 0.10.2 has a
+  callback for the latter, but cannot hand it its argument: std::bad_cast.)
+  """
+
+  def __init__(self):
+    # Signals to all of a job mean the run. It inherits that they are blocked.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+    try:
+      self._process = subprocess.Popen(
+        [sys.executable, "-ISc", _EXECUTOR],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+      )
+    finally:
+      signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+  def write(self, sentence: str) -> None:
+    """What it is to say, in the place of what was written before; "" for nothing."""
+    with contextlib.suppress(OSError):  # it was killed
+      self._process.stdin.write(f"{sentence}\n".encode())
+      self._process.stdin.flush()
+
+  def __enter__(self) -> "_Will":
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    self.write("")
+    with contextlib.suppress(OSError):
+      self._process.stdin.close()
+    self._process.wait()
+
+
 _peers: Peers = ALONE
+_speaking = threading.Lock()
 _numbers = itertools.count()
 
 
@@ -138,24 +197,28 @@ def joined(coordinator: str, count: int, index: int) -> Iterator[None]:
   if count == 1 or not (coordinator or count > 0 or _on_a_tpu()):
     yield
     return
-  _connect(coordinator, count, index)
-  if jax.process_count() == 1:
-    yield
-    return
-  _peers = _Joined()
-  if not primary():
-    logging.set_verbosity(logging.WARNING)
-  done = threading.Event()
-  watch = threading.Thread(target=_watch, args=(done,), name="peers", daemon=True)
-  watch.start()
-  try:
-    yield
-    lead(lambda: None)  # nobody leaves while process 0 still writes
-  except BaseException as error:
-    _leave(error)
-  finally:
-    done.set()
-    watch.join()
+  with _Will() as will:
+    will.write(_signed(index, f"ended before all had found each other; {_ALL}"))
+    _connect(coordinator, count, index)
+    if jax.process_count() == 1:
+      will.write("")
+      yield
+      return
+    _peers = _Joined()
+    will.write(_signed(_peers.index, _WITHOUT_A_WORD))
+    if not primary():
+      logging.set_verbosity(logging.WARNING)
+    done = threading.Event()
+    watch = threading.Thread(target=_watch, args=(done, will), name="peers", daemon=True)
+    watch.start()
+    try:
+      yield
+      lead(lambda: None)  # nobody leaves while process 0 still writes
+    except BaseException as error:
+      _leave(error, will)
+    finally:
+      done.set()
+      watch.join()
 
 
 def _number(value: int, flag: str, variable: str) -> int:
@@ -189,8 +252,7 @@ def _connect(coordinator: str, count: int, index: int) -> None:
     )
   except (RuntimeError, ValueError) as error:
     raise RuntimeError(
-      f"the processes did not find each other ({str(error)[:300]}); start all of them within "
-      f"{START_S} s, with one --coordinator that all can reach (--processes=1 runs alone)"
+      f"the processes did not find each other ({str(error)[:300]}); {_ALL}"
     ) from error
 
 
@@ -288,41 +350,52 @@ def _failure() -> dict[str, Any] | None:
   return failure if failure["process"] != _peers.index else None
 
 
-def _watch(done: threading.Event) -> None:
+def _watch(done: threading.Event, will: _Will) -> None:
   while not done.wait(_LOOK_S):
     failure = _failure()
     if failure is not None and not done.wait(_GRACE_S):
-      _cry(f"process {failure['process']} stopped: {failure['text']}; this one stops with it")
-      os._exit(1)
+      _end(_with_it(failure), will)
 
 
-def _leave(error: BaseException) -> None:
+def _leave(error: BaseException, will: _Will) -> None:
   """Ends this process at once: a normal exit would wait for processes that do not come any more."""
   text = f"{error}" if isinstance(error, ValueError | OSError | RuntimeError) else repr(error)
-  if _is_lost(error):
+  if is_lost(error):
     time.sleep(2 * _LOOK_S)  # it may have said why
     failure = _failure()
     if failure is not None:
-      text = f"process {failure['process']} stopped: {failure['text']}; this one stops with it"
+      text = _with_it(failure)
     else:
       text = f"another process died or cannot be reached ({text[:200]}); {_AGAIN}"
   # Another one may have been first, or the store is gone.
   with contextlib.suppress(Exception):
     _store().key_value_set(_FAILED, json.dumps({"process": _peers.index, "text": text}))
-  _cry(text)
-  if primary():
-    time.sleep(_LINGER_S)  # the store ends with this process
-  os._exit(1)
+  _end(text, will)
 
 
-def _is_lost(error: BaseException) -> bool:
-  """Whether a collective or the store failed, and not this process."""
+def _with_it(failure: dict[str, Any]) -> str:
+  return f"process {failure['process']} stopped: {failure['text']}; this one stops with it"
+
+
+def is_lost(error: BaseException | None) -> bool:
+  """Whether a collective or the store failed, and not this process: another one is gone."""
   words = ("gloo", "nccl", "coordination", "socket closed", "connection re", "barrier")
-  return isinstance(error, RuntimeError | ValueError) and any(
-    word in str(error).lower() for word in words
-  )
+  kinds = RuntimeError | ValueError | TimeoutError
+  said = str(error).lower() if isinstance(error, kinds) else ""
+  return _peers.count > 1 and any(word in said for word in words)
 
 
-def _cry(text: str) -> None:
-  print(f"steptool_jax: process {_peers.index}: {text}", file=sys.stderr, flush=True)
+def _signed(index: int, text: str) -> str:
+  return f"steptool_jax: {f'process {index}' if index >= 0 else 'this process'}: {text}"
+
+
+def _end(text: str, will: _Will) -> None:
+  """Ends this process with a sentence; a thread that has another one waits here for the end."""
+  _speaking.acquire()
+  # On a line of its own, below a progress bar.
+  print(f"\n{_signed(_peers.index, text)}", file=sys.stderr, flush=True)
+  will.write("")
   sys.stdout.flush()
+  if primary():
+    time.sleep(_LINGER_S)  # the store ends with this process, and others may not have looked yet
+  os._exit(1)

@@ -73,12 +73,13 @@ def run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
       "behind prompts that a trajectory does not hold, so RL trains on 'chain'"
     )
   restore.refuse_other_config(config, workdir, MAY_CHANGE)
-  with workbench.Stop().listening() as stop, workbench.open_workbench(config, workdir, stop) as b:
-    checkpoints = Checkpoints(workdir, config.checkpoint.keep, config.checkpoint.keep_best)
-    try:
-      return _Trainer(b, checkpoints).run()
-    finally:
-      checkpoints.close()
+  c = config.checkpoint
+  with (
+    workbench.Stop().listening() as stop,
+    workbench.open_workbench(config, workdir, stop) as b,
+    Checkpoints(workdir, c.keep, c.keep_best) as checkpoints,
+  ):
+    return _Trainer(b, checkpoints).run()
 
 
 class _Trainer:

@@ -15,7 +15,7 @@ from steptool_jax.rollout.conversation import Limits
 from steptool_jax.rollout.peers import ALONE, together
 from steptool_jax.rollout.strategy import Search
 from steptool_jax.simulators.errors import InfrastructureError
-from steptool_jax.simulators.runner import ToolRunner
+from steptool_jax.simulators.runner import ToolRunner, TooManyStuck
 from steptool_jax.types import Code, Finish, Observation, Status, Task, ToolCall, ToolSpec
 
 ECHO = ToolSpec("echo", "", {"type": "object", "properties": {"n": {"type": "integer"}}})
@@ -109,10 +109,10 @@ def processes(count, work):
   return out
 
 
-def roll(chat_format, environment, peers, strategy=None, **keywords):
+def roll(chat_format, environment, peers, strategy=None, time_out=5, max_stuck=16, **keywords):
   eng = fakes.ScriptedEngine(chat_format, policy, slots=SLOTS, size=800)
   sampling = chain.Sampling(0, 0, 1.0)
-  with ToolRunner(timeout_s=5, workers=2, retries=0) as runner:
+  with ToolRunner(timeout_s=time_out, workers=2, max_stuck=max_stuck, retries=0) as runner:
     parts = (eng, None, environment, JOBS, chat_format, LIMITS, runner, sampling)
     if strategy is not None:
       results, stats = tree.search(*parts, strategy, peers=peers, **keywords)
@@ -175,6 +175,27 @@ def test_an_error_of_one_process_is_an_error_of_all(chat_format, place, monkeypa
     word = "no JSON data" if place == "call" else "KeyError: 'ghost'"
     assert str(found[index]).startswith("process 1: ")
     assert word in str(found[index])
+  assert all(sorted(e.closed) == sorted(e.opened) for e in environments)
+
+
+def test_too_many_hung_tools_of_one_process_end_all(chat_format, monkeypatch):
+  environments = [Counter() for _ in range(3)]
+  call, late = Session.call, threading.Event()
+
+  def hang(self, given):
+    if self.environment is environments[1]:
+      late.wait(60)
+    return call(self, given)
+
+  monkeypatch.setattr(Session, "call", hang)
+  found = processes(
+    3, lambda p: roll(chat_format, environments[p.index], p, time_out=2, max_stuck=0)
+  )
+  late.set()
+  assert isinstance(found[1], TooManyStuck)
+  for index in (0, 2):
+    assert isinstance(found[index], InfrastructureError)
+    assert str(found[index]).startswith("process 1: TooManyStuck: 1 ")
   assert all(sorted(e.closed) == sorted(e.opened) for e in environments)
 
 

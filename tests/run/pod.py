@@ -1,9 +1,9 @@
-"""Processes of one run on this machine, two devices each, for tests: forked off one process that
-has imported everything.
+"""Processes of one run on this machine, four devices in all, for tests: forked off one process
+that has imported everything.
 
 As a program it reads {"commands": [argv, ...], "logs": [path, ...]} from stdin, line by line,
-starts steptool_jax.main once for each command, prints the process ids and then the exit codes.
-Every process keeps what it rolled out in WORKDIR/rolled_<process>.jsonl.
+starts steptool_jax.main (or `_exchange`) once for each command, prints the process ids and then the
+exit codes. Every process of main keeps what it rolled out in WORKDIR/rolled_<process>.jsonl.
 """
 
 import json
@@ -12,17 +12,23 @@ import pathlib
 import socket
 import subprocess
 import sys
+import time
 
 import tiny
+
+_EXCHANGE = "exchange"
 
 
 class Pod:
   """Starts runs of several processes; a context manager."""
 
+  def __init__(self, processes: int):
+    self.processes = processes
+
   def __enter__(self):
     import fakes
 
-    env = tiny.environment() | fakes.several_devices(2)
+    env = tiny.environment() | fakes.several_devices(4 // self.processes)
     env["PYTHONPATH"] += f"{os.pathsep}{tiny.ROOT / 'tests/run'}"
     self._server = subprocess.Popen(
       [sys.executable, __file__], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -33,25 +39,40 @@ class Pod:
     self._server.stdin.close()
     self._server.wait(20)
 
-  def start(self, workdir, *flags, each=((),) * 2) -> "Run":
-    """One process for each entry of `each`, which are further flags of one process alone."""
-    with socket.socket() as free:
-      free.bind(("localhost", 0))
-      port = free.getsockname()[1]
-    workdir.mkdir(exist_ok=True)
-    logs = [workdir / f"log_{n}.txt" for n in range(len(each))]
+  def start(self, workdir, *flags, each=None) -> "Run":
+    """each: further flags of one process alone."""
+    each = each or ((),) * self.processes
+    where = _coordinator()
     commands = [
       [
         *tiny.command(workdir, *flags, config=f"{tiny.ROOT}/tests/run/tiny.py:calls")[2:],
-        *(f"--coordinator=localhost:{port}", f"--processes={len(each)}", f"--process={n}"),
+        *(f"--coordinator={where}", f"--processes={len(each)}", f"--process={n}"),
         *own,
       ]
       for n, own in enumerate(each)
     ]
+    return self._start(workdir, commands)
+
+  def exchange(self, workdir, count, failing=-1) -> "Run":
+    """Processes that do nothing but tell each other numbers; one may fail soon."""
+    where = _coordinator()
+    return self._start(
+      workdir, [[_EXCHANGE, where, str(count), str(n), str(failing)] for n in range(count)]
+    )
+
+  def _start(self, workdir, commands) -> "Run":
+    workdir.mkdir(exist_ok=True)
+    logs = [workdir / f"log_{n}.txt" for n in range(len(commands))]
     request = {"commands": commands, "logs": list(map(str, logs))}
     self._server.stdin.write(json.dumps(request) + "\n")
     self._server.stdin.flush()
     return Run(self._server, logs)
+
+
+def _coordinator() -> str:
+  with socket.socket() as free:
+    free.bind(("localhost", 0))
+    return f"localhost:{free.getsockname()[1]}"
 
 
 class Run:
@@ -84,13 +105,33 @@ def _serve() -> None:
 
 
 def _run(argv, log) -> None:
+  with open(log, "a") as file:
+    os.dup2(file.fileno(), 1)
+    os.dup2(file.fileno(), 2)
+  if argv[0] == _EXCHANGE:
+    _exchange(*argv[1:])
+  else:
+    _main(argv)
+
+
+def _exchange(coordinator, count, index, failing) -> None:
+  from steptool_jax.run import hosts
+
+  with hosts.joined(coordinator, int(count), int(index)):
+    for number in range(2000):
+      hosts.gather(number)
+      print("exchanged", number, flush=True)
+      if number == 5 and index == failing:
+        raise ValueError("nothing but trouble")
+      time.sleep(0.05)
+  sys.exit()
+
+
+def _main(argv) -> None:
   from steptool_jax import main
   from steptool_jax.data.trajectories import AnnotatedTrajectory, dump
   from steptool_jax.run import hosts, workbench
 
-  with open(log, "a") as file:
-    os.dup2(file.fileno(), 1)
-    os.dup2(file.fileno(), 2)
   collect = workbench.collect
 
   def recording(bench, *args):
@@ -107,3 +148,4 @@ def _run(argv, log) -> None:
 
 if __name__ == "__main__":
   _serve()
+  os._exit(0)  # with so much imported, the orderly end takes seconds

@@ -1,5 +1,6 @@
 """What is kept, what is refused, and what becomes of damage and of a full disk."""
 
+import contextlib
 import json
 import logging
 import resource
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from steptool_jax.run import checkpoint
+from steptool_jax.run import checkpoint, hosts
 from steptool_jax.run.checkpoint import Checkpoints
 from steptool_jax.types import TrainState
 
@@ -169,6 +170,20 @@ def test_a_full_disk_keeps_the_old_one_and_says_so(tmp_path):
   again.close()
   assert_newest(tmp_path, 2, 2)
   assert [path.name for path in (tmp_path / "checkpoints").iterdir() if path.is_dir()] == ["2"]
+
+
+def test_nobody_waits_for_the_part_of_a_process_that_is_gone(tmp_path, monkeypatch):
+  checkpoints, closed = Checkpoints(tmp_path, 1), []
+  monkeypatch.setattr(checkpoints, "close", lambda: closed.append(True))
+  monkeypatch.setattr(hosts, "_peers", type("Two", (), {"index": 0, "count": 2}))
+  for error, expected in (
+    (RuntimeError("Gloo AllGather failed: Connection closed by peer"), 0),
+    (TimeoutError("Timed out while waiting for async_commit_complete barrier."), 0),
+    (RuntimeError("NaN"), 1),
+  ):
+    with contextlib.suppress(RuntimeError, TimeoutError), checkpoints:
+      raise error
+    assert len(closed) == expected
 
 
 def test_fingerprints_do_not_depend_on_the_layout_and_see_order():

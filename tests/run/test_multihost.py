@@ -1,10 +1,14 @@
 """Two processes of two devices train as one, over gloo: the same tokens, one checkpoint, one end.
 
 The runs of one test follow each other in one workdir, since starting processes is what costs.
+STEPTOOL_PROCESSES=4 takes four processes of one device.
 """
 
 import json
+import os
 import shutil
+import signal
+import time
 
 import jax
 import numpy as np
@@ -19,11 +23,13 @@ from steptool_jax.learning import batching
 from steptool_jax.run import checkpoint, hosts, train
 
 MESH = ("--config.mesh.data=2", "--config.mesh.fsdp=2")
+PROCESSES = int(os.environ.get("STEPTOOL_PROCESSES", "2"))
+PATIENCE_S, END_S = 200, 100  # on a machine with other work
 
 
 @pytest.fixture(scope="module")
 def pod():
-  with Pod() as running:
+  with Pod(PROCESSES) as running:
     yield running
 
 
@@ -34,10 +40,10 @@ def flags(compiled):
 
 @pytest.fixture(scope="module")
 def whole(pod, flags, tmp_path_factory):
-  """Workdir of two processes that nobody stopped."""
+  """Workdir of processes that nobody stopped."""
   workdir = tmp_path_factory.mktemp("whole")
   run = pod.start(workdir, *flags)
-  assert run.wait() == [0] * 2, run.log(0)[-3000:]
+  assert run.wait() == [0] * PROCESSES, run.log(0)[-3000:]
   return workdir
 
 
@@ -108,16 +114,102 @@ def assert_close(mine, theirs):
     np.testing.assert_allclose(mine[path], array, atol=1e-5, err_msg=path)
 
 
+def until(run, ready, what):
+  limit = time.monotonic() + PATIENCE_S
+  while not ready():
+    assert time.monotonic() < limit, f"{what}: {run.log(0)[-3000:]}"
+    time.sleep(0.01)
+
+
+def resumed(run):
+  """Whether the last start in this log goes on from a checkpoint."""
+  return "resuming: rl" in run.log(0).rpartition("Starting JAX distributed service")[2]
+
+
+def assert_all_end_with_a_sentence(run, victim):
+  """Soon after this one was killed."""
+  os.kill(run.pids[victim], signal.SIGKILL)
+  killed = time.monotonic()
+  codes = run.wait()
+  assert time.monotonic() - killed < END_S, "the others wait for the dead one"
+  assert codes.pop(victim) == -signal.SIGKILL
+  assert set(codes) <= {1, -signal.SIGABRT}, codes
+  for process in range(len(run.pids)):
+    until(run, lambda process=process: sentences(run, process), "a sentence")
+    (said,) = sentences(run, process)
+    assert said.startswith(f"steptool_jax: process {process}: ")
+    assert "start all processes again with the same command: training goes on from" in said
+
+
+def sentences(run, process):
+  return [line for line in run.log(process).splitlines() if line.startswith("steptool_jax: ")]
+
+
 def test_two_processes_are_one(whole, alone):
   workdir, trajectories = alone
   observations = [s.observation for t in trajectories for s in t.steps if s.observation]
   assert "ok" in {o.code for o in observations}, "no tool was called: nothing was exchanged"
-  for process in range(2):
+  for process in range(PROCESSES):
     assert ids(rolled(whole, process)) == ids(trajectories)
   mine, theirs = arrays(whole)[1], arrays(workdir)[1]
   assert_close(mine, theirs)
   assert any(np.any(x) for path, x in theirs.items() if "'mu'" in path), "nothing was learnt"
   assert json.loads((whole / "summary.json").read_text())["interrupted"] is False
+
+
+def test_killed_and_preempted_processes_go_on_bit_equal_and_on_another_mesh(
+  pod, flags, whole, compiled, tmp_path
+):
+  workdir = tmp_path / "run"
+  run = pod.start(workdir, *flags)
+  until(run, lambda: 2 in checkpoint.numbers(workdir), "second checkpoint")
+  assert_all_end_with_a_sentence(run, PROCESSES - 1)
+
+  run = pod.start(workdir, *flags)
+  until(run, lambda: resumed(run), "resumption")
+  rolls = len(rolled(workdir, 0))
+  os.kill(run.pids[-1], signal.SIGTERM)
+  assert run.wait() == [0] * PROCESSES, run.log(0)[-3000:]
+  assert json.loads((workdir / "summary.json").read_text())["interrupted"] is True
+  assert len(rolled(workdir, 0)) == rolls, "they went on"
+  other_mesh = tmp_path / "one"
+  shutil.copytree(workdir, other_mesh)
+
+  assert pod.start(workdir, *flags).wait() == [0] * PROCESSES
+  assert_bit_equal(workdir, whole)
+
+  # Their checkpoint goes on in one process with one device.
+  assert checkpoint.numbers(other_mesh)[0] < checkpoint.numbers(whole)[0]
+  train.run(tiny.make("calls", compilation_cache=compiled), other_mesh)
+  assert_close(arrays(other_mesh)[1], arrays(whole)[1])
+
+
+@pytest.mark.parametrize("victim", [3, 0])
+def test_all_of_four_end_with_a_sentence_when_one_is_killed(pod, tmp_path, victim):
+  """Without process 0, which has the store, jax aborts the others."""
+  run = pod.exchange(tmp_path, 4)
+  until(run, lambda: all("exchanged" in run.log(n) for n in range(4)), "an exchange")
+  assert_all_end_with_a_sentence(run, victim)
+
+
+def test_all_of_four_end_with_the_error_of_one(pod, tmp_path):
+  run = pod.exchange(tmp_path, 4, failing=2)
+  assert run.wait() == [1] * 4
+  for process in range(4):
+    told = "" if process == 2 else "process 2 stopped: "
+    (said,) = sentences(run, process)
+    assert said.startswith(f"steptool_jax: process {process}: {told}nothing but trouble")
+
+
+def test_one_that_ends_without_a_word_has_left_one(capfd):
+  for last, expected in (("farewell", "\nfarewell\n"), ("", "")):
+    will = hosts._Will()
+    will.write("unheard")
+    will.write(last)
+    will._process.send_signal(signal.SIGTERM)  # of a scheduler, to all
+    will._process.stdin.close()
+    will._process.wait(60)
+    assert capfd.readouterr().err == expected
 
 
 def test_processes_with_different_configs_are_refused(pod, tmp_path):
