@@ -88,14 +88,15 @@ def build(workdir: pathlib.Path, layers: int) -> None:
 
   out = workdir / "source"
   out.mkdir(parents=True)
-  rng = np.random.default_rng(0)
+  rng = np.random.Generator(np.random.SFC64(0))
   groups = list(split_shards(entries_of(layers), shard_bytes(layers)))
   index = {}
   for number, group in enumerate(groups, 1):
     tensors = {}
     for name, (shape, dtype) in group.items():
       # Random sign and mantissa, magnitudes 1/64 to 1/32: every bit pattern is an ordinary number.
-      bits = np.frombuffer(rng.bytes(2 * math.prod(shape)), np.uint16) & 0x807F | 121 << 7
+      words = rng.integers(0, 2**64, math.prod(shape) // 4, np.uint64)
+      bits = words.view(np.uint16) & 0x807F | 121 << 7
       tensors[name] = bits.view(dtype).reshape(shape)
     file = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
     save_file(tensors, out / file, metadata={"format": "pt"})

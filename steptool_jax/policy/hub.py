@@ -28,6 +28,7 @@ from steptool_jax.policy.tensorfile import (
   Rows,
   TensorFile,
   TensorFiles,
+  copy_in_order,
   num_bytes,
   output_directory,
   row_blocks,
@@ -98,7 +99,7 @@ def load_params(
       tensor = files.read(name.hub)
       tensor = tensor.T if name.transpose else tensor
       # A copy even where none is needed: a device must not keep the file's pages.
-      return _place(shape, where, lambda index: np.array(tensor[index], param_dtype, order="C"))
+      return _place(shape, where, lambda index: copy_in_order(tensor[index], param_dtype))
 
     names = sources[key]
     if names[0].layer is None:
