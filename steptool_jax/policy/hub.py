@@ -104,7 +104,7 @@ def load_params(
     names = sources[key]
     if names[0].layer is None:
       return load(names[0], leaf.shape, where)
-    stack = jnp.zeros(leaf.shape, param_dtype, device=where)
+    stack = _zeros(leaf.shape, param_dtype, where)()
     for name in names:
       stack = _set_layer(stack, load(name, leaf.shape[1:], one), name.layer)
     return stack
@@ -130,6 +130,12 @@ def _place(
 
 def _index_string(place: tuple[jax.Device, tuple[slice, ...]]) -> str:
   return str(place[1])
+
+
+@functools.cache
+def _zeros(shape: tuple[int, ...], dtype: str, where: jax.sharding.Sharding) -> Callable:
+  """Made where it lies: jnp.zeros(device=where) makes one device's part and sends it to all."""
+  return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=where)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -275,7 +281,7 @@ def _cut(array, adapter, scale, layer, start, axis, size):
   """[size] of `array` (of its `layer`) along `axis`, with its adapter merged."""
 
   def of_layer(x):
-    return x if layer is None else lax.dynamic_index_in_dim(x, layer, keepdims=False)
+    return x if layer is None else sharding.layer_of(x, layer)
 
   def cut(x):
     return lax.dynamic_slice_in_dim(of_layer(x), start, size, axis)
