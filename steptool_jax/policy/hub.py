@@ -1,26 +1,37 @@
 """Hugging Face directories <-> parameters, tensor by tensor.
 
-Loading reads only the slices that a device needs, straight into the stacked and sharded layout;
-saving fetches one layer's tensor at a time. The model never lies in memory twice.
+Loading puts one device's slice of one layer's tensor after the other into the stacked and sharded
+layout; saving brings back a layer's tensor, or a block of a larger one, and merges adapters on the
+way. So the host holds a block besides what is on its devices, whatever the model's size.
 """
 
+import errno
+import functools
+import itertools
 import pathlib
 import shutil
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from steptool_jax.policy import hfconfig, sharding
 from steptool_jax.policy.hfconfig import check_same_model, load_config, raw_config_of
+from steptool_jax.policy.lora import add_delta
 from steptool_jax.policy.model import ModelConfig, abstract_params
 from steptool_jax.policy.peftfile import load_adapter, save_adapter
 from steptool_jax.policy.tensorfile import (
+  Rows,
   TensorFile,
   TensorFiles,
+  copy_in_order,
+  num_bytes,
   output_directory,
+  row_blocks,
   split_shards,
   write_file,
   write_json,
@@ -75,28 +86,61 @@ def load_params(
 
   def place(path, leaf):
     spot = sharding.path_string(path)
-    where = SingleDeviceSharding(jax.devices()[0])
+    where = one = SingleDeviceSharding(jax.devices()[0])
     if mesh is not None:
-      where = jax.NamedSharding(mesh, sharding.spec_for(spot, leaf.shape, mesh))
+      spec = sharding.spec_for(spot, leaf.shape, mesh)
+      where = jax.NamedSharding(mesh, spec)
+      one = jax.NamedSharding(mesh, jax.P(*spec[1:]))  # of one layer
     key = tuple(spot.split("/"))
     if key[0] == "value_head":
-      return jax.make_array_from_callback(leaf.shape, where, lambda index: head[key[1]][index])
+      return _place(leaf.shape, where, lambda index: np.array(head[key[1]][index]))
+
+    def load(name, shape, where):
+      tensor = files.read(name.hub)
+      tensor = tensor.T if name.transpose else tensor
+      # A copy even where none is needed: a device must not keep the file's pages.
+      return _place(shape, where, lambda index: copy_in_order(tensor[index], param_dtype))
+
     names = sources[key]
-
-    def read(index):
-      if names[0].layer is None:
-        return _read(files, names[0], index).astype(param_dtype)
-      chosen = names[index[0]]
-      return np.stack([_read(files, name, index[1:]).astype(param_dtype) for name in chosen])
-
-    return jax.make_array_from_callback(leaf.shape, where, read)
+    if names[0].layer is None:
+      return load(names[0], leaf.shape, where)
+    stack = _zeros(leaf.shape, param_dtype, where)()
+    for name in names:
+      stack = _set_layer(stack, load(name, leaf.shape[1:], one), name.layer)
+    return stack
 
   return jax.tree_util.tree_map_with_path(place, target)
 
 
-def _read(files: TensorFiles, name: hfconfig.Name, index: tuple[slice, ...]) -> np.ndarray:
-  tensor = files.read(name.hub)
-  return tensor.T[index] if name.transpose else tensor[index]
+def _place(
+  shape: tuple[int, ...],
+  where: jax.sharding.Sharding,
+  read: Callable[[tuple[slice, ...]], np.ndarray],
+) -> jax.Array:
+  """As jax.make_array_from_callback, which holds the slices of all devices at once."""
+  arrays = []
+  places = where.addressable_devices_indices_map(shape).items()
+  for _, copies in itertools.groupby(sorted(places, key=_index_string), key=_index_string):
+    devices, indices = zip(*copies, strict=True)
+    piece = read(indices[0])
+    for device in devices:
+      arrays.append(jax.block_until_ready(jax.device_put(piece, device)))
+  return jax.make_array_from_single_device_arrays(shape, where, arrays)
+
+
+def _index_string(place: tuple[jax.Device, tuple[slice, ...]]) -> str:
+  return str(place[1])
+
+
+@functools.cache
+def _zeros(shape: tuple[int, ...], dtype: str, where: jax.sharding.Sharding) -> Callable:
+  """Made where it lies: jnp.zeros(device=where) makes one device's part and sends it to all."""
+  return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=where)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _set_layer(stack: jax.Array, x: jax.Array, layer: int) -> jax.Array:
+  return lax.dynamic_update_index_in_dim(stack, x, layer, 0)
 
 
 def _check_tensors(files, sources, target, config) -> None:
@@ -158,14 +202,19 @@ def save_params(
   raw_config: Mapping[str, Any] | None = None,
   source: str | pathlib.Path | None = None,
   max_shard_bytes: int = SHARD_BYTES,
+  adapters: Mapping[str, Any] | None = None,
 ) -> None:
   """Writes a directory that transformers opens; all or nothing.
 
   `raw_config`: the config.json the model came with (default: made from `config`). `source`: a
-  directory whose tokenizer and generation config are carried over. Tensors keep the dtype of
-  `params`; the value head goes into a file of its own. ValueError when `raw_config` is of another
-  model, FileExistsError when `directory` holds anything. Process 0 writes; all processes call it.
+  directory whose tokenizer and generation config are carried over. `adapters`: merged into what is
+  written, as lora.merge_lora does, with config.lora_scale. Tensors keep the dtype of `params`; the
+  value head goes into a file of its own. ValueError when `raw_config` is of another model,
+  FileExistsError when `directory` holds anything, OSError when the disk is too small. Process 0
+  writes; all processes call it.
   """
+  if adapters is not None and config.lora_scale is None:
+    raise ValueError("lora_scale: None, but there are adapters; use lora.with_lora(config, lora)")
   raw = dict(raw_config_of(config) if raw_config is None else raw_config)
   check_same_model(config, raw)
   dtype = str(params["embed"]["embedding"].dtype)
@@ -173,26 +222,21 @@ def save_params(
   raw["dtype"] = dtype
   names = {name.hub: name for name in hfconfig.tensor_names(config)}
 
-  def leaf(name):
-    value = params
-    for key in names[name].path:
-      value = value[key]
-    return value
-
   entries = {}
   for name, spot in names.items():
-    array = leaf(name)
+    array = _find(params, spot.path)
     shape = array.shape if spot.layer is None else array.shape[1:]
     entries[name] = (tuple(reversed(shape)) if spot.transpose else tuple(shape), array.dtype)
 
   def fetch(name):
-    spot, array = names[name], leaf(name)
-    tensor = sharding.to_host(array if spot.layer is None else array[spot.layer])
-    return tensor.T if spot.transpose else tensor
+    spot = names[name]
+    adapter = None if adapters is None else _find(adapters, spot.path[:-1])
+    return _Tensor(_find(params, spot.path), adapter, config.lora_scale, spot)
 
   if jax.process_index():  # takes part in bringing the tensors together, and writes nothing
-    for name in entries:
-      fetch(name)
+    for name, (shape, dtype) in entries.items():
+      for rows in row_blocks(shape, dtype):
+        fetch(name)[rows]
     return
   with output_directory(directory) as out:
     write_shards(out, entries, fetch, max_shard_bytes)
@@ -209,15 +253,63 @@ def save_params(
       carry_files(pathlib.Path(source), out)
 
 
+def _find(tree: Mapping[str, Any], path: tuple[str, ...]) -> Any:
+  """None where the path leads nowhere: a module without an adapter."""
+  for key in path:
+    if key not in tree:
+      return None
+    tree = tree[key]
+  return tree
+
+
+class _Tensor:
+  """A tensor as the file has it; tensor[start:stop] brings these rows to the host."""
+
+  def __init__(self, array: jax.Array, adapter: Any, scale: float | None, spot: hfconfig.Name):
+    self._array, self._adapter, self._scale, self._spot = array, adapter, scale, spot
+
+  def __getitem__(self, rows: slice) -> np.ndarray:
+    spot, size = self._spot, rows.stop - rows.start
+    axis = 1 if spot.transpose else 0
+    part = _cut(self._array, self._adapter, self._scale, spot.layer, rows.start, axis, size)
+    return sharding.to_host(part).T if spot.transpose else sharding.to_host(part)
+
+
+# Jitted with layer and start as arguments: array[layer] would compile once for every layer.
+@functools.partial(jax.jit, static_argnames=("axis", "size"))
+def _cut(array, adapter, scale, layer, start, axis, size):
+  """[size] of `array` (of its `layer`) along `axis`, with its adapter merged."""
+
+  def of_layer(x):
+    return x if layer is None else sharding.layer_of(x, layer)
+
+  def cut(x):
+    return lax.dynamic_slice_in_dim(of_layer(x), start, size, axis)
+
+  if adapter is None or "a" not in adapter:
+    return cut(array)
+  return add_delta(cut(array), {"a": of_layer(adapter["a"]), "b": cut(adapter["b"])}, scale)
+
+
 def write_shards(
   out: pathlib.Path,
   entries: Mapping[str, tuple[tuple[int, ...], Any]],
-  fetch: Callable[[str], np.ndarray],
+  fetch: Callable[[str], Rows],
   max_shard_bytes: int = SHARD_BYTES,
 ) -> None:
-  """{name: (shape, dtype)} into model.safetensors, or into shards with an index."""
+  """{name: (shape, dtype)} into model.safetensors, or into shards with an index.
+
+  OSError before anything is written when the disk has no room for all.
+  """
   if max_shard_bytes < 1:
     raise ValueError(f"max_shard_bytes: {max_shard_bytes} must be positive")
+  needed, free = sum(num_bytes(*entry) for entry in entries.values()), shutil.disk_usage(out).free
+  if needed > free:
+    raise OSError(
+      errno.ENOSPC,
+      f"{out.parent}: the weights need {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB are free; "
+      "make room, or choose another directory",
+    )
   shards = list(split_shards(entries, max_shard_bytes))
   if len(shards) == 1:
     write_file(out / "model.safetensors", entries, fetch)

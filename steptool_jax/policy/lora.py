@@ -74,11 +74,7 @@ def merge_lora(
   """Parameters with the adapters added to their kernels (sum in float32, dtype kept)."""
 
   def merge(module, adapter):
-    kernel = module["kernel"]
-    delta = lora.scale * jnp.matmul(
-      adapter["a"].astype(jnp.float32), adapter["b"].astype(jnp.float32), precision="highest"
-    )
-    return {**module, "kernel": (kernel.astype(jnp.float32) + delta).astype(kernel.dtype)}
+    return {**module, "kernel": _merge(module["kernel"], adapter, lora.scale)}
 
   out = dict(params)
   out["layers"] = dict(params["layers"])
@@ -87,6 +83,22 @@ def merge_lora(
   if "lm_head" in adapters:
     out["lm_head"] = merge(params["lm_head"], adapters["lm_head"])
   return out
+
+
+@jax.jit
+def _merge(kernel: jax.Array, adapter: dict[str, jax.Array], scale: float) -> jax.Array:
+  if kernel.ndim == 2:
+    return add_delta(kernel, adapter, scale)
+  # Layer by layer: the float32 sums of a whole stack are several times its size.
+  return jax.lax.map(lambda layer: add_delta(*layer, scale), (kernel, adapter))
+
+
+def add_delta(kernel: jax.Array, adapter: dict[str, jax.Array], scale: float) -> jax.Array:
+  """One kernel [in, out] + scale A B, summed in float32, in the kernel's dtype."""
+  delta = scale * jnp.matmul(
+    adapter["a"].astype(jnp.float32), adapter["b"].astype(jnp.float32), precision="highest"
+  )
+  return (kernel.astype(jnp.float32) + delta).astype(kernel.dtype)
 
 
 def adapters_off(variables: dict[str, Any]) -> dict[str, Any]:

@@ -61,7 +61,8 @@ def save_adapter(
   tensors = {}
   for name, target, part, layer in _tensors(config, lora):
     stack = adapters if layer is None else adapters["layers"]
-    array = stack[target][part] if layer is None else stack[target][part][layer]
+    array = stack[target][part]
+    array = array if layer is None else sharding.layer_of(array, layer)
     tensors[name] = np.asarray(sharding.to_host(array), np.float32).T
   if jax.process_index():
     return

@@ -144,6 +144,12 @@ def to_host(x: jax.Array) -> np.ndarray:
   return np.asarray(x)
 
 
+@jax.jit
+def layer_of(x: jax.Array, layer: int) -> jax.Array:
+  """One layer of a stack. As x[layer], which compiles anew for every layer."""
+  return jax.lax.dynamic_index_in_dim(x, layer, keepdims=False)
+
+
 def _same(x: jax.Array) -> jax.Array:
   return x
 

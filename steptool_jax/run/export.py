@@ -5,7 +5,7 @@ import shutil
 from typing import Any
 
 from steptool_jax.config import Config
-from steptool_jax.policy import hub, lora, peftfile
+from steptool_jax.policy import hub, peftfile
 from steptool_jax.run import hosts, metrics_writer, restore, workbench
 from steptool_jax.run.workbench import Workbench
 
@@ -30,19 +30,27 @@ def run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
 
 
 def write(bench: Workbench, variables: dict, folded: bool) -> pathlib.Path:
-  """The export itself; replaces an earlier one.
+  """The export itself; replaces an earlier one, which is kept until the new one is whole.
 
   `folded`: SFT's adapters are part of the base by now, so a PEFT adapter alone would not fit the
   model that the user started from and is left out.
   """
   policy = bench.policy
-  out = bench.workdir / "export"
-  params = variables["params"]
-  if policy.lora is not None:
-    params = lora.merge_lora(params, variables["lora"], policy.lora)
-  if hosts.primary() and out.exists():
-    shutil.rmtree(out)
-  hub.save_params(out, policy.model, params, policy.raw_config, source=policy.tokenizer)
+  out, new = bench.workdir / "export", bench.workdir / "export.new"
+  if hosts.primary() and new.exists():  # of an export that was interrupted
+    shutil.rmtree(new)
+  hub.save_params(
+    new,
+    policy.model,
+    variables["params"],
+    policy.raw_config,
+    source=policy.tokenizer,
+    adapters=variables.get("lora"),
+  )
   if policy.lora is not None and not folded:
-    peftfile.save_adapter(out / "adapter", policy.model, variables["lora"], policy.lora)
+    peftfile.save_adapter(new / "adapter", policy.model, variables["lora"], policy.lora)
+  if hosts.primary():
+    if out.exists():
+      shutil.rmtree(out)
+    new.rename(out)
   return out

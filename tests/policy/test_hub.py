@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import resource
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ import pytest
 from fakes import tiny_config
 from jax.sharding import PartitionSpec as P
 
-from steptool_jax.policy import hub, model, sharding
+from steptool_jax.policy import hub, model, sharding, tensorfile
 from steptool_jax.policy.model import RopeScaling
 
 TOKENS = np.random.default_rng(0).integers(0, 61, (2, 24))
@@ -172,6 +173,43 @@ def test_save_refuses_and_leaves_nothing_behind(saved, tmp_path):
   with pytest.raises(FileNotFoundError, match="to take the tokenizer from"):
     hub.save_params(tmp_path / "m", config, params, source=tmp_path / "none")
   assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_refused_before_writing_and_named_while_writing(
+  saved, tmp_path, monkeypatch
+):
+  config, params, _ = saved
+  out = tmp_path / "m"
+  with monkeypatch.context() as patched:
+    patched.setattr(hub.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 7_000}))
+    words = rf"{tmp_path}: the weights need 0.\d+ GB and 0.00 GB are free; make room"
+    with pytest.raises(OSError, match=words):
+      hub.save_params(out, config, params)
+  # Room for all by what the system says, and then no file may grow beyond 16 KiB.
+  soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 14, hard))
+  try:
+    words = r"model-00001-of-\d+.safetensors: could not be written \(.*make room, or choose"
+    with pytest.raises(OSError, match=words):
+      hub.save_params(out, config, params, max_shard_bytes=20_000)
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+  assert list(tmp_path.iterdir()) == []
+  hub.save_params(out, config, params, max_shard_bytes=20_000)
+
+
+def test_blocks_of_a_tensor_are_written_in_order(saved, tmp_path, monkeypatch):
+  config, params, directory = saved
+  monkeypatch.setattr(tensorfile, "BLOCK_BYTES", 7 * 4 * 32)  # 7 rows of the embedding's 61
+  hub.save_params(tmp_path / "m", config, params, max_shard_bytes=20_000)
+  for path in sorted(directory.glob("*.safetensors")):
+    assert (tmp_path / "m" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_adapters_need_their_scale(saved, tmp_path):
+  config, params, _ = saved
+  with pytest.raises(ValueError, match=r"lora_scale: None.*with_lora"):
+    hub.save_params(tmp_path / "m", config, params, adapters={"layers": {}})
 
 
 def copy(directory, tmp_path):

@@ -60,6 +60,14 @@ def test_merged_equals_unmerged_and_off_equals_base(params, adapters):
   np.testing.assert_array_equal(off, base)
 
 
+def test_merged_on_the_way_out_equals_merged_and_written(params, adapters, tmp_path):
+  merged = lora.merge_lora(params, adapters, LORA)
+  config = lora.with_lora(CONFIG, LORA)
+  hub.save_params(tmp_path / "m", config, params, adapters=adapters)
+  loaded = hub.load_params(tmp_path / "m", CONFIG)
+  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), loaded, merged)
+
+
 def test_one_projection_by_hand():
   # scale = 6 / 2 = 3: kernel 0 + 3 * [[1], [2]] [[10, 20]] for rank 1 + a zero row.
   config = lora.LoraConfig(rank=2, alpha=6.0, targets=("q",))

@@ -148,7 +148,7 @@ def test_evaluate_reads_the_newest_checkpoint(tmp_path, compiled):
     evaluate.run(config, tmp_path)
 
 
-def test_an_sft_run_with_adapters_exports_its_adapter(tmp_path, compiled):
+def test_an_sft_run_with_adapters_exports_its_adapter(tmp_path, compiled, monkeypatch):
   config = tiny.replace(config_of("lora_sft", compiled), algorithm="sft")
   trained = train.run(config, tmp_path)
   assert {"pass_rate_base", "pass_rate_sft"} <= trained.keys()
@@ -156,6 +156,16 @@ def test_an_sft_run_with_adapters_exports_its_adapter(tmp_path, compiled):
   summary = export.run(config, tmp_path)
   assert (summary["phase"], summary["iterations"]) == ("sft", 1)
   assert (tmp_path / "export/adapter/adapter_config.json").exists()
+
+  # A full disk: what was exported before is kept.
+  written = {path: path.read_bytes() for path in (tmp_path / "export").rglob("*.*")}
+  full = type("Usage", (), {"free": 7_000})
+  monkeypatch.setattr(hub.shutil, "disk_usage", lambda path: full)
+  with pytest.raises(OSError, match=r"the weights need .* GB are free; make room"):
+    export.run(config, tmp_path)
+  assert {path: path.read_bytes() for path in (tmp_path / "export").rglob("*.*")} == written
+  assert len(written) > 5
+  assert not list(tmp_path.glob("*export.new*"))
 
 
 def test_export_and_evaluate_without_what_they_need(tmp_path):
