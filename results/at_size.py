@@ -10,12 +10,15 @@ devices lie in the host's memory too, 16 GB of it plus what is measured here; st
 4 GiB are available. Writes results/at_size.json and results/at_size.md.
 
 What is measured, every 5 ms in a thread: RssAnon of /proc/self/status (memory that is this
-process's alone: heap, Python, XLA) less the bytes of all arrays laid out over the mesh just then
-(jax.live_arrays; a slice on its way to a device counts for the host until its array is complete).
-Python, jax and compiled programs are in it. Mapped pages of files (RssFile: the source's tensors,
-libraries) are not: they are the page cache's, and the kernel takes them back without writing. They
-are reported apart. The peak of VmRSS as the kernel keeps it (VmHWM), less the finished arrays, is
-reported as a check that misses no moment; it holds the file pages.
+process's alone: heap, Python, XLA) less the bytes of the arrays on the devices just then
+(jax.live_arrays: those laid out over the mesh, and during the import also the finished slices of
+one that is not complete). Python, jax and compiled programs are in it. Mapped pages of files
+(RssFile: the source's tensors, libraries) are not: they are the page cache's, and the kernel takes
+them back without writing. They are reported apart. The peak of VmRSS as the kernel keeps it
+(VmHWM), less the arrays at the end, misses no moment; it holds the file pages. The steps run with
+MALLOC_MMAP_THRESHOLD_ = 1 MiB: fake devices take their memory from malloc, which would keep what
+they free for later (1.0 GiB in an export of 2 layers), and a real device frees nothing of the host.
+A step that is done (WORKDIR/<step>.json) is not done again.
 """
 
 import argparse
@@ -43,6 +46,7 @@ SHAPES = {
 }
 FULL_LAYERS, FULL_SHARD = 32, 5_000_000_000
 RANK, ALPHA = 16, 32.0
+STEPS = ("build", "plain", "compare_plain", "merged", "compare_merged")
 HERE = pathlib.Path(__file__).parent
 
 
@@ -78,8 +82,8 @@ def shard_bytes(layers: int) -> int:
   return FULL_SHARD * total // whole
 
 
-def build(workdir: pathlib.Path, layers: int) -> None:
-  """The source, with the safetensors package and none of our writers."""
+def build(workdir: pathlib.Path, layers: int) -> list[int]:
+  """The source, with the safetensors package and none of our writers; sizes of its shards."""
   import numpy as np
   from safetensors.numpy import save_file
 
@@ -105,6 +109,7 @@ def build(workdir: pathlib.Path, layers: int) -> None:
   (out / "model.safetensors.index.json").write_text(text)
   raw = hfconfig.raw_config_of(model_config(layers))
   (out / "config.json").write_text(json.dumps(raw | {"dtype": "bfloat16"}))
+  return [path.stat().st_size for path in sorted(out.glob("model-*"))]
 
 
 class Meter:
@@ -115,10 +120,11 @@ class Meter:
     self.start()
     threading.Thread(target=self._run, daemon=True).start()
 
-  def start(self) -> None:
+  def start(self, pieces: bool = False) -> None:
+    """`pieces`: arrays on one device count too; they are no views of others during an import."""
     pathlib.Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again
     with self._lock:
-      self._begin, self._peak = time.perf_counter(), {}
+      self._begin, self._peak, self._pieces = time.perf_counter(), {}, pieces
     self._sample()
 
   def stop(self) -> dict[str, float]:
@@ -140,7 +146,7 @@ class Meter:
     total = 0
     for array in jax.live_arrays():
       where = array.sharding
-      if not array.is_deleted() and where.num_devices == self._size:
+      if not array.is_deleted() and (self._pieces or where.num_devices == self._size):
         one = math.prod(where.shard_shape(array.shape)) * array.dtype.itemsize
         total += one * where.num_devices
     return total
@@ -179,8 +185,8 @@ def _available() -> int:
   return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
 
 
-def run_step(workdir: pathlib.Path, layers: int, merged: bool) -> None:
-  """In a process with 8 devices: import, then export; prints the figures as JSON."""
+def run_step(workdir: pathlib.Path, layers: int, merged: bool) -> dict:
+  """In a process with 8 devices: import, then export; the figures of both."""
   import jax
   import jax.numpy as jnp
 
@@ -193,7 +199,7 @@ def run_step(workdir: pathlib.Path, layers: int, merged: bool) -> None:
   meter = Meter(mesh.size)
   figures = {"before": meter.stop()}
 
-  meter.start()
+  meter.start(pieces=True)
   params = jax.block_until_ready(hub.load_params(workdir / "source", config, mesh))
   figures["import"] = meter.stop()
   adapters = None
@@ -216,7 +222,7 @@ def run_step(workdir: pathlib.Path, layers: int, merged: bool) -> None:
   if merged:
     hub.save_adapter(out / "adapter", config, adapters, settings)
   figures["merged export" if merged else "export"] = meter.stop()
-  print(json.dumps(figures))
+  return figures
 
 
 def compare(workdir: pathlib.Path, layers: int, merged: bool) -> dict:
@@ -248,22 +254,24 @@ def compare(workdir: pathlib.Path, layers: int, merged: bool) -> dict:
     else:
       np.testing.assert_array_equal(ours.view(np.uint16), theirs.view(np.uint16), err_msg=name)
       equal += 1
+  shutil.rmtree(out)  # there is no room for all three
   return {"bit_equal_tensors": equal, "merged_tensors": near, "largest_difference": worst}
 
 
 def child(workdir: pathlib.Path, layers: int, step: str) -> dict:
-  flags = "--xla_force_host_platform_device_count=8"
-  env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PJRT_NPROC": "32"}
-  command = [sys.executable, __file__, f"--workdir={workdir}", f"--layers={layers}"]
-  done = subprocess.run([*command, f"--step={step}"], env=env, stdout=subprocess.PIPE, text=True)
-  if done.returncode:
-    raise RuntimeError(f"step {step} ended with {done.returncode}")
-  lines = done.stdout.strip().splitlines()
-  return json.loads(lines[-1]) if lines else {}
+  """What the step writes; a step that is done is not done again."""
+  done = workdir / f"{step}.json"
+  if not done.exists():
+    flags = "--xla_force_host_platform_device_count=8"
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PJRT_NPROC": "32"}
+    env["MALLOC_MMAP_THRESHOLD_"] = str(2**20)
+    command = [sys.executable, __file__, f"--workdir={workdir}", f"--layers={layers}"]
+    subprocess.run([*command, f"--step={step}"], env=env, check=True)
+  return json.loads(done.read_text())
 
 
 def report(summary: dict) -> str:
-  compared, merged = summary["compared"]["export"], summary["compared"]["merged"]
+  compared, merged = summary["compared"]["plain"], summary["compared"]["merged"]
 
   def gib(size):
     return f"{size / GIB:.2f}"
@@ -312,30 +320,28 @@ def main() -> None:
   parser.add_argument("--workdir", type=pathlib.Path, required=True)
   parser.add_argument("--layers", type=int, default=FULL_LAYERS)
   parser.add_argument("--out", type=pathlib.Path, default=HERE / "at_size.json")
-  parser.add_argument("--step", choices=["build", "plain", "merged"])
+  parser.add_argument("--step", choices=STEPS)
   args = parser.parse_args()
-  if args.step == "build":
-    return build(args.workdir, args.layers)
   if args.step:
-    return run_step(args.workdir, args.layers, args.step == "merged")
+    if args.step == "build":
+      figures = build(args.workdir, args.layers)
+    elif args.step.startswith("compare"):
+      figures = compare(args.workdir, args.layers, args.step == "compare_merged")
+    else:
+      figures = run_step(args.workdir, args.layers, args.step == "merged")
+    (args.workdir / f"{args.step}.json").write_text(json.dumps(figures))
+    return
 
-  child(args.workdir, args.layers, "build")
+  shards = child(args.workdir, args.layers, "build")
   steps, compared = {}, {}
-  for step, folder in (("plain", "export"), ("merged", "merged")):
-    figures = child(args.workdir, args.layers, step)
-    if step == "merged":
-      figures = {f"{key}, second process": value for key, value in figures.items()} | {
-        "merged export": figures["merged export"]
-      }
-      figures.pop("merged export, second process")
-    steps |= figures
-    compared[folder] = compare(args.workdir, args.layers, step == "merged")
-    shutil.rmtree(args.workdir / folder)
+  for step in ("plain", "merged"):
+    for key, value in child(args.workdir, args.layers, step).items():
+      steps[f"{key}, second process" if key in steps else key] = value
+    compared[step] = child(args.workdir, args.layers, f"compare_{step}")
 
   from steptool_jax.policy.tensorfile import num_bytes
 
   entries = entries_of(args.layers)
-  shards = [path.stat().st_size for path in sorted((args.workdir / "source").glob("model-*"))]
   layer = sum(num_bytes(*entry) for name, entry in entries.items() if ".layers.0." in name)
   gate = args.layers * num_bytes(*entries["model.layers.0.mlp.gate_proj.weight"])
   device_shard = max(gate, num_bytes(*entries["lm_head.weight"])) // 8
@@ -353,6 +359,8 @@ def main() -> None:
     "compared": compared,
   }
   shutil.rmtree(args.workdir / "source")
+  for step in STEPS:
+    (args.workdir / f"{step}.json").unlink()
   args.out.write_text(json.dumps(summary, indent=2) + "\n")
   args.out.with_suffix(".md").write_text(report(summary))
   print(report(summary))

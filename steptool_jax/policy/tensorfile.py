@@ -26,9 +26,7 @@ DTYPES = {
 }
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 MAX_HEADER = 100_000_000  # the limit of the reference implementation
-BLOCK_BYTES = (
-  128 * 2**20
-)  # of a tensor that is written; an 8B model's largest in a layer is 112 MiB
+BLOCK_BYTES = 128 * 2**20  # written at once; the largest tensor in a layer of an 8B has 112 MiB
 
 # A tensor to be written: anything whose rows can be cut out, tensor[start:stop], in order.
 Rows = Any
