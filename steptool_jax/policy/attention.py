@@ -37,7 +37,7 @@ def attend(
   if platform() == "tpu":
     from steptool_jax.policy import splash  # Pallas takes a second to import
 
-    return splash.attend(q_BTHh, k_BTKh, v_BTKh, segment_ids_BT)
+    return splash.attend(q_BTHh, k_BTKh, v_BTKh, segment_ids_BT, name=ATTENTION)
   B, T, H, h = q_BTHh.shape
   K = k_BTKh.shape[2]
   q = (q_BTHh * (h**-0.5)).reshape(B, T, K, H // K, h).transpose(0, 2, 3, 1, 4)

@@ -13,7 +13,6 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 from jax.sharding import PartitionSpec as P
 
-from steptool_jax.policy.attention import ATTENTION
 from steptool_jax.policy.sharding import AXES, ROWS, rows_divide
 
 BLOCKS = (512, 256, 128)  # the largest that divides the padded row is taken
@@ -25,9 +24,14 @@ def attend(
   v_BTKh: jax.Array,
   segment_ids_BT: jax.Array,
   *,
+  name: str = "",
   interpret: bool = False,
 ) -> jax.Array:
-  """As attention.attend; `interpret` runs the kernel's Python on any platform, for tests."""
+  """As attention.attend.
+
+  name: for remat policies, of what the backward pass reads. interpret: runs the kernel's Python on
+  any platform, for tests.
+  """
   T, h = q_BTHh.shape[1], q_BTHh.shape[3]
   pad = -T % BLOCKS[-1]
 
@@ -37,7 +41,7 @@ def attend(
   inputs = (heads_first(q_BTHh * (h**-0.5)), heads_first(k_BTKh), heads_first(v_BTKh))
   # Padding is a segment of its own behind everything, so it sees itself and nothing sees it.
   segments_BT = jnp.pad(segment_ids_BT, ((0, 0), (0, pad)))
-  run = functools.partial(_attend, interpret=interpret)
+  run = functools.partial(_attend, name=name, interpret=interpret)
   mesh = jax.sharding.get_abstract_mesh()
   if not mesh.empty and mesh.axis_names == AXES:
     rows = ROWS if rows_divide(q_BTHh.shape[0], mesh) else None
@@ -49,8 +53,8 @@ def attend(
   return run(*inputs, segments_BT)[:, :, :T].swapaxes(1, 2)
 
 
-def _attend(q_BHTh, k_BKTh, v_BKTh, segments_BT, *, interpret):
-  program = _kernel(q_BHTh.shape[1], q_BHTh.shape[2], interpret)
+def _attend(q_BHTh, k_BKTh, v_BKTh, segments_BT, *, name, interpret):
+  program = _kernel(q_BHTh.shape[1], q_BHTh.shape[2], name, interpret)
   return jax.vmap(lambda q, k, v, s: program(q, k, v, kernel.SegmentIds(s, s)))(
     q_BHTh, k_BKTh, v_BKTh, segments_BT
   )
@@ -61,7 +65,7 @@ def block_size(length: int) -> int:
   return next(block for block in BLOCKS if length % block == 0)
 
 
-def _kernel(heads: int, length: int, interpret: bool):
+def _kernel(heads: int, length: int, name: str, interpret: bool):
   block = block_size(length)
   names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
   return kernel.make_splash_mha(
@@ -69,7 +73,7 @@ def _kernel(heads: int, length: int, interpret: bool):
     block_sizes=kernel.BlockSizes(**{f"block_{name}": block for name in names}),
     head_shards=1,
     q_seq_shards=1,
-    residual_checkpoint_name=ATTENTION,
+    residual_checkpoint_name=name or None,
     interpret=interpret,
   )
 

@@ -7,15 +7,18 @@ import pytest
 import tiny
 from test_train import scripted
 
-from steptool_jax.run import workbench
+from steptool_jax.run import learning, workbench
+from steptool_jax.run.progress import Progress
 from steptool_jax.types import Status
 
 PRICES = {"environment__market__prices": True}
 
 
 def test_log_probs_of_the_sampler_that_are_not_finite_skip_the_update(tmp_path):
-  trainer, runner = scripted(tiny.make(train__max_skipped=3), tmp_path, broken=())
-  trainer.skipped_in_a_row = 0
+  config = tiny.make(train__max_skipped=3)
+  trainer, runner = scripted(config, tmp_path, broken=())
+  guard = counting(config, trainer.progress)
+  trainer.learning.count_skipped = guard.count_skipped
   decode = trainer.bench.engine.decode
 
   def broken(*args):
@@ -30,22 +33,28 @@ def test_log_probs_of_the_sampler_that_are_not_finite_skip_the_update(tmp_path):
       RuntimeError, match=r"3 updates .* because of .*sampler's log-probs are not"
     ):
       trainer._iteration()
-    assert (trainer.learnt, trainer.state) == ([], None)
+    assert trainer.learnt == []
     assert trainer.progress.skipped == 3
     trainer.bench.engine.decode = decode
     trainer._iteration()
   assert len(trainer.learnt) == 8
 
 
-def test_a_finite_update_ends_a_row_of_skipped_ones(tmp_path):
-  trainer, _ = scripted(tiny.make(train__max_skipped=2), tmp_path, broken=())
-  trainer.skipped_in_a_row = 0
+def counting(config, progress):
+  """A Learning that only counts."""
+  guard = object.__new__(learning.Learning)
+  guard.config, guard.progress, guard.skipped_in_a_row = config, progress, 0
+  return guard
+
+
+def test_a_finite_update_ends_a_row_of_skipped_ones():
+  guard = counting(tiny.make(train__max_skipped=2), Progress())
   for skipped in (True, False, True, False):
-    trainer._count_skipped(skipped, "x")
-  trainer._count_skipped(True, "x")
-  assert trainer.progress.skipped == 3
+    guard.count_skipped(skipped, "x")
+  guard.count_skipped(True, "x")
+  assert guard.progress.skipped == 3
   with pytest.raises(RuntimeError, match="2 updates in a row were skipped, .* because of x"):
-    trainer._count_skipped(True, "x")
+    guard.count_skipped(True, "x")
 
 
 # --- Eq. 2 and filters behind the rollout ---
