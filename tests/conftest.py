@@ -14,6 +14,17 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK}".strip()
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
 
+# Files that take minutes come first, so that none of them is left over for one process in the end.
+LONG = (
+  *("test_multihost", "test_offline", "test_resume", "test_algorithm_runs", "test_export"),
+  "test_devices",
+)
+
+
+def pytest_collection_modifyitems(items):
+  items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
+
+
 @pytest.fixture(scope="session")
 def shared():
   """The folder that holds stabletoolbench/ and steptool/; the test is skipped without it."""
