@@ -1,6 +1,9 @@
 """Small real things for tests: a tiny model, random trajectories."""
 
 import os
+import pathlib
+import subprocess
+import sys
 
 import numpy as np
 
@@ -9,6 +12,7 @@ from steptool_jax.policy import engine, model
 from steptool_jax.types import Finish, Malformed, Status, Step, Trajectory
 
 VOCAB = 61
+ROOT = pathlib.Path(__file__).parents[1]
 
 
 def several_devices(count: int) -> dict[str, str]:
@@ -19,6 +23,18 @@ def several_devices(count: int) -> dict[str, str]:
   """
   flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={count}"
   return {"XLA_FLAGS": flags, "PJRT_NPROC": str(4 * count)}
+
+
+def on_devices(count: int, *command: str) -> subprocess.CompletedProcess:
+  """Python with `command`, a file and its arguments, on fake CPU devices; it has to succeed."""
+  paths = [ROOT, ROOT / "tests", pathlib.Path(command[0]).parent, os.environ.get("PYTHONPATH", "")]
+  env = os.environ | several_devices(count) | {"JAX_PLATFORMS": "cpu"}
+  env["PYTHONPATH"] = os.pathsep.join(map(str, paths))
+  done = subprocess.run(
+    [sys.executable, *command], env=env, capture_output=True, text=True, timeout=280, check=False
+  )
+  assert done.returncode == 0, done.stderr[-4000:]
+  return done
 
 
 def tiny_config(**changes) -> model.ModelConfig:

@@ -18,11 +18,11 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from steptool_jax.policy import model
+from steptool_jax.policy.attention import MASKED
 from steptool_jax.policy.sharding import ROWS, mesh_of_rows, spec_for
 
 MAX_BLOCK = 16384  # tokens of the vocabulary worked on at a time
 MIN_BLOCK = 2048  # an odd vocabulary, which has no such divisor, is one block
-MASKED = -1e30
 
 
 @dataclasses.dataclass(frozen=True)

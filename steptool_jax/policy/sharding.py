@@ -155,24 +155,26 @@ def _same(x: jax.Array) -> jax.Array:
 
 
 def constrain(x: jax.Array, spec: PartitionSpec) -> jax.Array:
-  """Pins the layout of an intermediate under `jax.set_mesh`; does nothing outside of one."""
+  """Pins the layout of an intermediate under `jax.set_mesh`.
+
+  Does nothing outside of one, nor where a dimension does not divide over its axes.
+  """
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or mesh.axis_names != AXES or set(mesh.axis_types) != {AxisType.Auto}:
     return x
-  return jax.lax.with_sharding_constraint(x, spec)
+  return jax.lax.with_sharding_constraint(x, spec) if _divides(x.shape, spec, mesh) else x
 
 
 def constrain_rows(x: jax.Array, sequence: bool = False) -> jax.Array:
-  """Keeps activations sharded by rows; a number of rows that does not divide is left alone.
+  """Keeps activations sharded by rows.
 
   Without it the partitioner may follow the fsdp axis of a weight and gather activations instead.
-  sequence: positions lie over `tensor`, so that what the backward pass keeps is stored once.
+  sequence: positions lie over `tensor` where they divide, so that what the backward pass keeps is
+  stored once.
   """
-  mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty or not rows_divide(x.shape[0], mesh):
-    return x
-  if sequence and mesh.shape.get("tensor", 1) > 1 and x.shape[1] % mesh.shape["tensor"] == 0:
-    return constrain(x, P(ROWS, "tensor"))
+  spread = P(ROWS, "tensor")
+  if sequence and _divides(x.shape, spread, jax.sharding.get_abstract_mesh()):
+    return constrain(x, spread)
   return constrain(x, P(ROWS))
 
 
@@ -181,23 +183,26 @@ def constrain_features(x: jax.Array, axis: str) -> jax.Array:
 
   For one token a slot: so few activations travel to the weights, instead of all weights to them.
   """
-  mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty or x.shape[-1] % mesh.shape.get(axis, 1) or x.shape[0] % mesh.shape.get("data", 1):
-    return x
   return constrain(x, P("data", *(None,) * (x.ndim - 2), axis))
 
 
 def constrain_heads(x: jax.Array) -> jax.Array:
-  """Queries, keys or values [N, C, H, h] as the cache lies; heads that do not divide are left."""
-  mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty or not rows_divide(x.shape[0], mesh) or x.shape[2] % mesh.shape.get("tensor", 1):
-    return x
+  """Queries, keys or values [N, C, H, h] as the cache lies."""
   return constrain(x, P(ROWS, None, "tensor"))
 
 
 def rows_divide(rows: int, mesh: Any) -> bool:
   """Whether so many rows split evenly over the mesh's row axes."""
-  return rows % math.prod(mesh.shape.get(axis, 1) for axis in ROWS) == 0
+  return _divides((rows,), P(ROWS), mesh)
+
+
+def _divides(shape: tuple[int, ...], spec: PartitionSpec, mesh: Any) -> bool:
+  """Whether every dimension splits evenly over its axes; the mesh may be without some of them."""
+  for size, axes in zip(shape, spec, strict=False):
+    names = (axes,) if isinstance(axes, str) else axes or ()
+    if size % math.prod(mesh.shape.get(name, 1) for name in names):
+      return False
+  return True
 
 
 def mesh_of_rows(rows: int) -> Any:

@@ -29,7 +29,6 @@ from steptool_jax.run import build, hlo, learners, metrics_writer, roofline
 from steptool_jax.types import TokenBatch, TrainState
 
 GIB = 2**30
-SPARE = 0.1  # of the chip's memory, which a run should leave free
 LISTED = 5  # largest buffers that are named
 APPEND_TOKENS = 1024  # the chunk that append is compiled for, at most
 STOP_IDS = 4

@@ -4,9 +4,7 @@ tracemalloc counts NumPy's memory and not the devices' (XLA's) nor mapped files;
 devices is counted by jax.live_arrays. results/at_size.py measures the same at 8B.
 """
 
-import os
 import pathlib
-import subprocess
 import sys
 import tracemalloc
 from unittest import mock
@@ -14,22 +12,16 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
-from fakes import several_devices, tiny_config
+from fakes import on_devices, tiny_config
 
 from steptool_jax.policy import hub, lora, model, sharding, tensorfile
 
-ROOT = pathlib.Path(__file__).parents[2]
 SHARD = 30_000_000
 SMALL = 4_000_000  # what Python itself needs: traces, names, caches
 
 
 def test_the_host_holds_a_block_and_not_the_model(tmp_path):
-  env = os.environ | several_devices(8) | {"JAX_PLATFORMS": "cpu"}
-  env["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-  command = [sys.executable, __file__, str(tmp_path)]
-  done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
-  assert done.returncode == 0, done.stderr[-4000:]
-  assert "the bounds hold" in done.stdout
+  assert "the bounds hold" in on_devices(8, __file__, str(tmp_path)).stdout
 
 
 def _on_eight_devices(directory: pathlib.Path) -> None:

@@ -1,10 +1,8 @@
 """Mesh, table, and 8 fake devices (in a process of their own: the count is fixed at start)."""
 
 import math
-import os
 import pathlib
 import re
-import subprocess
 import sys
 
 import jax
@@ -12,13 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from fakes import several_devices, tiny_config
+from fakes import on_devices, tiny_config
 from jax.sharding import PartitionSpec as P
 
 from steptool_jax.learning import vocabulary
 from steptool_jax.policy import hub, lora, model, sharding
-
-ROOT = pathlib.Path(__file__).parents[2]
 
 
 def test_every_parameter_adapter_and_moment_has_a_rule():
@@ -96,11 +92,7 @@ def test_meshes_that_do_not_work(axes, words):
 
 
 def test_eight_devices_equal_one(tmp_path):
-  env = os.environ | several_devices(8) | {"JAX_PLATFORMS": "cpu"}
-  env["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-  command = [sys.executable, __file__, str(tmp_path)]
-  done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
-  assert done.returncode == 0, done.stderr[-4000:]
+  done = on_devices(8, __file__, str(tmp_path))
   assert "8 devices agree" in done.stdout
   assert "Involuntary full rematerialization" not in done.stderr
 

@@ -1,9 +1,11 @@
 """The TPU kernel, interpreted, against the XLA attention: values, gradients, and its FLOPs."""
 
+import functools
+
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_attention import assert_agree
 
 from steptool_jax.policy import attention, sharding, splash
 
@@ -16,19 +18,9 @@ def test_equals_xla_with_segments(length):
   k, v = (jax.random.normal(key, (2, length, 2, 32)) for key in keys[2:])
   segments = np.zeros((2, length), np.int32)
   segments[0, :90], segments[0, 90:140] = 1, 2
-  interpreted = lambda *arrays: splash.attend(*arrays, interpret=True)  # noqa: E731
-
-  def both(function):
-    def value(q, k, v):
-      return jnp.sum(weight * jnp.sin(function(q, k, v, segments)))
-
-    return jax.jit(jax.value_and_grad(value, argnums=(0, 1, 2)))(q, k, v)
-
-  def close(a, b):
-    np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5)
-
+  interpreted = functools.partial(splash.attend, interpret=True)
   with jax.set_mesh(sharding.make_mesh(devices=jax.devices()[:1])):
-    jax.tree.map(close, both(interpreted), both(attention.attend))
+    assert_agree(interpreted, attention.attend, (q, k, v), segments, weight)
 
 
 def test_flops_of_the_kernels_by_hand():
