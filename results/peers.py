@@ -90,7 +90,7 @@ def export_model(folder: pathlib.Path) -> int:
   from steptool_jax.policy import hub, model
 
   config = model.ModelConfig(
-    family="llama",
+    family="qwen2",  # tunix's PPO cannot run its own Llama 3
     vocab_size=VOCAB,
     hidden_size=HIDDEN,
     intermediate_size=HIDDEN * 8 // 3 // 64 * 64 + 64,
@@ -98,7 +98,8 @@ def export_model(folder: pathlib.Path) -> int:
     num_heads=HIDDEN // 64,
     num_kv_heads=HIDDEN // 128,
     head_dim=64,
-    rope_theta=1e6,  # tunix's Llama knows no other
+    rope_theta=1e6,
+    qkv_bias=True,
   )
   params = model.init_params(config, jax.random.key(0))
   hub.save_params(folder, config, params)

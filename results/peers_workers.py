@@ -103,17 +103,18 @@ def ours_update(work: dict, folder: pathlib.Path) -> None:
   config.model.dtype = config.model.param_dtype = "float32"
   config.model.remat, config.lora.rank, config.data.behaviour = "none", 0, "current"
   config.train.row_tokens, config.train.micro_rows = -(-longest // 128) * 128, 1
+  config.rollout.max_tokens = config.train.row_tokens
   config = validate(config)
   t, c = config.train, config.loss
   settings = (t.epochs, config.advantage.gamma, config.advantage.lam, c.clip_low, c.value_coef)
   assert settings == (EPOCHS, GAMMA, LAM, CLIP, VALUE_COEF), settings
   assert (c.kl_coef, t.optimizer.learning_rate) == (KL, RATE)
-  architecture = hub.load_config(folder / "model")
+  architecture, _ = hub.load_config(folder / "model")
   variables = {"params": hub.load_params(folder / "model", architecture)}
   learner = learners.build_learner(config, architecture, "steptool", 1)
   state = update.init_state(learner, *lora.split_variables(variables), KL)
   prepare, step = update.compile_programs(learner)
-  mesh = jax.make_mesh((1, 1, 1), ("data", "fsdp", "tensor"))
+  mesh = jax.sharding.Mesh(np.array(jax.devices()).reshape(1, 1, 1), ("data", "fsdp", "tensor"))
 
   def action(repetition: int) -> dict[str, Any]:
     nonlocal state
@@ -138,7 +139,7 @@ def ours_rollout(work: dict, folder: pathlib.Path) -> None:
   from steptool_jax.policy import engine as engine_lib
   from steptool_jax.policy import hub
 
-  config = hub.load_config(folder / "model")
+  config, _ = hub.load_config(folder / "model")
   variables = {"params": hub.load_params(folder / "model", config)}
   slots = len(work["prompts"])
   engine = engine_lib.make_engine(config, slots, work["size"], max(work["answers"]))
@@ -251,9 +252,9 @@ class Ids:
     return 0
 
 
-def _llama(folder: pathlib.Path) -> Any:
+def _model(folder: pathlib.Path) -> Any:
   import jax.numpy as jnp
-  from tunix.models.llama3 import model, params
+  from tunix.models.qwen2 import model, params
 
   raw = json.loads((folder / "model" / "config.json").read_text())
   config = model.ModelConfig(
@@ -301,11 +302,11 @@ def tunix_update(work: dict, folder: pathlib.Path) -> None:
 
   roles = rl_cluster.Role
   mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("fsdp", "tp"))
-  actor, size = _llama(folder), len(work["batches"][0])
+  actor, size = _model(folder), len(work["batches"][0])
   cluster = rl_cluster.RLCluster(
     actor=actor,
     critic=utils.create_critic_model(actor),
-    reference=_llama(folder),
+    reference=_model(folder),
     tokenizer=Ids(),
     cluster_config=rl_cluster.ClusterConfig(
       role_to_mesh=dict.fromkeys((roles.ACTOR, roles.CRITIC, roles.REFERENCE, roles.ROLLOUT), mesh),
@@ -365,7 +366,7 @@ def tunix_update(work: dict, folder: pathlib.Path) -> None:
 def tunix_rollout(work: dict, folder: pathlib.Path) -> None:
   from tunix.generate import sampler as sampler_lib
 
-  model = _llama(folder)
+  model = _model(folder)
   a = model.config
   # Its prompts are padded to a power of two.
   size = 1 << (work["size"] - 1).bit_length()
