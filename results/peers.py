@@ -26,7 +26,7 @@ import numpy as np
 
 HERE = pathlib.Path(__file__).parent
 LAYERS, HIDDEN, VOCAB = 4, 256, 4096
-BATCH, BATCHES = 8, 3
+BATCH, BATCHES = 8, 1
 SLOTS, TURNS, PROMPT, OBSERVATION, ANSWER = 8, 6, 256, (17, 60), (16, 32)
 
 
@@ -112,7 +112,7 @@ class Worker:
   def __init__(self, python: str, library: str, benchmark: str, folder: pathlib.Path):
     paths = [str(HERE.parent), os.environ.get("PYTHONPATH", "")]
     environment = {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "JAX_PLATFORMS": "cpu"}
-    log = (folder / f"{library}_{benchmark}.log").open("w")
+    log = (folder / f"{pathlib.Path(python).parts[-3]}_{library}_{benchmark}.log").open("w")
     command = [python, str(HERE / "peers_workers.py"), library, benchmark, str(folder)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": log, "text": True}
     self.process = subprocess.Popen(command, env=os.environ | environment, **pipes)
@@ -147,9 +147,10 @@ def compare(
   raw: dict[str, list[dict[str, Any]]] = {name: [] for name in workers}
   ratios: dict[str, list[float]] = {name: [] for name in peers}
   first = {name: worker.repeat() for name, worker in workers.items()}
+  print(benchmark, "first", {name: f["seconds"] for name, f in first.items()}, flush=True)
   for _ in range(repeats):
     for name in peers:
-      pair = [workers[n].repeat() for n in ("ours", name)]
+      pair = [workers[n].repeat() | {"load": os.getloadavg()[0]} for n in ("ours", name)]
       raw["ours"].append(pair[0])
       raw[name].append(pair[1])
       ratios[name].append(pair[1]["seconds"] / pair[0]["seconds"])
@@ -184,8 +185,8 @@ def main() -> None:
     results = {
       "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
       "parameters": parameters,
-      "update": compare("update", ours | {"trl": (args.trl, "trl")} | tunix, folder, args.repeats),
       "rollout": compare("rollout", ours | hf | tunix, folder, args.repeats),
+      "update": compare("update", ours | {"trl": (args.trl, "trl")} | tunix, folder, args.repeats),
       "rows": rows,
     }
   args.out.write_text(json.dumps(results, indent=1) + "\n")
