@@ -183,15 +183,15 @@ def main() -> None:
     ours, tunix = {"ours": (sys.executable, "ours")}, {"tunix": (args.tunix, "tunix")}
     hf = {"transformers": (args.trl, "hf")} | ({"newer": (args.hf, "hf")} if args.hf else {})
     results = {
-      "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
+      "machine": f"{platform.machine()}, {os.cpu_count()} cores",
       "parameters": parameters,
-      "rollout": compare("rollout", ours | hf | tunix, folder, args.repeats),
-      "update": compare("update", ours | {"trl": (args.trl, "trl")} | tunix, folder, args.repeats),
       "rows": rows,
     }
-  args.out.write_text(json.dumps(results, indent=1) + "\n")
-  for benchmark in ("update", "rollout"):
-    print(benchmark, results[benchmark]["median_ratio"])
+    benchmarks = {"rollout": ours | hf | tunix, "update": ours | {"trl": (args.trl, "trl")} | tunix}
+    for benchmark, pythons in benchmarks.items():
+      results[benchmark] = compare(benchmark, pythons, folder, args.repeats)
+      print(benchmark, results[benchmark]["median_ratio"], flush=True)
+      args.out.write_text(json.dumps(results) + "\n")
 
 
 if __name__ == "__main__":
