@@ -102,7 +102,7 @@ def ours_update(work: dict, folder: pathlib.Path) -> None:
   config = steptool_offline.get_config()
   config.model.dtype = config.model.param_dtype = "float32"
   config.model.remat, config.lora.rank, config.data.behaviour = "none", 0, "current"
-  config.train.row_tokens, config.train.micro_rows = -(-longest // 128) * 128, 1
+  config.train.row_tokens, config.train.micro_rows = 1 << (longest - 1).bit_length(), 1
   config.rollout.max_tokens = config.train.row_tokens
   config = validate(config)
   t, c = config.train, config.loss
