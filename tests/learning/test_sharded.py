@@ -1,14 +1,24 @@
-"""8 fake devices (mesh 2x2x2) prepare and update as one device does: groups, pairs, critic."""
+r"""8 fake devices (mesh 2x2x2) prepare and update as one device does: groups, pairs, critic.
+
+Every algorithm of the table, by hand:
+
+    JAX_PLATFORMS=cpu XLA_FLAGS=--xla_force_host_platform_device_count=8 PJRT_NPROC=32 \
+      PYTHONPATH=.:tests:tests/learning python tests/learning/test_sharded.py all
+"""
 
 import functools
+import sys
 
 import numpy as np
+
+
+KINDS = ("grpo", "eto", "archer")
 
 
 def test_eight_devices_equal_one():
   import fakes
 
-  assert fakes.on_devices(8, __file__).stdout.split() == ["grpo", "eto", "archer"]
+  assert fakes.on_devices(8, __file__, *KINDS).stdout.split() == list(KINDS)
 
 
 def _batch(name):
@@ -74,20 +84,21 @@ def _updated(name, mesh):
     return jax.device_get((new.trainable, new.target)), signal, jax.device_get(params)
 
 
-def _main():
+def _main(names):
   import jax
 
+  from steptool_jax.learning import algorithms
   from steptool_jax.policy import sharding
 
   assert jax.device_count() == 8
-  for name in ("grpo", "eto", "archer"):
+  for name in algorithms.ALGORITHMS if names == ["all"] else names:
     one = _updated(name, sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1]))
     eight = _updated(name, sharding.make_mesh(2, 2, 2))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), one, eight)
     moved = np.abs(one[0][0]["params"]["embed"]["embedding"] - one[2]["embed"]["embedding"]).max()
     assert moved > 1e-3, "an empty comparison"
-    print(name)
+    print(name, flush=True)
 
 
 if __name__ == "__main__":
-  _main()
+  _main(sys.argv[1:])
