@@ -11,7 +11,6 @@ import sys
 
 import numpy as np
 
-
 KINDS = ("grpo", "eto", "archer")
 
 
