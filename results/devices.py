@@ -1,0 +1,106 @@
+"""Step time on 1 to 8 fake devices: what laying the update out over a mesh costs.
+
+    python results/devices.py
+
+The same update (one optimizer step of --mode=bench's batch, steptool, float32) on the same cores
+with 1, 2, 4 and 8 fake CPU devices, each mesh in a process of its own. The work is the same, so a
+ratio of 1 would be a layout that costs nothing; memory and links of a real slice are not in it
+(results/compile.md has those). Writes results/devices.md.
+"""
+
+import json
+import os
+import pathlib
+import statistics
+import subprocess
+import sys
+
+ROOT = pathlib.Path(__file__).parents[1]
+MESHES = ((1, 1), (2, 1), (1, 2), (4, 1), (1, 4), (8, 1), (1, 8))  # data, fsdp
+ROUNDS, REPEATS = 2, 3
+
+
+def measure(data: int, fsdp: int) -> list[float]:
+  """Seconds of each repetition; compilation is not in them."""
+  import time
+
+  import jax
+  import numpy as np
+
+  from configs import quickstart
+  from steptool_jax.learning import batching, update
+  from steptool_jax.policy import model, sharding
+  from steptool_jax.run import bench, learners
+  from steptool_jax.validation import validate
+
+  config = validate(quickstart.get_config())
+  architecture = bench._architecture(config.bench)
+  mesh = sharding.make_mesh(data, fsdp)
+  rng = np.random.default_rng(0)
+  packed = batching.pack(
+    [bench._trajectory(rng, config.bench) for _ in range(8)], config.bench.tokens
+  )
+  learner = learners.build_learner(config, architecture, "steptool")
+  with jax.set_mesh(mesh):
+    variables = {"params": model.init_params(architecture, jax.random.key(0))}
+    state = learners.start_phase(config, mesh, learner, variables)
+    prepare, step = update.compile_programs(learner)
+    prepared, _ = prepare(state, learners.to_device(packed, 8, 1, mesh), np.int32(1))
+    seconds = []
+    for _ in range(2 + REPEATS):  # the second may compile for the layout of the first's result
+      started = time.perf_counter()
+      state, metrics = step(state, prepared, np.int32(1))
+      jax.block_until_ready((state, metrics))
+      seconds.append(time.perf_counter() - started)
+  return seconds[2:]
+
+
+def apart(data: int, fsdp: int) -> list[float]:
+  """`measure` in a process with data x fsdp fake devices."""
+  count = data * fsdp
+  flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={count}"
+  paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+  env = {"XLA_FLAGS": flags, "PJRT_NPROC": str(4 * count), "JAX_PLATFORMS": "cpu"}
+  done = subprocess.run(
+    [sys.executable, __file__, str(data), str(fsdp)],
+    env=os.environ | env | {"PYTHONPATH": os.pathsep.join(paths)},
+    stdout=subprocess.PIPE,
+    text=True,
+    check=True,
+  )
+  return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+  raw: dict[tuple[int, int], list[float]] = {mesh: [] for mesh in MESHES}
+  for _ in range(ROUNDS):  # rounds, so that the machine's mood hits all
+    for mesh in MESHES:
+      raw[mesh] += apart(*mesh)
+      print(mesh, [round(s, 2) for s in raw[mesh]], flush=True)
+  alone = statistics.median(raw[1, 1])
+  lines = [
+    f"| {d * f} | {d} | {f} | {statistics.median(s):.2f} | {statistics.median(s) / alone:.2f} | "
+    f"{min(s):.2f} to {max(s):.2f} |"
+    for (d, f), s in raw.items()
+  ]
+  (ROOT / "results" / "devices.md").write_text(HEAD + "\n".join(lines) + "\n")
+
+
+HEAD = f"""# Step time on 1 to 8 fake devices
+
+    python results/devices.py
+
+One optimizer step of `--mode=bench`'s batch (8 rows of 512 tokens, 29.9M parameters, float32) on
+two CPU cores that act as 1 to 8 devices. The work is the same throughout, so 1.00 would be a layout
+that costs nothing; there are no links and no memories of their own here (`compile.md` counts those
+for real slices). Medians of {ROUNDS * REPEATS} in {ROUNDS} rounds.
+
+| devices | data | fsdp | seconds | over one device | range |
+|---|---|---|---|---|---|
+"""
+
+if __name__ == "__main__":
+  if len(sys.argv) > 1:
+    print(json.dumps(measure(*map(int, sys.argv[1:]))))
+  else:
+    main()
