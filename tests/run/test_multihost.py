@@ -22,7 +22,11 @@ from steptool_jax.data.trajectories import AnnotatedTrajectory, read_trajectorie
 from steptool_jax.learning import batching
 from steptool_jax.run import checkpoint, hosts, train
 
-MESH = ("--config.mesh.data=2", "--config.mesh.fsdp=2")
+ITERATIONS = 2
+FLAGS = (
+  *("--config.mesh.data=2", "--config.mesh.fsdp=2"),
+  f"--config.train.iterations={ITERATIONS}",
+)
 PROCESSES = int(os.environ.get("STEPTOOL_PROCESSES", "2"))
 PATIENCE_S, END_S = 200, 100  # on a machine with other work
 
@@ -35,7 +39,11 @@ def pod():
 
 @pytest.fixture(scope="module")
 def flags(compiled):
-  return (*MESH, f"--config.compilation_cache={compiled}")
+  return (*FLAGS, f"--config.compilation_cache={compiled}")
+
+
+def one_process(compiled):
+  return tiny.make("calls", compilation_cache=compiled, train__iterations=ITERATIONS)
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +68,7 @@ def alone(compiled, tmp_path_factory):
 
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(train.workbench, "collect", recording)
-    train.run(tiny.make("calls", compilation_cache=compiled), workdir)
+    train.run(one_process(compiled), workdir)
   return workdir, rolled
 
 
@@ -180,7 +188,7 @@ def test_killed_and_preempted_processes_go_on_bit_equal_and_on_another_mesh(
 
   # Their checkpoint goes on in one process with one device.
   assert checkpoint.numbers(other_mesh)[0] < checkpoint.numbers(whole)[0]
-  train.run(tiny.make("calls", compilation_cache=compiled), other_mesh)
+  train.run(one_process(compiled), other_mesh)
   assert_close(arrays(other_mesh)[1], arrays(whole)[1])
 
 
@@ -230,7 +238,7 @@ def test_a_corrupt_newest_checkpoint_costs_one_iteration(alone, compiled, tmp_pa
   files = [p for p in (workdir / f"checkpoints/{newest}/state").rglob("*") if p.is_file()]
   torn = max(files, key=lambda path: path.stat().st_size)
   torn.write_bytes(torn.read_bytes()[: torn.stat().st_size // 2])
-  train.run(tiny.make("calls", compilation_cache=compiled), workdir)
+  train.run(one_process(compiled), workdir)
   assert f"checkpoints/{newest} is corrupt and not used" in caplog.text
   assert_bit_equal(workdir, whole)
 

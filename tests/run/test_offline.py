@@ -1,6 +1,7 @@
 """--mode=train on stored trajectories."""
 
 import collections
+import contextlib
 import dataclasses
 import json
 import types
@@ -44,7 +45,7 @@ def folder(tmp_path_factory, rows):
   return out
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def offline_config(folder, compiled):
   def make(**changes):
     changes = {"data__path": str(folder / "rows.csv")} | changes
@@ -53,13 +54,13 @@ def offline_config(folder, compiled):
   return make
 
 
-@pytest.fixture
-def prepared(monkeypatch):
-  """Every batch that `prepare` made, [B, T] each."""
+@contextlib.contextmanager
+def recording():
+  """Every batch that `prepare` makes meanwhile, [B, T] each."""
   found = []
   compile_programs = learning.update.compile_programs
 
-  def recording(learner):
+  def with_recorded(learner):
     prepare, update = compile_programs(learner)
 
     def recorded(*args):
@@ -69,8 +70,26 @@ def prepared(monkeypatch):
 
     return recorded, update
 
-  monkeypatch.setattr(learning.update, "compile_programs", recording)
-  return found
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(learning.update, "compile_programs", with_recorded)
+    yield found
+
+
+@pytest.fixture
+def prepared():
+  with recording() as found:
+    yield found
+
+
+ADAPTIVE = {"checkpoint__every": 2, "loss__kl_adaptive": True}
+
+
+@pytest.fixture(scope="module")
+def whole(offline_config, tmp_path_factory):
+  """(summary, workdir, batches) of two passes that nobody stopped."""
+  workdir = tmp_path_factory.mktemp("whole")
+  with recording() as found:
+    return train.run(offline_config(**ADAPTIVE), workdir), workdir, found
 
 
 def segments(batch):
@@ -123,16 +142,16 @@ def test_rewards_and_advantages_of_the_level(level, rows, offline_config, prepar
   assert found == collections.Counter({k: 2 * n for k, n in wanted.items()})
 
 
-def test_a_run_over_stored_rows(offline_config, tmp_path):
-  summary = train.run(offline_config(), tmp_path)
-  assert json.loads((tmp_path / "summary.json").read_text()) == summary
+def test_a_run_over_stored_rows(whole):
+  summary, workdir, _ = whole
+  assert json.loads((workdir / "summary.json").read_text()) == summary
   assert (summary["iterations"], summary["conversations"]) == (6, 20)  # 4, 4, 2; twice
   data = summary["data"]
   assert (data["total"], data["kept"], data["recorded_logprobs"], data["passes"]) == (10, 10, 0, 2)
   assert data["left_out"] == {"too_long": 0, "infrastructure_error": 0, "no_steps": 0}
   assert summary["heldout_tasks"] == 0
   assert not any(name.startswith("pass_rate") for name in summary)
-  records = read_jsonl(tmp_path / "metrics.jsonl")
+  records = read_jsonl(workdir / "metrics.jsonl")
   assert len(records) == 6
   assert all(np.isfinite(list(r.values())).all() for r in records)
   assert records[0]["train/sampler_gap"] < 1e-4
@@ -140,8 +159,8 @@ def test_a_run_over_stored_rows(offline_config, tmp_path):
   assert not any("heldout" in name for r in records for name in r)
 
 
-def test_old_logprobs_are_those_of_the_start_in_every_pass(offline_config, prepared, tmp_path):
-  train.run(offline_config(), tmp_path)
+def test_old_logprobs_are_those_of_the_start_in_every_pass(whole):
+  _, _, prepared = whole
   passes = by_trajectory(prepared, "old_logprobs")
   assert [len(found) for found in passes.values()] == [2] * 10
   reference = by_trajectory(prepared, "ref_logprobs")  # the policy before training
@@ -247,12 +266,8 @@ def test_an_outcome_algorithm_sees_the_last_reward_only(rows, folder, offline_co
   assert found == [list(r.rewards) for r in rows]
 
 
-def test_a_resumed_run_is_bit_equal(offline_config, monkeypatch, tmp_path):
-  config = offline_config(checkpoint__every=2, loss__kl_adaptive=True)
-  whole, cut = tmp_path / "whole", tmp_path / "cut"
-  for workdir in (whole, cut):
-    workdir.mkdir()
-  train.run(config, whole)
+def test_a_resumed_run_is_bit_equal(whole, offline_config, monkeypatch, tmp_path):
+  config = offline_config(**ADAPTIVE)
   check_stop = train._Trainer._check_stop
 
   def stop_at_three(self):
@@ -262,10 +277,10 @@ def test_a_resumed_run_is_bit_equal(offline_config, monkeypatch, tmp_path):
 
   with monkeypatch.context() as patched:
     patched.setattr(train._Trainer, "_check_stop", stop_at_three)
-    assert train.run(config, cut)["interrupted"] is True
-  assert saved(cut)[1]["done"] == 3
-  assert train.run(config, cut)["interrupted"] is False
-  assert_same_run(cut, whole)
+    assert train.run(config, tmp_path)["interrupted"] is True
+  assert saved(tmp_path)[1]["done"] == 3
+  assert train.run(config, tmp_path)["interrupted"] is False
+  assert_same_run(tmp_path, whole[1])
 
 
 def test_other_data_are_refused_at_a_resume(rows, folder, offline_config, monkeypatch, tmp_path):
@@ -460,6 +475,8 @@ def test_the_released_rows_train_for_two_passes(shared, prepared, compiled, tmp_
     compiled,
     1664,
     model__architecture__vocab_size=3000,
+    model__architecture__num_layers=1,
+    model__architecture__num_heads=2,
     data__path=pattern,
     data__batch=8,
     train__optimizer__learning_rate=1e-3,
