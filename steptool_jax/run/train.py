@@ -24,6 +24,7 @@ from steptool_jax.run import (
   build,
   export,
   hosts,
+  maintenance,
   metrics_writer,
   offline,
   progress,
@@ -76,6 +77,7 @@ def run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
   c = config.checkpoint
   with (
     workbench.Stop().listening() as stop,
+    maintenance.watched(stop.request),
     workbench.open_workbench(config, workdir, stop) as b,
     Checkpoints(workdir, c.keep, c.keep_best) as checkpoints,
   ):

@@ -31,8 +31,8 @@ EVALUATION = -1  # the policy version of evaluation rollouts: the same keys at e
 class Stop:
   """Set by SIGTERM (and the first Ctrl-C); asked at every safe point.
 
-  A preemption or a maintenance event of the host is announced by SIGTERM too. On several processes
-  the answers are exchanged wherever it is asked, so that all stop at the same point.
+  In training also by a notice that the host will go away (maintenance.py). On several processes the
+  answers are exchanged wherever it is asked, so that all stop at the same point.
   """
 
   def __init__(self):
@@ -41,17 +41,20 @@ class Stop:
   def __call__(self) -> bool:
     return self.requested
 
+  def request(self) -> None:
+    self.requested = True
+
   @contextlib.contextmanager
   def listening(self) -> Iterator["Stop"]:
-    def request(number, frame):
+    def handle(number, frame):
       del frame
-      self.requested = True
+      self.request()
       if number == signal.SIGINT:
         signal.signal(number, before[number])  # the second one ends the run at once
 
     before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
     for number in before:
-      signal.signal(number, request)
+      signal.signal(number, handle)
     try:
       yield self
     finally:
