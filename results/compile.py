@@ -14,6 +14,7 @@ import subprocess
 import sys
 
 ROOT = pathlib.Path(__file__).parents[1]
+PROGRAMS = 4  # prepare, update, append, decode
 FULL = (
   *("lora.rank=0", "model.param_dtype=float32", "train.optimizer.first_moment=bfloat16"),
   "rollout.slots=32",
@@ -67,15 +68,20 @@ def main() -> None:
 
   def run(cell: tuple) -> None:
     home = args.workdir / folder(cell)
-    if not (home / "done").exists():
+    if len(reports(home)) < PROGRAMS:
       home.mkdir(parents=True, exist_ok=True)
       with (home / "log.txt").open("w") as log:
         subprocess.run(command(cell, home), cwd=ROOT, stdout=log, stderr=log, check=False)
-      (home / "done").touch()
 
   with concurrent.futures.ThreadPoolExecutor(args.parallel) as pool:
     for _ in pool.map(run, CELLS):
       write(args.workdir)
+
+
+def reports(home: pathlib.Path) -> dict:
+  """What the mode has written so far; it exits with an error where a program does not fit too."""
+  summary = home / "summary.json"
+  return json.loads(summary.read_text()) if summary.exists() else {}
 
 
 def folder(cell: tuple) -> str:
@@ -97,16 +103,13 @@ def write(workdir: pathlib.Path) -> None:
 
   found, parts = {}, [HEAD]
   for cell in CELLS:
-    summary = workdir / folder(cell) / "summary.json"
-    if not summary.exists():
+    done = reports(workdir / folder(cell))
+    if not done:
       parts.append(f"## {', '.join(cell[:3])}\n\nNot compiled yet.\n")
       continue
-    reports = json.loads(summary.read_text())
-    found[folder(cell)] = reports
+    found[folder(cell)] = done
     fields = " ".join(f"--config.{field}" for field in cell[3])
-    parts.append(
-      f"## {', '.join(cell[:3])}\n\n`{fields or 'as the config is'}`\n\n{table(reports)}\n"
-    )
+    parts.append(f"## {', '.join(cell[:3])}\n\n`{fields or 'as the config is'}`\n\n{table(done)}\n")
   (ROOT / "results" / "compile.json").write_text(json.dumps(found, indent=1) + "\n")
   (ROOT / "results" / "compile.md").write_text("\n".join(parts))
 

@@ -230,9 +230,8 @@ def useful_flops(
 def _adapter_size(policy: AbstractPolicy) -> int:
   if policy.lora is None:
     return 0
-  adapters = jax.eval_shape(
-    functools.partial(lora.init_lora, policy.model, policy.lora), jax.random.key(0)
-  )
+  # The key is made inside: outside it would be an array, and the mesh's devices are not there.
+  adapters = jax.eval_shape(lambda: lora.init_lora(policy.model, policy.lora, jax.random.key(0)))
   return sum(x.size for x in jax.tree.leaves(adapters))
 
 

@@ -240,7 +240,7 @@ def test_a_real_slice(tmp_path):
   """In a process of its own, because libtpu stays in it."""
   command = [
     *(sys.executable, "-m", "steptool_jax.main", "--mode=compile", f"--workdir={tmp_path}"),
-    *(f"--config={tiny.ROOT}/tests/run/tiny.py", "--config.model.path=/not/here"),
+    *(f"--config={tiny.ROOT}/tests/run/tiny.py:lora", "--config.model.path=/not/here"),
     *("--config.mesh.fsdp=-1", "--config.mesh.data=1"),
   ]
 
