@@ -109,7 +109,10 @@ def write(workdir: pathlib.Path) -> None:
       continue
     found[folder(cell)] = done
     fields = " ".join(f"--config.{field}" for field in cell[3])
-    parts.append(f"## {', '.join(cell[:3])}\n\n`{fields or 'as the config is'}`\n\n{table(done)}\n")
+    rest = "" if len(done) == PROGRAMS else "\nThe other programs are not compiled yet.\n"
+    parts.append(
+      f"## {', '.join(cell[:3])}\n\n`{fields or 'as the config is'}`\n\n{table(done)}\n{rest}"
+    )
   (ROOT / "results" / "compile.json").write_text(json.dumps(found, indent=1) + "\n")
   (ROOT / "results" / "compile.md").write_text("\n".join(parts))
 
