@@ -9,13 +9,12 @@ ratio of 1 would be a layout that costs nothing; memory and links of a real slic
 """
 
 import json
-import os
 import pathlib
 import statistics
-import subprocess
 import sys
 
 ROOT = pathlib.Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "tests"))
 MESHES = ((1, 1), (2, 1), (1, 2), (4, 1), (1, 4), (8, 1), (1, 8))  # data, fsdp
 ROUNDS, REPEATS = 2, 3
 
@@ -34,11 +33,11 @@ def measure(data: int, fsdp: int) -> list[float]:
   from steptool_jax.validation import validate
 
   config = validate(quickstart.get_config())
-  architecture = bench._architecture(config.bench)
+  architecture = bench.build_architecture(config.bench)
   mesh = sharding.make_mesh(data, fsdp)
   rng = np.random.default_rng(0)
   packed = batching.pack(
-    [bench._trajectory(rng, config.bench) for _ in range(8)], config.bench.tokens
+    [bench.make_trajectory(rng, config.bench) for _ in range(8)], config.bench.tokens
   )
   learner = learners.build_learner(config, architecture, "steptool")
   with jax.set_mesh(mesh):
@@ -57,17 +56,9 @@ def measure(data: int, fsdp: int) -> list[float]:
 
 def apart(data: int, fsdp: int) -> list[float]:
   """`measure` in a process with data x fsdp fake devices."""
-  count = data * fsdp
-  flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={count}"
-  paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
-  env = {"XLA_FLAGS": flags, "PJRT_NPROC": str(4 * count), "JAX_PLATFORMS": "cpu"}
-  done = subprocess.run(
-    [sys.executable, __file__, str(data), str(fsdp)],
-    env=os.environ | env | {"PYTHONPATH": os.pathsep.join(paths)},
-    stdout=subprocess.PIPE,
-    text=True,
-    check=True,
-  )
+  from fakes import on_devices
+
+  done = on_devices(data * fsdp, __file__, str(data), str(fsdp))
   return json.loads(done.stdout.splitlines()[-1])
 
 

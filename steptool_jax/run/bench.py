@@ -36,7 +36,7 @@ def run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
     padding = _packing(bench)
     single = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1), bench.mesh.axis_names)
   with jax.set_mesh(single):
-    architecture = _architecture(config.bench)
+    architecture = build_architecture(config.bench)
     summary = {"mode": "bench", "device": jax.devices()[0].device_kind}
     summary |= _update(config, architecture)
     summary |= _engine(config.bench, architecture)
@@ -45,7 +45,8 @@ def run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
   return summary
 
 
-def _architecture(b: Bench) -> model.ModelConfig:
+def build_architecture(b: Bench) -> model.ModelConfig:
+  """The decoder that the benchmarks run."""
   return model.ModelConfig(
     family="llama",
     vocab_size=b.vocab_size,
@@ -81,7 +82,7 @@ def _update(config: Config, architecture: model.ModelConfig) -> dict[str, Any]:
   state = update.init_state(learner, *lora.split_variables({"params": params}), 0.05)
   parameters = sum(x.size for x in jax.tree.leaves(params))
   rng = np.random.default_rng(0)
-  trajectories = [_trajectory(rng, b) for _ in range(b.trajectories)]
+  trajectories = [make_trajectory(rng, b) for _ in range(b.trajectories)]
   packed = batching.pack(trajectories, b.tokens)
   batch = jax.tree.map(lambda x: jnp.asarray(x)[None], packed)
   prepare, step = update.compile_programs(learner)
@@ -111,7 +112,7 @@ def _update(config: Config, architecture: model.ModelConfig) -> dict[str, Any]:
   }
 
 
-def _trajectory(rng: np.random.Generator, b: Bench) -> Trajectory:
+def make_trajectory(rng: np.random.Generator, b: Bench) -> Trajectory:
   """`b.tokens` packed tokens: a prompt, then steps of 24 sampled and 40 observed tokens."""
 
   def ids(n: int) -> np.ndarray:

@@ -48,17 +48,16 @@ def _watch(host: str, announce: Callable[[], None], over: threading.Event) -> No
     while True:
       try:
         found = {name: client.get(name).raise_for_status().text.strip() for name in _SIGNS}
+        answered = True
       except httpx.HTTPError as error:
         if not answered:
           logging.info("maintenance notices are not watched: %s gives none (%s)", host, error)
           return
         found = {}
-      else:
-        answered = True
-      for name, value in found.items():
-        if value == _SIGNS[name]:
-          logging.warning("this host is about to go away (%s: %s)", name, value)
-          announce()
-          return
+      notices = [f"{name}: {value}" for name, value in found.items() if value == _SIGNS[name]]
+      if notices:
+        logging.warning("this host is about to go away (%s)", ", ".join(notices))
+        announce()
+        return
       if over.wait(PERIOD_S):
         return
