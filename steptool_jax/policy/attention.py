@@ -14,8 +14,8 @@ from jax.ad_checkpoint import checkpoint_name
 from steptool_jax.policy.sharding import platform
 
 CACHE_BLOCK = 128  # cache positions that one pass of the cached attention reads
-QUERY_BLOCK = 128  # at least so many queries a pass; at most MAX_PASSES passes a row
-MAX_PASSES = 8
+CPU_BLOCK = 128  # tokens of a packed row that are worked on together, at most
+BLOCK = 512  # the same on a GPU, which wants few large products
 ATTENTION = "attention"  # name, for remat policies, of what attention's backward pass reads
 MASKED = -1e30  # finite, so that a fully masked block stays free of NaN
 
@@ -40,83 +40,114 @@ def attend(
     return splash.attend(q_BTHh, k_BTKh, v_BTKh, segment_ids_BT, name=ATTENTION)
   B, T, H, h = q_BTHh.shape
   K = k_BTKh.shape[2]
-  q = (q_BTHh * (h**-0.5)).reshape(B, T, K, H // K, h).transpose(0, 2, 3, 1, 4)
-  k, v = k_BTKh.swapaxes(1, 2), v_BTKh.swapaxes(1, 2)
+  blocks = -(-T // (CPU_BLOCK if platform() == "cpu" else BLOCK))
+  size = -(-T // blocks)
+
+  def in_blocks(x_BTXh):
+    """[blocks, B, K, X / K * size, h]; padding is of segment 0, which only padding sees."""
+    x = jnp.pad(x_BTXh, ((0, 0), (0, blocks * size - T), (0, 0), (0, 0)))
+    x = x.reshape(B, blocks, size, K, -1, h).transpose(1, 0, 3, 4, 2, 5)
+    return x.reshape(blocks, B, K, -1, h)
+
   # Folded into the products, the transposes cost more than the products (XLA on CPU).
-  q, k, v = lax.optimization_barrier((q, k, v))
-  out = lax.optimization_barrier(_attend(q, k, v, segment_ids_BT))
-  return out.transpose(0, 3, 1, 2, 4).reshape(B, T, H, h)
+  q, k, v = lax.optimization_barrier(tuple(map(in_blocks, (q_BTHh * (h**-0.5), k_BTKh, v_BTKh))))
+  segments = jnp.pad(segment_ids_BT, ((0, 0), (0, blocks * size - T)))
+  out = _attend(q, k, v, segments.reshape(B, blocks, size).swapaxes(0, 1))
+  out = lax.optimization_barrier(out).reshape(blocks, B, K, H // K, size, h)
+  return out.transpose(1, 0, 4, 2, 3, 5).reshape(B, blocks * size, H, h)[:, :T]
 
 
-def _passes(length: int) -> list[tuple[int, int]]:
-  """Query ranges. A range sees no key behind its end, which saves almost half of the work."""
-  block = QUERY_BLOCK * max(1, -(-length // (MAX_PASSES * QUERY_BLOCK)))
-  return [(start, min(start + block, length)) for start in range(0, length, block)]
+# In blocks: n blocks of s tokens; R = G * s, the queries of a block that share a key-value head.
+# A block of queries works on the blocks of keys from the first that one of them sees to its own, so
+# that packed trajectories do not pay for each other, and what it works on stays in a core's cache.
 
 
-def _scores(q_BKGth, k_BKsh, segments_BT, start):
-  """float32[B, K, G, t, s] for queries from `start` on and keys from 0 on, masked."""
-  B, K, G, t, h = q_BKGth.shape
-  s = k_BKsh.shape[2]
-  at_t, at_s = start + jnp.arange(t), jnp.arange(s)
-  same = segments_BT[:, start : start + t, None] == segments_BT[:, None, :s]
-  seen = same & (at_t[:, None] >= at_s)
+def _first_seen(segments_nBs):
+  """int32[n]: no row's queries of block i see a key of a block before first_seen[i].
+
+  Segments are compared by their smallest and largest id in a block, padding's counting as the
+  largest of all: exact for packed rows, never too late for any.
+  """
+  ids = jnp.where(segments_nBs == 0, jnp.iinfo(jnp.int32).max, segments_nBs)
+  least, most = ids.min(axis=-1), ids.max(axis=-1)
+  overlap = (least[:, None] <= most) & (least <= most[:, None])
+  return jnp.argmax(overlap.any(axis=-1), axis=1).astype(jnp.int32)
+
+
+def _product(a, b):
+  return jnp.matmul(a, b, preferred_element_type=jnp.float32)
+
+
+def _scores(q_BKRh, k_BKsh, segments_nBs, i, j):
+  """float32[B, K, R, s] of the queries of block i and the keys of block j, masked."""
+  size = k_BKsh.shape[2]
+  at = jnp.arange(size)
+  same = segments_nBs[i][:, :, None] == segments_nBs[j][:, None, :]
+  seen = same & ((i * size + at)[:, None] >= j * size + at)
   # Added, and made once for all heads: a select inside of the softmax triples its time on CPU.
-  bias = lax.optimization_barrier(jnp.where(seen, 0.0, MASKED))
-  scores = jnp.matmul(
-    q_BKGth.reshape(B, K, G * t, h), k_BKsh.swapaxes(2, 3), preferred_element_type=jnp.float32
-  )
-  return scores.reshape(B, K, G, t, s) + bias[:, None, None]
+  bias_Bss = lax.optimization_barrier(jnp.where(seen, 0.0, MASKED))
+  scores = _product(q_BKRh, k_BKsh.swapaxes(2, 3))
+  parted = (*scores.shape[:2], -1, size, size)
+  return (scores.reshape(parted) + bias_Bss[:, None, None]).reshape(scores.shape)
 
 
 @jax.custom_vjp
-def _attend(q_BKGTh, k_BKTh, v_BKTh, segments_BT):
-  return _attend_forward(q_BKGTh, k_BKTh, v_BKTh, segments_BT)[0]
+def _attend(q_nBKRh, k_nBKsh, v_nBKsh, segments_nBs):
+  return _attend_forward(q_nBKRh, k_nBKsh, v_nBKsh, segments_nBs)[0]
 
 
 def _attend_forward(q, k, v, segments):
-  B, K, G, T, h = q.shape
-  out, log_total = [], []
-  for start, stop in _passes(T):
-    scores = _scores(q[:, :, :, start:stop], k[:, :, :stop], segments, start)
-    top = scores.max(axis=-1, keepdims=True)
-    probs = jnp.exp(scores - top)
-    total = probs.sum(axis=-1, keepdims=True)
-    probs = probs.astype(v.dtype).reshape(B, K, -1, stop)
-    part = jnp.matmul(probs, v[:, :, :stop], preferred_element_type=jnp.float32)
-    out.append((part.reshape(B, K, G, stop - start, h) / total).astype(q.dtype))
-    log_total.append(top + jnp.log(total))
-  out = checkpoint_name(jnp.concatenate(out, axis=3), ATTENTION)
-  log_total = checkpoint_name(jnp.concatenate(log_total, axis=3), ATTENTION)
+  """With a running softmax, and for the backward pass the logarithm of its sum."""
+  blocks, *lead, h = q.shape
+
+  def queries(block):
+    i, first, q_i = block
+
+    def keys(j, carry):
+      top, total, out = carry
+      scores = _scores(q_i, k[j], segments, i, j)
+      new_top = jnp.maximum(top, scores.max(axis=-1, keepdims=True))
+      probs = jnp.exp(scores - new_top)
+      decay = jnp.exp(top - new_top)
+      part = _product(probs.astype(v.dtype), v[j])
+      return new_top, total * decay + probs.sum(axis=-1, keepdims=True), out * decay + part
+
+    start = (jnp.full((*lead, 1), MASKED), jnp.zeros((*lead, 1)), jnp.zeros((*lead, h)))
+    top, total, out = lax.fori_loop(first, i + 1, keys, start)
+    return (out / total).astype(q.dtype), top + jnp.log(total)
+
+  out, log_total = lax.map(queries, (jnp.arange(blocks), _first_seen(segments), q))
+  out, log_total = checkpoint_name(out, ATTENTION), checkpoint_name(log_total, ATTENTION)
   return out, (q, k, v, segments, out, log_total)
 
 
 def _attend_backward(residuals, d_out):
   """Probabilities are computed again: kept, they would be most of the memory of a step."""
   q, k, v, segments, out, log_total = residuals
-  B, K, _, T, h = q.shape
   d_total = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(axis=-1, keepdims=True)
-  d_q = []
-  d_k, d_v = jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
 
-  def product(a, b):
-    return jnp.matmul(a, b, preferred_element_type=jnp.float32)
+  def queries(carry, block):
+    i, first, q_i, d_out_i, log_total_i, d_total_i = block
 
-  for start, stop in _passes(T):
-    part = slice(start, stop)
-    d_o = d_out[:, :, :, part].reshape(B, K, -1, h)
-    scores = _scores(q[:, :, :, part], k[:, :, :stop], segments, start)
-    probs = jnp.exp(scores - log_total[:, :, :, part])
-    d_probs = product(d_o, v[:, :, :stop].swapaxes(2, 3)).reshape(probs.shape)
-    d_scores = probs * (d_probs - d_total[:, :, :, part])
-    probs = probs.astype(q.dtype).reshape(B, K, -1, stop)
-    d_scores = d_scores.astype(q.dtype).reshape(B, K, -1, stop)
-    d_q.append(product(d_scores, k[:, :, :stop]).reshape(B, K, -1, stop - start, h))
-    queries = q[:, :, :, part].reshape(B, K, -1, h)
-    d_k = d_k.at[:, :, :stop].add(product(d_scores.swapaxes(2, 3), queries))
-    d_v = d_v.at[:, :, :stop].add(product(probs.swapaxes(2, 3), d_o))
-  d_q = jnp.concatenate(d_q, axis=3)
-  return d_q.astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype), None
+    def keys(j, carry):
+      d_q, d_k, d_v = carry
+      probs = jnp.exp(_scores(q_i, k[j], segments, i, j) - log_total_i)
+      d_scores = probs * (_product(d_out_i, v[j].swapaxes(2, 3)) - d_total_i)
+      probs, d_scores = probs.astype(q.dtype), d_scores.astype(q.dtype)
+      d_k = d_k.at[j].add(_product(d_scores.swapaxes(2, 3), q_i))
+      d_v = d_v.at[j].add(_product(probs.swapaxes(2, 3), d_out_i))
+      return d_q + _product(d_scores, k[j]), d_k, d_v
+
+    start = (jnp.zeros(q_i.shape, jnp.float32), *carry)
+    d_q, *carry = lax.fori_loop(first, i + 1, keys, start)
+    return tuple(carry), d_q.astype(q.dtype)
+
+  start = (jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32))
+  (d_k, d_v), d_q = lax.scan(
+    *(queries, start),
+    (jnp.arange(len(q)), _first_seen(segments), q, d_out, log_total, d_total),
+  )
+  return d_q, d_k.astype(k.dtype), d_v.astype(v.dtype), None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)

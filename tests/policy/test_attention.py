@@ -9,29 +9,33 @@ from steptool_jax.policy import attention
 
 
 def oracle(q, k, v, segments):
-  """Token by token, head by head."""
+  """Token by token."""
   B, T, H, h = q.shape
-  group = H // k.shape[2]
+  k, v = (jnp.repeat(x, H // x.shape[2], axis=2) for x in (k, v))
   rows = []
   for b in range(B):
     for t in range(T):
-      seen = [s for s in range(t + 1) if segments[b, s] == segments[b, t]]
-      for head in range(H):
-        keys = jnp.stack([k[b, s, head // group] for s in seen])
-        values = jnp.stack([v[b, s, head // group] for s in seen])
-        rows.append(jax.nn.softmax(keys @ q[b, t, head] / np.sqrt(h)) @ values)
+      seen = np.array([s for s in range(t + 1) if segments[b, s] == segments[b, t]])
+      probs = jax.nn.softmax(jnp.einsum("shd,hd->hs", k[b, seen], q[b, t]) / np.sqrt(h))
+      rows.append(jnp.einsum("hs,shd->hd", probs, v[b, seen]))
   return jnp.stack(rows).reshape(B, T, H, h)
 
 
 @pytest.mark.parametrize("block", [128, 4])
-def test_values_and_gradients(block, monkeypatch):
-  monkeypatch.setattr(attention, "QUERY_BLOCK", block)
+@pytest.mark.parametrize(
+  "segments",
+  [
+    [[1, 1, 1, 1, 1, 2, 2, 2, 0, 0], [1] * 10],
+    [[3, 1, 1, 3, 0, 2, 2, 1, 3, 0], [0] * 10],  # not as rows are packed
+  ],
+)
+def test_values_and_gradients(segments, block, monkeypatch):
+  monkeypatch.setattr(attention, "CPU_BLOCK", block)
   keys = jax.random.split(jax.random.key(0), 4)
-  q, weight = (jax.random.normal(key, (1, 10, 4, 6)) for key in keys[:2])
-  k, v = (jax.random.normal(key, (1, 10, 2, 6)) for key in keys[2:])
-  segments = np.array([[1, 1, 1, 1, 1, 2, 2, 2, 0, 0]])
+  q, weight = (jax.random.normal(key, (2, 10, 4, 6)) for key in keys[:2])
+  k, v = (jax.random.normal(key, (2, 10, 2, 6)) for key in keys[2:])
 
-  assert_agree(attention.attend, oracle, (q, k, v), segments, weight)
+  assert_agree(attention.attend, oracle, (q, k, v), np.array(segments), weight)
 
 
 def assert_agree(one, other, inputs, segments, weight):
@@ -49,11 +53,25 @@ def assert_agree(one, other, inputs, segments, weight):
   jax.tree.map(close, both(one), both(other))
 
 
-def test_passes_cover_every_query_once():
-  assert attention._passes(5) == [(0, 5)]
-  assert attention._passes(300) == [(0, 128), (128, 256), (256, 300)]
-  assert attention._passes(8192) == [(n, n + 1024) for n in range(0, 8192, 1024)]
-  assert attention._passes(1025)[-1] == (1024, 1025)
+def test_first_seen_by_hand():
+  # Two rows in four blocks of two: row 0 changes inside of a block, row 1 between blocks, and
+  # its padding sees padding only. The earlier of the two counts.
+  rows = jnp.array([[[1, 1], [1, 2], [2, 2], [2, 3]], [[1, 1], [1, 1], [2, 2], [0, 0]]])
+  assert attention._first_seen(rows.swapaxes(0, 1)).tolist() == [0, 0, 1, 1]
+  assert attention._first_seen(rows[1:].swapaxes(0, 1)).tolist() == [0, 0, 2, 3]
+
+
+def test_keys_of_another_trajectory_are_not_worked_on(monkeypatch):
+  monkeypatch.setattr(attention, "CPU_BLOCK", 4)
+  k = jnp.ones((1, 12, 1, 2)).at[:, :4].set(jnp.nan)  # masked, NaN would stay NaN
+  segments = jnp.array([[1] * 4 + [2] * 8])
+
+  def tail(q):
+    return attention.attend(q, k, k, segments)[:, 4:].sum()
+
+  value, grad = jax.value_and_grad(tail)(jnp.ones((1, 12, 1, 2)))
+  assert np.isfinite(value)
+  assert np.isfinite(grad[:, 4:]).all()
 
 
 def test_large_scores_stay_finite():

@@ -49,7 +49,7 @@ def test_packed_equals_unpacked():
 
 @pytest.mark.parametrize("block", [128, 4])
 def test_gradients_are_causal_and_stay_in_their_segment(block, monkeypatch):
-  monkeypatch.setattr(attention, "QUERY_BLOCK", block)
+  monkeypatch.setattr(attention, "CPU_BLOCK", block)
   # Every token id occurs once, so that row i of the embedding's gradient belongs to token i.
   length, cut = 11, 5
   segments = jnp.array([[1] * cut + [2] * (length - cut - 2) + [0] * 2])
