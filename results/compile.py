@@ -32,7 +32,7 @@ def context(tokens: int) -> tuple[str, ...]:
   return f"rollout.max_tokens={tokens}", f"train.row_tokens={tokens}", "rollout.slots=32"
 
 
-# (config, topology, what, fields): three topologies of every config, long rows, scaling, the rest.
+# (config, topology, what, fields): three topologies of every config, long rows, scaling, context.
 CELLS = (
   *((name, "v5e:4x4", "full", FULL) for name in BIG),
   *((name, "v5e:2x2", "LoRA", (rows(4), "rollout.slots=16")) for name in BIG),
@@ -46,7 +46,6 @@ CELLS = (
     (*LONG, rows(8), "mesh.fsdp=8", "mesh.tensor=2"),
   ),
   ("llama3_1_8b", "v6e:4x4", "full, 32k", (*FULL, *LONG)),
-  ("llama3_1_8b", "v5p:2x2x4", "full, 32k", (*FULL, *LONG)),
   # Twice the chips with twice the rows and slots; and one slice with longer and longer rows.
   *(
     ("smollm2_135m", size, "scaling", (*SMALL, rows(n), f"rollout.slots={8 * n}"))
@@ -56,7 +55,6 @@ CELLS = (
     ("smollm2_135m", "v5e:2x2", f"LoRA, {n}k", (*SMALL, rows(4), *context(1024 * n)))
     for n in (1, 4, 8, 16, 32)
   ),
-  *((name, "v5e:4x4", "LoRA", ()) for name in BIG),
 )
 
 

@@ -16,8 +16,7 @@ import optax
 from steptool_jax.learning import advantages, critic, losses, segments
 from steptool_jax.learning.algorithms import Algorithm, Hyperparameters
 from steptool_jax.learning.outputs import Outputs, policy_outputs
-from steptool_jax.policy import lora, model
-from steptool_jax.policy.sharding import path_string
+from steptool_jax.policy import lora, model, sharding
 from steptool_jax.types import TokenBatch, TrainState
 
 Metrics = dict[str, jax.Array]
@@ -72,7 +71,7 @@ def _in_compute_dtype(config: model.ModelConfig, trainable: Any) -> Any:
   """Matrices in the compute dtype, which they are only ever read in: no log-prob changes by it."""
 
   def cast(path, x):
-    name = path_string(path)
+    name = sharding.path_string(path)
     matrix = name.endswith(("/kernel", "/embedding"))
     float32 = "value_head/" in name or "critic/" in name
     return x.astype(config.dtype) if matrix and not float32 else x
@@ -297,7 +296,8 @@ def _masked_variance(x_BT, mask_BT):
 
 def compile_programs(learner: Learner) -> tuple[Callable, Callable]:
   """(prepare, update) under jit; the state is donated to update."""
+  jit = functools.partial(jax.jit, compiler_options=sharding.compiler_options())
   return (
-    jax.jit(functools.partial(prepare, learner)),
-    jax.jit(functools.partial(update, learner), donate_argnums=0),
+    jit(functools.partial(prepare, learner)),
+    jit(functools.partial(update, learner), donate_argnums=0),
   )

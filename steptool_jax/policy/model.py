@@ -226,8 +226,7 @@ class _Block(nn.Module):
     rows, length = x.shape[:2]
     residual_scale = 1.0 / (2 * config.num_layers)
     linear = functools.partial(_Linear, config)
-    # One token a slot: the weights stay where they are (constrain_features).
-    alone = cache is not None and length == 1
+    alone = _one_token(x, cache)
     spread = functools.partial(constrain_features, axis="tensor") if alone else lambda x: x
 
     y = _Norm(config, name="attn_norm")(x)
@@ -260,9 +259,14 @@ class _Block(nn.Module):
     return (x, layer + 1, cache), None
 
 
+def _one_token(x: jax.Array, cache: KVCache | None) -> bool:
+  """Whether x [B, T, D] is one token a slot: then the weights stay where they are."""
+  return cache is not None and x.shape[1] == 1
+
+
 def _hidden(x: jax.Array, cache: KVCache | None) -> jax.Array:
   """Hidden states [B, T, D] laid out for training, for a prompt, or for one token a slot."""
-  if cache is not None and x.shape[1] == 1:
+  if _one_token(x, cache):
     return constrain_features(x, "fsdp")
   return constrain_rows(x, sequence=cache is None)
 

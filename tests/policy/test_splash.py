@@ -36,6 +36,7 @@ def test_flops_of_the_kernels_by_hand():
 
 def test_the_platform_is_that_of_the_mesh():
   assert sharding.platform() == jax.default_backend()
+  assert not sharding.compiler_options()
   mesh = jax.sharding.AbstractMesh(
     (1, 1, 1),
     sharding.AXES,
@@ -43,3 +44,4 @@ def test_the_platform_is_that_of_the_mesh():
   )
   with jax.sharding.use_abstract_mesh(mesh):
     assert sharding.platform() == "tpu"
+    assert sharding.compiler_options()

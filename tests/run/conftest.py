@@ -1,7 +1,26 @@
+import functools
 import os
 
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
+
+from steptool_jax.learning import update
+from steptool_jax.policy import engine
+from steptool_jax.run import learners
+
+
+@pytest.fixture(scope="session", autouse=True)
+def traced_once():
+  """Equal runs in one process share their programs: to trace and lower them takes half the time."""
+  keep = functools.lru_cache(maxsize=8)
+  with pytest.MonkeyPatch.context() as patch:
+    for module, name in (
+      (engine, "make_engine"),
+      (learners, "build_learner"),
+      (update, "compile_programs"),
+    ):
+      patch.setattr(module, name, keep(getattr(module, name)))
+    yield
 
 
 @pytest.fixture(scope="session")
