@@ -153,8 +153,30 @@ def _rms_norm(eps: float, x: jax.Array, scale: jax.Array) -> jax.Array:
   return y * scale.astype(jnp.float32)
 
 
-def _gated(gate: jax.Array, up: jax.Array) -> jax.Array:
+def _silu_gate(gate: jax.Array, up: jax.Array) -> jax.Array:
   return jax.nn.silu(gate) * up
+
+
+@jax.custom_vjp
+def _gated(gate: jax.Array, up: jax.Array) -> jax.Array:
+  """silu(gate) * up, computed again in the backward pass.
+
+  Its gradients are written to memory: a TPU would compute them anew for every tile of both products
+  that read them.
+  """
+  return _silu_gate(gate, up)
+
+
+def _gated_forward(gate, up):
+  return _silu_gate(gate, up), (gate, up)
+
+
+def _gated_backward(kept, d_out):
+  _, pull_back = jax.vjp(_silu_gate, *kept)
+  return lax.optimization_barrier(pull_back(d_out))
+
+
+_gated.defvjp(_gated_forward, _gated_backward)
 
 
 class _Norm(nn.Module):
@@ -255,7 +277,7 @@ class _Block(nn.Module):
     gate = linear(config.intermediate_size, name="gate")(y)
     up = linear(config.intermediate_size, name="up")(y)
     down = linear(config.hidden_size, init_scale=residual_scale, name="down")
-    x = _hidden(x + down(spread(_cheap(_gated)(gate, up))), cache)
+    x = _hidden(x + down(spread(_gated(gate, up))), cache)
     return (x, layer + 1, cache), None
 
 
