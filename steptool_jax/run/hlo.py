@@ -11,6 +11,7 @@ import functools
 import math
 import re
 from collections.abc import Iterator, Sequence
+from collections.abc import Set as AbstractSet
 
 BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "bf16": 2, "f16": 2, "f32": 4, "f64": 8}
 BYTES |= {f"{kind}{bits}": bits // 8 for kind in "su" for bits in (8, 16, 32, 64)}
@@ -175,25 +176,29 @@ class _Counter:
     self.named = {name: {i.name: i for i in body} for name, body in self.computations.items()}
 
   def total(self) -> Counts:
-    return self._sequence(self.entry, 0)
+    return self._sequence(self.entry, 0, frozenset())
 
-  def _sequence(self, name: str, depth: int) -> Counts:
-    """A computation whose instructions run one after the other."""
-    counts, seen = Counts(), set()
+  def _sequence(self, name: str, depth: int, begun: AbstractSet[str]) -> Counts:
+    """A computation whose instructions run one after the other.
+
+    begun: channels of collectives that run on in the background when it begins.
+    """
+    counts, seen = Counts(), set(begun)
     for ins in self.computations[name]:
       if ins.opcode == "while":
         trips = self._trip_count(ins, name)
         if trips is None:
           if depth >= len(self.trips):
             raise ValueError(f"HLO: loop {ins.name} has no known bound at depth {depth}")
-          counts.add(self._sequence(ins.attribute("body").strip("%"), depth + 1), self.trips[depth])
+          body = self._sequence(ins.attribute("body").strip("%"), depth + 1, seen)
+          counts.add(body, self.trips[depth])
         else:
-          counts.add(self._sequence(ins.attribute("body").strip("%"), depth), trips)
+          counts.add(self._sequence(ins.attribute("body").strip("%"), depth, seen), trips)
       elif ins.opcode == "conditional":
-        branches = [self._sequence(branch, depth) for branch in _branches(ins)]
+        branches = [self._sequence(branch, depth, seen) for branch in _branches(ins)]
         counts.add(max(branches, key=lambda c: (c.flops, c.hbm_bytes)), 1)
       elif ins.opcode == "call":
-        counts.add(self._sequence(ins.attribute("to_apply").strip("%"), depth), 1)
+        counts.add(self._sequence(ins.attribute("to_apply").strip("%"), depth, seen), 1)
       else:
         self._single(ins, name, counts, seen)
     return counts
@@ -201,6 +206,7 @@ class _Counter:
   def _single(self, ins: Instruction, home: str, counts: Counts, seen: set) -> None:
     called = ins.attribute("calls")
     inner = self.computations[called.strip("%")] if called else ()
+    counts.hbm_bytes += self._traffic(ins, home, inner, seen)
     for each in (ins, *inner):
       where = home if each is ins else called.strip("%")
       counts.flops += self._flops(each, where)
@@ -210,7 +216,6 @@ class _Counter:
     if ins.attribute("custom_call_target") == '"tpu_custom_call"':
       reads = tuple(a for x in ins.operands for a in self.named[home][x].arrays)
       counts.kernels.append(Kernel(ins.name, 1, reads))
-    counts.hbm_bytes += self._traffic(ins, home, inner)
 
   # --- FLOPs ---
 
@@ -248,7 +253,9 @@ class _Counter:
 
   # --- HBM traffic ---
 
-  def _traffic(self, ins: Instruction, home: str, inner: Sequence[Instruction]) -> float:
+  def _traffic(
+    self, ins: Instruction, home: str, inner: Sequence[Instruction], seen: AbstractSet[str]
+  ) -> float:
     target = (ins.attribute("custom_call_target") or "").strip('"')
     if ins.opcode in FREE or ins.opcode.endswith("-done") or target in FREE_TARGETS:
       return 0.0
@@ -256,16 +263,16 @@ class _Counter:
     if ins.opcode.endswith("-start"):  # (operands, results, contexts) in one tuple
       return _hbm(ins.arrays)
     if ins.opcode == "fusion":
-      return self._fusion_traffic(ins, operands, inner)
+      return self._fusion_traffic(ins, operands, inner, seen)
     if ins.opcode in ("dynamic-slice", "slice", "gather"):
       return 2 * _hbm(ins.arrays)
     if ins.opcode == "dynamic-update-slice":
       return 2 * _hbm(operands[1].arrays)
     return _hbm(ins.arrays) + sum(_hbm(x.arrays) for x in operands)
 
-  def _fusion_traffic(self, ins, operands, inner) -> float:
+  def _fusion_traffic(self, ins, operands, inner, seen) -> float:
     """Parameters that are only sliced count as their slices; what is updated in place, as the
-    update."""
+    update; what is passed through, or moved by a collective that was counted before, not at all."""
     order = [i for i in inner if i.opcode == "parameter"]
     total = 0.0
     updated = set()
@@ -276,6 +283,8 @@ class _Counter:
       roots = [named[x] for x in root.operands]
     for array, producer in zip(ins.arrays, roots, strict=False):
       source = _through(producer, named)
+      if producer.opcode == "parameter" or _goes_on(source, seen):
+        continue
       if source.opcode == "dynamic-update-slice":
         total += 2 * sum(a.bytes for a in named[source.operands[1]].arrays if array.space == 0)
         updated.add(_through(named[source.operands[0]], named).name)
@@ -286,7 +295,9 @@ class _Counter:
       if number >= len(operands) or parameter.name in updated:
         continue
       outside = operands[number].arrays
-      users = [i for i in inner if parameter.name in i.operands]
+      users = [i for i in inner if parameter.name in i.operands and i.opcode != "tuple"]
+      if all(_goes_on(i, seen) for i in users):
+        continue
       sliced = ("dynamic-slice", "slice", "gather")
       if users and all(i.opcode in sliced and i.operands[0] == parameter.name for i in users):
         total += sum(a.bytes for i in users for a in i.arrays if outside[0].space == 0)
@@ -332,6 +343,11 @@ class _Counter:
       step += sum(int(c.attributes) for c in constants)
       value = others[0]
     return max(step, 1)
+
+
+def _goes_on(ins: Instruction, seen: AbstractSet[str]) -> bool:
+  """Whether this is a part of a collective that began earlier."""
+  return ins.opcode.removesuffix("-start") in COLLECTIVES and ins.attribute("channel_id") in seen
 
 
 def _through(ins: Instruction, named: dict) -> Instruction:

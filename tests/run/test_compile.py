@@ -82,6 +82,57 @@ def test_counts_by_hand():
   assert counts.hbm_bytes == 3 * turn + (2 * 4 * 8 + 4 * 4) * 4 + (4 * 8 + 16 * 8) * 4
 
 
+# A gather that begins before a loop and goes on inside of it, beside the loop's own work.
+OVERLAPPED = """
+%begin (x: f32[4,8]) -> f32[16,8] {
+  %x = f32[4,8]{1,0} parameter(0)
+  ROOT %first = f32[16,8]{1,0} all-gather(%x), channel_id=7, replica_groups=[1,4]<=[4]
+}
+
+%beside (x: f32[4,8], whole: f32[16,8], i: s32[]) -> (f32[16,8], f32[4,8], s32[]) {
+  %x = f32[4,8]{1,0} parameter(0)
+  %whole = f32[16,8]{1,0} parameter(1)
+  %i = s32[] parameter(2)
+  %one = s32[] constant(1)
+  %next = s32[] add(%i, %one)
+  %more = f32[16,8]{1,0} all-gather(%x), channel_id=7, replica_groups=[1,4]<=[4]
+  ROOT %out = (f32[16,8], f32[4,8], s32[]) tuple(%more, %x, %next)
+}
+
+%body (arg: (s32[], f32[4,8], f32[16,8])) -> (s32[], f32[4,8], f32[16,8]) {
+  %arg = (s32[], f32[4,8], f32[16,8]) parameter(0)
+  %i = s32[] get-tuple-element(%arg), index=0
+  %x = f32[4,8]{1,0} get-tuple-element(%arg), index=1
+  %whole = f32[16,8]{1,0} get-tuple-element(%arg), index=2
+  %work = (f32[16,8], f32[4,8], s32[]) fusion(%x, %whole, %i), kind=kLoop, calls=%beside
+  %next = s32[] get-tuple-element(%work), index=2
+  ROOT %out = (s32[], f32[4,8], f32[16,8]) tuple(%next, %x, %whole)
+}
+
+%condition (arg: (s32[], f32[4,8], f32[16,8])) -> pred[] {
+  %arg = (s32[], f32[4,8], f32[16,8]) parameter(0)
+  %i = s32[] get-tuple-element(%arg), index=0
+  %six = s32[] constant(6)
+  ROOT %less = pred[] compare(%i, %six), direction=LT
+}
+
+ENTRY %main (a: f32[4,8]) -> (s32[], f32[4,8], f32[16,8]) {
+  %a = f32[4,8]{1,0} parameter(0)
+  %start = s32[] constant(0)
+  %whole = f32[16,8]{1,0} fusion(%a), kind=kCustom, calls=%begin
+  %init = (s32[], f32[4,8], f32[16,8]) tuple(%start, %a, %whole)
+  ROOT %loop = (s32[], f32[4,8], f32[16,8]) while(%init), condition=%condition, body=%body
+}
+"""
+
+
+def test_a_collective_beside_a_loop_counts_once():
+  counts = hlo.count(OVERLAPPED)
+  assert counts.collectives == {"all-gather": 3 * 4 * 8 * 4}
+  # The gather reads its shard and writes the whole once; each turn reads and writes its counter.
+  assert counts.hbm_bytes == (4 * 8 + 16 * 8) * 4 + 6 * 2 * 4
+
+
 def test_a_loop_without_a_bound_takes_the_given_one():
   text = TEXT.replace("%six = s32[] constant(6)", "%six = s32[] get-tuple-element(%arg), index=0")
   assert hlo.count(text, (5,)).cycles == 500
