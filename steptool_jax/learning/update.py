@@ -296,8 +296,7 @@ def _masked_variance(x_BT, mask_BT):
 
 def compile_programs(learner: Learner) -> tuple[Callable, Callable]:
   """(prepare, update) under jit; the state is donated to update."""
-  jit = functools.partial(jax.jit, compiler_options=sharding.compiler_options())
   return (
-    jit(functools.partial(prepare, learner)),
-    jit(functools.partial(update, learner), donate_argnums=0),
+    sharding.jit(functools.partial(prepare, learner)),
+    sharding.jit(functools.partial(update, learner), donate_argnums=0),
   )

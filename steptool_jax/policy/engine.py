@@ -298,8 +298,7 @@ def make_engine(
   Slots on several devices have no narrow programs: their rows would have to travel.
   """
   alone = state_sharding is None or state_sharding.length.mesh.size == 1
-  compiled = functools.partial(jax.jit, compiler_options=sharding.compiler_options())
-  jit = functools.partial(compiled, out_shardings=state_sharding)
+  jit = functools.partial(sharding.jit, out_shardings=state_sharding)
   # What was sampled goes to every process.
   out = None
   if state_sharding is not None:
@@ -311,7 +310,7 @@ def make_engine(
     narrow=slots // 4 if alone else 0,
     init=jit(functools.partial(init_state, config, slots, size)),
     append_program=jit(functools.partial(append, config), donate_argnums=1),
-    decode_program=compiled(
+    decode_program=sharding.jit(
       functools.partial(decode, config, max_tokens=chunk, top_k=top_k, top_p=top_p),
       donate_argnums=1,
       out_shardings=out,

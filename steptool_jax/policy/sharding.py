@@ -6,6 +6,7 @@ and the vocabulary. Rows of a batch and slots of the engine lie over (data, fsdp
 
 import math
 import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -224,8 +225,13 @@ def platform() -> str:
   return jax.default_backend()
 
 
+def jit(function: Callable, **options: Any) -> Callable:
+  """jax.jit for a run's programs, with what this platform's compiler is told."""
+  return jax.jit(function, compiler_options=compiler_options(), **options)
+
+
 def compiler_options() -> dict[str, str]:
-  """For jax.jit of a run's programs on this platform.
+  """What this platform's compiler is told.
 
   On TPUs weights are gathered whole for their product. XLA's other way, rings of partial products,
   is unrolled: several times the compile time, for the same estimated speed.

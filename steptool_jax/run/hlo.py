@@ -234,13 +234,9 @@ class _Counter:
 
   def _collective(self, ins: Instruction, home: str, counts: Counts, seen: set) -> None:
     kind = ins.opcode.removesuffix("-start")
-    if kind not in COLLECTIVES:
+    if kind not in COLLECTIVES or _goes_on(ins, seen):
       return
-    # A fused asynchronous collective is written once in each fusion that it overlaps with.
-    channel = ins.attribute("channel_id")
-    if channel in seen and channel is not None:
-      return
-    seen.add(channel)
+    seen.add(ins.attribute("channel_id"))
     size = _group_size(ins)
     moved = sum(a.bytes for x in ins.operands for a in self.named[home][x].arrays)
     if kind == "all-gather":
@@ -346,8 +342,13 @@ class _Counter:
 
 
 def _goes_on(ins: Instruction, seen: AbstractSet[str]) -> bool:
-  """Whether this is a part of a collective that began earlier."""
-  return ins.opcode.removesuffix("-start") in COLLECTIVES and ins.attribute("channel_id") in seen
+  """Whether this is a part of a collective that began earlier.
+
+  A fused asynchronous collective is written once in each fusion that it overlaps with.
+  """
+  channel = ins.attribute("channel_id")
+  collective = ins.opcode.removesuffix("-start") in COLLECTIVES
+  return collective and channel is not None and channel in seen
 
 
 def _through(ins: Instruction, named: dict) -> Instruction:

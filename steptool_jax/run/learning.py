@@ -149,7 +149,7 @@ class Learning:
 
   @functools.cached_property
   def _logprobs(self):
-    return jax.jit(functools.partial(update.action_logprobs, self.learner))
+    return sharding.jit(functools.partial(update.action_logprobs, self.learner))
 
   def _to_device(self, batch: TokenBatch, micro_rows: int, capacity: int) -> TokenBatch:
     return learners.to_device(batch, micro_rows, capacity, self.mesh)
