@@ -12,7 +12,7 @@ from steptool_jax.run import learners
 @pytest.fixture(scope="session", autouse=True)
 def traced_once():
   """Equal runs in one process share their programs: to trace and lower them takes half the time."""
-  keep = functools.lru_cache(maxsize=8)
+  keep = functools.lru_cache(maxsize=32)
   with pytest.MonkeyPatch.context() as patch:
     for module, name in (
       (engine, "make_engine"),

@@ -2,7 +2,7 @@
 // Learning curves: one figure element a panel, drawn anew when figure, axis or width change.
 
 const CHARTS = data("charts");
-const DASHES = ["", "7 4", "2 4", "10 4 2 4", "", "7 4", "2 4", "10 4 2 4"];
+const DASHES = ["", "7 4", "2 4", "10 4 2 4"];
 const MARKS = [
   (x, y) => draw("circle", { cx: x, cy: y, r: 3.6 }),
   (x, y) => draw("rect", { x: x - 3.2, y: y - 3.2, width: 6.4, height: 6.4 }),
@@ -20,8 +20,10 @@ for (const chart of CHARTS) {
   }
 }
 
+// [colour, dash and mark]: the ninth method has the first one's colour with other dashes and marks.
 function look(name) {
-  return colours.get(name) % 8;
+  const n = colours.get(name);
+  return [n % 8, (n + Math.floor(n / 8)) % 4];
 }
 
 function ticks(low, high, count) {
@@ -83,7 +85,7 @@ function drawChart(chart, box) {
     svg.append(draw("text", { ...end, y: y - 4 }, level.label));
   });
   for (const s of shown) {
-    const c = look(s.name);
+    const [c, k] = look(s.name);
     const points = s.x.map((x, i) => [px(x), py(s.mean[i])]);
     if (s.low[0] !== null && s.x.length > 1) {
       const up = s.x.map((x, i) => `${px(x)},${py(s.high[i])}`);
@@ -92,11 +94,11 @@ function drawChart(chart, box) {
     }
     svg.append(draw("polyline", {
       class: `line s${c}${s.thin ? " thin" : ""}`, points: points.map((p) => p.join(",")).join(" "),
-      "stroke-dasharray": s.thin ? "" : DASHES[c],
+      "stroke-dasharray": s.thin ? "" : DASHES[k],
     }));
     if (!s.thin && points.length <= 40) {
       for (const [x, y] of points) {
-        const mark = MARKS[c % 4](x, y);
+        const mark = MARKS[k](x, y);
         mark.setAttribute("class", `s${c}`);
         svg.append(mark);
       }
@@ -135,11 +137,11 @@ function drawChart(chart, box) {
 function legend(series) {
   const list = make("ul", { class: "legend" });
   for (const s of series) {
-    const c = look(s.name);
-    const line = draw("line", { class: `line s${c}${s.thin ? " thin" : ""}`, x1: 0, x2: 30, y1: 7, y2: 7, "stroke-dasharray": s.thin ? "" : DASHES[c] });
+    const [c, k] = look(s.name);
+    const line = draw("line", { class: `line s${c}${s.thin ? " thin" : ""}`, x1: 0, x2: 30, y1: 7, y2: 7, "stroke-dasharray": s.thin ? "" : DASHES[k] });
     const key = draw("svg", { width: 30, height: 14, "aria-hidden": "true" }, line);
     if (!s.thin) {
-      const mark = MARKS[c % 4](15, 7);
+      const mark = MARKS[k](15, 7);
       mark.setAttribute("class", `s${c}`);
       key.append(mark);
     }
