@@ -4,7 +4,8 @@
     python -m steptool_jax.main --config=configs/smollm2_135m.py --workdir=/tmp/smollm2_run \
       --config.model.path=$(find /tmp/smollm2 -name '*.gguf')
 
-model.path may also be the Hugging Face directory of SmolLM2-135M-Instruct.
+model.path may also be the Hugging Face directory of SmolLM2-135M-Instruct. On a TPU add
+--config.model.dtype=bfloat16.
 """
 
 from steptool_jax.config import base_config

@@ -20,7 +20,7 @@ FULL = (
   "rollout.slots=32",
 )
 LONG = ("rollout.max_tokens=32768", "train.row_tokens=32768", "rollout.slots=16")
-SMALL = ("mesh.data=1", "mesh.fsdp=-1")
+SMALL = ("mesh.data=1", "mesh.fsdp=-1", "model.dtype=bfloat16")
 BIG = ("llama3_1_8b", "qwen2_7b", "toolllama2_7b", "qwen3_8b")
 
 

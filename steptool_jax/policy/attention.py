@@ -14,6 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 from steptool_jax.policy.sharding import platform
 
 CACHE_BLOCK = 128  # cache positions that one pass of the cached attention reads
+TILE = 128  # numbers in a row of a TPU's tile
 CPU_BLOCK = 128  # tokens of a packed row that are worked on together, at most
 BLOCK = 512  # the same on a GPU, which wants few large products
 ATTENTION = "attention"  # name, for remat policies, of what attention's backward pass reads
@@ -21,7 +22,7 @@ MASKED = -1e30  # finite, so that a fully masked block stays free of NaN
 
 
 class KVCache(NamedTuple):
-  """k, v: [layers, slots, S, kv_heads, head_dim] in the compute dtype."""
+  """k, v: [layers, slots, S, cache_width(kv_heads, head_dim)] in the compute dtype."""
 
   k: jax.Array
   v: jax.Array
@@ -153,21 +154,33 @@ def _attend_backward(residuals, d_out):
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
+def cache_width(kv_heads: int, head_dim: int) -> int:
+  """Length of a position's keys in the cache: all heads, on a TPU filled up to whole tiles.
+
+  Else its compiler lays the positions of small models along the tile and turns the whole cache
+  over for each layer that reads it.
+  """
+  width = kv_heads * head_dim
+  return -(-width // TILE) * TILE if platform() == "tpu" else width
+
+
 def write_cache(
-  cache_LNSKh: jax.Array, new_NCKh: jax.Array, layer: jax.Array, at_NC: jax.Array
+  cache_LNSW: jax.Array, new_NCKh: jax.Array, layer: jax.Array, at_NC: jax.Array
 ) -> jax.Array:
   """Scatter in place; `at_NC` int32 holds the position, or S where nothing may be written."""
   index = jnp.stack([jnp.full_like(at_NC, layer), at_NC], axis=-1)
   # Slots are a batch axis of the scatter, so that a cache sharded over slots needs no collective.
   dims = lax.ScatterDimensionNumbers(
-    update_window_dims=(2, 3),
+    update_window_dims=(2,),
     inserted_window_dims=(0, 2),
     scatter_dims_to_operand_dims=(0, 2),
     operand_batching_dims=(1,),
     scatter_indices_batching_dims=(0,),
   )
-  new = new_NCKh.astype(cache_LNSKh.dtype)
-  return lax.scatter(cache_LNSKh, index, new, dims, mode=lax.GatherScatterMode.FILL_OR_DROP)
+  new_NCW = new_NCKh.reshape(*at_NC.shape, -1).astype(cache_LNSW.dtype)
+  empty = cache_LNSW.shape[-1] - new_NCW.shape[-1]
+  new_NCW = jnp.pad(new_NCW, ((0, 0), (0, 0), (0, empty)))
+  return lax.scatter(cache_LNSW, index, new_NCW, dims, mode=lax.GatherScatterMode.FILL_OR_DROP)
 
 
 def cache_blocks(positions_NC: jax.Array, size: int) -> jax.Array:
@@ -178,6 +191,7 @@ def cache_blocks(positions_NC: jax.Array, size: int) -> jax.Array:
 def attend_cache(
   q_NCHh: jax.Array,
   cache: KVCache,
+  kv_heads: int,
   layer: jax.Array,
   positions_NC: jax.Array,
   blocks: jax.Array,
@@ -187,12 +201,13 @@ def attend_cache(
   The number of blocks is dynamic: a token costs what is filled, not what is reserved.
   """
   N, C, H, h = q_NCHh.shape
-  S, K = cache.k.shape[2:4]
+  S, K = cache.k.shape[2], kv_heads
   size = min(CACHE_BLOCK, S)
   q = (q_NCHh * (h**-0.5)).reshape(N, C, K, H // K, h)
 
   def read(x, start):
-    return lax.dynamic_slice(x, (layer, 0, start, 0, 0), (1, N, size, K, h))[0]
+    block = lax.dynamic_slice(x, (layer, 0, start, 0), (1, N, size, x.shape[-1]))
+    return block[..., : K * h].reshape(N, size, K, h)
 
   def body(i, carry):
     top, total, out = carry

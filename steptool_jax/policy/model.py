@@ -27,6 +27,7 @@ from steptool_jax.policy.attention import (
   attend,
   attend_cache,
   cache_blocks,
+  cache_width,
   write_cache,
 )
 from steptool_jax.policy.embedding import look_up
@@ -105,7 +106,8 @@ class ModelConfig:
 
 def init_cache(config: ModelConfig, slots: int, size: int) -> KVCache:
   """An empty cache of `size` positions for each of `slots` conversations."""
-  shape = (config.num_layers, slots, size, config.num_kv_heads, config.head_dim)
+  width = cache_width(config.num_kv_heads, config.head_dim)
+  shape = (config.num_layers, slots, size, width)
   return KVCache(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype))
 
 
@@ -269,7 +271,7 @@ class _Block(nn.Module):
       cache = KVCache(
         write_cache(cache.k, k, layer, writes), write_cache(cache.v, v, layer, writes)
       )
-      out = attend_cache(q, cache, layer, positions, blocks)
+      out = attend_cache(q, cache, config.num_kv_heads, layer, positions, blocks)
     out = spread(out.reshape(rows, length, q_size))
     x = x + linear(config.hidden_size, config.output_bias, residual_scale, name="o")(out)
 

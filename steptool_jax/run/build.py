@@ -304,12 +304,18 @@ def build_mesh(config: Config) -> Mesh:
 
 def build_engine(config: Config, policy: Policy, mesh: Mesh) -> engine_lib.Engine:
   r = config.rollout
-  cache = sharding.cache_sharding(policy.model.num_kv_heads, r.slots, mesh)
-  rows = sharding.batch_sharding(mesh)
-  state_sharding = engine_lib.EngineState(model.KVCache(cache, cache), rows, rows)
+  where = slot_shardings(policy.model, r.slots, mesh)
   return engine_lib.make_engine(
-    policy.model, r.slots, slot_tokens(config), r.decode_chunk, r.top_k, r.top_p, state_sharding
+    policy.model, r.slots, slot_tokens(config), r.decode_chunk, r.top_k, r.top_p, where
   )
+
+
+def slot_shardings(config: model.ModelConfig, slots: int, mesh: Mesh) -> engine_lib.EngineState:
+  """How the engine's slots lie on the mesh."""
+  width = model.cache_width(config.num_kv_heads, config.head_dim)
+  cache = sharding.cache_sharding(config.num_kv_heads, width, slots, mesh)
+  rows = sharding.batch_sharding(mesh)
+  return engine_lib.EngineState(model.KVCache(cache, cache), rows, rows)
 
 
 def fold_adapters(config: Config, policy: Policy, mesh: Mesh, variables: dict) -> dict:

@@ -167,15 +167,12 @@ def engine_programs(
 ) -> list[Program]:
   """append and decode for all slots; the train state stays in memory meanwhile."""
   engine = build.build_engine(config, policy, mesh)
-  rows = sharding.batch_sharding(mesh)
-  cache = sharding.cache_sharding(policy.model.num_kv_heads, engine.slots, mesh)
-  places = engine_lib.EngineState(model.KVCache(cache, cache), rows, rows)
   slots = jax.tree.map(
     lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
     jax.eval_shape(
       functools.partial(engine_lib.init_state, policy.model, engine.slots, engine.size)
     ),
-    places,
+    build.slot_shardings(policy.model, engine.slots, mesh),
   )
   variables = lora.join_variables(state.trainable, state.frozen)
   width = min(APPEND_TOKENS, engine.size)

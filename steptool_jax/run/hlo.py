@@ -173,7 +173,8 @@ class _Counter:
   def __init__(self, module, dynamic_trips):
     self.computations, self.entry = module
     self.trips = tuple(dynamic_trips)
-    self.named = {name: {i.name: i for i in body} for name, body in self.computations.items()}
+    self.named = {name: _by_name(body) for name, body in self.computations.items()}
+    self.inlined: dict[str, Sequence[Instruction]] = {}
 
   def total(self) -> Counts:
     return self._sequence(self.entry, 0, frozenset())
@@ -204,48 +205,44 @@ class _Counter:
     return counts
 
   def _single(self, ins: Instruction, home: str, counts: Counts, seen: set) -> None:
-    called = ins.attribute("calls")
-    inner = self.computations[called.strip("%")] if called else ()
+    called = (ins.attribute("calls") or "").strip("%")
+    inner = self._inlined(called) if called else ()
     counts.hbm_bytes += self._traffic(ins, home, inner, seen)
-    for each in (ins, *inner):
-      where = home if each is ins else called.strip("%")
-      counts.flops += self._flops(each, where)
-      self._collective(each, where, counts, seen)
+    for body, named, where in (((ins,), self.named[home], home), (inner, _by_name(inner), called)):
+      for each in body:
+        counts.flops += _flops(each, named)
+        _collective(each, named, where, counts, seen)
     cycles = re.search(r'"estimated_cycles":"(\d+)"', ins.attributes)
     counts.cycles += int(cycles[1]) if cycles else 0
     if ins.attribute("custom_call_target") == '"tpu_custom_call"':
       reads = tuple(a for x in ins.operands for a in self.named[home][x].arrays)
       counts.kernels.append(Kernel(ins.name, 1, reads))
 
-  # --- FLOPs ---
+  def _inlined(self, name: str) -> Sequence[Instruction]:
+    """A fused computation with the fusions in it written out, their names behind their fusion's."""
+    if name not in self.inlined:
+      body: list[Instruction] = []
+      for ins in self.computations[name]:
+        called = ins.attribute("calls")
+        body += self._written_out(ins, called.strip("%")) if called else [ins]
+      self.inlined[name] = body
+    return self.inlined[name]
 
-  def _flops(self, ins: Instruction, home: str) -> float:
-    if ins.opcode == "dot":
-      left = self.named[home][ins.operands[0]].arrays[0].dims
-      contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", ins.attributes)[1]
-      size = math.prod(left[int(d)] for d in contracted.split(",") if d)
-      return 2.0 * math.prod(ins.arrays[0].dims) * size
-    if ins.opcode == "convolution":
-      left, right = (self.named[home][x].arrays[0].dims for x in ins.operands[:2])
-      return convolution_flops(left, right, ins.arrays[0].dims, ins.attributes)
-    return 0.0
-
-  # --- collectives ---
-
-  def _collective(self, ins: Instruction, home: str, counts: Counts, seen: set) -> None:
-    kind = ins.opcode.removesuffix("-start")
-    if kind not in COLLECTIVES or _goes_on(ins, seen):
-      return
-    seen.add(ins.attribute("channel_id"))
-    size = _group_size(ins)
-    moved = sum(a.bytes for x in ins.operands for a in self.named[home][x].arrays)
-    if kind == "all-gather":
-      moved *= size - 1
-    elif kind != "collective-permute":
-      if home.startswith("all-reduce-scatter"):
-        kind = "reduce-scatter"
-      moved *= (2 if kind == "all-reduce" else 1) * (size - 1) / size
-    counts.collectives[kind] += moved
+  def _written_out(self, fusion: Instruction, called: str) -> list[Instruction]:
+    body = self._inlined(called)
+    names = {i.name: fusion.name if i.root else f"{fusion.name}/{i.name}" for i in body}
+    given = [i for i in body if i.opcode == "parameter"]
+    names |= {i.name: fusion.operands[int(i.attributes)] for i in given}
+    return [
+      dataclasses.replace(
+        i,
+        name=names[i.name],
+        operands=tuple(names[x] for x in i.operands),
+        root=i.root and fusion.root,
+      )
+      for i in body
+      if i not in given
+    ]
 
   # --- HBM traffic ---
 
@@ -273,7 +270,7 @@ class _Counter:
     total = 0.0
     updated = set()
     root = next((i for i in inner if i.root), None)
-    named = {i.name: i for i in inner}
+    named = _by_name(inner)
     roots = [root] if root is not None and root.opcode != "tuple" else []
     if root is not None and root.opcode == "tuple":
       roots = [named[x] for x in root.operands]
@@ -339,6 +336,40 @@ class _Counter:
       step += sum(int(c.attributes) for c in constants)
       value = others[0]
     return max(step, 1)
+
+
+def _by_name(body: Sequence[Instruction]) -> dict[str, Instruction]:
+  return {i.name: i for i in body}
+
+
+def _flops(ins: Instruction, named: dict[str, Instruction]) -> float:
+  if ins.opcode == "dot":
+    left = named[ins.operands[0]].arrays[0].dims
+    contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", ins.attributes)[1]
+    size = math.prod(left[int(d)] for d in contracted.split(",") if d)
+    return 2.0 * math.prod(ins.arrays[0].dims) * size
+  if ins.opcode == "convolution":
+    left, right = (named[x].arrays[0].dims for x in ins.operands[:2])
+    return convolution_flops(left, right, ins.arrays[0].dims, ins.attributes)
+  return 0.0
+
+
+def _collective(
+  ins: Instruction, named: dict[str, Instruction], home: str, counts: Counts, seen: set
+) -> None:
+  kind = ins.opcode.removesuffix("-start")
+  if kind not in COLLECTIVES or _goes_on(ins, seen):
+    return
+  seen.add(ins.attribute("channel_id"))
+  size = _group_size(ins)
+  moved = sum(a.bytes for x in ins.operands for a in named[x].arrays)
+  if kind == "all-gather":
+    moved *= size - 1
+  elif kind != "collective-permute":
+    if home.startswith("all-reduce-scatter"):
+      kind = "reduce-scatter"
+    moved *= (2 if kind == "all-reduce" else 1) * (size - 1) / size
+  counts.collectives[kind] += moved
 
 
 def _goes_on(ins: Instruction, seen: AbstractSet[str]) -> bool:
