@@ -13,7 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from steptool_jax.policy.sharding import platform
 
-CACHE_BLOCK = 128  # cache positions that one pass of the cached attention reads
+CACHE_BLOCK = {"cpu": 128, "gpu": 128, "tpu": 512}  # cache positions read in one pass
 TILE = 128  # numbers in a row of a TPU's tile
 CPU_BLOCK = 128  # tokens of a packed row that are worked on together, at most
 BLOCK = 512  # the same on a GPU, which wants few large products
@@ -22,7 +22,7 @@ MASKED = -1e30  # finite, so that a fully masked block stays free of NaN
 
 
 class KVCache(NamedTuple):
-  """k, v: [layers, slots, S, cache_width(kv_heads, head_dim)] in the compute dtype."""
+  """k, v: [layers, slots, S, *cache_row(kv_heads, head_dim)] in the compute dtype."""
 
   k: jax.Array
   v: jax.Array
@@ -154,38 +154,46 @@ def _attend_backward(residuals, d_out):
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-def cache_width(kv_heads: int, head_dim: int) -> int:
-  """Length of a position's keys in the cache: all heads, on a TPU filled up to whole tiles.
+def cache_row(kv_heads: int, head_dim: int) -> tuple[int, ...]:
+  """Shape of the keys of a position in the cache: (heads, head_dim).
 
-  Else its compiler lays the positions of small models along the tile and turns the whole cache
-  over for each layer that reads it.
+  On a TPU heads that do not fill a tile are one axis, filled up to whole tiles. Else its compiler
+  puts positions along the tile and turns the whole cache over for each layer that reads it.
   """
-  width = kv_heads * head_dim
-  return -(-width // TILE) * TILE if platform() == "tpu" else width
+  if platform() == "tpu" and head_dim % TILE:
+    return (-(-kv_heads * head_dim // TILE) * TILE,)
+  return kv_heads, head_dim
 
 
 def write_cache(
-  cache_LNSW: jax.Array, new_NCKh: jax.Array, layer: jax.Array, at_NC: jax.Array
+  cache: jax.Array, new_NCKh: jax.Array, layer: jax.Array, at_NC: jax.Array
 ) -> jax.Array:
   """Scatter in place; `at_NC` int32 holds the position, or S where nothing may be written."""
   index = jnp.stack([jnp.full_like(at_NC, layer), at_NC], axis=-1)
+  row = cache.shape[3:]
   # Slots are a batch axis of the scatter, so that a cache sharded over slots needs no collective.
   dims = lax.ScatterDimensionNumbers(
-    update_window_dims=(2,),
+    update_window_dims=tuple(range(2, 2 + len(row))),
     inserted_window_dims=(0, 2),
     scatter_dims_to_operand_dims=(0, 2),
     operand_batching_dims=(1,),
     scatter_indices_batching_dims=(0,),
   )
-  new_NCW = new_NCKh.reshape(*at_NC.shape, -1).astype(cache_LNSW.dtype)
-  empty = cache_LNSW.shape[-1] - new_NCW.shape[-1]
-  new_NCW = jnp.pad(new_NCW, ((0, 0), (0, 0), (0, empty)))
-  return lax.scatter(cache_LNSW, index, new_NCW, dims, mode=lax.GatherScatterMode.FILL_OR_DROP)
+  new = new_NCKh.astype(cache.dtype)
+  if len(row) == 1:
+    new = new.reshape(*at_NC.shape, -1)
+    new = jnp.pad(new, ((0, 0), (0, 0), (0, row[0] - new.shape[-1])))
+  return lax.scatter(cache, index, new, dims, mode=lax.GatherScatterMode.FILL_OR_DROP)
+
+
+def cache_block(size: int) -> int:
+  """Positions of a cache of `size` that are read in one pass."""
+  return min(CACHE_BLOCK[platform()], size)
 
 
 def cache_blocks(positions_NC: jax.Array, size: int) -> jax.Array:
   """int32[]: how many blocks of a cache of `size` positions the tokens at `positions` can see."""
-  return jnp.max(positions_NC) // min(CACHE_BLOCK, size) + 1
+  return jnp.max(positions_NC) // cache_block(size) + 1
 
 
 def attend_cache(
@@ -202,12 +210,13 @@ def attend_cache(
   """
   N, C, H, h = q_NCHh.shape
   S, K = cache.k.shape[2], kv_heads
-  size = min(CACHE_BLOCK, S)
+  size = cache_block(S)
   q = (q_NCHh * (h**-0.5)).reshape(N, C, K, H // K, h)
 
   def read(x, start):
-    block = lax.dynamic_slice(x, (layer, 0, start, 0), (1, N, size, x.shape[-1]))
-    return block[..., : K * h].reshape(N, size, K, h)
+    row = x.shape[3:]
+    block = lax.dynamic_slice(x, (layer, 0, start, *(0 for _ in row)), (1, N, size, *row))[0]
+    return block if len(row) == 2 else block[..., : K * h].reshape(N, size, K, h)
 
   def body(i, carry):
     top, total, out = carry

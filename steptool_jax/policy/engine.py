@@ -27,7 +27,7 @@ MIN_CHUNK = 16  # the shortest append program, tokens
 class EngineState(NamedTuple):
   """Donated to every call. N slots of S positions."""
 
-  cache: model.KVCache  # [layers, N, S, cache_width]
+  cache: model.KVCache  # [layers, N, S, *cache_row]
   tokens: jax.Array  # int32[N, S], what each slot has seen and said
   length: jax.Array  # int32[N]
 

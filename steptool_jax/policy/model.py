@@ -27,7 +27,7 @@ from steptool_jax.policy.attention import (
   attend,
   attend_cache,
   cache_blocks,
-  cache_width,
+  cache_row,
   write_cache,
 )
 from steptool_jax.policy.embedding import look_up
@@ -106,8 +106,7 @@ class ModelConfig:
 
 def init_cache(config: ModelConfig, slots: int, size: int) -> KVCache:
   """An empty cache of `size` positions for each of `slots` conversations."""
-  width = cache_width(config.num_kv_heads, config.head_dim)
-  shape = (config.num_layers, slots, size, width)
+  shape = (config.num_layers, slots, size, *cache_row(config.num_kv_heads, config.head_dim))
   return KVCache(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype))
 
 

@@ -126,11 +126,11 @@ def check_rows(name: str, rows: int, mesh: Mesh) -> None:
     )
 
 
-def cache_sharding(num_kv_heads: int, width: int, slots: int, mesh: Mesh) -> NamedSharding:
-  """For k and v [layers, slots, S, width]; heads are replicated where they must."""
+def cache_sharding(row: tuple[int, ...], slots: int, mesh: Mesh) -> NamedSharding:
+  """For k and v [layers, slots, S, *row]; heads are replicated where they must."""
   check_rows("slots", slots, mesh)
-  split = num_kv_heads % mesh.shape["tensor"] == 0 and width % mesh.shape["tensor"] == 0
-  return NamedSharding(mesh, P(None, ROWS, None, "tensor" if split else None))
+  split = len(row) == 2 and row[0] % mesh.shape["tensor"] == 0
+  return NamedSharding(mesh, P(None, ROWS, None, *(("tensor",) if split else ())))
 
 
 def place(x: np.ndarray, where: jax.sharding.Sharding) -> jax.Array:

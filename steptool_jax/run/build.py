@@ -19,8 +19,8 @@ from steptool_jax.environments.market import Market, MarketEnvironment
 from steptool_jax.environments.nested_api import NestedApi
 from steptool_jax.environments.toolbench import ToolBench
 from steptool_jax.environments.toolbench_names import Prompts
+from steptool_jax.policy import attention, hfconfig, hub, lora, model, sharding
 from steptool_jax.policy import engine as engine_lib
-from steptool_jax.policy import hfconfig, hub, lora, model, sharding
 from steptool_jax.rollout.conversation import Limits
 from steptool_jax.rollout.strategy import Search
 from steptool_jax.run import hosts
@@ -312,8 +312,8 @@ def build_engine(config: Config, policy: Policy, mesh: Mesh) -> engine_lib.Engin
 
 def slot_shardings(config: model.ModelConfig, slots: int, mesh: Mesh) -> engine_lib.EngineState:
   """How the engine's slots lie on the mesh."""
-  width = model.cache_width(config.num_kv_heads, config.head_dim)
-  cache = sharding.cache_sharding(config.num_kv_heads, width, slots, mesh)
+  row = attention.cache_row(config.num_kv_heads, config.head_dim)
+  cache = sharding.cache_sharding(row, slots, mesh)
   rows = sharding.batch_sharding(mesh)
   return engine_lib.EngineState(model.KVCache(cache, cache), rows, rows)
 

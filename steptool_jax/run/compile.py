@@ -178,7 +178,7 @@ def engine_programs(
   width = min(APPEND_TOKENS, engine.size)
   host = functools.partial(jax.ShapeDtypeStruct, sharding=sharding.replicated(mesh))
   numbers = host((engine.slots,), np.int32)
-  blocks = -(-engine.size // min(attention.CACHE_BLOCK, engine.size))
+  blocks = -(-engine.size // attention.cache_block(engine.size))
   token = functools.partial(useful_flops, policy, backward=False)
   append = (variables, slots, None, host((engine.slots, width), np.int32), numbers)
   decode = (

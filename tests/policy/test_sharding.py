@@ -69,12 +69,13 @@ def test_table_errors_name_the_parameter():
 def test_rows_and_cache():
   mesh = jax.sharding.AbstractMesh((2, 2, 2), sharding.AXES)
   assert sharding.batch_sharding(mesh).spec == P(("data", "fsdp"))
-  whole = P(None, ("data", "fsdp"), None, None)
-  assert sharding.cache_sharding(4, 32, 8, mesh).spec == P(None, ("data", "fsdp"), None, "tensor")
-  assert sharding.cache_sharding(3, 24, 8, mesh).spec == whole
-  assert sharding.cache_sharding(4, 33, 8, mesh).spec == whole
+  whole = P(None, ("data", "fsdp"), None)
+  split = P(None, ("data", "fsdp"), None, "tensor")
+  assert sharding.cache_sharding((4, 8), 8, mesh).spec == split
+  assert sharding.cache_sharding((3, 8), 8, mesh).spec == whole
+  assert sharding.cache_sharding((128,), 8, mesh).spec == whole
   with pytest.raises(ValueError, match=r"slots: 6 is not a multiple .* = 4; valid: 4 or 8"):
-    sharding.cache_sharding(4, 32, 6, mesh)
+    sharding.cache_sharding((4, 8), 6, mesh)
 
 
 @pytest.mark.parametrize(
@@ -142,7 +143,7 @@ def _on_eight_devices(directory: pathlib.Path) -> None:
   kernel = placed["params"]["layers"]["up"]["kernel"]
   assert kernel.addressable_shards[0].data.shape == (2, 16, 24)
   rows = jax.device_put(tokens, sharding.batch_sharding(mesh))
-  spot = sharding.cache_sharding(config.num_kv_heads, cache.k.shape[-1], 4, mesh)
+  spot = sharding.cache_sharding(cache.k.shape[3:], 4, mesh)
   with jax.set_mesh(mesh):
     eight = jax.jit(jax.value_and_grad(loss))(placed, rows)
     eight_cached = jax.jit(cached)(placed, rows, jax.device_put(cache, spot))
