@@ -16,7 +16,7 @@ import sys
 ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 MESHES = ((1, 1), (2, 1), (1, 2), (4, 1), (1, 4), (8, 1), (1, 8))  # data, fsdp
-ROUNDS, REPEATS = 2, 3
+REPEATS = 3
 
 
 def measure(data: int, fsdp: int) -> list[float]:
@@ -63,11 +63,10 @@ def apart(data: int, fsdp: int) -> list[float]:
 
 
 def main() -> None:
-  raw: dict[tuple[int, int], list[float]] = {mesh: [] for mesh in MESHES}
-  for _ in range(ROUNDS):  # rounds, so that the machine's mood hits all
-    for mesh in MESHES:
-      raw[mesh] += apart(*mesh)
-      print(mesh, [round(s, 2) for s in raw[mesh]], flush=True)
+  raw: dict[tuple[int, int], list[float]] = {}
+  for mesh in MESHES:
+    raw[mesh] = apart(*mesh)
+    print(mesh, [round(s, 2) for s in raw[mesh]], flush=True)
   alone = statistics.median(raw[1, 1])
   lines = [
     f"| {d * f} | {d} | {f} | {statistics.median(s):.2f} | {statistics.median(s) / alone:.2f} | "
@@ -84,7 +83,7 @@ HEAD = f"""# Step time on 1 to 8 fake devices
 One optimizer step of `--mode=bench`'s batch (8 rows of 512 tokens, 29.9M parameters, float32) on
 two CPU cores that act as 1 to 8 devices. The work is the same throughout, so 1.00 would be a layout
 that costs nothing; there are no links and no memories of their own here (`compile.md` counts those
-for real slices). Medians of {ROUNDS * REPEATS} in {ROUNDS} rounds.
+for real slices). Medians of {REPEATS}.
 
 | devices | data | fsdp | seconds | over one device | range |
 |---|---|---|---|---|---|
