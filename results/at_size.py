@@ -118,7 +118,9 @@ class Meter:
   def __init__(self, mesh_size: int):
     self._size, self._lock = mesh_size, threading.Lock()
     self.start()
-    threading.Thread(target=self._run, daemon=True).start()
+    self._ended = threading.Event()
+    self._thread = threading.Thread(target=self._run, daemon=True)
+    self._thread.start()
 
   def start(self, pieces: bool = False) -> None:
     """`pieces`: arrays on one device count too; they are no views of others during an import."""
@@ -140,6 +142,11 @@ class Meter:
         "kernel_peak_less_arrays": _status()["VmHWM"] - finished,
       }
 
+  def close(self) -> None:
+    """A thread inside of jax when the interpreter ends would abort the process."""
+    self._ended.set()
+    self._thread.join()
+
   def device_bytes(self) -> int:
     import jax
 
@@ -152,12 +159,11 @@ class Meter:
     return total
 
   def _run(self) -> None:
-    while True:
+    while not self._ended.wait(0.005):
       self._sample()
       if _available() < MIN_AVAILABLE:
         print("less than 4 GiB are available: stopping", file=sys.stderr, flush=True)
         os._exit(3)
-      time.sleep(0.005)
 
   def _sample(self) -> None:
     status, device = _status(), self.device_bytes()
@@ -222,6 +228,7 @@ def run_step(workdir: pathlib.Path, layers: int, merged: bool) -> dict:
   if merged:
     hub.save_adapter(out / "adapter", config, adapters, settings)
   figures["merged export" if merged else "export"] = meter.stop()
+  meter.close()
   return figures
 
 
