@@ -13,7 +13,8 @@ from jax.ad_checkpoint import checkpoint_name
 
 from steptool_jax.policy.sharding import platform
 
-CACHE_BLOCK = {"cpu": 128, "gpu": 128, "tpu": 512}  # cache positions read in one pass
+CACHE_BLOCK = 128  # cache positions that one pass of the cached attention reads
+TPU_CACHE_BLOCK = 512  # the same on a TPU
 TILE = 128  # numbers in a row of a TPU's tile
 CPU_BLOCK = 128  # tokens of a packed row that are worked on together, at most
 BLOCK = 512  # the same on a GPU, which wants few large products
@@ -188,7 +189,7 @@ def write_cache(
 
 def cache_block(size: int) -> int:
   """Positions of a cache of `size` that are read in one pass."""
-  return min(CACHE_BLOCK[platform()], size)
+  return min(TPU_CACHE_BLOCK if platform() == "tpu" else CACHE_BLOCK, size)
 
 
 def cache_blocks(positions_NC: jax.Array, size: int) -> jax.Array:

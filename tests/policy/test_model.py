@@ -73,7 +73,7 @@ def test_gradients_are_causal_and_stay_in_their_segment(block, monkeypatch):
 
 @pytest.mark.parametrize("block", [128, 8, 7])
 def test_cached_equals_full_over_chunks(block, monkeypatch):
-  monkeypatch.setattr(attention, "CACHE_BLOCK", {"cpu": block})
+  monkeypatch.setattr(attention, "CACHE_BLOCK", block)
   tokens = tokens_of((2, 20))
   positions = jnp.tile(jnp.arange(20), (2, 1))
   full = run(tokens, positions, jnp.ones_like(tokens))
