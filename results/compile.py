@@ -29,10 +29,8 @@ def rows(number: int) -> str:
 
 
 def context(tokens: int) -> tuple[str, ...]:
-  return (
-    *(f"rollout.max_tokens={tokens}", f"train.row_tokens={tokens}", "rollout.slots=4"),
-    "model.remat=full",
-  )
+  lengths = f"rollout.max_tokens={tokens}", f"train.row_tokens={tokens}"
+  return *lengths, "rollout.slots=4", "model.remat=full"
 
 
 # (config, topology, what, fields): three topologies of every config, long rows, scaling, context.

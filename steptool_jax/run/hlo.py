@@ -174,7 +174,7 @@ class _Counter:
     self.computations, self.entry = module
     self.trips = tuple(dynamic_trips)
     self.named = {name: _by_name(body) for name, body in self.computations.items()}
-    self.inlined: dict[str, Sequence[Instruction]] = {}
+    self.inlined: dict[str, dict[str, Instruction]] = {}
 
   def total(self) -> Counts:
     return self._sequence(self.entry, 0, frozenset())
@@ -206,33 +206,36 @@ class _Counter:
 
   def _single(self, ins: Instruction, home: str, counts: Counts, seen: set) -> None:
     called = (ins.attribute("calls") or "").strip("%")
-    inner = self._inlined(called) if called else ()
+    inner = self._inlined(called) if called else {}
     counts.hbm_bytes += self._traffic(ins, home, inner, seen)
-    for body, named, where in (((ins,), self.named[home], home), (inner, _by_name(inner), called)):
-      for each in body:
-        counts.flops += _flops(each, named)
-        _collective(each, named, where, counts, seen)
+    for each in (ins, *inner.values()):
+      named, where = (self.named[home], home) if each is ins else (inner, called)
+      counts.flops += _flops(each, named)
+      _collective(each, named, where, counts, seen)
     cycles = re.search(r'"estimated_cycles":"(\d+)"', ins.attributes)
     counts.cycles += int(cycles[1]) if cycles else 0
     if ins.attribute("custom_call_target") == '"tpu_custom_call"':
       reads = tuple(a for x in ins.operands for a in self.named[home][x].arrays)
       counts.kernels.append(Kernel(ins.name, 1, reads))
 
-  def _inlined(self, name: str) -> Sequence[Instruction]:
+  def _inlined(self, name: str) -> dict[str, Instruction]:
     """A fused computation with the fusions in it written out, their names behind their fusion's."""
     if name not in self.inlined:
       body: list[Instruction] = []
       for ins in self.computations[name]:
         called = ins.attribute("calls")
         body += self._written_out(ins, called.strip("%")) if called else [ins]
-      self.inlined[name] = body
+      self.inlined[name] = _by_name(body)
     return self.inlined[name]
 
   def _written_out(self, fusion: Instruction, called: str) -> list[Instruction]:
-    body = self._inlined(called)
-    names = {i.name: fusion.name if i.root else f"{fusion.name}/{i.name}" for i in body}
-    given = [i for i in body if i.opcode == "parameter"]
-    names |= {i.name: fusion.operands[int(i.attributes)] for i in given}
+    names, kept = {}, []
+    for i in self._inlined(called).values():
+      if i.opcode == "parameter":
+        names[i.name] = fusion.operands[int(i.attributes)]
+      else:
+        names[i.name] = fusion.name if i.root else f"{fusion.name}/{i.name}"
+        kept.append(i)
     return [
       dataclasses.replace(
         i,
@@ -240,14 +243,13 @@ class _Counter:
         operands=tuple(names[x] for x in i.operands),
         root=i.root and fusion.root,
       )
-      for i in body
-      if i not in given
+      for i in kept
     ]
 
   # --- HBM traffic ---
 
   def _traffic(
-    self, ins: Instruction, home: str, inner: Sequence[Instruction], seen: AbstractSet[str]
+    self, ins: Instruction, home: str, inner: dict[str, Instruction], seen: AbstractSet[str]
   ) -> float:
     target = (ins.attribute("custom_call_target") or "").strip('"')
     if ins.opcode in FREE or ins.opcode.endswith("-done") or target in FREE_TARGETS:
@@ -263,14 +265,14 @@ class _Counter:
       return 2 * _hbm(operands[1].arrays)
     return _hbm(ins.arrays) + sum(_hbm(x.arrays) for x in operands)
 
-  def _fusion_traffic(self, ins, operands, inner, seen) -> float:
+  def _fusion_traffic(self, ins, operands, named, seen) -> float:
     """Parameters that are only sliced count as their slices; what is updated in place, as the
     update; what is passed through, or moved by a collective that was counted before, not at all."""
+    inner = named.values()
     order = [i for i in inner if i.opcode == "parameter"]
     total = 0.0
     updated = set()
     root = next((i for i in inner if i.root), None)
-    named = _by_name(inner)
     roots = [root] if root is not None and root.opcode != "tuple" else []
     if root is not None and root.opcode == "tuple":
       roots = [named[x] for x in root.operands]

@@ -82,6 +82,24 @@ def test_counts_by_hand():
   assert counts.hbm_bytes == 3 * turn + (2 * 4 * 8 + 4 * 4) * 4 + (4 * 8 + 16 * 8) * 4
 
 
+def test_a_fusion_within_a_fusion_counts_as_if_written_out():
+  """Where a TPU slices a layer's weights out of their stack: the slice is read, not the stack."""
+  start, end = TEXT.index("  %slice ="), TEXT.index("  ROOT %dot")
+  inner = TEXT[start:end].replace("%p1", "%q0").replace("%p2", "%q1")
+  inner = inner.replace("%flat", "ROOT %turned")
+  head = "%inner (q0: f32[2,8,16], q1: s32[]) -> f32[8,16] {\n"
+  parameters = "  %q0 = f32[2,8,16]{2,1,0} parameter(0)\n  %q1 = s32[] parameter(1)\n"
+  call = "  %flat = f32[8,16]{1,0} fusion(%p1, %p2), kind=kLoop, calls=%inner\n"
+  text = TEXT[:start] + call + TEXT[end:]
+  text = text.replace("%fused (p0", head + parameters + inner + "}\n\n%fused (p0")
+  assert hlo.count(text) == hlo.count(TEXT)
+  # And where the product is in the inner one.
+  whole = TEXT.replace("calls=%fused", "calls=%outer")
+  outer = TEXT[TEXT.index("%fused (p0") : TEXT.index("  %slice =")].replace("%fused", "%outer")
+  outer += "  ROOT %same = f32[4,16]{1,0} fusion(%p0, %p1, %p2), kind=kOutput, calls=%fused\n}\n\n"
+  assert hlo.count(whole.replace("%body (arg", outer + "%body (arg")) == hlo.count(TEXT)
+
+
 # A gather that begins before a loop and goes on inside of it, beside the loop's own work.
 OVERLAPPED = """
 %begin (x: f32[4,8]) -> f32[16,8] {
@@ -124,24 +142,6 @@ ENTRY %main (a: f32[4,8]) -> (s32[], f32[4,8], f32[16,8]) {
   ROOT %loop = (s32[], f32[4,8], f32[16,8]) while(%init), condition=%condition, body=%body
 }
 """
-
-
-def test_a_fusion_within_a_fusion_counts_as_if_written_out():
-  """Where a TPU slices a layer's weights out of their stack: the slice is read, not the stack."""
-  start, end = TEXT.index("  %slice ="), TEXT.index("  ROOT %dot")
-  inner = TEXT[start:end].replace("%p1", "%q0").replace("%p2", "%q1")
-  inner = inner.replace("%flat", "ROOT %turned")
-  head = "%inner (q0: f32[2,8,16], q1: s32[]) -> f32[8,16] {\n"
-  parameters = "  %q0 = f32[2,8,16]{2,1,0} parameter(0)\n  %q1 = s32[] parameter(1)\n"
-  call = "  %flat = f32[8,16]{1,0} fusion(%p1, %p2), kind=kLoop, calls=%inner\n"
-  text = TEXT[:start] + call + TEXT[end:]
-  text = text.replace("%fused (p0", head + parameters + inner + "}\n\n%fused (p0")
-  assert hlo.count(text) == hlo.count(TEXT)
-  # And where the product is in the inner one.
-  whole = TEXT.replace("calls=%fused", "calls=%outer")
-  outer = TEXT[TEXT.index("%fused (p0") : TEXT.index("  %slice =")].replace("%fused", "%outer")
-  outer += "  ROOT %same = f32[4,16]{1,0} fusion(%p0, %p1, %p2), kind=kOutput, calls=%fused\n}\n\n"
-  assert hlo.count(whole.replace("%body (arg", outer + "%body (arg")) == hlo.count(TEXT)
 
 
 def test_a_collective_beside_a_loop_counts_once():
