@@ -1,3 +1,4 @@
+import gc
 import os
 import pathlib
 import sys
@@ -11,6 +12,8 @@ QUICK = (
   "--xla_cpu_use_fusion_emitters=false"
 )
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK}".strip()
+# Tracing makes millions of objects, few of them in cycles: looking for those took a tenth of it.
+gc.set_threshold(20_000, 10, 10)
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
 

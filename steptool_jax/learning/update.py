@@ -111,10 +111,8 @@ def prepare(
     return jax.tree.map(lambda whole, part: whole.at[index].set(part), filled, of_micro(index))
 
   shape = batch_NBT.tokens.shape
-  empty = jax.tree.map(
-    lambda part: jnp.zeros((shape[0], *part.shape), part.dtype), jax.eval_shape(of_micro, 0)
-  )
-  filled = jax.lax.fori_loop(0, count, one, empty)
+  empty = _zero_outputs(learner, shape, critics=2)
+  filled = jax.lax.fori_loop(0, count, one, (empty, empty.logprobs))
   flat, (now, ref_BT) = jax.tree.map(lambda x: x.reshape(-1, shape[-1]), (batch_NBT, filled))
   old_BT, mask_BT = now.logprobs, flat.action_mask
   log_ratio_BT = jnp.where(mask_BT, old_BT - ref_BT, 0.0)  # k1
@@ -188,9 +186,7 @@ def update(
     variables = lora.join_variables(trainable, state.frozen)
     return _outputs(learner, variables, micro, (trainable.get("critic"),))
 
-  denominators = _total_denominators(
-    learner, batch_NBT, count, jax.eval_shape(outputs_of, state.trainable, _micro(batch_NBT, 0))
-  )
+  denominators = _total_denominators(learner, batch_NBT, count)
 
   def loss_of_micro(trainable, micro):
     outputs = outputs_of(trainable, micro)
@@ -251,6 +247,17 @@ def _outputs(learner, variables, micro, critics) -> Outputs:
   )
 
 
+def _zero_outputs(learner: Learner, shape: tuple[int, ...], critics: int) -> Outputs:
+  """What `_outputs` gives, as zeros of this shape; a forward pass need not be traced to know it."""
+  zeros = jnp.zeros(shape, jnp.float32)
+  values = {
+    "none": None,
+    "value": zeros,
+    "double": (critic.Utterances(zeros, zeros, zeros),) * critics,
+  }
+  return Outputs(zeros, zeros, values[learner.algorithm.critic])
+
+
 def _terms(learner, outputs, micro, kl_coef):
   terms, metrics = learner.algorithm.loss(outputs, micro, learner.hyperparameters)
   if learner.hyperparameters.kl_placement == "loss" and learner.with_reference:
@@ -260,9 +267,9 @@ def _terms(learner, outputs, micro, kl_coef):
   return terms, metrics
 
 
-def _total_denominators(learner, batch_NBT, count, outputs: Outputs) -> dict[str, jax.Array]:
-  """Denominators depend on masks alone, so zeros (in the shape of `outputs`) stand in for them."""
-  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), outputs)
+def _total_denominators(learner, batch_NBT, count) -> dict[str, jax.Array]:
+  """Denominators depend on masks alone, so zeros stand in for the outputs."""
+  zeros = _zero_outputs(learner, batch_NBT.tokens.shape[1:], critics=1)
 
   def of_micro(index):
     terms, metrics = _terms(learner, zeros, _micro(batch_NBT, index), jnp.float32(0.0))

@@ -310,6 +310,7 @@ class _Policy(nn.Module):
       split_rngs={"params": True},
       in_axes=nn.broadcast,
       length=config.num_layers,
+      check_constancy_invariants=False,  # would trace every layer twice
     )(config)
     self.final_norm = _Norm(config)
     if not config.tie_embeddings:
