@@ -8,6 +8,7 @@ writes WORKDIR/summary.json. Every position counts as a sampled one, every slot 
 import dataclasses
 import functools
 import importlib.util
+import itertools
 import math
 import os
 import pathlib
@@ -32,7 +33,8 @@ GIB = 2**30
 LISTED = 5  # largest buffers that are named
 APPEND_TOKENS = 1024  # the chunk that append is compiled for, at most
 STOP_IDS = 4
-KNOWN = "v4:2x2x2, v5e:2x2, v5e:2x4, v5e:4x4, v5e:8x8, v5p:2x2x4, v6e:2x4, v6e:4x4, tpu7x:2x2x1"
+HOST = [2, 2, 1]  # chips of a whole host, by side
+KNOWN = "v4:2x2x2, v5e:1x1, v5e:2x2, v5e:4x4, v5e:8x8, v5p:2x2x4, v6e:2x4, v6e:4x4, tpu7x:2x2x1"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +79,7 @@ def run(config: Config, workdir: pathlib.Path, topology: str) -> dict[str, Any]:
 
 def open_topology(name: str) -> tuple[roofline.Chip, list]:
   """The chip and the devices of a slice, without the slice. Any other backend is the CPU."""
-  found = re.fullmatch(r"([a-z0-9]+):\d+(x\d+)*", name)
+  found = re.fullmatch(r"([a-z0-9]+):(\d+(?:x\d+)*)", name)
   if not found or found[1] not in roofline.CHIPS:
     raise ValueError(
       f"--topology: {name!r} is unknown; it is GENERATION:SIZE with a generation among "
@@ -98,11 +100,18 @@ def open_topology(name: str) -> tuple[roofline.Chip, list]:
   from jax.experimental import topologies
 
   try:
-    devices = list(topologies.get_topology_desc(name, "tpu").devices)
+    devices = list(topologies.get_topology_desc(name, "tpu", **_host(found[2])).devices)
   except Exception as error:  # libtpu's own, of no public type
     reason = str(error).splitlines()[0]
     raise ValueError(f"--topology: libtpu refuses {name!r} ({reason}); try {KNOWN}") from error
   return roofline.CHIPS[found[1]], devices
+
+
+def _host(size: str) -> dict[str, list[int]]:
+  """What libtpu must be told of slices that are smaller than a whole host, such as 1x1."""
+  sides = [int(side) for side in size.split("x")]
+  bounds = [min(pair) for pair in itertools.zip_longest(sides, HOST, fillvalue=1)]
+  return {"chips_per_host_bounds": bounds} if bounds != HOST else {}
 
 
 @dataclasses.dataclass(frozen=True)

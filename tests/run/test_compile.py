@@ -338,6 +338,10 @@ def test_a_real_slice(tmp_path):
   assert reports["update"]["kernel_flops"] > 0
   assert "all-gather" in reports["update"]["collective_bytes"]
   assert "collective-permute" not in reports["update"]["collective_bytes"], "an unrolled ring"
+  alone = run("v5e:1x1")  # less than a host
+  assert alone.returncode == 0, alone.stderr[-2000:]
+  reports = json.loads((tmp_path / "summary.json").read_text())
+  assert reports["update"]["collective_bytes"] == {}
   refused = run("v5e:3x5")
   assert refused.returncode == 1
   assert "--topology: libtpu refuses 'v5e:3x5'" in refused.stderr
