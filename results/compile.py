@@ -47,9 +47,12 @@ CELLS = (
     (*LONG, rows(8), "mesh.fsdp=8", "mesh.tensor=2"),
   ),
   ("llama3_1_8b", "v6e:4x4", "full, 32k", (*FULL, *LONG)),
-  # Twice the chips with twice the rows and slots; and one slice with longer and longer rows.
+  # Twice the chips with twice the batch and slots; and one slice with longer and longer rows.
   *(
-    ("smollm2_135m", size, "scaling", (*SMALL, rows(n), f"rollout.slots={8 * n}"))
+    (
+      *("smollm2_135m", size, "scaling"),
+      (*SMALL, rows(n), f"rollout.tasks={8 * n}", f"rollout.slots={8 * n}"),
+    )
     for size, n in (("v5e:1x1", 1), ("v5e:2x4", 8), ("v5e:4x8", 32), ("v5e:8x8", 64))
   ),
   *(
@@ -100,20 +103,38 @@ def write(workdir: pathlib.Path) -> None:
   sys.path.insert(0, str(ROOT))
   from steptool_jax.run.compile import table
 
-  found, parts = {}, [HEAD]
+  found, lines, parts = {}, list(SUMMARY), []
   for cell in CELLS:
     done = reports(workdir / folder(cell))
     if not done:
       parts.append(f"## {', '.join(cell[:3])}\n\nNot compiled yet.\n")
       continue
     found[folder(cell)] = done
+    if len(done) == PROGRAMS:
+      lines.append(line(cell, done))
     fields = " ".join(f"--config.{field}" for field in cell[3])
     rest = "" if len(done) == PROGRAMS else "\nThe other programs are not compiled yet.\n"
     parts.append(
       f"## {', '.join(cell[:3])}\n\n`{fields or 'as the config is'}`\n\n{table(done)}\n{rest}"
     )
   (ROOT / "results" / "compile.json").write_text(json.dumps(found, indent=1) + "\n")
-  (ROOT / "results" / "compile.md").write_text("\n".join(parts))
+  (ROOT / "results" / "compile.md").write_text("\n".join([HEAD, *lines, "", *parts]))
+
+
+def line(cell: tuple, done: dict) -> str:
+  """A row of the summary."""
+  update, peak = done["update"], max(done.values(), key=lambda r: r["hbm_gib_per_chip"])
+  figures = (
+    f"{peak['hbm_gib_per_chip']:.2f} of {peak['capacity_gib']:.0f}",
+    f"{update['flops'] / 1e12:.1f}",
+    f"{update['hbm_bytes'] / 1e9:.0f}",
+    f"{sum(update['collective_bytes'].values()) / 1e9:.2f}",
+    f"{update['estimated_seconds']:.2f}",
+    f"{update['estimated_mfu']:.0%}",
+    f"{done['decode']['estimated_seconds']:.2f}",
+    f"{max(r['compile_seconds'] for r in done.values()):.0f}",
+  )
+  return f"| {' | '.join((*cell[:3], *figures))} |"
 
 
 HEAD = """# Compiled for TPU slices, without the slices
@@ -128,7 +149,16 @@ terms: products at the datasheet rate (kernels at half of it), HBM, links (one r
 directions), and the compiler's own cycles with operations one after the other. MFU counts useful
 FLOPs only: nothing recomputed, and no gradient of frozen weights. Nothing here was measured on a
 chip.
+
+All cells: the largest peak of the four programs, then the update (an optimizer step), decoding (128
+tokens in every slot), and the longest compilation, two cells side by side on two cores. Scaling: 16 rows
+and 8 slots for every chip, all of them one fsdp axis.
 """
+SUMMARY = (
+  "| config | slice | what | peak GiB | TFLOP | HBM GB | links GB | estimate s | MFU | decode s "
+  "| compile s |",
+  "|" + " --- |" * 11,
+)
 
 if __name__ == "__main__":
   main()
