@@ -151,8 +151,8 @@ FLOPs only: nothing recomputed, and no gradient of frozen weights. Nothing here 
 chip.
 
 All cells: the largest peak of the four programs, then the update (an optimizer step), decoding (128
-tokens in every slot), and the longest compilation, two cells side by side on two cores. Scaling: 16 rows
-and 8 slots for every chip, all of them one fsdp axis.
+tokens in every slot), and the longest compilation, two cells side by side on two cores. Scaling: 16
+rows and 8 slots for every chip, all chips one fsdp axis.
 """
 SUMMARY = (
   "| config | slice | what | peak GiB | TFLOP | HBM GB | links GB | estimate s | MFU | decode s "
