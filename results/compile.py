@@ -153,6 +153,14 @@ chip.
 All cells: the largest peak of the four programs, then the update (an optimizer step), decoding (128
 tokens in every slot), and the longest compilation, two cells side by side on two cores. Scaling: 16
 rows and 8 slots for every chip, all chips one fsdp axis.
+
+Against what was aimed at. A tenth of memory to spare: every cell. Half of the matrix rate for the
+update: full-parameter training on v5e, but for Qwen3-8B's 48 %; not LoRA, where everything is
+computed again and frozen weights count no gradient, so that at most 4 of 6 FLOPs are useful, and
+products of low rank leave the unit waiting; not SmolLM2, whose products are small. For v6e there is
+no schedule term, since its clock is not published: those estimates are optimistic. Three minutes to
+compile a program: on v5e all but one (188 s, beside another cell); not the 8B updates on v6e, nor
+full-parameter training with 32k tokens.
 """
 SUMMARY = (
   "| config | slice | what | peak GiB | TFLOP | HBM GB | links GB | estimate s | MFU | decode s "
