@@ -15,8 +15,7 @@ STOP = 7
 
 @pytest.fixture(scope="module")
 def variables():
-  params = model.init_params(CONFIG, jax.random.key(0))
-  return {"params": jax.tree.map(lambda x: x * 3.0, params)}
+  return {"params": model.init_params(CONFIG, jax.random.key(0))}
 
 
 @pytest.fixture(scope="module")
