@@ -10,7 +10,7 @@ import numpy as np
 
 Curve = tuple[Sequence[float], Sequence[float]]
 
-TOLERANCE = 0.02  # of a pass rate: less rise over the last third of a curve counts as a plateau
+TOLERANCE = 0.02  # of a pass rate: less rise over a curve's last third is a plateau
 _RESAMPLES = 2000
 
 
@@ -30,7 +30,7 @@ class Band:
 
 @dataclasses.dataclass(frozen=True)
 class Plateau:
-  """Rise of y over the last third of x, mean over runs with its interval.
+  """Rise of y over the last third of the points, mean over runs with its interval.
 
   reached: the mean rise is at most TOLERANCE. None where a curve has fewer than three points there:
   nothing can be said.
@@ -115,16 +115,18 @@ def crossing(
 
 
 def plateau(curves: Sequence[Curve], confidence: float = 0.95, seed: int = 0) -> Plateau:
-  """Whether the curves of one method have stopped rising (least squares over the last third)."""
+  """Whether the curves of one method have stopped rising (least squares over the last third).
+
+  A third of the evaluations: they are even in updates, not in what conversations have cost.
+  """
   rises = []
   for curve in curves:
     x, y = _checked(curve)
-    start = x[-1] - (x[-1] - x[0]) / 3
-    tail = x >= start - 1e-9 * abs(x[-1])
-    if tail.sum() < 3:
+    start = 2 * (x.size - 1) // 3
+    if x.size - start < 3:
       return Plateau(None, float("nan"), float("nan"), float("nan"))
-    slope = np.polyfit(x[tail] - start, y[tail], 1)[0]
-    rises.append(slope * (x[-1] - start))
+    x, y = x[start:] - x[start], y[start:]
+    rises.append(np.polyfit(x, y, 1)[0] * x[-1])
   if not rises:
     raise ValueError("a plateau needs at least one curve")
   low, high = _interval(np.array(rises)[:, None], confidence, seed)

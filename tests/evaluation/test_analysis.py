@@ -85,9 +85,14 @@ def test_a_plateau_is_seen_in_the_last_third():
   assert found.rise == pytest.approx(3 / 18)
   # The mean over runs counts: (0 + 3/18) / 2.
   assert analysis.plateau([flat, rising]).rise == pytest.approx(1.5 / 18)
+  # Conversations that get longer: four evaluations of ten all the same.
+  assert analysis.plateau([(x**2, x / 18)]).rise == pytest.approx(3 / 18, rel=0.02)
   # A fall is no rise.
   assert analysis.plateau([(x, 1 - x / 18)]).reached is True
 
 
 def test_too_few_points_say_nothing_of_a_plateau():
   assert analysis.plateau([([0, 10, 20, 30], [0.0, 0.1, 0.2, 0.2])]).reached is None
+  # The study's seven say something, wherever its conversations end.
+  curve = [0, 708, 1387, 2070, 2810, 3538, 4234], [0.2, 0.3, 0.4, 0.5, 0.6, 0.6, 0.6]
+  assert analysis.plateau([curve]).reached is True
