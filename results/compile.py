@@ -159,8 +159,8 @@ update: full-parameter training on v5e, but for Qwen3-8B's 48 %; not LoRA, where
 computed again and frozen weights count no gradient, so that at most 4 of 6 FLOPs are useful, and
 products of low rank leave the unit waiting; not SmolLM2, whose products are small. For v6e there is
 no schedule term, since its clock is not published: those estimates are optimistic. Three minutes to
-compile a program: on v5e all but one (188 s, beside another cell); not the 8B updates on v6e, nor
-full-parameter training with 32k tokens.
+compile a program: on v5e all but one (188 s, beside another cell); not the 7B and 8B updates on
+v6e (185 to 320 s).
 """
 SUMMARY = (
   "| config | slice | what | peak GiB | TFLOP | HBM GB | links GB | estimate s | MFU | decode s "

@@ -12,7 +12,7 @@ QUICK = (
   "--xla_cpu_use_fusion_emitters=false"
 )
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK}".strip()
-# Tracing makes millions of objects, few of them in cycles: looking for those took a tenth of it.
+# Tracing makes millions of objects, few in cycles: a tenth of the time went into looking for them.
 gc.set_threshold(20_000, 10, 10)
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
