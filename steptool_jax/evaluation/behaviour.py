@@ -175,14 +175,20 @@ class Case:
   sample: int
   step: int  # the first step whose action is another one
   change: str  # in words
-  wrong_tool_again: bool  # before, a tool was called twice or more, and more often than after
+  again: str  # a tool that was called twice or more before, and more often than after; or ""
+
+  @property
+  def corrected(self) -> bool:
+    """The paper's case study: the step that changed calls another tool than that one."""
+    chosen, _, replaced = self.change.partition(" instead of ")
+    return bool(self.again) and replaced == self.again and chosen != ANSWER.strip("()")
 
 
 def turned_cases(before: Iterable[Trajectory], after: Iterable[Trajectory]) -> list[Case]:
   """Tasks that turned from failed to solved, the most telling first.
 
-  First those that had called a wrong tool again and again and now choose another one (the paper's
-  case study), then other tools, then the rest; within these by task.
+  First those that were corrected (the paper's case study), then others that had called a tool again
+  and again, then other tools, then the rest; within these by task.
   """
   old = {(t.task_id, t.sample): t for t in _healthy(before)}
   cases = []
@@ -198,12 +204,15 @@ def turned_cases(before: Iterable[Trajectory], after: Iterable[Trajectory]) -> l
         sample=new.sample,
         step=step,
         change=_change(was, new.steps[step] if step < len(new.steps) else None),
-        wrong_tool_again=_wrong_tool_again(then, new),
+        again=_called_again(then, new),
       )
     )
-  return sorted(
-    cases, key=lambda c: (not c.wrong_tool_again, "instead of" not in c.change, c.task_id, c.sample)
-  )
+
+  def telling(case: Case) -> tuple:
+    other = "instead of" in case.change
+    return not case.corrected, not case.again, not other, case.task_id, case.sample
+
+  return sorted(cases, key=telling)
 
 
 def first_change(before: Trajectory, after: Trajectory) -> int:
@@ -254,10 +263,11 @@ def _recovered_at(trajectory: Trajectory, k: int) -> int | None:
   return None
 
 
-def _wrong_tool_again(before: Trajectory, after: Trajectory) -> bool:
+def _called_again(before: Trajectory, after: Trajectory) -> str:
   then = collections.Counter(_name(step.action) for step in before.steps)
   now = collections.Counter(_name(step.action) for step in after.steps)
-  return any(name and count > 1 and count > now[name] for name, count in then.items())
+  less = {name: n - now[name] for name, n in then.items() if name and n > 1 and n > now[name]}
+  return max(less, key=lambda name: (less[name], name), default="")
 
 
 def _change(was: Step | None, now: Step | None) -> str:

@@ -56,7 +56,7 @@ class Row:
   method: str
   cells: int
   done: int
-  missing: tuple[str, ...]  # "seed 3 failed: …"
+  missing: tuple[str, ...]  # "seed 3 failed: …", "seeds 0 1 2 not started"
   figures: Mapping[str, Triple]  # over the seeds that are done
   plateau: analysis.Plateau | None
   crossings: Mapping[float, Triple]  # share of the best final pass rate -> LLM calls, inf = never
@@ -162,11 +162,7 @@ def _rows(panel: Sequence[Cell]) -> list[Row]:
         method=name,
         cells=len(cells),
         done=len(figures[name]),
-        missing=tuple(
-          f"seed {c.seed} {c.status}{f': {c.note}' if c.note else ''}"
-          for c in cells
-          if c.status != DONE
-        ),
+        missing=_missing(cells),
         figures=found,
         plateau=analysis.plateau(learnt[name]) if learnt[name] else None,
         crossings={
@@ -177,6 +173,15 @@ def _rows(panel: Sequence[Cell]) -> list[Row]:
       )
     )
   return out
+
+
+def _missing(cells: Sequence[Cell]) -> tuple[str, ...]:
+  seeds: dict[str, list[str]] = {}
+  for cell in cells:
+    if cell.status != DONE:
+      why = f"{cell.status}: {cell.note}" if cell.note else cell.status
+      seeds.setdefault(why, []).append(str(cell.seed))
+  return tuple(f"seed{'s' * (len(n) > 1)} {' '.join(n)} {why}" for why, n in seeds.items())
 
 
 def _known(value: Any) -> bool:

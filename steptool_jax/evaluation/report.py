@@ -6,6 +6,7 @@ data are read as JSON and put into the page as text, so what a tool says is neve
 """
 
 import base64
+import collections
 import hashlib
 import math
 import pathlib
@@ -38,7 +39,8 @@ def write(title: str, cells: Sequence[Cell], problems: Sequence[str], most: int)
   """(the page, trajectories in it); most: trajectories, shared out evenly by the moments."""
   entries, pairs, left_out = _entries(cells, most)
   index, chunks = viewer.payload(entries, pairs)
-  rows = comparison.rows(cells)
+  begun = {_row_name(cell) for cell in cells if cell.status != comparison.WAITING}
+  rows = [row for row in comparison.rows(cells) if _row_name(row) in begun]
   scripts = "\n".join((_ASSETS / name).read_text(encoding="utf-8") for name in _SCRIPTS)
   style = (_ASSETS / "report.css").read_text(encoding="utf-8")
   environment = jinja2.Environment(
@@ -48,6 +50,7 @@ def write(title: str, cells: Sequence[Cell], problems: Sequence[str], most: int)
     trim_blocks=True,
     lstrip_blocks=True,
   )
+  environment.filters["wrapping"] = _wrapping
   page = environment.get_template("report.html").render(
     title=title,
     single=len(cells) == 1,
@@ -72,6 +75,11 @@ def write(title: str, cells: Sequence[Cell], problems: Sequence[str], most: int)
     style_hash=_hash(style),
   )
   return page, len(entries)
+
+
+def _wrapping(name: str) -> markupsafe.Markup:
+  """A long_name that may go on in the next line behind an underscore."""
+  return markupsafe.Markup("_<wbr>").join(name.split("_"))
 
 
 def _hash(text: str) -> str:
@@ -104,7 +112,7 @@ def _entries(cells: Sequence[Cell], most: int) -> tuple[list[Entry], list[Pair],
     ):
       key = case.task_id, case.sample
       pairs.append(Pair(before[key][1], after[key][1], case))
-  pairs.sort(key=lambda pair: not pair.case.wrong_tool_again)
+  pairs.sort(key=lambda pair: (not pair.case.corrected, not pair.case.again))
   left = sum(sizes) - len(entries)
   note = f"{left} of {sum(sizes)} trajectories are left out of this page (report.trajectories)"
   return entries, pairs, [note] if left else []
@@ -147,7 +155,7 @@ def _case(pair: Pair, entries: Sequence[Entry]) -> dict[str, Any]:
     "query": entries[pair.after].record.query,
     "step": pair.case.step + 1,
     "change": pair.case.change,
-    "again": pair.case.wrong_tool_again,
+    "again": pair.case.again,
   }
 
 
@@ -194,17 +202,22 @@ def _cards(cells: Sequence[Cell], rows: Sequence[Row]) -> list[dict[str, str]]:
   return cards
 
 
+def _row_name(cell: Cell | Row) -> str:
+  return "/".join(part for part in (cell.group, cell.environment, cell.method) if part)
+
+
 def _cell_problems(cells: Sequence[Cell]) -> list[str]:
   out = []
+  waiting = collections.Counter(
+    _row_name(cell) for cell in cells if cell.status == comparison.WAITING
+  )
   for cell in cells:
     place = f"{cell.name}: " if len(cells) > 1 else ""
     if cell.status == comparison.FAILED:
       out.append(f"{place}failed and is in no mean ({cell.note})")
-    elif cell.status == comparison.WAITING:
-      out.append(f"{place}not started yet")
-    else:
+    elif cell.status != comparison.WAITING:
       out += [f"{place}{problem}" for problem in cell.run.problems]
-  return out
+  return out + [f"{name}: {n} of its cells not started yet" for name, n in waiting.items()]
 
 
 def _row(row: Row) -> dict[str, Any]:
@@ -215,7 +228,7 @@ def _row(row: Row) -> dict[str, Any]:
     plateau = {
       None: "too few points to tell",
       True: "plateau",
-      False: f"still rising: {100 * p.rise:+.1f} points over the last third",
+      False: f"still {100 * p.rise:+.1f} points",
     }[p.reached]
   return {
     "group": row.group,

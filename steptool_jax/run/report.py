@@ -12,7 +12,7 @@ from typing import Any
 
 from steptool_jax.config import Config
 from steptool_jax.evaluation import behaviour, comparison, records, report
-from steptool_jax.evaluation.comparison import DONE, STARTED, Cell
+from steptool_jax.evaluation.comparison import DONE, STARTED, WAITING, Cell
 from steptool_jax.files import replacing
 from steptool_jax.run import grid
 
@@ -41,7 +41,7 @@ def run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
     "report": str(path),
     "cells": len(cells),
     "trajectories": shown,
-    "problems": sum(len(cell.run.problems) for cell in cells),
+    "problems": sum(len(cell.run.problems) for cell in cells if cell.status != WAITING),
     "seconds": time.monotonic() - started,
   }
 

@@ -111,6 +111,8 @@ def test_tasks_that_turned_and_the_first_step_that_changed():
   before = [
     trajectory(call("find"), wrong, wrong, give_up(), task="d"),
     trajectory(call("find"), call("open", id=1), finish("7"), task="a"),
+    trajectory(call("open"), call("find"), call("find"), finish("7"), task="b"),
+    trajectory(wrong, wrong, finish("7"), task="0"),
     trajectory(call("find"), finish("8"), task="c"),
     trajectory(call("find"), finish("1"), task="solved", solved=1.0),
     trajectory(call("find"), finish("2"), task="stays"),
@@ -118,16 +120,20 @@ def test_tasks_that_turned_and_the_first_step_that_changed():
   after = [
     trajectory(call("find"), call("look", id=3), finish("9"), task="d", solved=1.0),
     trajectory(call("find"), call("open", id=2), finish("9"), task="a", solved=1.0),
+    trajectory(call("look"), call("find"), finish("9"), task="b", solved=1.0),
+    trajectory(finish("9"), task="0", solved=1.0),
     trajectory(call("find"), call("open"), finish("9"), task="c", solved=1.0),
     trajectory(call("look"), finish("1"), task="solved", solved=1.0),
     trajectory(call("look"), finish("3"), task="stays"),
     trajectory(finish("9"), task="new", solved=1.0),
   ]
   cases = behaviour.turned_cases(before, after)
-  assert [(c.task_id, c.step, c.change, c.wrong_tool_again) for c in cases] == [
-    ("d", 1, "look instead of search", True),
-    ("c", 1, "open instead of answer", False),
-    ("a", 1, "open with other arguments", False),
+  assert [(c.task_id, c.step, c.change, c.again) for c in cases] == [
+    ("d", 1, "look instead of search", "search"),
+    ("0", 0, "answer instead of search", "search"),
+    ("b", 0, "look instead of open", "find"),
+    ("c", 1, "open instead of answer", ""),
+    ("a", 1, "open with other arguments", ""),
   ]
 
 

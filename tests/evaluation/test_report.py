@@ -167,6 +167,8 @@ def test_tokens_wear_their_advantage(opened):
 
 
 def test_a_turned_task_side_by_side(opened):
+  said = opened.run("return document.querySelector('.cases .meta').innerText")
+  assert said == "step 2: look instead of search search called again and again before"
   opened.run("document.querySelector('.cases button').click()")
   assert opened.run("return [...document.querySelectorAll('.step.changed h4')].length") == 2
   heads = opened.run(

@@ -6,17 +6,21 @@ starts steptool_jax.main (or `_exchange`) once for each command, prints the proc
 exit codes. Every process of main keeps what it rolled out in WORKDIR/rolled_<process>.jsonl.
 """
 
+import contextlib
 import json
 import os
 import pathlib
+import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import tiny
 
 _EXCHANGE = "exchange"
+_END_S = 240  # below pytest's limit, so that the next test finds an idle pod
 
 
 class Pod:
@@ -81,11 +85,22 @@ class Run:
     self.pids = json.loads(server.stdout.readline())
 
   def wait(self) -> list[int]:
-    """Exit codes; minus the signal of one that was killed."""
-    return json.loads(self._server.stdout.readline())
+    """Exit codes; minus the signal of one that was killed. Those that hang are killed."""
+    hung = []
+    watch = threading.Timer(_END_S, lambda: (hung.append(True), self._kill()))
+    watch.start()
+    codes = json.loads(self._server.stdout.readline())
+    watch.cancel()
+    assert not hung, f"no end in {_END_S} s: {[log.read_text()[-2000:] for log in self.logs]}"
+    return codes
 
   def log(self, n) -> str:
     return self.logs[n].read_text()
+
+  def _kill(self) -> None:
+    for pid in self.pids:
+      with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
 
 
 def _serve() -> None:

@@ -239,7 +239,9 @@ def test_a_report_of_a_study_that_has_hardly_begun(fake, tmp_path):
   grid.write_plan(tmp_path, grid.plan(make().study))
   found = report.run(make(), tmp_path)
   assert (found["cells"], found["trajectories"]) == (4, 0)
-  assert "core/shop/ppo/0: not started yet" in (tmp_path / "results/report.html").read_text()
+  page = (tmp_path / "results/report.html").read_text()
+  assert "core/shop/ppo: 2 of its cells not started yet" in page
+  assert "<table>" not in page, "rows without a figure"
 
 
 # --- one real cell -------------------------------------------------------------------------------

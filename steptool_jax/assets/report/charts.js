@@ -97,7 +97,11 @@ function drawChart(chart, box) {
       "stroke-dasharray": s.thin ? "" : DASHES[k],
     }));
     if (!s.thin && points.length <= 40) {
+      // Seeds are evaluated at nearly the same number of calls: one mark for each bunch of points.
+      let next = 0;
       for (const [x, y] of points) {
+        if (x < next) continue;
+        next = x + 28;
         const mark = MARKS[k](x, y);
         mark.setAttribute("class", `s${c}`);
         svg.append(mark);
@@ -135,6 +139,7 @@ function drawChart(chart, box) {
 }
 
 function legend(series) {
+  const seeds = series.some((s) => s.runs > 1);
   const list = make("ul", { class: "legend" });
   for (const s of series) {
     const [c, k] = look(s.name);
@@ -145,7 +150,7 @@ function legend(series) {
       mark.setAttribute("class", `s${c}`);
       key.append(mark);
     }
-    const text = s.runs > 1 ? `${s.name} (${s.runs} seeds)` : s.name;
+    const text = seeds ? `${s.name} (${s.runs} ${s.runs > 1 ? "seeds" : "seed"})` : s.name;
     list.append(make("li", {}, make("button", {
       type: "button", "aria-pressed": String(!hidden.has(s.name)),
       onclick: () => { if (!hidden.delete(s.name)) hidden.add(s.name); drawCharts(); },
