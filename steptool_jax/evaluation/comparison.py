@@ -17,6 +17,7 @@ from steptool_jax.types import Trajectory
 
 DONE, FAILED, STARTED, WAITING = "done", "failed", "unfinished", "not started"
 LEVELS = (0.5, 0.7, 0.9)  # of the best final pass rate
+COMPARED = ("final", "greedy", "area")
 
 Triple = tuple[float, float, float]  # mean, low, high
 
@@ -62,6 +63,17 @@ class Row:
   crossings: Mapping[float, Triple]  # share of the best final pass rate -> LLM calls, inf = never
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Difference:
+  """What a method has more than another one on the same environment, seed by seed."""
+
+  environment: str
+  method: str
+  against: str
+  seeds: int  # done by both
+  figures: Mapping[str, Triple]  # of COMPARED, those that all have
+
+
 def facts_of(trajectories: Sequence[Trajectory]) -> Facts:
   return Facts(
     count=len(trajectories),
@@ -77,6 +89,34 @@ def facts_of(trajectories: Sequence[Trajectory]) -> Facts:
 def rows(cells: Iterable[Cell]) -> list[Row]:
   """One row for every (group, environment, method), in the order of the cells."""
   return [row for panel in by_environment(cells) for row in _rows(panel)]
+
+
+def differences(cells: Iterable[Cell]) -> list[Difference]:
+  """Each method against the environment's first one, and against the one whose name it extends.
+
+  So steptool_no_step_rewards is compared with steptool, and grpo_step with grpo. Seeds are paired,
+  since both start at the same weights and see the same tasks.
+  """
+  out = []
+  environments: dict[str, list[Cell]] = {}
+  for cell in cells:
+    environments.setdefault(cell.environment, []).append(cell)
+  for environment, panel in environments.items():
+    found = _measured(panel)
+    first = next(iter(found))
+    for method in found:
+      others = [other for other in found if other == first or method.startswith(f"{other}_")]
+      for other in others:
+        pairs = [(found[method][s], found[other][s]) for s in found[method] if s in found[other]]
+        if other == method or not pairs:
+          continue
+        figures = {
+          key: analysis.mean_interval([mine[key] - theirs[key] for mine, theirs in pairs])
+          for key in COMPARED
+          if all(key in mine and key in theirs for mine, theirs in pairs)
+        }
+        out.append(Difference(environment, method, other, len(pairs), figures))
+  return out
 
 
 def by_environment(cells: Iterable[Cell]) -> list[list[Cell]]:
@@ -133,42 +173,45 @@ def cell_figures(cell: Cell) -> dict[str, float]:
   return {k: float(v) for k, v in found.items() if _known(v)}
 
 
+def _measured(panel: Sequence[Cell]) -> dict[str, dict[int, dict[str, float]]]:
+  """{method: {seed: figures}} of what is done; area: up to the budget that all have spent."""
+  learnt = {id(c): curve for c in panel for curve in curves([c], "llm_calls") if len(curve[0]) > 1}
+  shared = min((curve[0][-1] for curve in learnt.values()), default=0.0)
+  out: dict[str, dict[int, dict[str, float]]] = {}
+  for cell in panel:
+    seeds = out.setdefault(cell.method, {})
+    if cell.status == DONE:
+      seeds[cell.seed] = cell_figures(cell)
+      if id(cell) in learnt:
+        seeds[cell.seed]["area"] = analysis.area(learnt[id(cell)], shared)
+  return out
+
+
 def _rows(panel: Sequence[Cell]) -> list[Row]:
   """The rows of one environment of one group, which share levels and budget."""
-  methods = by_method(panel)
-  figures = {
-    name: [cell_figures(cell) for cell in cells if cell.status == DONE]
-    for name, cells in methods.items()
-  }
-  learnt = {
-    name: [c for c in curves(cells, "llm_calls") if len(c[0]) > 1]
-    for name, cells in methods.items()
-  }
-  best = max(np.mean([f.get("final", 0.0) for f in fs] or [0.0]) for fs in figures.values())
-  ends = [curve[0][-1] for found in learnt.values() for curve in found]
+  measured = _measured(panel)
+  best = max(
+    np.mean([f.get("final", 0.0) for f in seeds.values()] or [0.0]) for seeds in measured.values()
+  )
   out = []
-  for name, cells in methods.items():
-    found = {
-      key: analysis.mean_interval([f[key] for f in figures[name] if key in f])
-      for key in dict.fromkeys(key for f in figures[name] for key in f)
-    }
-    if learnt[name]:
-      heights = [analysis.area(curve, min(ends)) for curve in learnt[name]]
-      found["area"] = analysis.mean_interval(heights)
+  for name, cells in by_method(panel).items():
+    figures = list(measured[name].values())
+    learnt = [c for c in curves(cells, "llm_calls") if len(c[0]) > 1]
     out.append(
       Row(
         group=cells[0].group,
         environment=cells[0].environment,
         method=name,
         cells=len(cells),
-        done=len(figures[name]),
+        done=len(figures),
         missing=_missing(cells),
-        figures=found,
-        plateau=analysis.plateau(learnt[name]) if learnt[name] else None,
+        figures={
+          key: analysis.mean_interval([f[key] for f in figures if key in f])
+          for key in dict.fromkeys(key for f in figures for key in f)
+        },
+        plateau=analysis.plateau(learnt) if learnt else None,
         crossings={
-          share: analysis.crossing(learnt[name], share * best)
-          for share in LEVELS
-          if learnt[name] and best > 0
+          share: analysis.crossing(learnt, share * best) for share in LEVELS if learnt and best > 0
         },
       )
     )

@@ -57,6 +57,7 @@ def write(title: str, cells: Sequence[Cell], problems: Sequence[str], most: int)
     cards=_cards(cells, rows),
     problems=[*problems, *left_out, *_cell_problems(cells)],
     rows=[_row(row) for row in rows],
+    differences=[_difference(found) for found in comparison.differences(cells)],
     charts=markupsafe.Markup(viewer.script_json(panels.charts(cells))),
     tools=panels.tool_use(cells),
     recoveries=panels.recoveries(cells),
@@ -243,6 +244,22 @@ def _row(row: Row) -> dict[str, Any]:
     "plateau": plateau,
     "crossings": [crossing(row.crossings.get(level)) for level in comparison.LEVELS],
     "more": [interval(f.get(key), form) for key, _, form in _MORE],
+  }
+
+
+def _difference(found: comparison.Difference) -> dict[str, Any]:
+  def points(share: float) -> str:
+    return f"{100 * share:+.1f}"
+
+  figures = [found.figures.get(key) for key in comparison.COMPARED]
+  return {
+    "environment": found.environment,
+    "method": found.method,
+    "against": found.against,
+    "seeds": found.seeds,
+    "figures": [
+      interval(f, points) | {"sure": f is not None and (f[1] > 0 or f[2] < 0)} for f in figures
+    ],
   }
 
 

@@ -18,11 +18,12 @@ _CURVES = ("heldout/pass_rate", "heldout/reward", "heldout/calls_per_task", "tra
 
 
 def write(workdir: pathlib.Path, plan: Sequence[Planned], most: int) -> list[dict[str, Any]]:
-  """Writes curves.csv, cells.csv, table.json and report.html; returns the table."""
+  """Writes curves, cells and differences.csv, table.json, report.html; returns the table."""
   cells, notes = report.read_cells(workdir, plan, most)
   folder = workdir / "results"
   metrics_writer.write_atomically(folder / "curves.csv", _curves(cells))
   metrics_writer.write_atomically(folder / "cells.csv", _cells(cells))
+  metrics_writer.write_atomically(folder / "differences.csv", _differences(cells))
   table = [_plain(row) for row in comparison.rows(cells)]
   metrics_writer.write_atomically(folder / "table.json", json.dumps(table, indent=1) + "\n")
   report.write(folder / "report.html", f"Study {workdir.name}", cells, most, notes)
@@ -69,6 +70,17 @@ def _cells(cells: Sequence[Cell]) -> str:
   for cell, found in zip(cells, figures, strict=True):
     own = (cell.name, cell.group, cell.environment, cell.method, cell.seed, cell.status, cell.note)
     lines.append((*own, *(found.get(name, "") for name in names)))
+  return _csv(lines)
+
+
+def _differences(cells: Sequence[Cell]) -> str:
+  """One line a pair of methods; low and high: the 95 % interval, empty for one seed."""
+  bounds = [f"{key}{end}" for key in comparison.COMPARED for end in ("", "_low", "_high")]
+  lines = [("environment", "method", "against", "seeds", *bounds)]
+  for d in comparison.differences(cells):
+    figures = [d.figures.get(key, (math.nan,) * 3) for key in comparison.COMPARED]
+    known = ["" if math.isnan(x) else x for triple in figures for x in triple]
+    lines.append((d.environment, d.method, d.against, d.seeds, *known))
   return _csv(lines)
 
 

@@ -153,6 +153,29 @@ def test_a_failed_cell_is_tried_again_then_marked_and_in_no_mean(fake, tmp_path)
   assert starts.read_text() == before
 
 
+def test_differences_are_between_equal_seeds(fake, tmp_path):
+  """Of seeds 0, 1 (fails always) and 2; against the first method and the one of the short name."""
+  lines = (
+    "core/shop/ppo: seeds=3 algorithm=ppo",
+    "core/shop/steptool: seeds=3 algorithm=steptool",
+    "wide/shop/steptool_cut: seeds=1 algorithm=ppo",
+  )
+  study.run(make(*lines), tmp_path)
+  with (tmp_path / "results/differences.csv").open() as file:
+    found = {(row["method"], row["against"]): row for row in csv.DictReader(file)}
+  assert list(found) == [("steptool", "ppo"), ("steptool_cut", "ppo"), ("steptool_cut", "steptool")]
+  expected = {("steptool", "ppo"): (2, 0.3, 0.15), ("steptool_cut", "steptool"): (1, -0.3, -0.15)}
+  for pair, (seeds, final, area) in expected.items():
+    row = found[pair]
+    assert int(row["seeds"]) == seeds
+    assert [float(row["final"]), float(row["area"])] == pytest.approx([final, area])
+    assert row["greedy"] == "", "no cell has it"
+    assert bool(row["final_low"]) == (seeds > 1), "one seed has no interval"
+  page = (tmp_path / "results/report.html").read_text()
+  assert "<b>+30.0</b><small>+30.0 to +30.0</small>" in page
+  assert ">-30.0<small></small>" in page, "bold without an interval"
+
+
 def test_an_interrupted_study_goes_on(fake, tmp_path, monkeypatch):
   """Out of time while a cell runs: it saves, and the same command makes up for it."""
   line = "core/shop/ppo: seeds=4 algorithm=ppo"
