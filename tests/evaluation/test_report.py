@@ -250,6 +250,8 @@ def test_five_thousand_trajectories(chromium, tmp_path):
   assert chromium.run(loading) < 2000
   assert listed(chromium) == 5000
   assert chromium.run("return document.querySelectorAll('.item').length") < 60
+  selected = "show(4000); return document.querySelector('.item[aria-selected=true]') !== null"
+  assert chromium.run(selected), "what is shown is not in sight in the list"
   took = chromium.run(
     "const t = performance.now(); byId('list').scrollTop = 1e9; drawRows(); move(4999);"
     "byId('f-text').value = 'q 4999'; applyFilters(); return performance.now() - t"

@@ -74,19 +74,26 @@ function item(place) {
 function show(number, before = -1, step = -1) {
   current = number;
   other = before;
+  reveal(matches.indexOf(number));
   drawRows();
   drawDetail(step);
   if (window.matchMedia("(max-width: 760px)").matches) byId("detail").scrollIntoView();
+}
+
+/** Scrolls the list to this place, as little as possible; filters may have left it out (-1). */
+function reveal(place) {
+  if (place < 0) return;
+  const list = byId("list");
+  const top = place * ROW_HEIGHT;
+  if (top < list.scrollTop) list.scrollTop = top;
+  if (top + ROW_HEIGHT > list.scrollTop + list.clientHeight) list.scrollTop = top + ROW_HEIGHT - list.clientHeight;
 }
 
 function move(by) {
   if (!matches.length) return;
   const at = matches.indexOf(current);
   const place = at < 0 ? 0 : Math.max(0, Math.min(matches.length - 1, at + by));
-  const list = byId("list");
-  const top = place * ROW_HEIGHT;
-  if (top < list.scrollTop) list.scrollTop = top;
-  if (top + ROW_HEIGHT > list.scrollTop + list.clientHeight) list.scrollTop = top + ROW_HEIGHT - list.clientHeight;
+  reveal(place);
   current = matches[place];
   other = -1;
   drawRows();
@@ -140,8 +147,8 @@ function startViewer() {
   document.addEventListener("keydown", onKey);
   for (const button of document.querySelectorAll(".cases button")) {
     button.addEventListener("click", () => {
-      show(Number(button.dataset.after), Number(button.dataset.before), Number(button.dataset.step) - 1);
       byId("viewer").scrollIntoView();
+      show(Number(button.dataset.after), Number(button.dataset.before), Number(button.dataset.step) - 1);
     });
   }
   applyFilters();
