@@ -258,7 +258,9 @@ def _difference(found: comparison.Difference) -> dict[str, Any]:
     "against": found.against,
     "seeds": found.seeds,
     "figures": [
-      interval(f, points) | {"sure": f is not None and (f[1] > 0 or f[2] < 0)} for f in figures
+      # Means of tenths leave 1e-17 behind where they should be 0.
+      interval(f, points) | {"sure": f is not None and (f[1] > 1e-9 or f[2] < -1e-9)}
+      for f in figures
     ],
   }
 
