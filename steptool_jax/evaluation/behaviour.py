@@ -176,12 +176,7 @@ class Case:
   step: int  # the first step whose action is another one
   change: str  # in words
   again: str  # a tool that was called twice or more before, and more often than after; or ""
-
-  @property
-  def corrected(self) -> bool:
-    """The paper's case study: the step that changed calls another tool than that one."""
-    chosen, _, replaced = self.change.partition(" instead of ")
-    return bool(self.again) and replaced == self.again and chosen != ANSWER.strip("()")
+  corrected: bool  # the paper's case study: the step that changed calls another tool than `again`
 
 
 def turned_cases(before: Iterable[Trajectory], after: Iterable[Trajectory]) -> list[Case]:
@@ -198,13 +193,18 @@ def turned_cases(before: Iterable[Trajectory], after: Iterable[Trajectory]) -> l
       continue
     step = first_change(then, new)
     was = then.steps[step] if step < len(then.steps) else None
+    now = new.steps[step] if step < len(new.steps) else None
+    again = _called_again(then, new)
     cases.append(
       Case(
         task_id=new.task_id,
         sample=new.sample,
         step=step,
-        change=_change(was, new.steps[step] if step < len(new.steps) else None),
-        again=_called_again(then, new),
+        change=_change(was, now),
+        again=again,
+        corrected=bool(again and was and now)
+        and kind(was) == again
+        and kind(now) not in (again, ANSWER),
       )
     )
 

@@ -175,16 +175,19 @@ def cell_figures(cell: Cell) -> dict[str, float]:
 
 def _measured(panel: Sequence[Cell]) -> dict[str, dict[int, dict[str, float]]]:
   """{method: {seed: figures}} of what is done; area: up to the budget that all have spent."""
-  learnt = {id(c): curve for c in panel for curve in curves([c], "llm_calls") if len(curve[0]) > 1}
-  shared = min((curve[0][-1] for curve in learnt.values()), default=0.0)
+  ends = [curve[0][-1] for curve in _learnt(panel)]
   out: dict[str, dict[int, dict[str, float]]] = {}
   for cell in panel:
     seeds = out.setdefault(cell.method, {})
     if cell.status == DONE:
       seeds[cell.seed] = cell_figures(cell)
-      if id(cell) in learnt:
-        seeds[cell.seed]["area"] = analysis.area(learnt[id(cell)], shared)
+      for curve in _learnt([cell]):
+        seeds[cell.seed]["area"] = analysis.area(curve, min(ends))
   return out
+
+
+def _learnt(cells: Iterable[Cell]) -> list[analysis.Curve]:
+  return [curve for curve in curves(cells, "llm_calls") if len(curve[0]) > 1]
 
 
 def _rows(panel: Sequence[Cell]) -> list[Row]:
@@ -196,7 +199,7 @@ def _rows(panel: Sequence[Cell]) -> list[Row]:
   out = []
   for name, cells in by_method(panel).items():
     figures = list(measured[name].values())
-    learnt = [c for c in curves(cells, "llm_calls") if len(c[0]) > 1]
+    learnt = _learnt(cells)
     out.append(
       Row(
         group=cells[0].group,
