@@ -26,7 +26,7 @@ from steptool_jax.config import Config
 from steptool_jax.learning import batching, update
 from steptool_jax.policy import attention, hfconfig, lora, model, sharding, splash
 from steptool_jax.policy import engine as engine_lib
-from steptool_jax.run import build, hlo, learners, metrics_writer, roofline
+from steptool_jax.run import build, hlo, hlo_counts, learners, metrics_writer, roofline
 from steptool_jax.types import TokenBatch, TrainState
 
 GIB = 2**30
@@ -270,7 +270,7 @@ def report(program: Program, chip: roofline.Chip, devices: int) -> dict[str, Any
   compile_seconds = time.monotonic() - started
   text = compiled.as_text()
   memory = compiled.memory_analysis()
-  counts = hlo.count(text, program.trips)
+  counts = hlo_counts.count(text, program.trips)
   kernels = sum(k.times * splash.kernel_flops(k.name, _queries(k)) for k in counts.kernels)
   cost = roofline.estimate(counts, kernels, chip)
   # Beside the program's own buffers lies what it does not read: moments during a rollout.
@@ -299,7 +299,7 @@ def report(program: Program, chip: roofline.Chip, devices: int) -> dict[str, Any
   }
 
 
-def _queries(kernel: hlo.Kernel) -> tuple[int, ...]:
+def _queries(kernel: hlo_counts.Kernel) -> tuple[int, ...]:
   return next((a.dims for a in kernel.operands if a.dtype[0] in "bf" and len(a.dims) > 2), ())
 
 

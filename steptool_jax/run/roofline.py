@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from steptool_jax.run.hlo import Counts
+from steptool_jax.run.hlo_counts import Counts
 
 # A collective is taken to run as one ring, in both directions: no credit for further torus axes,
 # and none for hiding behind anything that runs longer.
