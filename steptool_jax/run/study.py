@@ -31,6 +31,7 @@ from steptool_jax.run.grid import Planned, State
 
 _ENDED = (DONE, FAILED)
 COMMAND = (sys.executable, "-m", "steptool_jax.run.cell")
+_CHANGES_NO_BITS = ("compilation_cache", "checkpoint.", "report.")
 _GRACE_S = 600.0  # for a cell to reach its next safe point and save
 
 
@@ -70,7 +71,7 @@ def _refuse_other_config(folder: pathlib.Path, config: Config) -> None:
   if not path.exists():
     return
   names = validation.differences(config, json.loads(path.read_text()))
-  names = [name for name in names if not name.startswith(("compilation_cache", "checkpoint."))]
+  names = [name for name in names if not name.startswith(_CHANGES_NO_BITS)]
   if names:
     raise ValueError(
       f"{folder} was begun with another config; different: {', '.join(names)}; use another "
