@@ -27,8 +27,8 @@ same order, 24 iterations of 12 tasks x 4 samples = 1,152 conversations of at mo
 48 optimizer steps; they differ in what config.study.cells says and in nothing else (a study with
 unequal budgets is refused).
 
-Time, two cells side by side with a core each (results/study/cells.csv): nested_api 125 s (2 calls) to
-255 s (5 calls) a cell, data_pipeline 230 s, all 168 cells 4.9 h; 1.4 GiB a cell at most.
+Time, two cells side by side with a core each (results/study/cells.csv): nested_api 125 s (2 calls)
+to 255 s (5 calls) a cell, data_pipeline 230 s, all 168 cells 4.9 h; 1.4 GiB a cell at most.
 """
 
 import pathlib
