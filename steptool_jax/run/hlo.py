@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "bf16": 2, "f16": 2, "f32": 4, "f64": 8}
 BYTES |= {f"{kind}{bits}": bits // 8 for kind in "su" for bits in (8, 16, 32, 64)}
@@ -42,7 +42,8 @@ class Instruction:
     return tuple(_arrays(self.shape))
 
   def attribute(self, name: str) -> str | None:
-    found = re.search(rf"\b{name}=([^,\s]+)", self.attributes)
+    """Its value; of a computation, the name as in `parse`."""
+    found = re.search(rf"\b{name}=%?([^,\s]+)", self.attributes)
     return found and found[1]
 
 
@@ -91,16 +92,10 @@ def _arrays(shape: str) -> Iterator[Array]:
     yield Array(dtype, sizes, int(space[1]) if space else 0)
 
 
-def hbm(arrays: Sequence[Array]) -> float:
-  return sum(a.bytes for a in arrays if a.space == 0)
-
-
 def largest_buffers(text: str, number: int) -> list[str]:
   """The largest arrays that a program makes in HBM, each with the operation that it is from."""
   computations, _ = parse(text)
-  fused = {
-    c.strip("%") for body in computations.values() for i in body if (c := i.attribute("calls"))
-  }
+  fused = {i.attribute("calls") for body in computations.values() for i in body}
   found: dict[str, float] = {}
   for name, body in computations.items():
     for ins in body if name not in fused else ():
@@ -120,7 +115,7 @@ def branches(ins: Instruction) -> list[str]:
   listed = re.search(r"branch_computations=\{([^}]*)\}", ins.attributes)
   if listed:
     return [name.strip().strip("%") for name in listed[1].split(",")]
-  return [ins.attribute(f"{name}_computation").strip("%") for name in ("true", "false")]
+  return [ins.attribute(f"{name}_computation") for name in ("true", "false")]
 
 
 def group_size(ins: Instruction) -> int:
@@ -134,7 +129,3 @@ def group_size(ins: Instruction) -> int:
     return int(iota[1].split(",")[-1])
   explicit = re.search(r"replica_groups=\{\{([\d,]*)\}", ins.attributes)
   return len(explicit[1].split(",")) if explicit else 1
-
-
-def by_name(body: Sequence[Instruction]) -> dict[str, Instruction]:
-  return {i.name: i for i in body}

@@ -67,7 +67,7 @@ class _Counter:
   def __init__(self, module, dynamic_trips):
     self.computations, self.entry = module
     self.trips = tuple(dynamic_trips)
-    self.named = {name: hlo.by_name(body) for name, body in self.computations.items()}
+    self.named = {name: _by_name(body) for name, body in self.computations.items()}
     self.inlined: dict[str, dict[str, Instruction]] = {}
 
   def total(self) -> Counts:
@@ -85,21 +85,21 @@ class _Counter:
         if trips is None:
           if depth >= len(self.trips):
             raise ValueError(f"HLO: loop {ins.name} has no known bound at depth {depth}")
-          body = self._sequence(ins.attribute("body").strip("%"), depth + 1, seen)
+          body = self._sequence(ins.attribute("body"), depth + 1, seen)
           counts.add(body, self.trips[depth])
         else:
-          counts.add(self._sequence(ins.attribute("body").strip("%"), depth, seen), trips)
+          counts.add(self._sequence(ins.attribute("body"), depth, seen), trips)
       elif ins.opcode == "conditional":
         branches = [self._sequence(branch, depth, seen) for branch in hlo.branches(ins)]
         counts.add(max(branches, key=lambda c: (c.flops, c.hbm_bytes)), 1)
       elif ins.opcode == "call":
-        counts.add(self._sequence(ins.attribute("to_apply").strip("%"), depth, seen), 1)
+        counts.add(self._sequence(ins.attribute("to_apply"), depth, seen), 1)
       else:
         self._single(ins, name, counts, seen)
     return counts
 
   def _single(self, ins: Instruction, home: str, counts: Counts, seen: set) -> None:
-    called = (ins.attribute("calls") or "").strip("%")
+    called = ins.attribute("calls")
     inner = self._inlined(called) if called else {}
     counts.hbm_bytes += self._traffic(ins, home, inner, seen)
     for each in (ins, *inner.values()):
@@ -118,8 +118,8 @@ class _Counter:
       body: list[Instruction] = []
       for ins in self.computations[name]:
         called = ins.attribute("calls")
-        body += self._written_out(ins, called.strip("%")) if called else [ins]
-      self.inlined[name] = hlo.by_name(body)
+        body += self._written_out(ins, called) if called else [ins]
+      self.inlined[name] = _by_name(body)
     return self.inlined[name]
 
   def _written_out(self, fusion: Instruction, called: str) -> list[Instruction]:
@@ -150,14 +150,14 @@ class _Counter:
       return 0.0
     operands = [self.named[home][x] for x in ins.operands if x in self.named[home]]
     if ins.opcode.endswith("-start"):  # (operands, results, contexts) in one tuple
-      return hlo.hbm(ins.arrays)
+      return _hbm(ins.arrays)
     if ins.opcode == "fusion":
       return self._fusion_traffic(ins, operands, inner, seen)
     if ins.opcode in ("dynamic-slice", "slice", "gather"):
-      return 2 * hlo.hbm(ins.arrays)
+      return 2 * _hbm(ins.arrays)
     if ins.opcode == "dynamic-update-slice":
-      return 2 * hlo.hbm(operands[1].arrays)
-    return hlo.hbm(ins.arrays) + sum(hlo.hbm(x.arrays) for x in operands)
+      return 2 * _hbm(operands[1].arrays)
+    return _hbm(ins.arrays) + sum(_hbm(x.arrays) for x in operands)
 
   def _fusion_traffic(self, ins, operands, named, seen) -> float:
     """Parameters that are only sliced count as their slices; what is updated in place, as the
@@ -191,7 +191,7 @@ class _Counter:
       if users and all(i.opcode in sliced and i.operands[0] == parameter.name for i in users):
         total += sum(a.bytes for i in users for a in i.arrays if outside[0].space == 0)
       else:
-        total += hlo.hbm(outside)
+        total += _hbm(outside)
     return total
 
   # --- loops ---
@@ -200,7 +200,7 @@ class _Counter:
     known = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', ins.attributes)
     if known:
       return int(known[1])
-    condition = self.named[ins.attribute("condition").strip("%")]
+    condition = self.named[ins.attribute("condition")]
     test = next(i for i in condition.values() if i.root)
     if test.opcode != "compare" or "direction=LT" not in test.attributes:
       return None
@@ -221,7 +221,7 @@ class _Counter:
 
   def _step(self, ins: Instruction, index: int) -> int:
     """How far a loop's counter goes in one turn; 1 where that is not a plain sum."""
-    body = self.named[ins.attribute("body").strip("%")]
+    body = self.named[ins.attribute("body")]
     root = next(i for i in body.values() if i.root)
     value, step = body[root.operands[index]], 0
     while value.opcode in ("add", "copy"):
@@ -232,6 +232,14 @@ class _Counter:
       step += sum(int(c.attributes) for c in constants)
       value = others[0]
     return max(step, 1)
+
+
+def _by_name(body: Sequence[Instruction]) -> dict[str, Instruction]:
+  return {i.name: i for i in body}
+
+
+def _hbm(arrays: Sequence[hlo.Array]) -> float:
+  return sum(a.bytes for a in arrays if a.space == 0)
 
 
 def _flops(ins: Instruction, named: dict[str, Instruction]) -> float:

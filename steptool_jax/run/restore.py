@@ -25,16 +25,22 @@ def refuse_other_config(
   Raises:
     ValueError: the workdir's run has another config; names the fields.
   """
-  path = workdir / "config.json"
-  if not path.exists():
-    return
-  names = validation.differences(config, json.loads(path.read_text()))
-  names = [name for name in names if name.startswith(only) and not name.startswith(may_change)]
+  names = other_fields(config, workdir / "config.json", may_change, only)
   if names:
     raise ValueError(
       f"{workdir} holds a run with another config; different: {', '.join(names)}; use another "
       "--workdir, or the values of its config.json"
     )
+
+
+def other_fields(
+  config: Config, path: pathlib.Path, may_change: tuple[str, ...], only: tuple[str, ...] = ("",)
+) -> list[str]:
+  """Names of the fields that have another value in this file; none where there is no file."""
+  if not path.exists():
+    return []
+  names = validation.differences(config, json.loads(path.read_text()))
+  return [name for name in names if name.startswith(only) and not name.startswith(may_change)]
 
 
 def claim(config: Config, workdir: pathlib.Path) -> None:

@@ -11,7 +11,6 @@ that fails is tried again, then marked, and is in no mean; to try it once more, 
 """
 
 import dataclasses
-import json
 import os
 import pathlib
 import subprocess
@@ -26,7 +25,7 @@ from tqdm import tqdm
 from steptool_jax import validation
 from steptool_jax.config import Config
 from steptool_jax.evaluation.comparison import DONE, FAILED, STARTED, WAITING
-from steptool_jax.run import grid, metrics_writer, results, workbench
+from steptool_jax.run import grid, metrics_writer, restore, results, workbench
 from steptool_jax.run.grid import Planned, State
 
 _ENDED = (DONE, FAILED)
@@ -67,11 +66,7 @@ def run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
 
 def _refuse_other_config(folder: pathlib.Path, config: Config) -> None:
   """ValueError where the cell was begun with another one: it could not be compared any more."""
-  path = folder / "cell_config.json"
-  if not path.exists():
-    return
-  names = validation.differences(config, json.loads(path.read_text()))
-  names = [name for name in names if not name.startswith(_CHANGES_NO_BITS)]
+  names = restore.other_fields(config, folder / "cell_config.json", _CHANGES_NO_BITS)
   if names:
     raise ValueError(
       f"{folder} was begun with another config; different: {', '.join(names)}; use another "
