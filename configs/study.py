@@ -35,7 +35,7 @@ import pathlib
 import runpy
 
 from steptool_jax.learning import algorithms
-from steptool_jax.run import grid
+from steptool_jax.run.studies import grid
 from steptool_jax.validation import validate
 
 _QUICKSTART = runpy.run_path(str(pathlib.Path(__file__).with_name("quickstart.py")))["get_config"]

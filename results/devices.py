@@ -29,7 +29,8 @@ def measure(data: int, fsdp: int) -> list[float]:
   from configs import quickstart
   from steptool_jax.learning import batching, update
   from steptool_jax.policy import model, sharding
-  from steptool_jax.run import bench, learners
+  from steptool_jax.run import bench
+  from steptool_jax.run.training import setup
   from steptool_jax.validation import validate
 
   config = validate(quickstart.get_config())
@@ -39,12 +40,12 @@ def measure(data: int, fsdp: int) -> list[float]:
   packed = batching.pack(
     [bench.make_trajectory(rng, config.bench) for _ in range(8)], config.bench.tokens
   )
-  learner = learners.build_learner(config, architecture, "steptool")
+  learner = setup.build_learner(config, architecture, "steptool")
   with jax.set_mesh(mesh):
     variables = {"params": model.init_params(architecture, jax.random.key(0))}
-    state = learners.start_phase(config, mesh, learner, variables)
+    state = setup.start_phase(config, mesh, learner, variables)
     prepare, step = update.compile_programs(learner)
-    prepared, _ = prepare(state, learners.to_device(packed, 8, 1, mesh), np.int32(1))
+    prepared, _ = prepare(state, setup.to_device(packed, 8, 1, mesh), np.int32(1))
     seconds = []
     for _ in range(2 + REPEATS):  # the second may compile for the layout of the first's result
       started = time.perf_counter()

@@ -34,7 +34,7 @@ def count_tokens(data: str, tokenizer: str) -> list[dict[str, Any]]:
   """Of all released step-grained rows: prompts[k] and responses[k] take turns."""
   from tokenizers import Tokenizer
 
-  from steptool_jax.data.training_rows import read_step_rows
+  from steptool_jax.toolbench.formats.training_rows import read_step_rows
 
   encoder = Tokenizer.from_file(tokenizer)
   files = sorted(pathlib.Path(data).glob("data_train/*/step_grained_for_ppo_example.csv"))

@@ -79,7 +79,7 @@ def ours_update(work: dict, folder: pathlib.Path) -> None:
   from steptool_jax import types
   from steptool_jax.learning import batching, update
   from steptool_jax.policy import hub, lora
-  from steptool_jax.run import learners
+  from steptool_jax.run.training import setup
   from steptool_jax.validation import validate
 
   def trajectory(number: int, t: dict) -> types.Trajectory:
@@ -111,7 +111,7 @@ def ours_update(work: dict, folder: pathlib.Path) -> None:
   assert (c.kl_coef, t.optimizer.learning_rate) == (KL, RATE)
   architecture, _ = hub.load_config(folder / "model")
   variables = {"params": hub.load_params(folder / "model", architecture)}
-  learner = learners.build_learner(config, architecture, "steptool", 1)
+  learner = setup.build_learner(config, architecture, "steptool", 1)
   state = update.init_state(learner, *lora.split_variables(variables), KL)
   prepare, step = update.compile_programs(learner)
   mesh = jax.sharding.Mesh(np.array(jax.devices()).reshape(1, 1, 1), ("data", "fsdp", "tensor"))
@@ -122,11 +122,11 @@ def ours_update(work: dict, folder: pathlib.Path) -> None:
     for n, batch in enumerate(batches):
       packed = batching.pack(batch, t.row_tokens)
       rows = packed.tokens.shape[0]
-      prepared, _ = prepare(state, learners.to_device(packed, 1, len(batch), mesh), np.int32(rows))
+      prepared, _ = prepare(state, setup.to_device(packed, 1, len(batch), mesh), np.int32(rows))
       if n == 0:
         report["logprob"] = float(prepared.ref_logprobs.sum() / packed.action_mask.sum())
       for epoch in range(EPOCHS):
-        for minibatch, count in learners.minibatches(prepared, rows, 1, 1, (0, epoch)):
+        for minibatch, count in setup.minibatches(prepared, rows, 1, 1, (0, epoch)):
           state, metrics = step(state, minibatch, np.int32(count))
           jax.device_get(metrics)
     return report | {"row_tokens": t.row_tokens, "padding": batching.padding_share(packed)}

@@ -1,6 +1,6 @@
 """python -m steptool_jax.main --config=FILE[:arg] --workdir=DIR [--mode=M] [--config.a.b=value]
 
-On several hosts the same command on each; see run/hosts.py and launch/.
+On several hosts the same command on each; see run/hosts/hosts.py and launch/.
 """
 
 import importlib
@@ -14,7 +14,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from steptool_jax import validation
-from steptool_jax.run import hosts
+from steptool_jax.run.hosts import hosts
 
 MODES = (
   *("train", "evaluate", "annotate", "export", "bench", "serve", "report", "study", "compile"),

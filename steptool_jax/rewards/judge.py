@@ -10,15 +10,13 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from steptool_jax.data.official import Verdict
-from steptool_jax.rewards import tables
 from steptool_jax.rewards.responses import Transcript
-from steptool_jax.rewards.tables import CONTRIBUTION_MAX, StepScores
+from steptool_jax.rewards.scores import CONTRIBUTION_MAX, StepScores, mean
 from steptool_jax.simulators.asking import ask
 from steptool_jax.simulators.endpoint import Endpoint
 from steptool_jax.simulators.errors import InfrastructureError
 
-_STATUS = {verdict.value.removeprefix("AnswerStatus."): verdict.score for verdict in Verdict}
+_STATUS = {"Solved": 1.0, "Unsure": 0.5, "Unsolved": 0.0}  # IsSolved
 
 _INSTRUCTIONS = """\
 You grade how an assistant used tools to answer a request. You get the request, the numbered tool \
@@ -141,7 +139,7 @@ class StepJudge:
     finally:
       pool.shutdown(cancel_futures=True)
     scores = tuple(
-      None if index in failures else tables.mean([runs[run] for run in sorted(runs)])
+      None if index in failures else mean([runs[run] for run in sorted(runs)])
       for index, runs in enumerate(done)
     )
     return Judged(scores, dict(sorted(failures.items())))

@@ -20,14 +20,17 @@ from absl import logging
 from tqdm import tqdm
 
 from steptool_jax.config import Config
-from steptool_jax.data import conversion, official, trajectories
+from steptool_jax.data import trajectories
 from steptool_jax.data.trajectories import AnnotatedTrajectory
-from steptool_jax.evaluation import rule_judge
-from steptool_jax.rewards import responses, rules, shaping, tables
+from steptool_jax.rewards import responses, rules, shaping
 from steptool_jax.rewards.judge import StepJudge
-from steptool_jax.run import build, judging, metrics_writer, services
-from steptool_jax.run.offline import files
-from steptool_jax.run.workbench import Stop
+from steptool_jax.rewards.scores import StepScores, apply
+from steptool_jax.run.parts import build, services
+from steptool_jax.run.parts.workbench import Stop
+from steptool_jax.run.training.offline import files
+from steptool_jax.run.workdir import metrics_writer
+from steptool_jax.toolbench import annotations, judging, rule_judge
+from steptool_jax.toolbench.formats import conversations, official
 from steptool_jax.types import Status, Trajectory
 
 _NAMED = 20  # failures that summary.json names of each kind
@@ -104,7 +107,7 @@ def _read(config: Config, workdir: pathlib.Path) -> _Work:
       continue
     entries = _stored_calls(a.format, path)
     chat_format = build.build_chat_format(config, workdir)
-    result = conversion.from_calls(entries, chat_format, config.train.row_tokens)
+    result = conversations.from_calls(entries, chat_format, config.train.row_tokens)
     logging.info("%s: %s", path, result.report())
     work.total += result.total
     work.records += result.records
@@ -120,10 +123,10 @@ def _read(config: Config, workdir: pathlib.Path) -> _Work:
   return work
 
 
-def _stored_calls(kind: str, path: pathlib.Path) -> list[conversion.Calls]:
+def _stored_calls(kind: str, path: pathlib.Path) -> list[conversations.Calls]:
   if kind == "converted":
-    return [conversion.calls_of_converted(e) for e in official.read_converted(path).values()]
-  return [conversion.calls_of_annotation(e) for e in official.read_annotations(path).values()]
+    return [conversations.calls_of_converted(e) for e in official.read_converted(path).values()]
+  return [conversations.calls_of_annotation(e) for e in official.read_annotations(path).values()]
 
 
 def _shaped(config: Config, record: AnnotatedTrajectory, origin: dict) -> AnnotatedTrajectory:
@@ -212,10 +215,10 @@ def _by_table(config: Config, workdir: pathlib.Path, work: _Work, stop: Stop) ->
   a = config.annotate
   if not a.table and a.format != "annotations":
     raise ValueError("config.annotate.table: empty; name the file of official annotations")
-  found: dict[str, tuple[responses.Transcript, tables.StepScores]] = {}
+  found: dict[str, tuple[responses.Transcript, StepScores]] = {}
   field = "annotate.table" if a.table else "annotate.input"
   for path in files(a.table or a.input, field):
-    found |= tables.read(path)
+    found |= annotations.read(path)
   missing = [_name(r.trajectory) for r in work.records if r.trajectory.task_id not in found]
   if missing:
     raise ValueError(
@@ -231,7 +234,7 @@ def _by_table(config: Config, workdir: pathlib.Path, work: _Work, stop: Stop) ->
         f"config.{field}: the entry {record.trajectory.task_id!r} annotates other calls than those "
         "of the trajectory; name the annotations of these trajectories"
       )
-    return tables.apply(scores, record.trajectory)
+    return apply(scores, record.trajectory)
 
   _replace(work, scored)
   return {"runs": max(scores.runs for _, scores in found.values())}
@@ -281,7 +284,7 @@ def _judge_round(
     )
   for record, scores in zip(records, judged.scores, strict=True):
     if scores is not None:
-      scored = tables.apply(scores, record.trajectory)
+      scored = apply(scores, record.trajectory)
       work.records.append(dataclasses.replace(record, trajectory=scored))
   work.left_out["judge_failed"] += [
     f"{_name(records[index].trajectory)}: {reason}" for index, reason in failures.items()

@@ -22,7 +22,9 @@ from steptool_jax.learning import batching, update
 from steptool_jax.policy import engine as engine_lib
 from steptool_jax.policy import lora, model
 from steptool_jax.rollout.demonstrations import demonstrate
-from steptool_jax.run import learners, metrics_writer, workbench
+from steptool_jax.run.parts import workbench
+from steptool_jax.run.training import setup
+from steptool_jax.run.workdir import metrics_writer
 from steptool_jax.types import TRUNCATED, Finish, Status, Step, Trajectory
 
 PACKED = 400  # demonstrations whose packing is measured
@@ -77,7 +79,7 @@ def _median(action: Callable[[], Any], repeats: int) -> float:
 
 def _update(config: Config, architecture: model.ModelConfig) -> dict[str, Any]:
   b = config.bench
-  learner = learners.build_learner(config, architecture, "steptool")
+  learner = setup.build_learner(config, architecture, "steptool")
   params = model.init_params(architecture, jax.random.key(0))
   state = update.init_state(learner, *lora.split_variables({"params": params}), 0.05)
   parameters = sum(x.size for x in jax.tree.leaves(params))

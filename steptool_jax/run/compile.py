@@ -26,7 +26,10 @@ from steptool_jax.config import Config
 from steptool_jax.learning import batching, update
 from steptool_jax.policy import attention, hfconfig, lora, model, sharding, splash
 from steptool_jax.policy import engine as engine_lib
-from steptool_jax.run import build, hlo, hlo_counts, learners, metrics_writer, roofline
+from steptool_jax.run.cost import hlo, hlo_counts, roofline
+from steptool_jax.run.parts import build
+from steptool_jax.run.training import setup
+from steptool_jax.run.workdir import metrics_writer
 from steptool_jax.types import TokenBatch, TrainState
 
 GIB = 2**30
@@ -143,8 +146,8 @@ def abstract_policy(config: Config) -> AbstractPolicy:
 
 def programs(config: Config, policy: AbstractPolicy, mesh: Mesh) -> list[Program]:
   """prepare, update, append and decode as --mode=train runs them on this mesh."""
-  learner = learners.build_learner(config, policy.model, config.algorithm)
-  state = learners.abstract_state(config, policy, mesh, learner)
+  learner = setup.build_learner(config, policy.model, config.algorithm)
+  state = setup.abstract_state(config, policy, mesh, learner)
   prepare, step = update.compile_programs(learner)
   t, r = config.train, config.rollout
   conversations = config.data.batch if config.data.path else r.tasks * r.samples

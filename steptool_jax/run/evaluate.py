@@ -9,8 +9,11 @@ from typing import Any
 from absl import logging
 
 from steptool_jax.config import Config
-from steptool_jax.evaluation.stored import stored_summary
-from steptool_jax.run import benchmark, build, metrics_writer, restore, workbench
+from steptool_jax.run.evaluating import figures
+from steptool_jax.run.parts import build, workbench
+from steptool_jax.run.training import restore
+from steptool_jax.run.workdir import metrics_writer
+from steptool_jax.toolbench.stored import stored_summary
 
 
 def run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
@@ -31,6 +34,6 @@ def run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
       variables = build.initial_variables(config, b.policy, b.mesh)
       source = f"model: {config.model.path or 'random weights'}"
     logging.info("evaluating the %s", source)
-    summary = {"mode": "evaluate", "source": source} | benchmark.evaluate(b, variables)
+    summary = {"mode": "evaluate", "source": source} | figures.evaluate(b, variables)
   metrics_writer.write_summary(workdir, summary)
   return summary

@@ -6,8 +6,11 @@ from typing import Any
 
 from steptool_jax.config import Config
 from steptool_jax.policy import hub, peftfile
-from steptool_jax.run import hosts, metrics_writer, restore, workbench
-from steptool_jax.run.workbench import Workbench
+from steptool_jax.run.hosts import hosts
+from steptool_jax.run.parts import workbench
+from steptool_jax.run.parts.workbench import Workbench
+from steptool_jax.run.training import restore
+from steptool_jax.run.workdir import metrics_writer
 
 
 def run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:

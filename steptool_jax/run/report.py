@@ -4,17 +4,13 @@ WORKDIR/results/report.html.
 Needs no model and changes nothing else. What is missing or damaged is named on the page.
 """
 
-import dataclasses
 import pathlib
 import time
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 from steptool_jax.config import Config
-from steptool_jax.evaluation import behaviour, comparison, records, report
-from steptool_jax.evaluation.comparison import DONE, STARTED, WAITING, Cell
-from steptool_jax.files import replacing
-from steptool_jax.run import grid
+from steptool_jax.evaluation.comparison import WAITING, Cell
+from steptool_jax.run.studies import grid, pages
 
 
 def run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
@@ -25,17 +21,17 @@ def run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
   started = time.monotonic()
   plan = grid.read_plan(workdir)
   if plan is not None:
-    cells, notes = read_cells(workdir, plan, config.report.trajectories)
+    cells, notes = pages.read_cells(workdir, plan, config.report.trajectories)
     title = f"Study {workdir.name}"
   else:
     if not any((workdir / name).exists() for name in _TRACES):
       raise FileNotFoundError(
         f"{workdir} holds no run (none of {', '.join(_TRACES)}); give --workdir of a run or a study"
       )
-    cells, notes = [single_cell(workdir)], []
+    cells, notes = [pages.single_cell(workdir)], []
     title = _title(cells[0], workdir)
   path = workdir / ("report.html" if plan is None else "results/report.html")
-  shown = write(path, title, cells, config.report.trajectories, notes)
+  shown = pages.write(path, title, cells, config.report.trajectories, notes)
   return {
     "mode": "report",
     "report": str(path),
@@ -47,82 +43,6 @@ def run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
 
 
 _TRACES = ("config.json", "summary.json", "metrics.jsonl", "moments", "trajectories.jsonl")
-
-
-def write(
-  path: pathlib.Path, title: str, cells: Sequence[Cell], most: int, problems: Sequence[str] = ()
-) -> int:
-  """Writes the page of these cells; returns the number of trajectories in it."""
-  page, shown = report.write(title, cells, problems, most)
-  with replacing(path, errors="replace") as file:
-    file.write(page)
-  return shown
-
-
-def single_cell(workdir: pathlib.Path) -> Cell:
-  run_ = records.read_run(workdir)
-  c = run_.config
-  environment = c.get("environment", {})
-  return Cell(
-    name=workdir.name,
-    group="",
-    environment=environment.get("name", "") if isinstance(environment, Mapping) else "",
-    method=str(c.get("algorithm", run_.summary.get("mode", "run"))),
-    seed=c.get("seed", 0),
-    status=DONE if run_.summary and not run_.summary.get("interrupted") else STARTED,
-    note="",
-    run=run_,
-    facts=_facts(run_),
-  )
-
-
-def read_cells(
-  workdir: pathlib.Path, plan: Sequence[grid.Planned], most: int
-) -> tuple[list[Cell], list[str]]:
-  """(the cells of a study, what to say of them), with at most about `most` trajectories in all.
-
-  The figures are of all trajectories; those that are kept are tasks that turned, then others.
-  """
-  cells = []
-  share = max(most // max(2 * len(plan), 1), 1)  # for each of the two moments of a cell
-  left = 0
-  for planned in plan:
-    folder = grid.folder(workdir, planned.name)
-    state = grid.read_state(folder)
-    run_ = records.read_run(folder)
-    moments = {name: run_.moments[name] for name in (run_.before, run_.after) if name}
-    cell = Cell(
-      name=planned.name,
-      group=planned.group,
-      environment=planned.environment,
-      method=planned.method,
-      seed=planned.seed,
-      status=state.status,
-      note=state.note,
-      run=dataclasses.replace(run_, moments=_telling(moments, share)),
-      facts=_facts(run_),
-    )
-    left += sum(map(len, run_.moments.values())) - sum(map(len, cell.run.moments.values()))
-    cells.append(cell)
-  note = f"{left} trajectories are in the figures and not on this page (report.trajectories)"
-  return cells, [note] if left else []
-
-
-def _telling(moments: dict[str, tuple], share: int) -> dict[str, tuple]:
-  """`share` of each moment, the same tasks in both: those that turned first."""
-  found = [[r.trajectory for r in records_] for records_ in moments.values()]
-  cases = behaviour.turned_cases(*found) if len(found) == 2 else []
-  order = {(case.task_id, case.sample): k for k, case in enumerate(cases)}
-
-  def place(record) -> int:
-    return order.get((record.trajectory.task_id, record.trajectory.sample), len(order))
-
-  return {name: tuple(sorted(found, key=place)[:share]) for name, found in moments.items()}
-
-
-def _facts(run_: records.Run) -> dict[str, comparison.Facts]:
-  names = {name for name in (run_.before, run_.after, "trajectories") if name in run_.moments}
-  return {name: comparison.facts_of([r.trajectory for r in run_.moments[name]]) for name in names}
 
 
 def _title(cell: Cell, workdir: pathlib.Path) -> str:

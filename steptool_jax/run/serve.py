@@ -20,9 +20,10 @@ from typing import Any
 from absl import logging
 
 from steptool_jax.config import Config
-from steptool_jax.run import metrics_writer, services
+from steptool_jax.run.parts import services
+from steptool_jax.run.workdir import metrics_writer
 from steptool_jax.simulators.errors import InfrastructureError
-from steptool_jax.simulators.virtual import NOT_WORKING, Simulator, VirtualRequest
+from steptool_jax.toolbench.simulators.virtual import NOT_WORKING, Simulator, VirtualRequest
 
 _MAX_REQUEST_BYTES = 1 << 20
 _TEXTS = ("category", "tool_name", "api_name", "strip", "toolbench_key")

@@ -25,8 +25,11 @@ from tqdm import tqdm
 from steptool_jax import validation
 from steptool_jax.config import Config
 from steptool_jax.evaluation.comparison import DONE, FAILED, STARTED, WAITING
-from steptool_jax.run import grid, metrics_writer, restore, results, workbench
-from steptool_jax.run.grid import Planned, State
+from steptool_jax.run.parts import workbench
+from steptool_jax.run.studies import grid, results
+from steptool_jax.run.studies.grid import Planned, State
+from steptool_jax.run.training import restore
+from steptool_jax.run.workdir import metrics_writer
 
 _ENDED = (DONE, FAILED)
 COMMAND = (sys.executable, "-m", "steptool_jax.run.cell")

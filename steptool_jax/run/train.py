@@ -1,5 +1,5 @@
 """--mode=train: SFT warm-up on demonstrations, then RL with step rewards, on rollouts or, with
-data.path, on stored trajectories (run/offline.py).
+data.path, on stored trajectories (run/training/offline.py).
 
 Run the same command again to go on: a checkpoint holds the state, and everything random follows
 from (seed, iteration), so a resumed run is bit-equal to one that was never stopped.
@@ -20,25 +20,17 @@ from steptool_jax.policy import sharding
 from steptool_jax.rewards import orchestra
 from steptool_jax.rollout.chain import Interrupted
 from steptool_jax.rollout.conversation import NonFiniteLogprobs
-from steptool_jax.run import (
-  build,
-  export,
-  hosts,
-  maintenance,
-  metrics_writer,
-  offline,
-  progress,
-  record,
-  replay,
-  restore,
-  workbench,
-)
-from steptool_jax.run.checkpoint import Checkpoints
-from steptool_jax.run.demonstrations import Demonstrations
-from steptool_jax.run.learning import Learning
-from steptool_jax.run.order import jobs
-from steptool_jax.run.progress import Progress
-from steptool_jax.run.workbench import Workbench
+from steptool_jax.run import export
+from steptool_jax.run.hosts import hosts, maintenance
+from steptool_jax.run.parts import build, workbench
+from steptool_jax.run.parts.workbench import Workbench
+from steptool_jax.run.training import offline, progress, record, replay, restore
+from steptool_jax.run.training.demonstrations import Demonstrations
+from steptool_jax.run.training.order import jobs
+from steptool_jax.run.training.phase import Learning
+from steptool_jax.run.training.progress import Progress
+from steptool_jax.run.workdir import metrics_writer
+from steptool_jax.run.workdir.checkpoint import Checkpoints
 from steptool_jax.types import Status, TrainState
 
 # Fields that may change between a start and a resume: they do not change what was learnt so far.
@@ -85,7 +77,7 @@ def run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
 
 
 class _Trainer:
-  """The run's moving parts: phases, progress, clock. What learns is run/learning.py's."""
+  """The run's moving parts: phases, progress, clock. What learns is run/training/phase.py's."""
 
   def __init__(self, bench: Workbench, checkpoints: Checkpoints):
     self.bench, self.config, self.checkpoints = bench, bench.config, checkpoints

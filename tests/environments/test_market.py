@@ -10,12 +10,12 @@ from steptool_jax.environments import market, pipeline_specialists
 from steptool_jax.environments import shop_specialists as specialists
 from steptool_jax.environments.base import Environment, Session
 from steptool_jax.environments.data_pipeline import DataPipeline, PipelineSession
+from steptool_jax.environments.faults import Faults, FaultyEnvironment
 from steptool_jax.environments.market import Market, MarketEnvironment
 from steptool_jax.environments.nested_api import NestedApi
 from steptool_jax.environments.tables import Table
 from steptool_jax.rewards import rules
 from steptool_jax.simulators.errors import NotFound
-from steptool_jax.simulators.faults import Faults, FaultyEnvironment
 from steptool_jax.types import Code, Finish, ToolCall
 
 PLAIN = NestedApi(300, 100, seed=1)

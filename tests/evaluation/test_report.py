@@ -12,6 +12,7 @@ from handmade import annotated, call, finish, give_up, malformed, trajectory, wo
 from steptool_jax.config import Config
 from steptool_jax.evaluation import records, viewer
 from steptool_jax.run import report
+from steptool_jax.run.studies import pages
 from steptool_jax.types import Code
 
 ATTACK = '</script><script>window.hacked = 1</script><img src=x onerror="window.hacked = 2">'
@@ -323,6 +324,6 @@ def test_a_folder_without_a_run_is_refused(tmp_path):
 
 def test_what_is_left_out_is_said(tmp_path):
   folder = workdir(tmp_path / "run", moments())
-  cells = [report.single_cell(folder)]
-  assert report.write(tmp_path / "page.html", "x", cells, 4) == 4  # one of each moment
+  cells = [pages.single_cell(folder)]
+  assert pages.write(tmp_path / "page.html", "x", cells, 4) == 4  # one of each moment
   assert "4 of 8 trajectories are left out" in (tmp_path / "page.html").read_text()

@@ -16,7 +16,7 @@ from steptool_jax.learning import algorithms, batching, update
 from steptool_jax.policy import model
 from steptool_jax.rewards import orchestra
 from steptool_jax.rollout.chain import Stats
-from steptool_jax.run import learners, progress
+from steptool_jax.run.training import progress, setup
 
 ROWS = sorted(algorithms.ALGORITHMS)
 
@@ -26,7 +26,7 @@ def written(name):
   """Names of the figures of prepare and update."""
   config = config_lib.base_config()
   config.algorithm, config.sft.steps = name, 1
-  learner = learners.build_learner(validation.validate(config), fakes.tiny_config(), name)
+  learner = setup.build_learner(validation.validate(config), fakes.tiny_config(), name)
   rng = np.random.default_rng(0)
   packed = batching.pack([fakes.random_trajectory(rng) for _ in range(4)], 128, 2)
   batch = jax.tree.map(lambda x: x[None], packed)

@@ -11,7 +11,7 @@ from steptool_jax.config import Optimizer
 from steptool_jax.learning import algorithms, batching, losses, update
 from steptool_jax.learning.outputs import policy_outputs
 from steptool_jax.policy import lora, model
-from steptool_jax.run.learners import build_optimizer
+from steptool_jax.run.training.setup import build_optimizer
 
 CONFIG = fakes.tiny_config()
 HP = fakes.hyperparameters(gamma=0.9, lam=0.8, entropy_coef=0.01, kl_placement="reward")

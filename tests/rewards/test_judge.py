@@ -2,12 +2,12 @@ import json
 import threading
 
 import pytest
-from replays import step, trajectory
+from rewards.replays import step, trajectory
 from simulators.openai_server import Server, completion, script
 
-from steptool_jax.rewards import tables
 from steptool_jax.rewards.judge import StepJudge, parse
 from steptool_jax.rewards.responses import Transcript, transcript
+from steptool_jax.rewards.scores import apply
 from steptool_jax.rewards.shaping import shape
 from steptool_jax.simulators.endpoint import Endpoint
 from steptool_jax.simulators.errors import InfrastructureError
@@ -117,7 +117,7 @@ def test_failures_are_kept_apart():
     judged = scorer.score([transcript("q", item) for item in items] + [TEXTS])
   assert [scores is None for scores in judged.scores] == [False, True, False, True, True]
   for k in (0, 2):
-    got = tables.apply(judged.scores[k], items[k])
+    got = apply(judged.scores[k], items[k])
     assert got.solved == 0.5
     assert [s.reward for s in shape(got, 1.0, "none").steps] == pytest.approx([0.8, 0.5])
   assert list(judged.failures) == [1, 3, 4]

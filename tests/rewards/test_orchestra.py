@@ -6,7 +6,7 @@ import oracles
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from replays import replay, step, trajectory
+from rewards.replays import replay, step, trajectory
 
 from steptool_jax.environments.market import Market, MarketEnvironment
 from steptool_jax.environments.nested_api import NestedApi

@@ -5,7 +5,7 @@ import time
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from replays import step, trajectory
+from rewards.replays import step, trajectory
 
 from steptool_jax.rewards import responses
 from steptool_jax.rewards.responses import Transcript

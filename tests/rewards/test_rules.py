@@ -2,7 +2,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-from replays import replay, step, trajectory
+from rewards.replays import replay, step, trajectory
 
 from steptool_jax.environments.custom import Custom
 from steptool_jax.environments.data_pipeline import DataPipeline

@@ -4,14 +4,14 @@ import random
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from replays import replay, step, trajectory
+from rewards.replays import replay, step, trajectory
 
 from steptool_jax.environments.data_pipeline import DataPipeline
 from steptool_jax.environments.demonstrations import imperfect
+from steptool_jax.environments.faults import Faults, FaultyEnvironment
 from steptool_jax.environments.nested_api import NestedApi
 from steptool_jax.rewards.rules import annotate
 from steptool_jax.rewards.shaping import shape
-from steptool_jax.simulators.faults import Faults, FaultyEnvironment
 from steptool_jax.types import Code, Finish, Malformed, Status, Task, ToolCall
 
 TASK = Task("t", "x", "q", (), {})

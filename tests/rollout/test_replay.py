@@ -7,12 +7,12 @@ import pytest
 from steptool_jax.dialogue import compact
 from steptool_jax.dialogue.codec import Codec
 from steptool_jax.dialogue.template import get_format
+from steptool_jax.environments.faults import Faults, FaultyEnvironment
 from steptool_jax.environments.nested_api import NestedApi
 from steptool_jax.evaluation.metrics import rollout_metrics
 from steptool_jax.rewards import rules, shaping
 from steptool_jax.rollout.conversation import Limits
 from steptool_jax.rollout.demonstrations import demonstrate
-from steptool_jax.simulators.faults import Faults, FaultyEnvironment
 from steptool_jax.types import Code, Observation, Status, ToolCall
 
 LIMITS = Limits(

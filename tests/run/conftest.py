@@ -6,7 +6,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from steptool_jax.learning import update
 from steptool_jax.policy import engine
-from steptool_jax.run import learners
+from steptool_jax.run.training import setup
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -16,7 +16,7 @@ def traced_once():
   with pytest.MonkeyPatch.context() as patch:
     for module, name in (
       (engine, "make_engine"),
-      (learners, "build_learner"),
+      (setup, "build_learner"),
       (update, "compile_programs"),
     ):
       patch.setattr(module, name, keep(getattr(module, name)))

@@ -130,7 +130,7 @@ def _run(argv, log) -> None:
 
 
 def _exchange(coordinator, count, index, failing) -> None:
-  from steptool_jax.run import hosts
+  from steptool_jax.run.hosts import hosts
 
   with hosts.joined(coordinator, int(count), int(index)):
     for number in range(2000):
@@ -145,7 +145,8 @@ def _exchange(coordinator, count, index, failing) -> None:
 def _main(argv) -> None:
   from steptool_jax import main
   from steptool_jax.data.trajectories import AnnotatedTrajectory, dump
-  from steptool_jax.run import hosts, workbench
+  from steptool_jax.run.hosts import hosts
+  from steptool_jax.run.parts import workbench
 
   collect = workbench.collect
 

@@ -8,8 +8,9 @@ import tiny
 from test_resume import crash_and_go_on, saved
 
 from steptool_jax.learning import algorithms
-from steptool_jax.run import train, workbench
-from steptool_jax.run.metrics_writer import read_jsonl
+from steptool_jax.run import train
+from steptool_jax.run.parts import workbench
+from steptool_jax.run.workdir.metrics_writer import read_jsonl
 
 SHORT = {
   "sft__steps": 0,

@@ -6,9 +6,9 @@ import json
 import pytest
 import stored
 import tiny
-from data.official_rows import OBSERVED
 from rewards.replays import replay
 from simulators.openai_server import Server, completion
+from toolbench.official_rows import OBSERVED
 
 from steptool_jax.data.trajectories import (
   AnnotatedTrajectory,
@@ -16,7 +16,8 @@ from steptool_jax.data.trajectories import (
   write_trajectories,
 )
 from steptool_jax.rewards import responses, rules, shaping
-from steptool_jax.run import annotate, build
+from steptool_jax.run import annotate
+from steptool_jax.run.parts import build
 from steptool_jax.types import Code, Finish, Malformed, Status, ToolCall
 
 CALL = {"name": "rain_for_sky", "arguments": '{"place": "Oslo"}', "response": OBSERVED}

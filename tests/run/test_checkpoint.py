@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from steptool_jax.run import checkpoint, hosts
-from steptool_jax.run.checkpoint import Checkpoints
+from steptool_jax.run.hosts import hosts
+from steptool_jax.run.workdir import checkpoint
+from steptool_jax.run.workdir.checkpoint import Checkpoints
 from steptool_jax.types import TrainState
 
 

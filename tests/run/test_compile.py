@@ -12,7 +12,7 @@ import tiny
 
 from steptool_jax.policy import attention, model
 from steptool_jax.run import compile as compile_mode
-from steptool_jax.run import hlo_counts, roofline
+from steptool_jax.run.cost import hlo_counts, roofline
 
 # A loop of 3 turns (0, 2, 4 < 6) around a product [4, 8] x [8, 16] whose result stays on the core,
 # a gather over 4 devices, and a branch.

@@ -24,9 +24,10 @@ def _run(config, workdir, mesh):
   iteration."""
   import jax
 
-  from steptool_jax.run import build, train, workbench
-  from steptool_jax.run.checkpoint import Checkpoints
-  from steptool_jax.run.metrics_writer import MetricsWriter
+  from steptool_jax.run import train
+  from steptool_jax.run.parts import build, workbench
+  from steptool_jax.run.workdir.checkpoint import Checkpoints
+  from steptool_jax.run.workdir.metrics_writer import MetricsWriter
 
   build.build_mesh = lambda config: mesh
   collect, sampled = workbench.collect, []

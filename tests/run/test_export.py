@@ -7,7 +7,9 @@ import pytest
 import tiny
 
 from steptool_jax.policy import hub, model
-from steptool_jax.run import build, evaluate, export, restore, train, workbench
+from steptool_jax.run import evaluate, export, train
+from steptool_jax.run.parts import build, workbench
+from steptool_jax.run.training import restore
 
 torch = pytest.importorskip("torch", reason="the oracle is transformers on torch")
 transformers = pytest.importorskip("transformers")

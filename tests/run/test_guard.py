@@ -7,8 +7,9 @@ import pytest
 import tiny
 from test_train import scripted
 
-from steptool_jax.run import learning, workbench
-from steptool_jax.run.progress import Progress
+from steptool_jax.run.parts import workbench
+from steptool_jax.run.training import phase
+from steptool_jax.run.training.progress import Progress
 from steptool_jax.types import Status
 
 PRICES = {"environment__market__prices": True}
@@ -42,7 +43,7 @@ def test_log_probs_of_the_sampler_that_are_not_finite_skip_the_update(tmp_path):
 
 def counting(config, progress):
   """A Learning that only counts."""
-  guard = object.__new__(learning.Learning)
+  guard = object.__new__(phase.Learning)
   guard.config, guard.progress, guard.skipped_in_a_row = config, progress, 0
   return guard
 

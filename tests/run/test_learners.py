@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from steptool_jax.config import Optimizer
-from steptool_jax.run import learners
+from steptool_jax.run.training import setup
 
 
 @pytest.mark.parametrize(
@@ -15,7 +15,7 @@ from steptool_jax.run import learners
 )
 def test_a_rate_warms_up_and_falls_to_its_floor(schedule, at_6):
   optimizer = Optimizer(learning_rate=2.0, schedule=schedule, floor=0.2, warmup=0.2)
-  rates = learners._schedule(optimizer, optimizer.learning_rate, total_steps=10)
+  rates = setup._schedule(optimizer, optimizer.learning_rate, total_steps=10)
   np.testing.assert_allclose([rates(0), rates(1), rates(2)], [1.0, 2.0, 2.0], rtol=1e-6)
   np.testing.assert_allclose(rates(6), at_6, rtol=1e-6)
   end = 2.0 if schedule == "constant" else 0.4
@@ -31,7 +31,7 @@ def test_a_critics_heads_learn_at_their_own_rate(fields):
   }
   found = []
   for rate in (1.0, 8.0):
-    optimizer = learners.build_optimizer(Optimizer(learning_rate=0.5, **fields), 10, rate)
+    optimizer = setup.build_optimizer(Optimizer(learning_rate=0.5, **fields), 10, rate)
     updates, _ = optimizer.update(params, optimizer.init(params), params)
     found.append(updates)
   plain, faster = found

@@ -8,7 +8,10 @@ import time
 import pytest
 import tiny
 
-from steptool_jax.run import checkpoint, maintenance, train, workbench
+from steptool_jax.run import train
+from steptool_jax.run.hosts import maintenance
+from steptool_jax.run.parts import workbench
+from steptool_jax.run.workdir import checkpoint
 
 
 class Metadata(http.server.BaseHTTPRequestHandler):

@@ -20,7 +20,9 @@ from test_resume import records
 
 from steptool_jax.data.trajectories import AnnotatedTrajectory, read_trajectories, to_document
 from steptool_jax.learning import batching
-from steptool_jax.run import checkpoint, hosts, train
+from steptool_jax.run import train
+from steptool_jax.run.hosts import hosts
+from steptool_jax.run.workdir import checkpoint
 
 ITERATIONS = 2
 FLAGS = (

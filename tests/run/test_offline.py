@@ -11,14 +11,16 @@ import numpy as np
 import oracles
 import pytest
 import stored
-from data.official_rows import CALL, FINISH, row
 from test_resume import assert_same_run, saved
+from toolbench.official_rows import CALL, FINISH, row
 
-from steptool_jax.data import conversion, training_rows
 from steptool_jax.data.trajectories import AnnotatedTrajectory, write_trajectories
 from steptool_jax.rollout.chain import Interrupted
-from steptool_jax.run import build, learning, offline, train
-from steptool_jax.run.metrics_writer import read_jsonl
+from steptool_jax.run import train
+from steptool_jax.run.parts import build
+from steptool_jax.run.training import offline, phase
+from steptool_jax.run.workdir.metrics_writer import read_jsonl
+from steptool_jax.toolbench.formats import conversations, training_rows
 from steptool_jax.types import Finish, Status, Step, Trajectory
 
 TOKENS = 320
@@ -58,7 +60,7 @@ def offline_config(folder, compiled):
 def recording():
   """Every batch that `prepare` makes meanwhile, [B, T] each."""
   found = []
-  compile_programs = learning.update.compile_programs
+  compile_programs = phase.update.compile_programs
 
   def with_recorded(learner):
     prepare, update = compile_programs(learner)
@@ -71,7 +73,7 @@ def recording():
     return recorded, update
 
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(learning.update, "compile_programs", with_recorded)
+    patch.setattr(phase.update, "compile_programs", with_recorded)
     yield found
 
 
@@ -181,7 +183,7 @@ def recorded(folder, rows, compiled):
   """The rows as our own records, with log-probs that somebody recorded."""
   config = stored.make(folder / "tokenizer", compiled, TOKENS)
   chat_format = build.build_chat_format(config, folder)
-  result = conversion.from_step_rows(rows, chat_format, TOKENS, "made")
+  result = conversations.from_step_rows(rows, chat_format, TOKENS, "made")
   rng = np.random.default_rng(0)
 
   def with_logprobs(record):
@@ -417,9 +419,9 @@ def test_sft_imitates_the_last_turn_of_official_dialogues(folder, compiled, tmp_
   path = tmp_path / "sft.json"
   path.write_text(json.dumps({"9": {"cnt": 3, "instances": instances}}))
   packed = []
-  pack = learning.batching.pack
+  pack = phase.batching.pack
   monkeypatch.setattr(
-    learning.batching, "pack", lambda *args: packed.append(pack(*args)) or packed[-1]
+    phase.batching, "pack", lambda *args: packed.append(pack(*args)) or packed[-1]
   )
   config = stored.make(
     folder / "tokenizer",

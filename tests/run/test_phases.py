@@ -9,7 +9,7 @@ import numpy as np
 import tiny
 
 from steptool_jax.policy import lora, model, sharding
-from steptool_jax.run import build
+from steptool_jax.run.parts import build
 
 
 def test_the_reference_of_rl_is_the_policy_behind_sft():

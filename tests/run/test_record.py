@@ -9,7 +9,7 @@ import tiny
 
 from steptool_jax.data.trajectories import read_trajectories
 from steptool_jax.learning import batching
-from steptool_jax.run import record
+from steptool_jax.run.training import record
 from steptool_jax.types import Finish, Status, Step, Trajectory
 
 

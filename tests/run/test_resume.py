@@ -10,9 +10,10 @@ import orbax.checkpoint as ocp
 import pytest
 import tiny
 
-from steptool_jax.run import learning, train
-from steptool_jax.run.checkpoint import Checkpoints
-from steptool_jax.run.metrics_writer import read_jsonl
+from steptool_jax.run import train
+from steptool_jax.run.training import phase
+from steptool_jax.run.workdir.checkpoint import Checkpoints
+from steptool_jax.run.workdir.metrics_writer import read_jsonl
 from steptool_jax.types import TrainState
 
 # A checkpoint every second iteration, so that a kill throws work away.
@@ -225,7 +226,7 @@ def test_an_evaluation_that_is_cut_off_is_made_up_for(cut, tmp_path, compiled, m
     return dict(fake)
 
   monkeypatch.setattr(train._Trainer, "_iteration", iteration)
-  monkeypatch.setattr(learning.Learning, "update", lambda self, batch, rows: {"loss": 0.0})
+  monkeypatch.setattr(phase.Learning, "update", lambda self, batch, rows: {"loss": 0.0})
   first = train.run(config, tmp_path)
   assert first["interrupted"] is True
   cut = ""

@@ -2,7 +2,7 @@ import pytest
 import tiny
 
 from steptool_jax.environments.market import MarketEnvironment
-from steptool_jax.run import build
+from steptool_jax.run.parts import build
 
 PRICES = {"environment__market__prices": True}
 

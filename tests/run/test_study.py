@@ -20,7 +20,8 @@ from test_resume import saved
 
 from steptool_jax.data.trajectories import AnnotatedTrajectory, write_trajectories
 from steptool_jax.learning.algorithms import ALGORITHMS
-from steptool_jax.run import grid, report, results, study, train
+from steptool_jax.run import report, study, train
+from steptool_jax.run.studies import grid, results
 from steptool_jax.types import Status
 from steptool_jax.validation import validate
 

@@ -15,13 +15,14 @@ import tiny
 from simulators.openai_server import Server, completion
 
 from steptool_jax import validation
-from steptool_jax.data import official
 from steptool_jax.data.trajectories import read_trajectories
-from steptool_jax.evaluation import passrate, rule_judge
 from steptool_jax.rewards.responses import transcript
-from steptool_jax.rollout.answers import dfs_method
-from steptool_jax.run import build, evaluate, serve, services, train
-from steptool_jax.simulators.cache import Cache
+from steptool_jax.run import evaluate, serve, train
+from steptool_jax.run.parts import build, services
+from steptool_jax.toolbench import passrate, rule_judge
+from steptool_jax.toolbench.formats import official
+from steptool_jax.toolbench.formats.answers import dfs_method
+from steptool_jax.toolbench.simulators.cache import Cache
 from steptool_jax.types import Code, Finish, Malformed, Status, ToolCall
 
 FIND = "find_for_ip_lookup"

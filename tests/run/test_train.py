@@ -11,18 +11,12 @@ import tiny
 
 from steptool_jax.learning import batching
 from steptool_jax.policy.engine import Decoded
-from steptool_jax.run import (
-  build,
-  checkpoint,
-  demonstrations,
-  learners,
-  learning,
-  services,
-  train,
-  workbench,
-)
-from steptool_jax.run.metrics_writer import read_jsonl
-from steptool_jax.run.order import jobs
+from steptool_jax.run import train
+from steptool_jax.run.parts import build, services, workbench
+from steptool_jax.run.training import demonstrations, phase, setup
+from steptool_jax.run.training.order import jobs
+from steptool_jax.run.workdir import checkpoint
+from steptool_jax.run.workdir.metrics_writer import read_jsonl
 from steptool_jax.simulators.errors import InfrastructureError
 from steptool_jax.types import Code, Finish, Observation, Status, ToolCall, TrainState
 
@@ -205,8 +199,8 @@ def test_non_finite_updates_stop_the_run_and_reach_no_checkpoint(tmp_path, compi
   assert records[-1]["step"] == 3, "two of them in the first iteration, the third in the second"
   assert records[-1]["train/skipped"] == 1.0
   with workbench.open_workbench(config, tmp_path, workbench.Stop()) as bench:
-    learner = learners.build_learner(config, bench.policy.model, "steptool")
-    abstract = learners.abstract_state(config, bench.policy, bench.mesh, learner)
+    learner = setup.build_learner(config, bench.policy.model, "steptool")
+    abstract = setup.abstract_state(config, bench.policy, bench.mesh, learner)
     state, meta, _ = checkpoint.newest(tmp_path, lambda meta: abstract)
   assert (meta["phase"], meta["done"]) == ("rl", 1)
   assert all(np.isfinite(x).all() for x in jax.tree.leaves(state))
@@ -216,11 +210,11 @@ def learning_from(monkeypatch, batch, **changes):
   """What learns from `batch`, whatever was rolled out."""
   recorder = types.SimpleNamespace(wants=lambda done: False)
   policy = types.SimpleNamespace(model=fakes.tiny_config())
-  found = learning.Learning(
+  found = phase.Learning(
     tiny.make(**changes), policy, None, recorder, train.Progress(phase="rl"), 1, 8
   )
-  monkeypatch.setattr(learners, "to_device", lambda batch, *rest: batch)
-  monkeypatch.setattr(learners, "pack", lambda *args: (batch, []))
+  monkeypatch.setattr(setup, "to_device", lambda batch, *rest: batch)
+  monkeypatch.setattr(setup, "pack", lambda *args: (batch, []))
   return found
 
 
@@ -249,8 +243,8 @@ def test_rl_on_a_part_of_the_distribution_is_refused(part, tmp_path):
 def test_one_temperature_for_the_sampler_and_all_log_probs_of_the_update():
   """Peers' defect 2, where the parts are put together; demonstrations have none."""
   config = tiny.make(rollout__temperature=0.6)
-  assert learners.build_learner(config, fakes.tiny_config(), "steptool").temperature == 0.6
-  assert learners.build_learner(config, fakes.tiny_config(), "sft").temperature == 1.0
+  assert setup.build_learner(config, fakes.tiny_config(), "steptool").temperature == 0.6
+  assert setup.build_learner(config, fakes.tiny_config(), "sft").temperature == 1.0
 
 
 def test_demonstrations_whose_tools_are_down_are_not_learnt(monkeypatch):
@@ -354,7 +348,7 @@ def test_every_row_once_an_epoch(rows, sizes):
 
   def dealt(epoch):
     order = []
-    for mini, count in learners.minibatches(device, rows, 3, 1, (0, 0, epoch)):
+    for mini, count in setup.minibatches(device, rows, 3, 1, (0, 0, epoch)):
       flat = jax.tree.map(lambda x: np.asarray(x).reshape(-1, 5), mini)
       assert flat.tokens.shape == (4, 5)
       assert flat.segment_ids[:count].all()
@@ -377,7 +371,7 @@ def test_rows_of_a_pair_stay_together():
     lambda x: jnp.asarray(x).reshape(4, 2, 5), batching.empty_batch(8, 5)._replace(tokens=tokens)
   )
   found = []
-  for mini, count in learners.minibatches(batch, 6, 2, 2, (0, 0, 0)):
+  for mini, count in setup.minibatches(batch, 6, 2, 2, (0, 0, 0)):
     rows = np.asarray(mini.tokens)[..., 0].reshape(-1, 2)[: count // 2]
     assert (rows[:, 0] % 2 == 0).all()
     np.testing.assert_array_equal(rows[:, 1], rows[:, 0] + 1)
@@ -393,7 +387,7 @@ def test_epochs_and_minibatches_make_optimizer_steps(monkeypatch):
   learns.state = types.SimpleNamespace(kl_coef=jnp.float32(0.0))
   learns.programs = (lambda state, batch, count: (batch, {"kl": jnp.float32(0)}), None)
   monkeypatch.setattr(
-    learners, "minibatches", lambda *args: [((args[-1][-1], k), 1) for k in range(2)]
+    setup, "minibatches", lambda *args: [((args[-1][-1], k), 1) for k in range(2)]
   )
   learns.update = lambda batch, rows: calls.append(batch) or {"skipped": 0.0}
   learns.learn([])

@@ -1,0 +1,146 @@
+"""What a run talks to besides its model: simulators, judges, MCP servers. Built from the config."""
+
+import contextlib
+import dataclasses
+import os
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+from steptool_jax.config import Config, Endpoint
+from steptool_jax.simulators import endpoint as endpoint_lib
+from steptool_jax.simulators.mcp import McpServer
+from steptool_jax.toolbench.judging import Judging
+from steptool_jax.toolbench.simulators.cache import Cache, Recorded
+from steptool_jax.toolbench.simulators.http import HttpSimulator
+from steptool_jax.toolbench.simulators.llm import LlmSimulator
+from steptool_jax.toolbench.simulators.virtual import FirstAnswer, Simulator
+
+
+@dataclasses.dataclass(frozen=True)
+class Answering:
+  """A chain of simulators, and its parts that count."""
+
+  simulator: Simulator
+  cache: Cache | None
+  endpoint: endpoint_lib.Endpoint | None
+
+  def report(self) -> dict[str, Any]:
+    """JSON data: what the cache and the simulating model did so far."""
+    report: dict[str, Any] = {}
+    if self.cache is not None:
+      report["cache"] = dataclasses.asdict(self.cache.stats())
+    if self.endpoint is not None:
+      report["llm"] = dataclasses.asdict(self.endpoint.usage())
+    return report
+
+
+@dataclasses.dataclass(frozen=True)
+class Services:
+  """None where the environment needs none."""
+
+  answering: Answering | None = None  # toolbench
+  judging: Judging | None = None  # toolbench
+  mcp: McpServer | None = None  # custom, with environment.mcp
+
+  def beside(self, figure: str) -> str:
+    """A printed figure, with who judged where there is a judge."""
+    return figure if self.judging is None else self.judging.beside(figure)
+
+
+NO_SERVICES = Services()
+
+
+@contextlib.contextmanager
+def open_services(config: Config) -> Iterator[Services]:
+  """The services of config.environment; closed in the end. Errors as of the parts."""
+  c = config.environment
+  with contextlib.ExitStack() as stack:
+    if c.name == "toolbench":
+      answering = stack.enter_context(open_answering(config))
+      endpoint = None
+      if config.judge.kind == "llm":
+        endpoint = open_endpoint(config.judge.endpoint, "judge.endpoint", stack)
+      yield Services(answering, Judging(endpoint, config.judge.runs))
+    elif c.mcp:
+      is_url = len(c.mcp) == 1 and c.mcp[0].startswith(("http://", "https://"))
+      server = McpServer(
+        command=None if is_url else c.mcp,
+        url=c.mcp[0] if is_url else None,
+        timeout_s=config.rollout.tool_timeout,
+        max_observation_chars=config.rollout.max_observation_chars,
+      )
+      yield Services(mcp=stack.enter_context(server))
+    else:
+      yield Services()
+
+
+@contextlib.contextmanager
+def open_answering(config: Config) -> Iterator[Answering]:
+  """The simulators of config.simulator in their order: cache, http, llm.
+
+  With a writable cache, what http and llm answer is kept there. Raises ValueError or OSError for
+  a config without any simulator and for parts that cannot be built, naming the field or folder.
+  """
+  c = config.simulator
+  with contextlib.ExitStack() as stack:
+    cache = endpoint = None
+    live: list[Simulator] = []
+    if c.cache or c.writable_cache:
+      cache = Cache(c.cache or None, c.writable_cache or None)
+      stack.callback(cache.close)
+    if c.http:
+      http = HttpSimulator(
+        c.http,
+        timeout_s=c.http_timeout,
+        retries=c.http_retries,
+        max_in_flight=c.http_in_flight,
+      )
+      stack.callback(http.close)
+      live.append(http)
+    if c.llm.base_url:
+      endpoint = open_endpoint(c.llm, "simulator.llm", stack)
+      examples = cache.examples if cache is not None and c.llm_style == "gpt" else None
+      live.append(LlmSimulator(endpoint, c.llm_style, examples=examples))
+    if cache is not None and live and c.writable_cache:
+      chain: list[Simulator] = [Recorded(cache, FirstAnswer(live))]
+    else:
+      chain = [*([cache] if cache is not None else []), *live]
+    if not chain:
+      raise ValueError(
+        "config.simulator: there is none; set at least one of simulator.cache (a folder), "
+        "simulator.http (an address) and simulator.llm.base_url"
+      )
+    yield Answering(FirstAnswer(chain), cache, endpoint)
+
+
+def open_endpoint(
+  endpoint: Endpoint, name: str, stack: contextlib.ExitStack
+) -> endpoint_lib.Endpoint:
+  """The client of an endpoint, closed with the stack. `name`: the config group, for errors.
+
+  Raises ValueError for an empty or wrong address, a missing model and a missing key.
+  """
+  key = secret(endpoint.api_key_variable, f"{name}.api_key_variable")
+  try:
+    client = endpoint_lib.Endpoint(
+      endpoint.base_url,
+      endpoint.model,
+      api_key=key,
+      timeout_s=endpoint.timeout,
+      retries=endpoint.retries,
+      max_in_flight=endpoint.in_flight,
+      cache_dir=pathlib.Path(endpoint.cache) if endpoint.cache else None,
+      prices=(endpoint.prompt_price, endpoint.completion_price),
+    )
+  except ValueError as error:
+    raise ValueError(f"config.{name}: {error}") from None
+  stack.callback(client.close)
+  return client
+
+
+def secret(variable: str, name: str) -> str:
+  """The value of an environment variable, "" for no variable: keys stay out of configs and logs."""
+  if variable and not os.environ.get(variable):
+    raise ValueError(f"config.{name}: the environment variable {variable} is not set")
+  return os.environ[variable] if variable else ""

@@ -1,0 +1,106 @@
+"""WORKDIR/results of a study: the small files that are kept, from whatever cells there are."""
+
+import csv
+import dataclasses
+import io
+import json
+import math
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+from steptool_jax.evaluation import comparison, records
+from steptool_jax.evaluation.comparison import Cell, Row
+from steptool_jax.run.studies import pages
+from steptool_jax.run.studies.grid import Planned
+from steptool_jax.run.workdir import metrics_writer
+
+_CURVES = ("heldout/pass_rate", "heldout/reward", "heldout/calls_per_task", "train/pass_rate")
+
+
+def write(workdir: pathlib.Path, plan: Sequence[Planned], most: int) -> list[dict[str, Any]]:
+  """Writes curves, cells and differences.csv, table.json, report.html; returns the table."""
+  cells, notes = pages.read_cells(workdir, plan, most)
+  folder = workdir / "results"
+  metrics_writer.write_atomically(folder / "curves.csv", _curves(cells))
+  metrics_writer.write_atomically(folder / "cells.csv", _cells(cells))
+  metrics_writer.write_atomically(folder / "differences.csv", _differences(cells))
+  table = [_plain(row) for row in comparison.rows(cells)]
+  metrics_writer.write_atomically(folder / "table.json", json.dumps(table, indent=1) + "\n")
+  pages.write(folder / "report.html", f"Study {workdir.name}", cells, most, notes)
+  return table
+
+
+def interrupted(cell_folder: pathlib.Path) -> bool:
+  """Whether a cell's summary says so, or is not there."""
+  try:
+    return bool(json.loads((cell_folder / "summary.json").read_text()).get("interrupted", True))
+  except (OSError, ValueError, AttributeError):
+    return True
+
+
+def last_error(cell_folder: pathlib.Path, code: int) -> str:
+  """The last line of error.txt; what the process ended with where there is none."""
+  try:
+    lines = (cell_folder / "error.txt").read_text(errors="replace").strip().splitlines()
+  except OSError:
+    lines = []
+  return lines[-1] if lines else f"the process ended with {code}; see log.txt"
+
+
+def _curves(cells: Sequence[Cell]) -> str:
+  """One line a point: the raw curves, unfinished cells included and marked."""
+  axes = tuple(records.AXES)
+  lines = [("cell", "seed", "status", "figure", "step", *axes, "value")]
+  for cell in cells:
+    for record in cell.run.metrics:
+      for figure in _CURVES:
+        part = figure.partition("/")[0]
+        if figure in record:
+          spent = [record.get(f"{part}/{axis}", "") for axis in axes]
+          own = (cell.name, cell.seed, cell.status, figure, record.get("step", ""))
+          lines.append((*own, *spent, record[figure]))
+  return _csv(lines)
+
+
+def _cells(cells: Sequence[Cell]) -> str:
+  """One line a cell with its figures."""
+  figures = [comparison.cell_figures(cell) for cell in cells]
+  names = list(dict.fromkeys(name for found in figures for name in found))
+  lines = [("cell", "group", "environment", "method", "seed", "status", "note", *names)]
+  for cell, found in zip(cells, figures, strict=True):
+    own = (cell.name, cell.group, cell.environment, cell.method, cell.seed, cell.status, cell.note)
+    lines.append((*own, *(found.get(name, "") for name in names)))
+  return _csv(lines)
+
+
+def _differences(cells: Sequence[Cell]) -> str:
+  """One line a pair of methods; low and high: the 95 % interval, empty for one seed."""
+  bounds = [f"{key}{end}" for key in comparison.COMPARED for end in ("", "_low", "_high")]
+  lines = [("environment", "method", "against", "seeds", *bounds)]
+  for d in comparison.differences(cells):
+    figures = [d.figures.get(key, (math.nan,) * 3) for key in comparison.COMPARED]
+    known = ["" if math.isnan(x) else x for triple in figures for x in triple]
+    lines.append((d.environment, d.method, d.against, d.seeds, *known))
+  return _csv(lines)
+
+
+def _csv(lines: Sequence[Sequence[Any]]) -> str:
+  out = io.StringIO()
+  csv.writer(out, lineterminator="\n").writerows(lines)
+  return out.getvalue()
+
+
+def _plain(row: Row) -> dict[str, Any]:
+  """A row as JSON: no NaN; "never" for a level that the mean curve does not reach."""
+  return _json(dataclasses.asdict(row))
+
+
+def _json(value: Any) -> Any:
+  if isinstance(value, dict):
+    return {str(key): _json(entry) for key, entry in value.items()}
+  if isinstance(value, list | tuple):
+    return [_json(entry) for entry in value]
+  if isinstance(value, float) and not math.isfinite(value):
+    return "never" if value == math.inf else None
+  return value

@@ -1,0 +1,78 @@
+"""Batches of demonstrations for the supervised warm-up."""
+
+from typing import Any
+
+import numpy as np
+from absl import logging
+
+from steptool_jax.data.trajectories import AnnotatedTrajectory, from_document, to_document
+from steptool_jax.environments.demonstrations import imperfect
+from steptool_jax.rollout.demonstrations import demonstrate
+from steptool_jax.rollout.peers import together
+from steptool_jax.run.hosts import hosts
+from steptool_jax.run.parts.workbench import Workbench
+from steptool_jax.run.training.order import Order
+from steptool_jax.types import TRUNCATED, Status, Trajectory
+
+
+class Demonstrations:
+  """Batches of demonstrated trajectories, a function of the step number alone."""
+
+  def __init__(self, bench: Workbench):
+    self._bench, self._sft = bench, bench.config.sft
+    tasks = bench.environment.tasks("train")
+    tasks = [task for task in tasks if task.demonstration]
+    if self._sft.steps and not tasks:
+      raise ValueError(
+        "sft.steps: above 0, but no training task has a demonstration; set it to 0 or add them"
+      )
+    self._tasks = tasks[: self._sft.tasks or None]
+    self._dropped = self._seen = 0
+
+  def batch(self, step: int) -> list[Trajectory]:
+    size = self._sft.batch
+    order = Order(len(self._tasks), self._bench.config.seed)
+    peers = hosts.peers()
+
+    def share() -> list[Any]:
+      numbers = range(step * size + peers.index, (step + 1) * size, peers.count)
+      return [[k, _document(self._draw(order[k], k))] for k in numbers]
+
+    if peers.count == 1:
+      drawn = [self._draw(order[k], k) for k in range(step * size, (step + 1) * size)]
+    else:  # every process runs the tools of its share
+      found = dict(pair for part in together(peers, share) for pair in part)
+      drawn = [from_document(found[k]).trajectory for k in sorted(found)]
+    kept = [t for t in drawn if t.status not in TRUNCATED | {Status.INFRASTRUCTURE_ERROR}]
+    self._seen, self._dropped = self._seen + len(drawn), self._dropped + len(drawn) - len(kept)
+    if not kept:
+      raise ValueError(
+        "sft: no demonstration of this batch fits rollout.max_tokens / max_steps / "
+        "max_step_tokens (raise them), or their tools are down"
+      )
+    return kept
+
+  def report(self) -> None:
+    if self._dropped:
+      logging.warning(
+        "%d of %d demonstrations did not fit, or their tools were down", self._dropped, self._seen
+      )
+
+  def _draw(self, index: int, position: int) -> Trajectory:
+    task = self._tasks[index]
+    actions = task.demonstration
+    if self._sft.mistakes and position >= self._sft.clean_steps * self._sft.batch:
+      rng = np.random.default_rng((self._bench.config.seed, position))
+      actions = imperfect(self._bench.environment, task, rng, self._sft.mistakes)
+    return demonstrate(
+      self._bench.environment,
+      task,
+      actions,
+      self._bench.policy.chat_format,
+      self._bench.limits,
+      self._bench.config.model.system or None,
+    )
+
+
+def _document(trajectory: Trajectory) -> dict[str, Any]:
+  return to_document(AnnotatedTrajectory(trajectory))

@@ -1,0 +1,118 @@
+"""How far a training run is, what it has found, and what it says about that."""
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from steptool_jax.config import Config
+from steptool_jax.learning.algorithms import get_algorithm
+from steptool_jax.rollout.chain import Stats
+from steptool_jax.run.parts.workbench import Workbench
+from steptool_jax.run.training import offline
+from steptool_jax.run.workdir import metrics_writer
+from steptool_jax.types import Trajectory
+
+
+@dataclasses.dataclass
+class Progress:
+  """What a checkpoint's meta holds besides the state."""
+
+  phase: str = "sft"  # sft, rl
+  done: int = 0  # iterations of the phase
+  learnt: int = 0  # iterations of RL that had something to learn from
+  evaluated: int = 0  # RL iteration of the newest evaluation between start and end
+  records: int = 0  # lines of metrics.jsonl
+  seconds: float = 0.0
+  conversations: int = 0  # rolled out in RL
+  llm_calls: int = 0  # of these conversations: the environment steps
+  tokens: int = 0  # of trajectories rolled out and trained on in RL
+  rl_seconds: float = 0.0
+  skipped: int = 0  # updates, because something was not finite
+  results: dict[str, float] = dataclasses.field(default_factory=dict)
+  train_curve: list[tuple[float, float]] = dataclasses.field(default_factory=list)
+  heldout_curve: list[tuple[float, float]] = dataclasses.field(default_factory=list)
+
+  def count(self, trajectories: Sequence[Trajectory], tokens: int) -> None:
+    self.conversations += len(trajectories)
+    self.llm_calls += sum(len(t.steps) for t in trajectories)
+    self.tokens += tokens
+
+  def spent(self) -> dict[str, float]:
+    """What RL has used so far: the axes of learning curves."""
+    names = ("conversations", "llm_calls", "tokens", "rl_seconds")
+    return {name: getattr(self, name) for name in names}
+
+
+# What the progress bar shows of an iteration's figures: (label, name, format).
+_SHOWN = (
+  ("reward", "reward", ".2f"),
+  ("pass", "pass_rate", ".0%"),
+  ("KL", "kl", ".2f"),
+  ("tok/s", "tokens_per_second", ".0f"),
+)
+
+
+def shown(figures: Mapping[str, float]) -> str:
+  """What the progress bar shows of an iteration."""
+  return ", ".join(
+    f"{label} {figures[name]:{form}}" for label, name, form in _SHOWN if name in figures
+  )
+
+
+def shares(stats: Stats, update_seconds: float, seconds: float, tokens: int) -> dict[str, float]:
+  """Where an iteration's time went; the update counts as time of the device."""
+  device = (stats.device_seconds + update_seconds) / seconds
+  tools = stats.tool_wait_seconds / seconds
+  return {
+    "device_share": device,
+    "tool_share": tools,
+    "host_share": 1.0 - device - tools,
+    "tokens_per_second": tokens / seconds,
+    "sampled_tokens_per_second": stats.sampled_tokens / max(stats.seconds, 1e-9),
+    "rollout_share": stats.seconds / seconds,
+    "update_share": update_seconds / seconds,
+    "device_share_of_rollout": stats.device_seconds / max(stats.seconds, 1e-9),
+    "tool_wait_share_of_rollout": stats.tool_wait_seconds / max(stats.seconds, 1e-9),
+  }
+
+
+def plot(config: Config, workdir: pathlib.Path, progress: Progress) -> None:
+  """WORKDIR/learning_curve.png."""
+  names = {"pass_rate_base": "start", "pass_rate_sft": "after SFT"}
+  metrics_writer.plot_learning_curve(
+    workdir / "learning_curve.png",
+    progress.train_curve,
+    progress.heldout_curve,
+    {label: progress.results[k] for k, label in names.items() if k in progress.results},
+    f"{config.algorithm} on {config.environment.name}, seed {config.seed}",
+    f"held-out tasks, {'sampled' if config.evaluation.temperature else 'greedy'}",
+  )
+
+
+def summarise(
+  bench: Workbench, progress: Progress, data: offline.Data | None, interrupted: bool
+) -> dict[str, Any]:
+  """Writes WORKDIR/summary.json and returns it. data: stored trajectories of the run."""
+  config, p = bench.config, progress
+  tasks = config.evaluation.tasks
+  summary = dict(p.results) | {
+    "mode": "train",
+    "algorithm": config.algorithm,
+    "seed": config.seed,
+    "heldout_tasks": tasks and min(tasks, len(bench.environment.tasks("heldout"))),
+    "conversations": p.conversations,
+    "skipped_updates": p.skipped,
+    "seconds": p.seconds,
+    "peak_rss_gib": metrics_writer.peak_rss_gib(),
+    "tokens_per_second": p.tokens / p.rl_seconds if p.rl_seconds else 0.0,
+    "interrupted": interrupted,
+  }
+  if data is not None:
+    phase = "sft" if get_algorithm(config.algorithm).rewards == "none" else "rl"
+    summary["iterations"] = p.done if p.phase == phase else 0
+    summary["data"] = data.report | {"passes": config.data.passes}
+  if bench.services.judging is not None:
+    summary["judge"] = bench.services.judging.report()
+  metrics_writer.write_summary(bench.workdir, summary)
+  return summary

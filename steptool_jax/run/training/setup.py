@@ -1,0 +1,240 @@
+"""Config -> optimizer, learner and train state, and packed batches on the mesh."""
+
+import functools
+from collections.abc import Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import optax.contrib
+from jax.sharding import Mesh
+
+from steptool_jax.config import Config, Optimizer
+from steptool_jax.learning import algorithms, batching, update
+from steptool_jax.policy import lora, model, sharding
+from steptool_jax.run.hosts import hosts
+from steptool_jax.run.parts.build import Policy
+from steptool_jax.run.training import replay
+from steptool_jax.types import TokenBatch, TrainState, Trajectory
+
+
+def build_optimizer(
+  c: Optimizer, total_steps: int, critic_rate: float = 1.0
+) -> optax.GradientTransformation:
+  """AdamW (Muon for the layers' kernels if asked for) behind a clip of the gradient's global norm.
+
+  The schedule spans `total_steps`. critic_rate: of a critic's heads, in multiples of the others'.
+  """
+  if c.muon_rate:
+    optimizer = optax.contrib.muon(
+      _schedule(c, c.muon_rate, total_steps),
+      eps=c.eps,
+      weight_decay=c.weight_decay,
+      muon_weight_dimension_numbers=_muon_dimensions,
+      mu_dtype=c.first_moment or None,
+      adam_b1=c.b1,
+      adam_b2=c.b2,
+      adam_weight_decay=c.weight_decay,
+      adam_learning_rate=_schedule(c, c.learning_rate, total_steps),
+    )
+  else:
+    schedule = _schedule(c, c.learning_rate, total_steps)
+    optimizer = optax.adamw(
+      schedule,
+      c.b1,
+      c.b2,
+      c.eps,
+      weight_decay=c.weight_decay,
+      mu_dtype=c.first_moment or None,
+    )
+  parts = [optimizer]
+  if c.max_grad_norm:
+    parts.insert(0, optax.clip_by_global_norm(c.max_grad_norm))
+  if critic_rate != 1:
+    parts.append(optax.masked(optax.scale(critic_rate), _critic_heads))
+  return optax.chain(*parts)
+
+
+def _schedule(c: Optimizer, peak: float, total_steps: int) -> optax.Schedule:
+  warmup = round(c.warmup * total_steps)
+  rest = max(total_steps - warmup, 1)
+  main = {
+    "constant": lambda: optax.constant_schedule(peak),
+    "linear": lambda: optax.linear_schedule(peak, c.floor * peak, rest),
+    "cosine": lambda: optax.cosine_decay_schedule(peak, rest, alpha=c.floor),
+  }[c.schedule]()
+  if not warmup:
+    return main
+  # Starts above 0, so that the first step already learns.
+  ramp = optax.linear_schedule(peak / warmup, peak, warmup - 1)
+  return optax.join_schedules([ramp, main], [warmup])
+
+
+def _critic_heads(params: dict) -> dict:
+  """True for PPO's value head and ArCHer's three."""
+  return jax.tree_util.tree_map_with_path(
+    lambda path, x: {"value_head", "critic"} & {*sharding.path_string(path).split("/")} != set(),
+    params,
+  )
+
+
+def _muon_dimensions(params: dict) -> dict:
+  """Stacked kernels [layer, in, out] are matrices for Muon; None leaves the rest to AdamW."""
+
+  def leaf(path, x):
+    name = sharding.path_string(path)
+    is_kernel = "layers/" in name and name.endswith("/kernel")
+    return optax.contrib.MuonDimensionNumbers(1, 2) if is_kernel and np.ndim(x) == 3 else None
+
+  return jax.tree_util.tree_map_with_path(leaf, params)
+
+
+def build_learner(
+  config: Config, model_config: model.ModelConfig, algorithm: str, iterations: int | None = None
+) -> update.Learner:
+  """The learner of a phase: algorithm 'sft' for the warm-up, config.algorithm for RL.
+
+  iterations: which the schedule spans: of RL, or of SFT on stored trajectories; None for
+  train.iterations.
+  """
+  sft = algorithm == "sft"
+  t, a, c = config.train, config.advantage, config.loss
+  row = algorithms.get_algorithm(algorithm)
+  hyperparameters = algorithms.Hyperparameters(
+    gamma=a.gamma,
+    lam=a.lam,
+    level=a.level,
+    broadcast=a.broadcast,
+    whiten=a.whiten,
+    omega=a.omega,
+    clip_low=c.clip_low,
+    clip_high=c.clip_high,
+    value_clip=c.value_clip,
+    value_coef=c.value_coef,
+    entropy_coef=c.entropy_coef,
+    kl_placement="" if sft else c.kl,
+    aggregation=c.aggregation,
+    dpo_beta=config.dpo.beta,
+    tau=config.archer.tau,
+    warmup=config.archer.warmup * t.epochs * t.minibatches,
+  )
+  hyperparameters = algorithms.resolve(row, hyperparameters)
+  iterations = t.iterations if iterations is None else iterations
+  # Without steps of its own, SFT runs through stored trajectories.
+  steps = config.sft.steps or iterations if sft else iterations * t.epochs * t.minibatches
+  return update.Learner(
+    model=model_config,
+    algorithm=row,
+    hyperparameters=hyperparameters,
+    optimizer=build_optimizer(config.sft.optimizer, steps)
+    if sft
+    else build_optimizer(t.optimizer, steps, t.critic_rate),
+    temperature=1.0 if sft else config.rollout.temperature,
+    chunk=c.logprob_chunk,
+    with_reference=row.reference or hyperparameters.kl_placement != "none",
+    fixed_behaviour=not sft and bool(config.data.path) and config.data.behaviour == "start",
+  )
+
+
+def start_phase(config: Config, mesh: Mesh, learner: update.Learner, variables: dict) -> TrainState:
+  """A fresh TrainState over given variables, laid out on the mesh."""
+  trainable, frozen = _split(learner, variables)
+  make = functools.partial(
+    update.init_state, learner, kl_coef=config.loss.kl_coef, seed=config.seed
+  )
+  layout = sharding.shardings(jax.eval_shape(make, trainable, frozen), mesh)
+  return jax.jit(make, out_shardings=layout)(trainable, frozen)
+
+
+def _split(learner: update.Learner, variables: dict) -> tuple[dict, dict]:
+  return lora.split_variables(variables, train_values=learner.algorithm.critic == "value")
+
+
+def abstract_state(
+  config: Config, policy: Policy, mesh: Mesh, learner: update.Learner
+) -> TrainState:
+  """The TrainState of a phase as ShapeDtypeStructs with shardings, for a restore."""
+
+  def make():
+    variables = {"params": model.init_params(policy.model, jax.random.key(0))}
+    if policy.lora is not None:
+      variables["lora"] = lora.init_lora(policy.model, policy.lora, jax.random.key(0))
+    return update.init_state(learner, *_split(learner, variables), config.loss.kl_coef)
+
+  abstract = jax.eval_shape(make)
+  return jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+    abstract,
+    sharding.shardings(abstract, mesh),
+  )
+
+
+def pack(
+  config: Config, trajectories: Sequence[Trajectory], past: Sequence[Trajectory], done: int
+) -> tuple[TokenBatch | None, Sequence[Trajectory]]:
+  """(what the algorithm learns from in iteration `done`, the past of the next one).
+
+  The batch is None where there is nothing to learn from; only ArCHer has a past.
+  """
+  algorithm, row_tokens = algorithms.get_algorithm(config.algorithm), config.train.row_tokens
+  units = algorithm.select.pick(trajectories)
+  if not units:
+    return None, past
+  if algorithm.critic != "double":
+    return batching.pack_units(units, row_tokens), past
+  replayed = replay.draw(past, config.archer.batch, (config.seed, done))
+  batch = batching.pack_units(units, row_tokens, replayed=replayed, whole_actions=True)
+  return batch, replay.remember(past, trajectories, config.archer.replay)
+
+
+def to_device(batch: TokenBatch, micro_rows: int, capacity: int, mesh: Mesh) -> TokenBatch:
+  """A packed batch [R, T] as [capacity, micro_rows, T] on the mesh, padded with empty rows."""
+  rows, length = batch.tokens.shape
+  padding = batching.empty_batch(capacity * micro_rows - rows, length)
+  placement = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, sharding.ROWS))
+  whole = jax.tree.map(
+    lambda x, pad: np.concatenate([x, pad]).reshape(capacity, micro_rows, length), batch, padding
+  )
+  hosts.refuse_different_batches(whole)
+  return jax.tree.map(lambda x: sharding.place(x, placement), whole)
+
+
+def minibatches(
+  batch_NBT: TokenBatch, rows: int, parts: int, together: int, seed: Sequence[int]
+) -> Iterator[tuple[TokenBatch, int]]:
+  """(batch [M, B, T], used rows) of each optimizer step: rows dealt out in a seeded order.
+
+  batch_NBT: `rows` used rows first, padding behind. together: so many neighbouring rows are not
+    parted.
+  """
+  if parts == 1:
+    yield batch_NBT, rows
+    return
+  order = np.random.default_rng(seed).permutation(rows // together)
+  micro_batches, micro_rows, _ = batch_NBT.tokens.shape
+  shape = (-(-micro_batches // parts), micro_rows)
+  for start in range(min(parts, len(order))):
+    chosen = (together * order[start::parts, None] + np.arange(together)).reshape(-1)
+    index, valid = np.zeros(shape, np.int32), np.zeros(shape, bool)
+    index.flat[: len(chosen)] = chosen
+    valid.flat[: len(chosen)] = True
+    yield _select_rows(batch_NBT, index, valid), len(chosen)
+
+
+@jax.jit
+def _select_rows(batch_NBT: TokenBatch, index_NB: jax.Array, valid_NB: jax.Array) -> TokenBatch:
+  """Rows by number, as a new [N, B, T] batch; invalid ones become padding."""
+
+  def take(x):
+    return x.reshape(-1, x.shape[-1])[index_NB]
+
+  chosen = jax.tree.map(take, batch_NBT)
+  valid = valid_NB[..., None]
+  return chosen._replace(
+    segment_ids=jnp.where(valid, chosen.segment_ids, 0),
+    action_mask=chosen.action_mask & valid,
+    step_ids=jnp.where(valid, chosen.step_ids, -1),
+    step_end=chosen.step_end & valid,
+    bootstrap=chosen.bootstrap & valid,
+  )

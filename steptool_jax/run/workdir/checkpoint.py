@@ -1,0 +1,310 @@
+"""Orbax checkpoints of everything that a run needs to go on, written asynchronously.
+
+WORKDIR/checkpoints/<number>/ holds the TrainState, a small JSON `meta`, the replay as JSON where
+there is one, and `check`: shape, dtype and a fingerprint of every array. A checkpoint that cannot
+be read, or whose arrays are not those that were saved, is corrupt: the one before takes its place.
+One with other shapes belongs to another model and is refused. On another mesh the arrays are laid
+out anew, and their fingerprints are the same.
+"""
+
+import contextlib
+import json
+import pathlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging
+
+from steptool_jax.files import replacing
+from steptool_jax.policy import sharding
+from steptool_jax.run.hosts import hosts
+from steptool_jax.types import TrainState
+
+SCORES = "scores.json"  # in WORKDIR: {number of a checkpoint: held-out pass rate}
+_WAIT_S = 600  # for the slowest process to write its part
+
+
+def _worth_reading(record) -> bool:
+  return record.levelname != "INFO" or "orbax" not in record.pathname
+
+
+# Orbax reports dozens of lines a checkpoint; its warnings and errors stay.
+logging.get_absl_handler().addFilter(_worth_reading)
+
+
+class Restored(NamedTuple):
+  """What a checkpoint holds."""
+
+  state: TrainState
+  meta: dict[str, Any]
+  replay: list[dict[str, Any]]
+
+
+class Checkpoints:
+  """Writes numbered checkpoints and keeps the `keep` newest and the `keep_best` best ones.
+
+  meta holds the phase, how many of its iterations are done (the task cursor and all keys follow
+  from it) and the results so far.
+  """
+
+  def __init__(self, workdir: pathlib.Path, keep: int, keep_best: int = 0):
+    self._workdir, self._keep, self._keep_best = workdir, keep, keep_best
+    self._directory = (workdir / "checkpoints").absolute()
+    self._scores = read_scores(workdir)
+    hosts.lead(lambda: self._directory.mkdir(parents=True, exist_ok=True))
+    everyone = set(range(hosts.peers().count))
+    options = ocp.CheckpointManagerOptions(
+      create=False,
+      preservation_policy=self,
+      cleanup_tmp_directories=True,  # what a killed run or a full disk has left
+      enable_async_checkpointing=True,
+      async_options=ocp.AsyncOptions(timeout_secs=_WAIT_S),
+      # Named processes wait for each other in the store, and not in collectives: these must keep
+      # the order of the main thread.
+      multiprocessing_options=ocp.options.MultiprocessingOptions(
+        active_processes=everyone if len(everyone) > 1 else None
+      ),
+    )
+    self._manager = ocp.CheckpointManager(self._directory, options=options)
+
+  def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+    """Orbax's preservation policy; `checkpoints` in the order of their numbers."""
+    del context
+    numbers = [info.step for info in checkpoints]
+    scored = sorted((n for n in numbers if n in self._scores), key=lambda n: (self._scores[n], n))
+    kept = {*numbers[-self._keep :], *scored[len(scored) - self._keep_best :]}
+    return [n in kept for n in numbers]
+
+  def save(
+    self,
+    number: int,
+    state: TrainState,
+    meta: Mapping[str, Any],
+    replay: Sequence[Mapping[str, Any]] = (),
+  ) -> None:
+    """Copies the state off the device and writes in the background.
+
+    OSError where this or an earlier one cannot be written.
+    """
+    if number in self._manager.all_steps():
+      return
+    arrays = _without_empty(state)
+    marks = zip(_layout(arrays).items(), _fingerprints(arrays), strict=True)
+    items = {
+      "state": ocp.args.StandardSave(arrays),
+      "meta": ocp.args.JsonSave(dict(meta)),
+      "check": ocp.args.JsonSave(
+        {"arrays": {path: [text, mark] for (path, text), mark in marks}, "replay": len(replay)}
+      ),
+    }
+    if replay:
+      items["replay"] = ocp.args.JsonSave(list(replay))
+    with self._explained():
+      self._manager.save(number, args=ocp.args.Composite(**items))
+
+  def score(self, number: int, value: float) -> None:
+    """Notes how good the policy of checkpoint `number` is; nothing where there is none."""
+    if number not in self._manager.all_steps():
+      return
+    self._scores[number] = value
+    if hosts.primary():
+      with replacing(self._workdir / SCORES) as file:
+        json.dump(self._scores, file)
+
+  def newest(self, abstract_of: Callable[[dict[str, Any]], TrainState]) -> Restored | None:
+    """As `newest`; corrupt checkpoints are moved to WORKDIR/corrupt, out of the way of new ones."""
+    return newest(self._workdir, abstract_of, set_aside=self._set_aside)
+
+  def _set_aside(self, number: int) -> None:
+    def move() -> None:
+      place = self._workdir / "corrupt"
+      place.mkdir(exist_ok=True)
+      taken = len(list(place.iterdir()))
+      (self._directory / str(number)).rename(place / f"{number}_{taken}")
+
+    hosts.lead(move)
+    self._manager.reload()
+
+  def wait(self) -> None:
+    """Blocks until everything is on disk; OSError where it cannot be written."""
+    with self._explained():
+      self._manager.wait_until_finished()
+
+  def close(self) -> None:
+    with self._explained():
+      self._manager.close()
+
+  def __enter__(self) -> "Checkpoints":
+    return self
+
+  def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+    if not hosts.is_lost(error):  # a process that is gone writes its part no more
+      self.close()
+
+  @contextlib.contextmanager
+  def _explained(self) -> Iterator[None]:
+    try:
+      yield
+    except (OSError, ValueError, RuntimeError) as error:
+      if hosts.is_lost(error):
+        raise
+      whole = numbers(self._workdir)
+      raise OSError(
+        f"a checkpoint could not be written to {self._directory} ({str(error)[:300]}); "
+        f"{f'{whole[0]} is the newest whole one' if whole else 'there is none yet'}; make room, "
+        "and run the same command to go on from there"
+      ) from error
+
+
+def numbers(workdir: pathlib.Path) -> list[int]:
+  """Of the finished checkpoints, the newest first."""
+  directory = workdir / "checkpoints"
+  return sorted(ocp.utils.checkpoint_steps(directory), reverse=True) if directory.is_dir() else []
+
+
+def read_scores(workdir: pathlib.Path) -> dict[int, float]:
+  path = workdir / SCORES
+  scores = json.loads(path.read_text()) if path.exists() else {}
+  return {int(number): value for number, value in scores.items()}
+
+
+def newest(
+  workdir: pathlib.Path,
+  abstract_of: Callable[[dict[str, Any]], TrainState],
+  order: Sequence[int] | None = None,
+  set_aside: Callable[[int], None] = lambda number: None,
+) -> Restored | None:
+  """The newest whole checkpoint; None where the workdir has none.
+
+  Args:
+    workdir: of the run.
+    abstract_of: meta -> the state that it belongs to, as ShapeDtypeStructs with shardings.
+    order: numbers to try, instead of all from the newest on.
+    set_aside: called with each corrupt one, loudly, before the next is tried.
+
+  Raises:
+    ValueError: it belongs to another model (names checkpoint, array and remedy).
+    RuntimeError: all checkpoints are corrupt.
+  """
+  order = hosts.lead(lambda: numbers(workdir)) if order is None else order
+  for number in order:
+    directory = (workdir / "checkpoints" / str(number)).absolute()
+    found, problem = _restore(directory, abstract_of)
+    if found is not None:
+      return found
+    logging.error("checkpoint %s is corrupt and not used: %s", directory, problem)
+    set_aside(number)
+  if order:
+    raise RuntimeError(
+      f"all checkpoints of {workdir} are corrupt ({', '.join(map(str, order))}); put back a copy "
+      "of one, or start anew with another --workdir"
+    )
+  return None
+
+
+def _restore(
+  directory: pathlib.Path, abstract_of: Callable[[dict[str, Any]], TrainState]
+) -> tuple[Restored | None, str]:
+  """(what it holds, "") or (None, what is wrong); the same in all processes."""
+
+  def texts() -> tuple[Any, Any, list[Any]]:
+    meta, check = _read_json(directory / "meta"), _read_json(directory / "check")
+    replay = _read_json(directory / "replay") if check["replay"] else []
+    if len(replay) != check["replay"]:
+      raise ValueError(f"{len(replay)} of {check['replay']} trajectories in the replay")
+    return meta, check["arrays"], replay
+
+  found, problem = _attempt(texts)
+  if problem:
+    return None, problem
+  meta, saved, replay = found
+  abstract = abstract_of(meta)
+  wanted = _without_empty(abstract)
+  _refuse_other_layout(directory, {path: text for path, (text, _) in saved.items()}, wanted)
+  arrays, problem = _attempt(
+    lambda: ocp.StandardCheckpointHandler().restore(
+      ocp.utils.epath.Path(directory / "state"), args=ocp.args.StandardRestore(wanted)
+    )
+  )
+  if problem:
+    return None, problem
+  marks = zip(saved.items(), _fingerprints(arrays), strict=True)
+  wrong = [path for (path, (_, mark)), now in marks if mark != now]
+  if wrong:
+    return None, f"{len(wrong)} arrays are not as they were saved, {wrong[0]} among them"
+  return Restored(abstract._replace(**arrays), meta, replay), ""
+
+
+def _attempt(read: Callable[[], Any]) -> tuple[Any, str]:
+  """(what `read` returns, ""), or (None, why it failed), in one process or another.
+
+  Raises what is the machine's fault and not the file's: no memory, no right to read, no answer.
+  """
+  result, problem = None, ""
+  try:
+    result = read()
+  except (MemoryError, PermissionError, TimeoutError):
+    raise
+  except Exception as error:  # damage shows in many ways
+    if "RESOURCE_EXHAUSTED" in str(error):
+      raise
+    problem = f"{type(error).__name__}: {str(error)[:300]}"
+  problems = [text for text in hosts.gather(problem) if text]
+  return (None, problems[0]) if problems else (result, "")
+
+
+def _read_json(directory: pathlib.Path) -> Any:
+  return ocp.JsonCheckpointHandler().restore(ocp.utils.epath.Path(directory))
+
+
+def _refuse_other_layout(
+  directory: pathlib.Path, theirs: Mapping[str, str], wanted: dict[str, Any]
+) -> None:
+  ours = _layout(wanted)
+  different = [p for p in theirs.keys() | ours.keys() if theirs.get(p) != ours.get(p)]
+  if different:
+    path = min(different)
+    raise ValueError(
+      f"checkpoint {directory} does not fit this model and config ({len(different)} arrays differ; "
+      f"{path} is {theirs.get(path, 'not there')} in it, {ours.get(path, 'not there')} here); use "
+      "another --workdir, or the config that wrote it"
+    )
+
+
+def _layout(arrays: dict[str, Any]) -> dict[str, str]:
+  """{path: "float32[2,3]"} of all arrays."""
+  return {
+    sharding.path_string(path): f"{x.dtype}[{','.join(map(str, x.shape))}]"
+    for path, x in jax.tree_util.tree_leaves_with_path(arrays)
+  }
+
+
+def _fingerprints(arrays: dict[str, Any]) -> list[int]:
+  """A 32-bit number for each array, in the order of `_layout`."""
+  return np.asarray(jax.jit(_marks)(jax.tree.leaves(arrays))).tolist()
+
+
+def _marks(leaves: list[jax.Array]) -> jax.Array:
+  """Sum of bits times odd position numbers, modulo 2^32: exact, however the arrays are sharded."""
+
+  def mark(x):
+    bits = jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}").astype(jnp.uint32)
+    place = jnp.zeros(x.shape, jnp.uint32)
+    for axis, size in enumerate(x.shape):
+      place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+    return jnp.sum(bits * (2 * place + 1), dtype=jnp.uint32)
+
+  return jnp.stack([mark(x) for x in leaves])
+
+
+def _without_empty(state: TrainState) -> dict[str, Any]:
+  """Fields as a dict; an empty subtree has nothing to save."""
+  return {
+    name: value
+    for name, value in state._asdict().items()
+    if not (isinstance(value, dict | tuple) and not value)
+  }

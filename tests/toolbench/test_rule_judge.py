@@ -1,0 +1,179 @@
+import dataclasses
+import json
+import pathlib
+
+import numpy as np
+import pytest
+
+from steptool_jax.rewards.responses import Transcript
+from steptool_jax.toolbench import rule_judge
+from steptool_jax.toolbench.rule_judge import Agreement, Case, agreement
+
+DATA = pathlib.Path("/work/shared/data/steptool")
+needs_data = pytest.mark.skipif(not DATA.exists(), reason=f"{DATA} is absent")
+
+QUERY = "Please give me the forecast for Bergamo. Also tell me the population of Lecco."
+CALLS = (
+  ("forecast {}", json.dumps({"error": "", "response": {"sky": "thunderstorm", "max": 31}})),
+  ("census {}", json.dumps({"error": "", "response": {"inhabitants": 48131}})),
+)
+ANSWER = (
+  "The forecast for Bergamo is a thunderstorm at 31 degrees. Lecco has a population of 48131."
+)
+GOOD = Transcript(QUERY, CALLS, ANSWER)
+
+
+def test_agreement_by_hand():
+  got = agreement([1, 1, 1, 0, 0, 0, 0, 0], [1, 1, 0, 1, 0, 0, 0, 0])
+  # 6 of 8 agree; by chance 3/8 * 3/8 + 5/8 * 5/8 = 34/64.
+  kappa = (6 / 8 - 34 / 64) / (1 - 34 / 64)
+  expected = (6 / 8, 2 / 3, 2 / 3, kappa, 8)
+  assert dataclasses.astuple(got) == pytest.approx(expected)
+  lopsided = agreement([1, 1, 1, 1], [1, 0, 0, 1])
+  assert (lopsided.precision, lopsided.recall, lopsided.kappa) == (0.5, 1, 0)
+  assert agreement([0, 0], [0, 0]) == Agreement(1.0, 0.0, 0.0, 1.0, 2)
+  with pytest.raises(ValueError, match="1 verdicts against 2"):
+    agreement([1], [1, 0])
+  with pytest.raises(ValueError, match="at least one"):
+    agreement([], [])
+
+
+@pytest.mark.parametrize("name", rule_judge.JUDGES)
+def test_both_judges(name):
+  judge = rule_judge.JUDGES[name]
+  assert judge(GOOD) == 1
+  for answer in ("", "  ", "Unfortunately, I could not find the forecast or the population."):
+    assert judge(dataclasses.replace(GOOD, answer=answer)) == 0
+  assert judge(dataclasses.replace(GOOD, answer=ANSWER, finished=False)) == 0
+
+
+def test_coverage_sees_what_plain_does_not():
+  half = "The forecast for Bergamo is a thunderstorm, with 31 degrees at the most." + " " * 60
+  broken = (CALLS[0], ("census {}", json.dumps({"error": "Timeout error...", "response": ""})))
+  for rest in (
+    "I was unable to retrieve the population of Lecco. Please try again later.",
+    "The population is not available.",
+  ):
+    texts = Transcript(QUERY, broken, half + rest)
+    assert rule_judge.plain(texts) == 1
+    assert rule_judge.coverage(texts) == 0
+
+
+def test_features_by_hand():
+  named = dict(zip(rule_judge.FEATURES, rule_judge.features(GOOD), strict=True))
+  assert named["opens"] == named["admissions"] == named["admitted"] == named["failed"] == 0
+  # tell is all that the second request has besides: population, lecco.
+  assert named["least"] == pytest.approx(2 / 3)
+  assert named["covered"] == pytest.approx(4 / 6)  # give, tell are not taken up
+  assert named["evidence"] == 1
+  worse = Transcript(
+    QUERY, (*CALLS, ("x {}", "error")), "Sorry. The forecast is not available. Rain!"
+  )
+  named = dict(zip(rule_judge.FEATURES, rule_judge.features(worse), strict=True))
+  assert (named["opens"], named["admissions"]) == (1, 0.5)
+  assert named["admitted"] == pytest.approx(2 / 3)
+  assert named["failed"] == pytest.approx(1 / 3)
+  assert named["least"] == 0
+  # A tool that works once has not failed, whatever came later.
+  again = Transcript(QUERY, (("x {}", "fine"), ("x {}", "error")), ANSWER)
+  assert rule_judge.features(again)[rule_judge.FEATURES.index("failed")] == 0
+  assert 0 < rule_judge.probability(worse) < rule_judge.probability(GOOD) < 1
+
+
+def test_features_stay_in_range_on_odd_texts():
+  for query in ("", "?", "1", "é " * 50):
+    for steps in ((), (("", ""),)):
+      got = rule_judge.features(Transcript(query, steps, "."))
+      assert all(0 <= value <= 1 for value in got)
+
+
+def test_figures_carry_their_agreement():
+  text = rule_judge.beside("62.0 %", "coverage")
+  m = rule_judge.MEASURED["coverage"]
+  assert text.startswith("62.0 % (")
+  for value in (m.accuracy, m.precision, m.recall, m.kappa):
+    assert f"{value:.3f}" in text
+  assert f"on {m.count} results" in text
+  assert set(rule_judge.MEASURED) == set(rule_judge.JUDGES)
+  with pytest.raises(ValueError, match="judge is 'other'"):
+    rule_judge.beside("1", "other")
+
+
+def test_fit_finds_known_weights():
+  """Soft labels drawn from a known logistic model give that model back."""
+  answers = ["Sorry, nothing.", ANSWER, "Bergamo: 31.", "Not found. Lecco: 48131", "Lecco forecast"]
+  texts = [Transcript(QUERY, CALLS[:k], answer) for k in range(3) for answer in answers]
+  weights = np.array([-1.0, 0.5, -0.5, 1.0, 0.7, -0.8, 0.4])
+
+  def case(t):
+    p = 1 / (1 + np.exp(-(0.3 + weights @ np.array(rule_judge.features(t)))))
+    return Case("sft", "2", t, (p,))
+
+  cases = [case(t) for t in texts]
+  bias, got = rule_judge.fit(cases, ridge=1e-9)
+  for t, c in zip(texts, cases, strict=True):
+    p = 1 / (1 + np.exp(-(bias + np.dot(got, rule_judge.features(t)))))
+    assert p == pytest.approx(c.scores[0], abs=1e-5)
+
+
+def test_the_parts_do_not_meet():
+  runs = ("toolllama_sft_cot", "baseline-rft_dfs", "baseline-ppo_cot", "baseline-eto_dfs")
+  cases = [Case(run, query_id, GOOD, (1.0,)) for run in runs for query_id in ("4", "7")]
+  tuning = {(c.run, c.query_id) for c in cases if rule_judge.is_tuning(c)}
+  held_out = {(c.run, c.query_id) for c in cases if rule_judge.is_held_out(c)}
+  assert tuning == {(run, "4") for run in runs[:2]}
+  assert held_out == {(run, "7") for run in runs[2:]}
+
+
+def test_missing_folder(tmp_path):
+  with pytest.raises(OSError, match="pass_rate_results"):
+    rule_judge.read_cases(tmp_path)
+  with pytest.raises(OSError, match="data_train"):
+    rule_judge.step_table(tmp_path, [])
+
+
+@pytest.fixture(scope="module")
+def cases():
+  return rule_judge.read_cases(DATA)
+
+
+@needs_data
+def test_measured_agreement_is_what_is_printed(cases):
+  held_out = [case for case in cases if rule_judge.is_held_out(case)]
+  for name, judge in rule_judge.JUDGES.items():
+    got = dataclasses.astuple(rule_judge.measure(judge, held_out))
+    assert got == pytest.approx(dataclasses.astuple(rule_judge.MEASURED[name]), abs=6e-4), name
+
+
+@needs_data
+def test_weights_come_from_the_tuning_part(cases):
+  bias, weights = rule_judge.fit([case for case in cases if rule_judge.is_tuning(case)])
+  assert (bias, *weights) == pytest.approx((rule_judge.BIAS, *rule_judge.WEIGHTS), abs=6e-3)
+
+
+@needs_data
+def test_evidence_beats_length(cases):
+  """Our step rule agrees with the judge where the released one does not, and tells a foreign
+  response from the true one.
+  """
+  lcs, evidence = rule_judge.step_table(DATA, cases)
+  assert float(evidence[1]) > 0.5 > 0.1 > float(lcs[1])
+  assert float(evidence[3]) < 0.22 < 0.28 < float(lcs[3])
+  rates = [float(row[6].rstrip("%")) for row in (lcs, evidence)]
+  assert rates[1] < 20 < 40 < rates[0]
+
+
+@needs_data
+def test_rows_are_read_out_of_their_markup():
+  files = sorted(DATA.glob("data_train/*/step_grained_for_ppo_example.csv"))
+  assert len(files) == 3
+  for file in files:
+    for row in rule_judge.training_rows.read_step_rows(file):
+      texts = rule_judge.row_transcript(row)
+      assert texts.query
+      assert texts.query in row.prompts[0]
+      assert len(texts.steps) == len(row.rewards) - 1
+      for text in (texts.query, texts.answer, *(part for call in texts.steps for part in call)):
+        assert "<|" not in text
+        assert "Assistant:" not in text
+      assert all(response.startswith('{"error"') for _, response in texts.steps)
