@@ -26,7 +26,7 @@ from steptool_jax.rewards import responses, rules, shaping
 from steptool_jax.rewards.judge import StepJudge
 from steptool_jax.rewards.scores import StepScores, apply
 from steptool_jax.run.parts import build, services
-from steptool_jax.run.parts.workbench import Stop
+from steptool_jax.run.parts.opening import Stop
 from steptool_jax.run.training.offline import files
 from steptool_jax.run.workdir import metrics_writer
 from steptool_jax.toolbench import annotations, judging, rule_judge

@@ -22,7 +22,7 @@ from steptool_jax.learning import batching, update
 from steptool_jax.policy import engine as engine_lib
 from steptool_jax.policy import lora, model
 from steptool_jax.rollout.demonstrations import demonstrate
-from steptool_jax.run.parts import workbench
+from steptool_jax.run.parts import opening
 from steptool_jax.run.training import setup
 from steptool_jax.run.workdir import metrics_writer
 from steptool_jax.types import TRUNCATED, Finish, Status, Step, Trajectory
@@ -34,9 +34,9 @@ SLOTS = 16
 
 def run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
   """Measures, logs and returns the summary."""
-  with workbench.open_workbench(config, workdir, workbench.Stop()) as bench:
-    padding = _packing(bench)
-    single = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1), bench.mesh.axis_names)
+  with opening.open_parts(config, workdir, opening.Stop()) as parts:
+    padding = _packing(parts)
+    single = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1), parts.mesh.axis_names)
   with jax.set_mesh(single):
     architecture = build_architecture(config.bench)
     summary = {"mode": "bench", "device": jax.devices()[0].device_kind}
@@ -224,11 +224,11 @@ def _engine(b: Bench, architecture: model.ModelConfig) -> dict[str, Any]:
 # --- packing ---
 
 
-def _packing(bench: workbench.Workbench) -> float:
+def _packing(parts: opening.Parts) -> float:
   trajectories = [
-    demonstrate(bench.environment, task, task.demonstration, bench.policy.chat_format, bench.limits)
-    for task in bench.environment.tasks("train")[:PACKED]
+    demonstrate(parts.environment, task, task.demonstration, parts.policy.chat_format, parts.limits)
+    for task in parts.environment.tasks("train")[:PACKED]
     if task.demonstration
   ]
   kept = [t for t in trajectories if t.status not in TRUNCATED]
-  return batching.padding_share(batching.pack(kept, bench.config.train.row_tokens))
+  return batching.padding_share(batching.pack(kept, parts.config.train.row_tokens))

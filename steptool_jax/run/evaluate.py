@@ -10,7 +10,7 @@ from absl import logging
 
 from steptool_jax.config import Config
 from steptool_jax.run.evaluating import figures
-from steptool_jax.run.parts import build, workbench
+from steptool_jax.run.parts import build, opening
 from steptool_jax.run.training import restore
 from steptool_jax.run.workdir import metrics_writer
 from steptool_jax.toolbench.stored import stored_summary
@@ -25,7 +25,7 @@ def run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
     summary = {"mode": "evaluate", "stored": stored} | stored_summary(stored)
     metrics_writer.write_summary(workdir, summary)
     return summary
-  with workbench.open_workbench(config, workdir, workbench.Stop()) as b:
+  with opening.open_parts(config, workdir, opening.Stop()) as b:
     newest = restore.newest_variables(b)
     if newest is not None:
       variables, meta = newest

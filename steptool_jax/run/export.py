@@ -7,20 +7,20 @@ from typing import Any
 from steptool_jax.config import Config
 from steptool_jax.policy import hub, peftfile
 from steptool_jax.run.hosts import hosts
-from steptool_jax.run.parts import workbench
-from steptool_jax.run.parts.workbench import Workbench
+from steptool_jax.run.parts import opening
+from steptool_jax.run.parts.opening import Parts
 from steptool_jax.run.training import restore
 from steptool_jax.run.workdir import metrics_writer
 
 
 def run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
   """Writes WORKDIR/export (merged weights) and, for LoRA, WORKDIR/export/adapter (PEFT)."""
-  with workbench.open_workbench(config, workdir, workbench.Stop()) as bench:
-    newest = restore.newest_variables(bench)
+  with opening.open_parts(config, workdir, opening.Stop()) as parts:
+    newest = restore.newest_variables(parts)
     if newest is None:
       raise FileNotFoundError(f"{workdir}: no checkpoint; train first, or check --workdir")
     variables, meta = newest
-    out = write(bench, variables, folded=meta["phase"] == "rl" and config.sft.steps > 0)
+    out = write(parts, variables, folded=meta["phase"] == "rl" and config.sft.steps > 0)
   summary = {
     "mode": "export",
     "directory": str(out),
@@ -32,14 +32,14 @@ def run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
   return summary
 
 
-def write(bench: Workbench, variables: dict, folded: bool) -> pathlib.Path:
+def write(parts: Parts, variables: dict, folded: bool) -> pathlib.Path:
   """The export itself; replaces an earlier one, which is kept until the new one is whole.
 
   `folded`: SFT's adapters are part of the base by now, so a PEFT adapter alone would not fit the
   model that the user started from and is left out.
   """
-  policy = bench.policy
-  out, new = bench.workdir / "export", bench.workdir / "export.new"
+  policy = parts.policy
+  out, new = parts.workdir / "export", parts.workdir / "export.new"
   if hosts.primary() and new.exists():  # of an export that was interrupted
     shutil.rmtree(new)
   hub.save_params(

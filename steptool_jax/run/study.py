@@ -25,7 +25,7 @@ from tqdm import tqdm
 from steptool_jax import validation
 from steptool_jax.config import Config
 from steptool_jax.evaluation.comparison import DONE, FAILED, STARTED, WAITING
-from steptool_jax.run.parts import workbench
+from steptool_jax.run.parts import opening
 from steptool_jax.run.studies import grid, results
 from steptool_jax.run.studies.grid import Planned, State
 from steptool_jax.run.training import restore
@@ -62,7 +62,7 @@ def run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
   for name, cell_config in configs.items():
     path = grid.folder(workdir, name) / "cell_config.json"
     metrics_writer.write_atomically(path, validation.to_json(cell_config))
-  with workbench.Stop().listening() as stop:
+  with opening.Stop().listening() as stop:
     _run_cells(config, workdir, chosen, slots, stop, started)
   return _finish(config, workdir, cells, chosen, time.monotonic() - started)
 
@@ -96,7 +96,7 @@ def _run_cells(
   workdir: pathlib.Path,
   chosen: Sequence[Planned],
   slots: Sequence[tuple[int, ...]],
-  stop: workbench.Stop,
+  stop: opening.Stop,
   started: float,
 ) -> None:
   """Until all have ended, or until it is time to stop."""

@@ -22,8 +22,8 @@ from steptool_jax.rollout.chain import Interrupted
 from steptool_jax.rollout.conversation import NonFiniteLogprobs
 from steptool_jax.run import export
 from steptool_jax.run.hosts import hosts, maintenance
-from steptool_jax.run.parts import build, workbench
-from steptool_jax.run.parts.workbench import Workbench
+from steptool_jax.run.parts import build, opening, rollouts
+from steptool_jax.run.parts.opening import Parts
 from steptool_jax.run.training import offline, progress, record, replay, restore
 from steptool_jax.run.training.demonstrations import Demonstrations
 from steptool_jax.run.training.order import jobs
@@ -68,9 +68,9 @@ def run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
   restore.refuse_other_config(config, workdir, MAY_CHANGE)
   c = config.checkpoint
   with (
-    workbench.Stop().listening() as stop,
+    opening.Stop().listening() as stop,
     maintenance.watched(stop.request),
-    workbench.open_workbench(config, workdir, stop) as b,
+    opening.open_parts(config, workdir, stop) as b,
     Checkpoints(workdir, c.keep, c.keep_best) as checkpoints,
   ):
     return _Trainer(b, checkpoints).run()
@@ -79,20 +79,20 @@ def run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
 class _Trainer:
   """The run's moving parts: phases, progress, clock. What learns is run/training/phase.py's."""
 
-  def __init__(self, bench: Workbench, checkpoints: Checkpoints):
-    self.bench, self.config, self.checkpoints = bench, bench.config, checkpoints
+  def __init__(self, parts: Parts, checkpoints: Checkpoints):
+    self.parts, self.config, self.checkpoints = parts, parts.config, checkpoints
     self.started = time.monotonic()
     self.progress = Progress()
     self.algorithm = algorithms.get_algorithm(self.config.algorithm)
     self.data: offline.Data | None = None  # stored trajectories in the place of rollouts
     if self.config.data.path:
-      self.data = offline.load(self.config, bench.policy.chat_format, bench.policy.model)
+      self.data = offline.load(self.config, parts.policy.chat_format, parts.policy.model)
     self.conversations, self.iterations = self._sizes()
     self.recorder = record.Recorder(
       self.config,
-      bench.workdir,
-      bench.policy.chat_format.codec,
-      bench.environment,
+      parts.workdir,
+      parts.policy.chat_format.codec,
+      parts.environment,
       self.iterations,
     )
 
@@ -109,9 +109,9 @@ class _Trainer:
     self._enter()
     self.before = self.progress.seconds
     # Only now: a start that fails on its input must not bind the folder to that input.
-    restore.claim(self.config, self.bench.workdir)
+    restore.claim(self.config, self.parts.workdir)
     self.writer = metrics_writer.MetricsWriter(
-      self.bench.workdir, self.progress.records, self._number()
+      self.parts.workdir, self.progress.records, self._number()
     )
     try:
       if self.progress.phase == "sft":
@@ -141,7 +141,7 @@ class _Trainer:
       ("sft.micro_rows", self.config.sft.micro_rows),
       ("train.micro_rows", self.config.train.micro_rows),
     ):
-      sharding.check_rows(name, rows, self.bench.mesh)
+      sharding.check_rows(name, rows, self.parts.mesh)
 
     def abstract_of(meta: dict[str, Any]) -> TrainState:
       self.progress = Progress(**meta)
@@ -155,14 +155,14 @@ class _Trainer:
       logging.info("resuming: %s, iteration %d", self.progress.phase, self.progress.done)
       return
     self._set_learning()
-    self.learning.start(build.initial_variables(self.config, self.bench.policy, self.bench.mesh))
+    self.learning.start(build.initial_variables(self.config, self.parts.policy, self.parts.mesh))
 
   def _set_learning(self) -> None:
     """Of the phase that `progress` is in."""
     self.learning = Learning(
       self.config,
-      self.bench.policy,
-      self.bench.mesh,
+      self.parts.policy,
+      self.parts.mesh,
       self.recorder,
       self.progress,
       self.iterations,
@@ -174,7 +174,7 @@ class _Trainer:
     steps = self.config.sft.steps if stored is None else self.iterations
     if not steps:
       return
-    source = Demonstrations(self.bench) if stored is None else stored
+    source = Demonstrations(self.parts) if stored is None else stored
     size = self.config.sft.batch if stored is None else stored.size
     capacity = -(-size // self.config.sft.micro_rows)
     with self._bar(steps, "SFT") as bar:
@@ -193,7 +193,7 @@ class _Trainer:
 
   def _to_rl(self) -> None:
     variables = build.fold_adapters(
-      self.config, self.bench.policy, self.bench.mesh, self.learning.variables()
+      self.config, self.parts.policy, self.parts.mesh, self.learning.variables()
     )
     self.progress.phase, self.progress.done = "rl", 0
     self._set_learning()
@@ -238,10 +238,10 @@ class _Trainer:
   def _iteration(self) -> dict[str, float]:
     started = time.monotonic()
     try:
-      trajectories, stats = workbench.collect(
-        self.bench,
+      trajectories, stats = rollouts.collect(
+        self.parts,
         self.learning.variables(),
-        jobs(self.config, self.bench.environment.tasks("train"), self.progress.done),
+        jobs(self.config, self.parts.environment.tasks("train"), self.progress.done),
         self.progress.done,
         self.config.rollout.temperature,
         "rollout",
@@ -279,10 +279,10 @@ class _Trainer:
   def _fill_behaviour(self) -> None:
     """Old log-probs of the data: of the present policy before its first update, else as kept."""
     if self.progress.done:
-      self.data = offline.restore_behaviour(self.data, self.bench.workdir)
+      self.data = offline.restore_behaviour(self.data, self.parts.workdir)
       return
     self.data = offline.with_behaviour(
-      self.data, self.config.train.row_tokens, self.learning.logprobs, self.bench.workdir
+      self.data, self.config.train.row_tokens, self.learning.logprobs, self.parts.workdir
     )
 
   # --- book-keeping ---
@@ -298,7 +298,7 @@ class _Trainer:
     self.progress.done += 1
 
   def _check_stop(self) -> None:
-    if any(hosts.gather(self.bench.stop())):
+    if any(hosts.gather(self.parts.stop())):
       raise Interrupted
 
   def _save(self) -> None:
@@ -326,8 +326,8 @@ class _Trainer:
     e = self.config.evaluation
     if not e.tasks:
       return
-    figures, trajectories = workbench.evaluate_policy(
-      self.bench,
+    figures, trajectories = rollouts.evaluate_policy(
+      self.parts,
       self.learning.variables(),
       num_tasks or e.tasks,
       label,
@@ -341,7 +341,7 @@ class _Trainer:
     self.writer.write(self._number(), "heldout", figures | self.progress.spent())
     self.checkpoints.score(self._checkpoint_number(), figures["pass_rate"])
     figure = f"{label}: held-out pass rate {figures['pass_rate']:.1%}"
-    hosts.say(self.bench.services.beside(figure))
+    hosts.say(self.parts.services.beside(figure))
     if name:
       self.progress.results[name] = figures["pass_rate"]
     if self.progress.phase == "rl" or name == "pass_rate_sft":
@@ -350,11 +350,11 @@ class _Trainer:
   def _finish(self) -> dict[str, Any]:
     if self.config.train.export:
       folded = self.progress.phase == "rl" and self.config.sft.steps > 0
-      export.write(self.bench, self.learning.variables(), folded)
+      export.write(self.parts, self.learning.variables(), folded)
     if hosts.primary() and (self.progress.train_curve or self.progress.heldout_curve):
-      progress.plot(self.config, self.bench.workdir, self.progress)
+      progress.plot(self.config, self.parts.workdir, self.progress)
     return self._summary(interrupted=False)
 
   def _summary(self, interrupted: bool) -> dict[str, Any]:
     self._clock()
-    return progress.summarise(self.bench, self.progress, self.data, interrupted)
+    return progress.summarise(self.parts, self.progress, self.data, interrupted)

@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 
 from steptool_jax import validation  # noqa: E402
 from steptool_jax.run import train  # noqa: E402
-from steptool_jax.run.parts import workbench  # noqa: E402
+from steptool_jax.run.parts import opening, rollouts  # noqa: E402
 from steptool_jax.run.workdir.metrics_writer import read_jsonl  # noqa: E402
 from steptool_jax.types import Code, Task, Trajectory  # noqa: E402
 
@@ -32,13 +32,13 @@ WINDOW = 3  # iterations, of 96 conversations each
 
 
 def naive(
-  bench: workbench.Workbench,
+  parts: opening.Parts,
   tasks: Sequence[Task],
   trajectories: Sequence[Trajectory],
   scheme: str = "steptool",
 ) -> list[Trajectory]:
-  """In the place of workbench.reward."""
-  del bench, tasks, scheme
+  """In the place of rollouts.reward."""
+  del parts, tasks, scheme
   out = []
   for trajectory in trajectories:
     paid = [
@@ -65,7 +65,7 @@ def main() -> None:
   config.seed, config.train.iterations, config.train.export = flags.seed, flags.iterations, False
   config.evaluation.tasks = config.evaluation.every = 0
   if flags.reward == "naive":
-    workbench.reward = naive
+    rollouts.reward = naive
   flags.workdir.mkdir(parents=True, exist_ok=True)
   train.run(validation.validate(config), flags.workdir)
   records = [r for r in read_jsonl(flags.workdir / "metrics.jsonl") if "train/reward" in r]

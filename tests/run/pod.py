@@ -146,18 +146,18 @@ def _main(argv) -> None:
   from steptool_jax import main
   from steptool_jax.data.trajectories import AnnotatedTrajectory, dump
   from steptool_jax.run.hosts import hosts
-  from steptool_jax.run.parts import workbench
+  from steptool_jax.run.parts import rollouts
 
-  collect = workbench.collect
+  collect = rollouts.collect
 
-  def recording(bench, *args):
-    trajectories, stats = collect(bench, *args)
+  def recording(parts, *args):
+    trajectories, stats = collect(parts, *args)
     name = f"rolled_{hosts.peers().index}.jsonl"
-    with pathlib.Path(bench.workdir, name).open("a") as file:
+    with pathlib.Path(parts.workdir, name).open("a") as file:
       file.writelines(dump(AnnotatedTrajectory(t)) + "\n" for t in trajectories)
     return trajectories, stats
 
-  workbench.collect = recording
+  rollouts.collect = recording
   sys.argv = argv
   main.run()
 

@@ -9,7 +9,7 @@ from test_resume import crash_and_go_on, saved
 
 from steptool_jax.learning import algorithms
 from steptool_jax.run import train
-from steptool_jax.run.parts import workbench
+from steptool_jax.run.parts import rollouts
 from steptool_jax.run.workdir.metrics_writer import read_jsonl
 
 SHORT = {
@@ -27,13 +27,13 @@ SHORT = {
 @pytest.fixture
 def some_solved(monkeypatch):
   """Random weights solve nothing: every first sample is called solved, and paid."""
-  collect = workbench.collect
+  collect = rollouts.collect
 
   def paid(*args, **kwargs):
     trajectories, stats = collect(*args, **kwargs)
     return [with_outcome(t, float(t.sample == 0)) for t in trajectories], stats
 
-  monkeypatch.setattr(workbench, "collect", paid)
+  monkeypatch.setattr(rollouts, "collect", paid)
 
 
 def with_outcome(trajectory, solved):
@@ -87,14 +87,14 @@ def test_archer_resumes_bit_equal_with_its_replay(some_solved, tmp_path, compile
 def test_iterations_without_a_pair_are_skipped_and_a_run_without_any_is_an_error(
   tmp_path, compiled, monkeypatch
 ):
-  collect, calls = workbench.collect, []
+  collect, calls = rollouts.collect, []
 
   def second_only(*args, **kwargs):
     trajectories, stats = collect(*args, **kwargs)
     calls.append(1)
     return [with_outcome(t, float(len(calls) == 2 and t.sample == 0)) for t in trajectories], stats
 
-  monkeypatch.setattr(workbench, "collect", second_only)
+  monkeypatch.setattr(rollouts, "collect", second_only)
   train.run(make("eto", compiled), tmp_path / "one")
   records = read_jsonl(tmp_path / "one" / "metrics.jsonl")
   assert [r["train/nothing_to_learn"] for r in records] == [1.0, 0.0]

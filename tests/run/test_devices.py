@@ -25,23 +25,23 @@ def _run(config, workdir, mesh):
   import jax
 
   from steptool_jax.run import train
-  from steptool_jax.run.parts import build, workbench
+  from steptool_jax.run.parts import build, opening, rollouts
   from steptool_jax.run.workdir.checkpoint import Checkpoints
   from steptool_jax.run.workdir.metrics_writer import MetricsWriter
 
   build.build_mesh = lambda config: mesh
-  collect, sampled = workbench.collect, []
+  collect, sampled = rollouts.collect, []
 
   def recording(*args, **kwargs):
     trajectories, stats = collect(*args, **kwargs)
     sampled.extend(step.tokens for t in trajectories for step in t.steps)
     return [_paid(t) for t in trajectories], stats
 
-  workbench.collect = recording
+  rollouts.collect = recording
   workdir.mkdir()
   try:
-    with workbench.open_workbench(config, workdir, workbench.Stop()) as bench:
-      trainer = train._Trainer(bench, Checkpoints(workdir, 1))
+    with opening.open_parts(config, workdir, opening.Stop()) as parts:
+      trainer = train._Trainer(parts, Checkpoints(workdir, 1))
       trainer.writer, trainer.before = MetricsWriter(workdir), 0.0
       trainer._enter()
       trainer._sft()
@@ -51,11 +51,11 @@ def _run(config, workdir, mesh):
       trainer._iteration()
       trainer.checkpoints.close()
       trainer.writer.close()
-      cache = bench.engine.init().cache
+      cache = parts.engine.init().cache
       after_rl = jax.device_get(trainer.learning.state.trainable)
       return after_sft, before_rl, after_rl, sampled, trainer.learning.state, cache
   finally:
-    workbench.collect = collect
+    rollouts.collect = collect
 
 
 def _paid(trajectory):

@@ -8,7 +8,7 @@ import tiny
 
 from steptool_jax.policy import hub, model
 from steptool_jax.run import evaluate, export, train
-from steptool_jax.run.parts import build, workbench
+from steptool_jax.run.parts import build, opening
 from steptool_jax.run.training import restore
 
 torch = pytest.importorskip("torch", reason="the oracle is transformers on torch")
@@ -41,25 +41,25 @@ def torch_logits(loaded, ids):
     return loaded(torch.tensor(np.asarray(ids)[None])).logits[0].numpy()
 
 
-def our_logits(bench, variables, ids):
+def our_logits(parts, variables, ids):
   tokens = jnp.asarray(ids, jnp.int32)[None]
   positions = jnp.arange(tokens.shape[1])[None]
 
   @jax.jit
   def logits(variables):
-    shape = bench.policy.model
+    shape = parts.policy.model
     hidden = model.forward(shape, variables, tokens, positions, jnp.ones_like(tokens))
     return model.project_logits(shape, variables, hidden)[0]
 
   return np.asarray(logits(variables))
 
 
-def engine_greedy(bench, variables, prompt, count):
-  state = bench.engine.append(variables, bench.engine.init(), {0: prompt})
+def engine_greedy(parts, variables, prompt, count):
+  state = parts.engine.append(variables, parts.engine.init(), {0: prompt})
   ids = []
   while len(ids) < count:
     seed = np.zeros(2, np.uint32)
-    state, decoded = bench.engine.decode(
+    state, decoded = parts.engine.decode(
       variables, state, {0: count - len(ids)}, {0: seed}, [-1], 0.0
     )
     ids += decoded.tokens[0, : decoded.count[0]].tolist()
@@ -88,16 +88,16 @@ def test_transformers_opens_the_export(name, tmp_path, compiled):
   if config.train.export:
     assert (out / "model.safetensors").read_bytes() == written
 
-  with workbench.open_workbench(config, tmp_path, workbench.Stop()) as bench:
-    variables, _ = restore.newest_variables(bench)
-    start = build.initial_variables(config, bench.policy, bench.mesh)
-    tasks = bench.environment.tasks("heldout")
-    prompt = bench.policy.chat_format.prompt(None, tasks[0].tools, tasks[0].query)
-    ours = our_logits(bench, variables, prompt)
-    greedy = engine_greedy(bench, variables, prompt, 64)
-    before = our_logits(bench, start, prompt)
+  with opening.open_parts(config, tmp_path, opening.Stop()) as parts:
+    variables, _ = restore.newest_variables(parts)
+    start = build.initial_variables(config, parts.policy, parts.mesh)
+    tasks = parts.environment.tasks("heldout")
+    prompt = parts.policy.chat_format.prompt(None, tasks[0].tools, tasks[0].query)
+    ours = our_logits(parts, variables, prompt)
+    greedy = engine_greedy(parts, variables, prompt, 64)
+    before = our_logits(parts, start, prompt)
     base = tmp_path / "base"
-    hub.save_params(base, bench.policy.model, start["params"], bench.policy.raw_config)
+    hub.save_params(base, parts.policy.model, start["params"], parts.policy.raw_config)
   assert np.abs(ours - before).max() > 0.01, "training changed nothing: the test would be empty"
 
   loaded = open_torch(out)
@@ -185,6 +185,6 @@ def test_rows_that_do_not_divide_the_mesh(tmp_path, monkeypatch):
   mesh = jax.sharding.AbstractMesh((2, 2, 1), ("data", "fsdp", "tensor"))
   trainer = object.__new__(train._Trainer)
   trainer.config = tiny.make(train__micro_rows=6)
-  trainer.bench = type("Bench", (), {"mesh": mesh})()
+  trainer.parts = type("Bench", (), {"mesh": mesh})()
   with pytest.raises(ValueError, match=r"train\.micro_rows: 6 is not a multiple .*valid: 4 or 8"):
     trainer._enter()

@@ -7,7 +7,7 @@ import pytest
 import tiny
 from test_train import scripted
 
-from steptool_jax.run.parts import workbench
+from steptool_jax.run.parts import rollouts
 from steptool_jax.run.training import phase
 from steptool_jax.run.training.progress import Progress
 from steptool_jax.types import Status
@@ -20,14 +20,14 @@ def test_log_probs_of_the_sampler_that_are_not_finite_skip_the_update(tmp_path):
   trainer, runner = scripted(config, tmp_path, broken=())
   guard = counting(config, trainer.progress)
   trainer.learning.count_skipped = guard.count_skipped
-  decode = trainer.bench.engine.decode
+  decode = trainer.parts.engine.decode
 
   def broken(*args):
     state, decoded = decode(*args)
     decoded.logprobs[0, 1] = np.nan
     return state, decoded
 
-  trainer.bench.engine.decode = broken
+  trainer.parts.engine.decode = broken
   with runner:
     assert trainer._iteration() == trainer._iteration() == {"skipped": 1.0}
     with pytest.raises(
@@ -36,7 +36,7 @@ def test_log_probs_of_the_sampler_that_are_not_finite_skip_the_update(tmp_path):
       trainer._iteration()
     assert trainer.learnt == []
     assert trainer.progress.skipped == 3
-    trainer.bench.engine.decode = decode
+    trainer.parts.engine.decode = decode
     trainer._iteration()
   assert len(trainer.learnt) == 8
 
@@ -63,7 +63,7 @@ def test_a_finite_update_ends_a_row_of_skipped_ones():
 
 def costs(trainer, by_sample):
   """Each call of a sample costs and takes what `by_sample` says."""
-  inner = trainer.bench.environment
+  inner = trainer.parts.environment
 
   class Priced:
     name, tasks = inner.name, inner.tasks
@@ -74,7 +74,7 @@ def costs(trainer, by_sample):
       session.call = lambda c: dataclasses.replace(call(c), cost=cost, latency=latency)
       return session
 
-  trainer.bench = dataclasses.replace(trainer.bench, environment=Priced())
+  trainer.parts = dataclasses.replace(trainer.parts, environment=Priced())
 
 
 @pytest.mark.parametrize(
@@ -89,9 +89,9 @@ def test_eq_2_is_paid_for_the_last_step_in_training(algorithm, scheme, tmp_path)
   costs(trainer, {0: (0.5, 10.0), 1: (0.5, 20.0)})
   with runner:
     figures = trainer._iteration()
-    task = trainer.bench.environment.tasks("train")[0]
-    evaluated, _ = workbench.collect(
-      trainer.bench, {}, [(task, 0), (task, 1)], workbench.EVALUATION, 1.0, ""
+    task = trainer.parts.environment.tasks("train")[0]
+    evaluated, _ = rollouts.collect(
+      trainer.parts, {}, [(task, 0), (task, 1)], rollouts.EVALUATION, 1.0, ""
     )
   assert [t.steps[-1].reward for t in trainer.learnt] == pytest.approx([0.8, 0.0] * 4)
   assert all((t.steps[0].reward > 0) == (algorithm == "steptool") for t in trainer.learnt)
@@ -124,9 +124,9 @@ def test_the_users_wish_stands_in_place_of_the_configured_weights(tmp_path):
   costs(trainer, {0: (0.0, 20.0), 1: (1.0, 10.0)})
   tasks = [
     dataclasses.replace(t, metadata={**t.metadata, "preference": {"cost": 1.0, "latency": 0.5}})
-    for t in trainer.bench.environment.tasks("train")
+    for t in trainer.parts.environment.tasks("train")
   ]
-  trainer.bench.environment.tasks = lambda split: tasks
+  trainer.parts.environment.tasks = lambda split: tasks
   with runner:
     trainer._iteration()
   assert [t.steps[-1].reward for t in trainer.learnt] == pytest.approx([1.0, 0.5] * 4)

@@ -10,7 +10,7 @@ import tiny
 
 from steptool_jax.run import train
 from steptool_jax.run.hosts import maintenance
-from steptool_jax.run.parts import workbench
+from steptool_jax.run.parts import opening
 from steptool_jax.run.workdir import checkpoint
 
 
@@ -41,7 +41,7 @@ def server(monkeypatch):
 
 @contextlib.contextmanager
 def watched():
-  stop = workbench.Stop()
+  stop = opening.Stop()
   with maintenance.watched(stop.request):
     yield stop
 

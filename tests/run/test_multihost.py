@@ -61,7 +61,7 @@ def whole(pod, flags, tmp_path_factory):
 def alone(compiled, tmp_path_factory):
   """Workdir of the same run in this process, and its trajectories."""
   workdir = tmp_path_factory.mktemp("alone")
-  collect, rolled = train.workbench.collect, []
+  collect, rolled = train.rollouts.collect, []
 
   def recording(*args):
     trajectories, stats = collect(*args)
@@ -69,7 +69,7 @@ def alone(compiled, tmp_path_factory):
     return trajectories, stats
 
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(train.workbench, "collect", recording)
+    patch.setattr(train.rollouts, "collect", recording)
     train.run(one_process(compiled), workdir)
   return workdir, rolled
 

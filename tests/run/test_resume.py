@@ -211,13 +211,13 @@ def test_lora_with_folded_sft_adapters_resumes_bit_equal(tmp_path, compiled):
 def test_an_evaluation_that_is_cut_off_is_made_up_for(cut, tmp_path, compiled, monkeypatch):
   """All results and held-out records are there in the end, each once."""
 
-  def figures(bench, variables, num_tasks, label, temperature):
+  def figures(parts, variables, num_tasks, label, temperature):
     if label == cut:
       raise train.Interrupted
     return {"pass_rate": len(label) / 100}, []
 
   config = tiny.make(compilation_cache=compiled)
-  monkeypatch.setattr(train.workbench, "evaluate_policy", figures)
+  monkeypatch.setattr(train.rollouts, "evaluate_policy", figures)
   # Rollouts and updates are beside the point here.
   fake = {"reward": 0.0, "pass_rate": 0.0, "kl": 0.0, "tokens_per_second": 0.0}
 

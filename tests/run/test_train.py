@@ -12,7 +12,7 @@ import tiny
 from steptool_jax.learning import batching
 from steptool_jax.policy.engine import Decoded
 from steptool_jax.run import train
-from steptool_jax.run.parts import build, services, workbench
+from steptool_jax.run.parts import build, opening, rollouts, services
 from steptool_jax.run.training import demonstrations, phase, setup
 from steptool_jax.run.training.order import jobs
 from steptool_jax.run.workdir import checkpoint
@@ -127,7 +127,7 @@ def scripted(config, folder, broken):
 
   trainer.learning = types.SimpleNamespace(learn=learn, variables=lambda: {})
   runner = build.build_runner(config)
-  trainer.bench = workbench.Workbench(
+  trainer.parts = opening.Parts(
     config=config,
     workdir=folder,
     mesh=None,
@@ -137,7 +137,7 @@ def scripted(config, folder, broken):
     engine=Script(config.rollout.slots, turns),
     limits=build.build_limits(config),
     runner=runner,
-    stop=workbench.Stop(),
+    stop=opening.Stop(),
   )
   return trainer, runner
 
@@ -198,9 +198,9 @@ def test_non_finite_updates_stop_the_run_and_reach_no_checkpoint(tmp_path, compi
   records = read_jsonl(tmp_path / "metrics.jsonl")
   assert records[-1]["step"] == 3, "two of them in the first iteration, the third in the second"
   assert records[-1]["train/skipped"] == 1.0
-  with workbench.open_workbench(config, tmp_path, workbench.Stop()) as bench:
-    learner = setup.build_learner(config, bench.policy.model, "steptool")
-    abstract = setup.abstract_state(config, bench.policy, bench.mesh, learner)
+  with opening.open_parts(config, tmp_path, opening.Stop()) as parts:
+    learner = setup.build_learner(config, parts.policy.model, "steptool")
+    abstract = setup.abstract_state(config, parts.policy, parts.mesh, learner)
     state, meta, _ = checkpoint.newest(tmp_path, lambda meta: abstract)
   assert (meta["phase"], meta["done"]) == ("rl", 1)
   assert all(np.isfinite(x).all() for x in jax.tree.leaves(state))
@@ -264,8 +264,8 @@ def test_mistakes_begin_behind_the_clean_steps(monkeypatch):
   config = tiny.make(sft__mistakes=1.0, sft__clean_steps=3, sft__batch=2)
   environment = build.build_environment(config)
   parts = {"config": config, "environment": environment, "limits": None}
-  bench = types.SimpleNamespace(**parts, policy=types.SimpleNamespace(chat_format=None))
-  source = demonstrations.Demonstrations(bench)
+  parts = types.SimpleNamespace(**parts, policy=types.SimpleNamespace(chat_format=None))
+  source = demonstrations.Demonstrations(parts)
 
   def flawless(env, task, actions, *_):
     return types.SimpleNamespace(status=Status.ANSWERED, flawless=actions == task.demonstration)
@@ -317,19 +317,19 @@ def test_more_tasks_than_there_are_and_none():
 
 def test_the_same_task_gives_new_samples_in_every_iteration(tmp_path, compiled):
   config = tiny.make(compilation_cache=compiled, rollout__max_steps=1)
-  with workbench.open_workbench(config, tmp_path, workbench.Stop()) as bench:
-    variables = build.initial_variables(config, bench.policy, bench.mesh)
-    task = bench.environment.tasks("train")[0]
+  with opening.open_parts(config, tmp_path, opening.Stop()) as parts:
+    variables = build.initial_variables(config, parts.policy, parts.mesh)
+    task = parts.environment.tasks("train")[0]
 
     def ids(version, jobs):
-      found, _ = workbench.collect(bench, variables, jobs, version, 1.0, "test")
+      found, _ = rollouts.collect(parts, variables, jobs, version, 1.0, "test")
       return [t.steps[0].tokens.tolist() for t in found]
 
     both = [(task, 0), (task, 1)]
     first, again, second = ids(0, both), ids(0, both), ids(1, both)
     assert first == again
     assert len({tuple(x) for x in first + second}) == 4
-    assert ids(0, [(bench.environment.tasks("train")[1], 0), (task, 1)])[1] == first[1]
+    assert ids(0, [(parts.environment.tasks("train")[1], 0), (task, 1)])[1] == first[1]
 
 
 @pytest.mark.parametrize(("rows", "sizes"), [(7, [3, 2, 2]), (2, [1, 1]), (8, [3, 3, 2])])

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from steptool_jax.rollout.chain import Stats
 from steptool_jax.rollout.strategy import SearchResult
 from steptool_jax.rollout.tree import TreeStats
-from steptool_jax.run.parts import build, workbench
-from steptool_jax.run.parts.workbench import Workbench
+from steptool_jax.run.parts import build, rollouts
+from steptool_jax.run.parts.opening import Parts
 from steptool_jax.toolbench.formats.answers import cot_method, dfs_method
 from steptool_jax.types import Status, Task, Trajectory
 
@@ -73,27 +73,27 @@ class Work:
     return max(0.0, 1 - (self.device_seconds + self.tool_wait_seconds) / max(self.seconds, 1e-9))
 
 
-def method(bench: Workbench) -> str:
+def method(parts: Parts) -> str:
   """The official name of the strategy, which answer files carry."""
-  strategy = build.build_search(bench.config)
-  return dfs_method(strategy) if strategy else cot_method(bench.config.evaluation.attempts)
+  strategy = build.build_search(parts.config)
+  return dfs_method(strategy) if strategy else cot_method(parts.config.evaluation.attempts)
 
 
 def solve(
-  bench: Workbench, variables: dict, tasks: Sequence[Task], repetition: int, label: str
+  parts: Parts, variables: dict, tasks: Sequence[Task], repetition: int, label: str
 ) -> tuple[list[Solution], Work]:
   """One Solution a task, in order; `repetition` numbers the runs of a sampled evaluation."""
   work = Work()
-  strategy = build.build_search(bench.config)
+  strategy = build.build_search(parts.config)
   if strategy is None:
-    return _chains(bench, variables, tasks, repetition, label, work), work
+    return _chains(parts, variables, tasks, repetition, label, work), work
   jobs = [(task, repetition) for task in tasks]
-  results, stats = workbench.roll(
-    bench,
+  results, stats = rollouts.roll(
+    parts,
     variables,
     jobs,
-    workbench.EVALUATION,
-    bench.config.evaluation.temperature,
+    rollouts.EVALUATION,
+    parts.config.evaluation.temperature,
     label,
     strategy=strategy,
   )
@@ -104,31 +104,31 @@ def solve(
 
 
 def _chains(
-  bench: Workbench,
+  parts: Parts,
   variables: dict,
   tasks: Sequence[Task],
   repetition: int,
   label: str,
   work: Work,
 ) -> list[Solution]:
-  attempts = bench.config.evaluation.attempts
-  left = [build.build_budget(bench.config)] * len(tasks)
+  attempts = parts.config.evaluation.attempts
+  left = [build.build_budget(parts.config)] * len(tasks)
   made: list[list[Trajectory]] = [[] for _ in tasks]
   for attempt in range(attempts):
     # Conversations of one rollout share their limits, so tasks go by what they may still spend.
     groups: dict[int, list[int]] = collections.defaultdict(list)
     for n in range(len(tasks)):
       if left[n] and (not made[n] or _goes_on(made[n][-1])):
-        groups[min(left[n], bench.limits.max_steps)].append(n)
+        groups[min(left[n], parts.limits.max_steps)].append(n)
     for most, members in sorted(groups.items(), reverse=True):
-      found, stats = workbench.roll(
-        bench,
+      found, stats = rollouts.roll(
+        parts,
         variables,
         [(tasks[n], repetition * attempts + attempt) for n in members],
-        workbench.EVALUATION,
-        bench.config.evaluation.temperature,
+        rollouts.EVALUATION,
+        parts.config.evaluation.temperature,
         label,
-        limits=dataclasses.replace(bench.limits, max_steps=most),
+        limits=dataclasses.replace(parts.limits, max_steps=most),
       )
       for n, trajectory in zip(members, found, strict=True):
         made[n].append(trajectory)

@@ -30,8 +30,8 @@ from steptool_jax.evaluation.metrics import rollout_metrics
 from steptool_jax.run.evaluating import attempts
 from steptool_jax.run.evaluating.attempts import Solution, Work
 from steptool_jax.run.hosts import hosts
-from steptool_jax.run.parts import build, workbench
-from steptool_jax.run.parts.workbench import Workbench
+from steptool_jax.run.parts import build, rollouts
+from steptool_jax.run.parts.opening import Parts
 from steptool_jax.run.training import record
 from steptool_jax.toolbench.formats import official
 from steptool_jax.toolbench.formats.answers import cot_answer, dfs_answer, write_answer, write_json
@@ -54,57 +54,57 @@ class _Run:
   work: Work
 
 
-def evaluate(bench: Workbench, variables: dict) -> _Json:
+def evaluate(parts: Parts, variables: dict) -> _Json:
   """Attempts the first evaluation.tasks held-out tasks, writes the files, returns the figures.
 
   All processes roll out; process 0 judges and writes.
 
   RuntimeError when every task ended in an infrastructure error; ValueError without tasks.
   """
-  e = bench.config.evaluation
-  tasks = bench.environment.tasks("heldout")[: e.tasks]
+  e = parts.config.evaluation
+  tasks = parts.environment.tasks("heldout")[: e.tasks]
   if not tasks:
     raise ValueError("environment: there are no held-out tasks; evaluation needs at least one")
-  name = attempts.method(bench)
+  name = attempts.method(parts)
   others = _read_others(e.against, tasks) if e.against else None
-  hosts.lead(functools.partial(_clear, bench))
+  hosts.lead(functools.partial(_clear, parts))
   runs: list[_Run] = []
 
   def finish(k: int, solutions: list[Solution], work: Work) -> None:
-    runs.append(_judged(bench, tasks, solutions, work))
-    if bench.services.judging is not None:
-      _write_official(bench, runs[-1], f"rollout_{k}", name)
+    runs.append(_judged(parts, tasks, solutions, work))
+    if parts.services.judging is not None:
+      _write_official(parts, runs[-1], f"rollout_{k}", name)
 
   for k in range(e.rollouts):
     label = f"{name}, rollout {k + 1} of {e.rollouts}"
-    solutions, work = attempts.solve(bench, variables, tasks, k, label)
+    solutions, work = attempts.solve(parts, variables, tasks, k, label)
     hosts.lead(functools.partial(finish, k, solutions, work))
-  return hosts.lead(lambda: _reported(bench, name, tasks, runs, others))
+  return hosts.lead(lambda: _reported(parts, name, tasks, runs, others))
 
 
-def _clear(bench: Workbench) -> None:
+def _clear(parts: Parts) -> None:
   """Removes what an earlier evaluation, perhaps of other tasks, has written."""
   for name in ("answers", "converted", "pass_rate"):
-    for old in (bench.workdir / name).glob("rollout_*"):
+    for old in (parts.workdir / name).glob("rollout_*"):
       shutil.rmtree(old)
 
 
 def _reported(
-  bench: Workbench,
+  parts: Parts,
   name: str,
   tasks: Sequence[Task],
   runs: Sequence[_Run],
   others: Sequence[AnnotatedTrajectory] | None,
 ) -> _Json:
   """The figures; writes the trajectories."""
-  codec = bench.policy.chat_format.codec
+  codec = parts.policy.chat_format.codec
   records = [
     AnnotatedTrajectory(
       trajectory=trajectory,
       query=task.query,
       metadata={
         "method": name,
-        "budget_llm_calls": build.build_budget(bench.config),
+        "budget_llm_calls": build.build_budget(parts.config),
         "llm_calls": solution.llm_calls,
         "rollout": k,
       }
@@ -115,16 +115,16 @@ def _reported(
     for k, run in enumerate(runs)
     for task, solution, trajectory in zip(tasks, run.solutions, run.trajectories, strict=True)
   ]
-  write_trajectories(bench.workdir / "trajectories.jsonl", records)
-  figures = _figures(bench, name, tasks, runs)
+  write_trajectories(parts.workdir / "trajectories.jsonl", records)
+  figures = _figures(parts, name, tasks, runs)
   if others is not None:
-    figures["win_rate"] = _wins(bench, tasks, runs[0], others)
+    figures["win_rate"] = _wins(parts, tasks, runs[0], others)
   return figures
 
 
-def _judged(bench: Workbench, tasks: Sequence[Task], solutions: list[Solution], work: Work) -> _Run:
+def _judged(parts: Parts, tasks: Sequence[Task], solutions: list[Solution], work: Work) -> _Run:
   trajectories = [solution.chosen for solution in solutions]
-  judging, rate = bench.services.judging, None
+  judging, rate = parts.services.judging, None
   if judging is not None:
     rate, trajectories = judging.judge(tasks, trajectories)
     scores = {int(n): row for n, row in zip(rate.task_ids, rate.scores, strict=True)}
@@ -134,13 +134,13 @@ def _judged(bench: Workbench, tasks: Sequence[Task], solutions: list[Solution], 
       for n, t in enumerate(trajectories)
       if t.status is not Status.INFRASTRUCTURE_ERROR
     }
-  return _Run(solutions, workbench.reward(bench, tasks, trajectories), scores, rate, work)
+  return _Run(solutions, rollouts.reward(parts, tasks, trajectories), scores, rate, work)
 
 
 # --- figures ---------------------------------------------------------------------------------
 
 
-def _figures(bench: Workbench, name: str, tasks: Sequence[Task], runs: Sequence[_Run]) -> _Json:
+def _figures(parts: Parts, name: str, tasks: Sequence[Task], runs: Sequence[_Run]) -> _Json:
   everything = [t for run in runs for t in run.trajectories]
   common = [n for n in range(len(tasks)) if all(n in run.scores for run in runs)]
   if not common:
@@ -151,8 +151,8 @@ def _figures(bench: Workbench, name: str, tasks: Sequence[Task], runs: Sequence[
   figures: _Json = rollout_metrics(everything)
   figures |= {
     "method": name,
-    "budget_llm_calls": build.build_budget(bench.config),
-    "max_steps": bench.limits.max_steps,
+    "budget_llm_calls": build.build_budget(parts.config),
+    "max_steps": parts.limits.max_steps,
     "rollouts": len(runs),
     "tasks": len(tasks),
     "scored_tasks": len(common),
@@ -163,7 +163,7 @@ def _figures(bench: Workbench, name: str, tasks: Sequence[Task], runs: Sequence[
     "work": _work(runs),
   }
   figures |= _passed(scores)
-  judging = bench.services.judging
+  judging = parts.services.judging
   if judging is None:
     return figures
   by_subset: dict[str, list[int]] = {}
@@ -193,7 +193,7 @@ def _figures(bench: Workbench, name: str, tasks: Sequence[Task], runs: Sequence[
     "invocation_success": calls["invocation_success"],
     "calls_per_task": calls["calls_per_task"],
     "judge": judging.report(),
-    "simulator": bench.services.answering.report(),
+    "simulator": parts.services.answering.report(),
   }
 
 
@@ -242,22 +242,22 @@ def _read_others(folder: str, tasks: Sequence[Task]) -> list[AnnotatedTrajectory
 
 
 def _wins(
-  bench: Workbench, tasks: Sequence[Task], run: _Run, others: Sequence[AnnotatedTrajectory]
+  parts: Parts, tasks: Sequence[Task], run: _Run, others: Sequence[AnnotatedTrajectory]
 ) -> _Json:
   """Solvable win rate of the first rollout: [mean, std over judge runs], in [0, 1]."""
   ours = [solution.chosen for solution in run.solutions]
   theirs = [record.trajectory for record in others]
-  found = bench.services.judging.win_rate(tasks, ours, theirs, run.rate)
+  found = parts.services.judging.win_rate(tasks, ours, theirs, run.rate)
   return {
     "wins": list(found.wins),
     "ties": list(found.ties),
     "losses": list(found.losses),
     "tasks": len(found.task_ids),
     "left_out": [tasks[int(n)].id for n in found.left_out],
-    "against": bench.config.evaluation.against,
+    "against": parts.config.evaluation.against,
     "their_method": others[0].metadata.get("method"),
     "their_budget_llm_calls": others[0].metadata.get("budget_llm_calls"),
-    "figure": bench.services.beside(f"win rate {100 * found.wins[0]:.1f} %"),
+    "figure": parts.services.beside(f"win rate {100 * found.wins[0]:.1f} %"),
   }
 
 
@@ -271,9 +271,9 @@ def _work(runs: Sequence[_Run]) -> _Json:
 # --- official files --------------------------------------------------------------------------
 
 
-def _write_official(bench: Workbench, run: _Run, folder: str, name: str) -> None:
-  codec = bench.policy.chat_format.codec
-  strategy = build.build_search(bench.config)
+def _write_official(parts: Parts, run: _Run, folder: str, name: str) -> None:
+  codec = parts.policy.chat_format.codec
+  strategy = build.build_search(parts.config)
   written: dict[str, pathlib.Path] = {}
   verdicts: dict[str, tuple[official.Verdict, ...]] = {}  # by query id
   judged = {int(n): row for n, row in zip(run.rate.task_ids, run.rate.verdicts, strict=True)}
@@ -282,24 +282,24 @@ def _write_official(bench: Workbench, run: _Run, folder: str, name: str) -> None
       continue  # it would be scored as a failure of the model
     task = solution.task
     if solution.search is not None:
-      answer = dfs_answer(task, solution.search, strategy, bench.limits, codec.decode)
+      answer = dfs_answer(task, solution.search, strategy, parts.limits, codec.decode)
     else:
-      answer = cot_answer(task, solution.attempts, bench.limits, codec.decode)
+      answer = cot_answer(task, solution.attempts, parts.limits, codec.decode)
       answer["forward_args"] |= {
-        "max_llm_calls": build.build_budget(bench.config),
-        "pass_at": bench.config.evaluation.attempts,
+        "max_llm_calls": build.build_budget(parts.config),
+        "pass_at": parts.config.evaluation.attempts,
       }
     subset = task.metadata["subset"]
-    written[subset] = bench.workdir / "answers" / folder / subset
+    written[subset] = parts.workdir / "answers" / folder / subset
     path = write_answer(written[subset], task, name, answer)
     verdicts[path.name.removesuffix(f"_{name}.json")] = judged[n]
   for subset, path in written.items():
-    converted = bench.workdir / "converted" / folder / f"{subset}.json"
+    converted = parts.workdir / "converted" / folder / f"{subset}.json"
     write_json(converted, convert_folder(path, name))
     results = [
       official.result_of(answer, verdicts[query_id])
       for query_id, answer in official.read_converted(converted).items()
     ]
     official.write_results(
-      bench.workdir / "pass_rate" / folder / f"{subset}_{folder}.json", results
+      parts.workdir / "pass_rate" / folder / f"{subset}_{folder}.json", results
     )

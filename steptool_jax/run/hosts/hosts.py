@@ -241,7 +241,7 @@ def _connect(coordinator: str, count: int, index: int) -> None:
       "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID)"
     )
   # Its handler of SIGTERM would keep a process alive that has nothing to save yet; while training,
-  # ours tells the others (workbench.Stop).
+  # ours tells the others (opening.Stop).
   jax.config.update("jax_enable_preemption_service", False)
   try:
     jax.distributed.initialize(

@@ -10,7 +10,7 @@ from steptool_jax.environments.demonstrations import imperfect
 from steptool_jax.rollout.demonstrations import demonstrate
 from steptool_jax.rollout.peers import together
 from steptool_jax.run.hosts import hosts
-from steptool_jax.run.parts.workbench import Workbench
+from steptool_jax.run.parts.opening import Parts
 from steptool_jax.run.training.order import Order
 from steptool_jax.types import TRUNCATED, Status, Trajectory
 
@@ -18,9 +18,9 @@ from steptool_jax.types import TRUNCATED, Status, Trajectory
 class Demonstrations:
   """Batches of demonstrated trajectories, a function of the step number alone."""
 
-  def __init__(self, bench: Workbench):
-    self._bench, self._sft = bench, bench.config.sft
-    tasks = bench.environment.tasks("train")
+  def __init__(self, parts: Parts):
+    self._bench, self._sft = parts, parts.config.sft
+    tasks = parts.environment.tasks("train")
     tasks = [task for task in tasks if task.demonstration]
     if self._sft.steps and not tasks:
       raise ValueError(

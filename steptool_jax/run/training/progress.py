@@ -8,7 +8,7 @@ from typing import Any
 from steptool_jax.config import Config
 from steptool_jax.learning.algorithms import get_algorithm
 from steptool_jax.rollout.chain import Stats
-from steptool_jax.run.parts.workbench import Workbench
+from steptool_jax.run.parts.opening import Parts
 from steptool_jax.run.training import offline
 from steptool_jax.run.workdir import metrics_writer
 from steptool_jax.types import Trajectory
@@ -91,16 +91,16 @@ def plot(config: Config, workdir: pathlib.Path, progress: Progress) -> None:
 
 
 def summarise(
-  bench: Workbench, progress: Progress, data: offline.Data | None, interrupted: bool
+  parts: Parts, progress: Progress, data: offline.Data | None, interrupted: bool
 ) -> dict[str, Any]:
   """Writes WORKDIR/summary.json and returns it. data: stored trajectories of the run."""
-  config, p = bench.config, progress
+  config, p = parts.config, progress
   tasks = config.evaluation.tasks
   summary = dict(p.results) | {
     "mode": "train",
     "algorithm": config.algorithm,
     "seed": config.seed,
-    "heldout_tasks": tasks and min(tasks, len(bench.environment.tasks("heldout"))),
+    "heldout_tasks": tasks and min(tasks, len(parts.environment.tasks("heldout"))),
     "conversations": p.conversations,
     "skipped_updates": p.skipped,
     "seconds": p.seconds,
@@ -112,7 +112,7 @@ def summarise(
     phase = "sft" if get_algorithm(config.algorithm).rewards == "none" else "rl"
     summary["iterations"] = p.done if p.phase == phase else 0
     summary["data"] = data.report | {"passes": config.data.passes}
-  if bench.services.judging is not None:
-    summary["judge"] = bench.services.judging.report()
-  metrics_writer.write_summary(bench.workdir, summary)
+  if parts.services.judging is not None:
+    summary["judge"] = parts.services.judging.report()
+  metrics_writer.write_summary(parts.workdir, summary)
   return summary

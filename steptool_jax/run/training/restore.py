@@ -8,7 +8,7 @@ from steptool_jax import validation
 from steptool_jax.config import Config
 from steptool_jax.policy import lora
 from steptool_jax.run.hosts import hosts
-from steptool_jax.run.parts.workbench import Workbench
+from steptool_jax.run.parts.opening import Parts
 from steptool_jax.run.training import setup
 from steptool_jax.run.workdir import checkpoint, metrics_writer
 from steptool_jax.types import TrainState
@@ -52,35 +52,35 @@ def claim(config: Config, workdir: pathlib.Path) -> None:
     metrics_writer.write_atomically(path, validation.to_json(config))
 
 
-def newest_variables(bench: Workbench) -> tuple[dict, dict[str, Any]] | None:
+def newest_variables(parts: Parts) -> tuple[dict, dict[str, Any]] | None:
   """(variables, meta) of the newest checkpoint, or of the best (checkpoint.use); None for none.
 
   Raises:
     ValueError: it belongs to another model or config.
   """
-  refuse_other_config(bench.config, bench.workdir, only=POLICY)
+  refuse_other_config(parts.config, parts.workdir, only=POLICY)
 
   def abstract_of(meta: dict[str, Any]) -> TrainState:
-    name = "sft" if meta["phase"] == "sft" else bench.config.algorithm
-    learner = setup.build_learner(bench.config, bench.policy.model, name)
-    return setup.abstract_state(bench.config, bench.policy, bench.mesh, learner)
+    name = "sft" if meta["phase"] == "sft" else parts.config.algorithm
+    learner = setup.build_learner(parts.config, parts.policy.model, name)
+    return setup.abstract_state(parts.config, parts.policy, parts.mesh, learner)
 
-  found = checkpoint.newest(bench.workdir, abstract_of, _order(bench))
+  found = checkpoint.newest(parts.workdir, abstract_of, _order(parts))
   if found is None:
     return None
   return lora.join_variables(found.state.trainable, found.state.frozen), found.meta
 
 
-def _order(bench: Workbench) -> list[int]:
+def _order(parts: Parts) -> list[int]:
   """Checkpoints to read, the one that is wanted first."""
-  numbers = hosts.lead(lambda: checkpoint.numbers(bench.workdir))
-  if bench.config.checkpoint.use == "newest" or not numbers:
+  numbers = hosts.lead(lambda: checkpoint.numbers(parts.workdir))
+  if parts.config.checkpoint.use == "newest" or not numbers:
     return numbers
-  scores = checkpoint.read_scores(bench.workdir)
+  scores = checkpoint.read_scores(parts.workdir)
   numbers = [n for n in numbers if n in scores]
   if not numbers:
     raise ValueError(
-      f"config.checkpoint.use: 'best', but no checkpoint of {bench.workdir} was evaluated; set "
+      f"config.checkpoint.use: 'best', but no checkpoint of {parts.workdir} was evaluated; set "
       "evaluation.every to a multiple of checkpoint.every when training, or use 'newest'"
     )
   return sorted(numbers, key=lambda n: (scores[n], n), reverse=True)

@@ -1,0 +1,94 @@
+"""What every mode starts from: all parts of a run, built once, and the word to stop."""
+
+import contextlib
+import dataclasses
+import pathlib
+import signal
+from collections.abc import Iterator
+
+import jax
+from jax.sharding import Mesh
+
+from steptool_jax.config import Config
+from steptool_jax.environments.base import Environment
+from steptool_jax.policy.engine import Engine
+from steptool_jax.rollout.conversation import Limits
+from steptool_jax.run.hosts import allocator, hosts
+from steptool_jax.run.parts import build
+from steptool_jax.run.parts.services import Services, open_services
+from steptool_jax.simulators.runner import ToolRunner
+
+
+class Stop:
+  """Set by SIGTERM (and the first Ctrl-C); asked at every safe point.
+
+  In training also by a notice that the host will go away (maintenance.py). On several processes the
+  answers are exchanged wherever it is asked, so that all stop at the same point.
+  """
+
+  def __init__(self):
+    self.requested = False
+
+  def __call__(self) -> bool:
+    return self.requested
+
+  def request(self) -> None:
+    self.requested = True
+
+  @contextlib.contextmanager
+  def listening(self) -> Iterator["Stop"]:
+    def handle(number, frame):
+      del frame
+      self.request()
+      if number == signal.SIGINT:
+        signal.signal(number, before[number])  # the second one ends the run at once
+
+    before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
+    for number in before:
+      signal.signal(number, handle)
+    try:
+      yield self
+    finally:
+      for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+  config: Config
+  workdir: pathlib.Path
+  mesh: Mesh
+  environment: Environment
+  services: Services
+  policy: build.Policy
+  engine: Engine
+  limits: Limits
+  runner: ToolRunner
+  stop: Stop
+
+
+@contextlib.contextmanager
+def open_parts(config: Config, workdir: pathlib.Path, stop: Stop) -> Iterator[Parts]:
+  """Builds all parts; everything that can be wrong with the input is found here."""
+  hosts.refuse_differences(config, workdir)
+  if config.compilation_cache:
+    jax.config.update("jax_compilation_cache_dir", config.compilation_cache)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+  if jax.default_backend() == "cpu":
+    allocator.keep_memory()
+  mesh = build.build_mesh(config)
+  with jax.set_mesh(mesh), open_services(config) as services, build.build_runner(config) as runner:
+    environment = build.build_environment(config, services)
+    policy = build.build_policy(config, environment, workdir)
+    yield Parts(
+      config=config,
+      workdir=workdir,
+      mesh=mesh,
+      environment=environment,
+      services=services,
+      policy=policy,
+      engine=build.build_engine(config, policy, mesh),
+      limits=build.build_limits(config),
+      runner=runner,
+      stop=stop,
+    )

@@ -1,0 +1,148 @@
+"""Rollouts with the parts of a run, their verdicts and rewards; held-out figures of a policy."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from steptool_jax.evaluation.metrics import rollout_metrics
+from steptool_jax.learning.algorithms import get_algorithm
+from steptool_jax.rewards import orchestra, responses, rules, shaping
+from steptool_jax.rollout import chain, tree
+from steptool_jax.rollout.conversation import Limits
+from steptool_jax.rollout.strategy import Search
+from steptool_jax.run.hosts import hosts
+from steptool_jax.run.parts.opening import Parts
+from steptool_jax.simulators.errors import InfrastructureError
+from steptool_jax.types import Status, Task, Trajectory
+
+EVALUATION = -1  # the policy version of evaluation rollouts: the same keys at every evaluation
+
+
+def collect(
+  parts: Parts,
+  variables: dict,
+  jobs: Sequence[tuple[Task, int]],
+  version: int,
+  temperature: float,
+  label: str,
+) -> tuple[list[Trajectory], chain.Stats]:
+  """Rolls out (task, sample) jobs and puts rewards on the trajectories.
+
+  Evaluations are always rewarded as scheme 'steptool': Eq. 2 compares a task's samples and says
+  nothing about a single one, and so the figures of all schemes are the same.
+  """
+  trajectories, stats = roll(parts, variables, jobs, version, temperature, label)
+  tasks = [task for task, _ in jobs]
+  if parts.services.judging is not None:
+    trajectories = judge(parts, tasks, trajectories)
+  scheme = "steptool" if version == EVALUATION else parts.config.rewards.scheme
+  return reward(parts, tasks, trajectories, scheme), stats
+
+
+def judge(
+  parts: Parts, tasks: Sequence[Task], trajectories: Sequence[Trajectory]
+) -> list[Trajectory]:
+  """The same trajectories with the judge's verdicts; process 0 asks it, once for all."""
+
+  def verdicts() -> list[list[Any]]:
+    _, marked = parts.services.judging.judge(tasks, trajectories)
+    return [[t.solved, t.status] for t in marked]
+
+  return [
+    dataclasses.replace(t, solved=solved, status=Status(status))
+    for t, (solved, status) in zip(trajectories, hosts.lead(verdicts), strict=True)
+  ]
+
+
+def roll(
+  parts: Parts,
+  variables: dict,
+  jobs: Sequence[tuple[Task, int]],
+  version: int,
+  temperature: float,
+  label: str,
+  limits: Limits | None = None,
+  strategy: Search | None = None,
+) -> tuple[list[Any], chain.Stats]:
+  """Trajectories of (task, sample) jobs, or SearchResults with a strategy; without rewards.
+
+  limits: instead of the workbench's. Where verdicts come later (services.judging), `solved` says
+  no more than that there is an answer.
+  """
+  word = "pass" if parts.services.judging is None else "answered"
+  with hosts.bar(total=len(jobs), desc=label, leave=False, unit="task") as bar:
+    solved: list[float] = []
+
+    def on_done(trajectory: Trajectory) -> None:
+      solved.append(trajectory.solved)
+      bar.update()
+      bar.set_postfix_str(f"{word} {sum(solved) / len(solved):.0%}", refresh=False)
+
+    arguments = (
+      *(parts.engine, variables, parts.environment, jobs, parts.policy.chat_format),
+      *(limits or parts.limits, parts.runner),
+      chain.Sampling(parts.config.seed, version, temperature),
+    )
+    keywords = {
+      "system": parts.config.model.system or None,
+      "peers": hosts.peers(),
+      "should_stop": parts.stop,
+      "on_done": on_done,
+    }
+    try:
+      if strategy is not None:
+        return tree.search(*arguments, strategy, **keywords)
+      return chain.rollout(*arguments, **keywords)
+    except InfrastructureError as error:
+      raise RuntimeError(f"{label}: {error}") from error
+
+
+def reward(
+  parts: Parts,
+  tasks: Sequence[Task],
+  trajectories: Sequence[Trajectory],
+  scheme: str = "steptool",
+) -> list[Trajectory]:
+  """The same trajectories with SC, Con and r on every step; `scheme` as config.rewards.scheme.
+
+  By comparison with the demonstration and the final answer where answers are checked by rule; by
+  the text rule "evidence" where they are free text.
+  """
+  outcome_only = get_algorithm(parts.config.algorithm).rewards == "outcome"
+  c = parts.config.rewards
+  finals: Sequence[dict[str, float] | None] = [None] * len(tasks)
+  if scheme != "steptool":
+    usual = orchestra.Preference(c.orchestra.outcome, c.orchestra.cost, c.orchestra.latency)
+    preferences = [usual.of(task.metadata.get("preference", {})) for task in tasks]
+    finals = orchestra.final_rewards(trajectories, preferences)
+  shaped = []
+  for task, trajectory, final in zip(tasks, trajectories, finals, strict=True):
+    if parts.services.judging is None:
+      marked = rules.annotate(task, trajectory)
+    else:
+      marked = responses.score(task.query, trajectory)
+    shaped.append(shaping.shape(marked, c.alpha, c.normalization, outcome_only, final))
+  return shaped
+
+
+def evaluate_policy(
+  parts: Parts, variables: dict, num_tasks: int, label: str, temperature: float
+) -> tuple[dict[str, float], list[Trajectory]]:
+  """Figures on the first `num_tasks` held-out tasks, one conversation each."""
+  tasks = parts.environment.tasks("heldout")[:num_tasks]
+  if not tasks:
+    raise ValueError(
+      "no held-out tasks: the environment has none, or config.evaluation.tasks is 0; evaluation "
+      "needs at least one"
+    )
+  trajectories, _ = collect(
+    parts,
+    variables,
+    [(task, 0) for task in tasks],
+    EVALUATION,
+    temperature,
+    label,
+  )
+  if all(t.status is Status.INFRASTRUCTURE_ERROR for t in trajectories):
+    raise RuntimeError("evaluation: every conversation ended in an infrastructure error")
+  return rollout_metrics(trajectories), trajectories
