@@ -1,11 +1,34 @@
-"""Files that are written whole or not at all."""
+"""Files: written whole or not at all; read so that an error names the file."""
 
 import contextlib
+import json
+import lzma
 import os
 import pathlib
 import tempfile
 from collections.abc import Iterator
 from typing import IO, Any
+
+
+def read_text(path: str | pathlib.Path) -> str:
+  """The file's text, `.xz` unpacked; OSError when there is none, ValueError when it is broken."""
+  path = pathlib.Path(path)
+  try:
+    data = path.read_bytes()
+    return (lzma.decompress(data) if path.suffix == ".xz" else data).decode("utf-8")
+  except (lzma.LZMAError, UnicodeDecodeError) as error:
+    raise ValueError(f"{path}: cannot be read ({error}): fetch it again") from error
+
+
+def read_json(path: str | pathlib.Path, kind: type = dict) -> Any:
+  """The file's JSON value, which must be of this kind; errors as of read_text."""
+  try:
+    value = json.loads(read_text(path))
+  except (json.JSONDecodeError, RecursionError) as error:
+    raise ValueError(f"{path}: not valid JSON ({error}): fetch it again") from error
+  if not isinstance(value, kind):
+    raise ValueError(f"{path}: must hold a JSON {kind.__name__}, found {type(value).__name__}")
+  return value
 
 
 @contextlib.contextmanager

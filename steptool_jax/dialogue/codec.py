@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 import tokenizers
 
+from steptool_jax.files import read_json
+
 _SOURCES = ("tokenizer.model", "vocab.json", "spiece.model", "tokenizer.tiktoken")
 
 
@@ -64,8 +66,9 @@ class Codec:
         "first, e.g. `hf download <model> --local-dir <dir>`)"
       )
     document = _tokenizer_document(directory)
-    config = _read_json(directory / "tokenizer_config.json")
-    named = {**_read_json(directory / "special_tokens_map.json"), **config}
+    paths = (directory / "special_tokens_map.json", directory / "tokenizer_config.json")
+    special, config = (read_json(path) if path.is_file() else {} for path in paths)
+    named = {**special, **config}
 
     controls = {t["content"]: int(t["id"]) for t in document.get("added_tokens") or ()}
     # Old Llama directories list added tokens in their config only.
@@ -168,7 +171,7 @@ class Codec:
 def _tokenizer_document(directory: pathlib.Path) -> dict[str, Any]:
   path = directory / "tokenizer.json"
   if path.is_file():
-    document = _read_json(path)
+    document = read_json(path)
     if "model" not in document:
       raise ValueError(f"{path} has no 'model' entry: it is not a tokenizer.json; fetch it again")
     return document
@@ -189,18 +192,6 @@ def _tokenizer_document(directory: pathlib.Path) -> dict[str, Any]:
       f"the tokenizer in {directory} could not be converted ({error}): save it once as "
       "tokenizer.json (`pip install sentencepiece protobuf` for SentencePiece models)"
     ) from error
-
-
-def _read_json(path: pathlib.Path) -> dict[str, Any]:
-  if not path.is_file():
-    return {}
-  try:
-    value = json.loads(path.read_text(encoding="utf-8"))
-  except ValueError as error:
-    raise ValueError(f"{path} is not valid JSON ({error}): fetch it again") from error
-  if not isinstance(value, dict):
-    raise ValueError(f"{path} must hold a JSON object, found {type(value).__name__}")
-  return value
 
 
 def _content(token: str | Mapping[str, Any]) -> str:

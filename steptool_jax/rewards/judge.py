@@ -15,6 +15,7 @@ from steptool_jax.rewards.scores import CONTRIBUTION_MAX, StepScores, mean
 from steptool_jax.simulators.asking import ask
 from steptool_jax.simulators.endpoint import Endpoint
 from steptool_jax.simulators.errors import InfrastructureError
+from steptool_jax.simulators.render import shorten
 
 _STATUS = {"Solved": 1.0, "Unsure": 0.5, "Unsolved": 0.0}  # IsSolved
 
@@ -148,7 +149,7 @@ class StepJudge:
     data = {
       "request": texts.query,
       "calls": [
-        {"number": k, "call": action, "response": self._cut(response)}
+        {"number": k, "call": action, "response": shorten(response, self._max_chars)}
         for k, (action, response) in enumerate(texts.steps, start=1)
       ],
       "final_answer": texts.answer,
@@ -156,9 +157,6 @@ class StepJudge:
     # As JSON, a tool's text cannot pose as the next call; nor may it close the bracket.
     text = json.dumps(data, ensure_ascii=False, indent=1).replace("</data>", "<\\/data>")
     return f"{len(texts.steps)} calls to grade.\n<data>\n{text}\n</data>"
-
-  def _cut(self, text: str) -> str:
-    return text if len(text) <= self._max_chars else text[: self._max_chars] + "..."
 
 
 def parse(arguments: Mapping[str, Any] | None, calls: int, answered: bool) -> StepScores:

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from steptool_jax.dialogue.template import ChatFormat
+from steptool_jax.simulators.render import shorten
 from steptool_jax.types import (
   Action,
   Code,
@@ -239,7 +240,7 @@ class Conversation:
       self._record(action, observation, ())
       self._end(Status.GAVE_UP)
       return
-    shown = self._format.observation(_shorten(observation.text, self.limits.max_observation_chars))
+    shown = self._format.observation(shorten(observation.text, self.limits.max_observation_chars))
     forced = np.concatenate([np.asarray(closing, np.int32), shown])
     if self._length + len(forced) > self.limits.max_tokens:
       # All or nothing: half an observation would be a state that no prompt can lead to.
@@ -281,7 +282,3 @@ class Conversation:
 def _malformed(action: Malformed) -> Observation:
   text = json.dumps({"error": f"malformed action: {action.reason}"}, ensure_ascii=False)
   return Observation(text=text, code=Code.MALFORMED)
-
-
-def _shorten(text: str, limit: int) -> str:
-  return text if len(text) <= limit else text[:limit] + "..."

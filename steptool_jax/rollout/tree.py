@@ -31,6 +31,7 @@ from steptool_jax.rollout.chain import Loop, Sampling, Seat, Stats, judged, verd
 from steptool_jax.rollout.conversation import Conversation, Limits, State
 from steptool_jax.rollout.peers import ALONE, Peers
 from steptool_jax.rollout.strategy import CANDIDATES, Node, Search, SearchResult
+from steptool_jax.simulators.render import shorten
 from steptool_jax.simulators.runner import ToolRunner
 from steptool_jax.types import Finish, Malformed, Observation, Status, Step, Task, Trajectory
 
@@ -284,8 +285,7 @@ class _Tree:
       kind = "gave up" if action.gave_up else "answered"
       return {"name": "Finish", "result": kind, "final_answer": action.answer}
     output = step.observation.text if step.observation is not None else ""
-    limit = self._limits.max_observation_chars
-    output = output if len(output) <= limit else output[:limit] + "..."
+    output = shorten(output, self._limits.max_observation_chars)
     return {"name": action.name, "arguments": dict(action.arguments), "function_output": output}
 
 

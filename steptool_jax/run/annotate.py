@@ -1,7 +1,8 @@
 """--mode=annotate: stored trajectories -> WORKDIR/annotated.jsonl with a reward on every step.
 
-SC, Con and IsSolved come from rules, from an LLM judge (the mean over its runs) or from a table of
-existing annotations; rewards/shaping.py makes rewards of them, with rewards.alpha and
+SC, Con and IsSolved come from one of SOURCES: rules, an LLM judge (the mean over its runs) or a
+table of existing annotations. A new source is a function and its row there; the choices of
+annotate.source name it. rewards/shaping.py makes rewards of the scores, with rewards.alpha and
 rewards.normalization. Train on the file with --config.data.path=WORKDIR/annotated.jsonl.
 
 What the judge failed on is counted and left out, never scored. Its replies are kept on disk, so the
@@ -24,28 +25,36 @@ from steptool_jax.data import trajectories
 from steptool_jax.data.trajectories import AnnotatedTrajectory
 from steptool_jax.rewards import responses, rules, shaping
 from steptool_jax.rewards.judge import StepJudge
-from steptool_jax.rewards.scores import StepScores, apply
+from steptool_jax.rewards.scores import apply
 from steptool_jax.run.parts import build, services
 from steptool_jax.run.parts.opening import Stop
 from steptool_jax.run.training.offline import files
 from steptool_jax.run.workdir import metrics_writer
-from steptool_jax.toolbench import annotations, judging, rule_judge
-from steptool_jax.toolbench.formats import conversations, official
+from steptool_jax.toolbench import judging, rule_judge
+from steptool_jax.toolbench.formats import conversations, converted, judged
 from steptool_jax.types import Status, Trajectory
 
 _NAMED = 20  # failures that summary.json names of each kind
-_AT_ONCE = 256  # trajectories judged between two looks at the stop signal
+ROUND = 256  # trajectories judged between two looks at the stop signal
 
 
 @dataclasses.dataclass
-class _Work:
-  """Records that are still to be annotated, and what was left out so far."""
+class Work:
+  """What a source works on: `records` to put scores on, and what was left out so far, by reason."""
 
   records: list[AnnotatedTrajectory]
   total: int
   left_out: dict[str, list[str]] = dataclasses.field(
     default_factory=lambda: collections.defaultdict(list)
   )
+
+  def mark(self, annotate: Callable[[AnnotatedTrajectory], Trajectory]) -> None:
+    """Replaces every record's trajectory by what `annotate` makes of the record."""
+    self.records = [dataclasses.replace(r, trajectory=annotate(r)) for r in self.records]
+
+
+# Puts SC, Con and IsSolved on work.records (or leaves them out); returns what the summary says.
+Source = Callable[[Config, pathlib.Path, Work, Stop], dict[str, Any]]
 
 
 def run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
@@ -58,23 +67,19 @@ def run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
   a = config.annotate
   if not a.input:
     raise ValueError("config.annotate.input: empty; name the trajectories to annotate")
-  source = {"rules": _by_rules, "judge": _by_judge, "table": _by_table}[a.source]
+  origin = {
+    "source": a.source,
+    "alpha": config.rewards.alpha,
+    "normalization": config.rewards.normalization,
+  }
   with Stop().listening() as stop:
     work = _read(config, workdir)
-    more = source(config, workdir, work, stop)
-    summary = {
-      "mode": "annotate",
-      "source": a.source,
-      "alpha": config.rewards.alpha,
-      "normalization": config.rewards.normalization,
-      "trajectories": work.total,
-    }
+    more = SOURCES[a.source](config, workdir, work, stop)
+    summary = {"mode": "annotate"} | origin | {"trajectories": work.total}
     if stop():
       summary |= {"interrupted": True} | more
       logging.warning("stopped on request; the same command goes on from the judge's kept replies")
     else:
-      origin = {"source": a.source, "alpha": config.rewards.alpha}
-      origin |= {"normalization": config.rewards.normalization}
       shaped = [_shaped(config, record, origin) for record in work.records]
       trajectories.write_trajectories(workdir / "annotated.jsonl", shaped)
       summary |= {
@@ -91,10 +96,10 @@ def run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
 # --- input and output ------------------------------------------------------------------------
 
 
-def _read(config: Config, workdir: pathlib.Path) -> _Work:
+def _read(config: Config, workdir: pathlib.Path) -> Work:
   """Trajectories that can be annotated; what ended in an infrastructure error never is."""
   a = config.annotate
-  work = _Work([], 0)
+  work = Work([], 0)
   for path in files(a.input, "annotate.input"):
     if a.format == "jsonl":
       for record in trajectories.read_trajectories(path):
@@ -125,8 +130,8 @@ def _read(config: Config, workdir: pathlib.Path) -> _Work:
 
 def _stored_calls(kind: str, path: pathlib.Path) -> list[conversations.Calls]:
   if kind == "converted":
-    return [conversations.calls_of_converted(e) for e in official.read_converted(path).values()]
-  return [conversations.calls_of_annotation(e) for e in official.read_annotations(path).values()]
+    return [conversations.calls_of_converted(e) for e in converted.read_converted(path).values()]
+  return [conversations.calls_of_annotation(e) for e in judged.read_annotations(path).values()]
 
 
 def _shaped(config: Config, record: AnnotatedTrajectory, origin: dict) -> AnnotatedTrajectory:
@@ -169,11 +174,7 @@ def _needs_query(record: AnnotatedTrajectory) -> str:
 # --- sources ---------------------------------------------------------------------------------
 
 
-def _replace(work: _Work, annotate: Callable[[AnnotatedTrajectory], Trajectory]) -> None:
-  work.records = [dataclasses.replace(r, trajectory=annotate(r)) for r in work.records]
-
-
-def _by_rules(config: Config, workdir: pathlib.Path, work: _Work, stop: Stop) -> dict[str, Any]:
+def by_rules(config: Config, workdir: pathlib.Path, work: Work, stop: Stop) -> dict[str, Any]:
   """IsSolved stays what the file says; official files say nothing, there a rule judge decides."""
   del workdir, stop
   rule = config.annotate.rule
@@ -192,33 +193,33 @@ def _by_rules(config: Config, workdir: pathlib.Path, work: _Work, stop: Stop) ->
         f"{config.environment.name!r}, e.g. {unknown[0]!r}; set environment.* as in the run that "
         "made them, or use the rule evidence"
       )
-    _replace(work, lambda r: rules.annotate(tasks[r.trajectory.task_id], r.trajectory))
+    work.mark(lambda r: rules.annotate(tasks[r.trajectory.task_id], r.trajectory))
     return {"rule": rule}
 
   def by_text(record: AnnotatedTrajectory) -> Trajectory:
     query, trajectory = _needs_query(record), record.trajectory
     if config.annotate.format != "jsonl":
       texts = responses.transcript(query, trajectory)
-      solved = rule_judge.JUDGES[judging.RULE](texts)
+      solved = rule_judge.RULES[judging.RULE](texts)
       trajectory = dataclasses.replace(trajectory, solved=solved)
     return responses.score(query, trajectory, rule)
 
-  _replace(work, by_text)
+  work.mark(by_text)
   if config.annotate.format == "jsonl":
     return {"rule": rule, "is_solved_by": "the file"}
   return {"rule": rule, "is_solved_by": rule_judge.beside("IsSolved", judging.RULE)}
 
 
-def _by_table(config: Config, workdir: pathlib.Path, work: _Work, stop: Stop) -> dict[str, Any]:
+def by_table(config: Config, workdir: pathlib.Path, work: Work, stop: Stop) -> dict[str, Any]:
   """Scores by task id. A trajectory without an entry, or with another one's, is an error."""
   del workdir, stop
   a = config.annotate
   if not a.table and a.format != "annotations":
     raise ValueError("config.annotate.table: empty; name the file of official annotations")
-  found: dict[str, tuple[responses.Transcript, StepScores]] = {}
+  found: dict[str, judged.Annotation] = {}
   field = "annotate.table" if a.table else "annotate.input"
   for path in files(a.table or a.input, field):
-    found |= annotations.read(path)
+    found |= judged.read_annotations(path)
   missing = [_name(r.trajectory) for r in work.records if r.trajectory.task_id not in found]
   if missing:
     raise ValueError(
@@ -227,17 +228,18 @@ def _by_table(config: Config, workdir: pathlib.Path, work: _Work, stop: Stop) ->
     )
 
   def scored(record: AnnotatedTrajectory) -> Trajectory:
-    texts, scores = found[record.trajectory.task_id]
+    entry = found[record.trajectory.task_id]
     mine = responses.transcript(record.query, record.trajectory)
-    if [_tool(call) for call, _ in mine.steps] != [_tool(call) for call, _ in texts.steps]:
+    theirs = entry.transcript
+    if [_tool(call) for call, _ in mine.steps] != [_tool(call) for call, _ in theirs.steps]:
       raise ValueError(
         f"config.{field}: the entry {record.trajectory.task_id!r} annotates other calls than those "
         "of the trajectory; name the annotations of these trajectories"
       )
-    return apply(scores, record.trajectory)
+    return apply(entry.scores, record.trajectory)
 
-  _replace(work, scored)
-  return {"runs": max(scores.runs for _, scores in found.values())}
+  work.mark(scored)
+  return {"runs": max(len(entry.verdicts) for entry in found.values())}
 
 
 def _tool(action: str) -> str:
@@ -245,7 +247,7 @@ def _tool(action: str) -> str:
   return "" if action.startswith("malformed call") else action.partition(" ")[0]
 
 
-def _by_judge(config: Config, workdir: pathlib.Path, work: _Work, stop: Stop) -> dict[str, Any]:
+def by_judge(config: Config, workdir: pathlib.Path, work: Work, stop: Stop) -> dict[str, Any]:
   if config.judge.kind != "llm":
     raise ValueError(
       "config.judge.kind: annotate.source 'judge' asks a language model; set it to llm and name "
@@ -260,32 +262,35 @@ def _by_judge(config: Config, workdir: pathlib.Path, work: _Work, stop: Stop) ->
     judge = StepJudge(endpoint, runs=config.judge.runs)
     records, work.records = work.records, []
     bar = stack.enter_context(tqdm(total=len(records), desc="judge", unit="trajectory"))
-    for start in range(0, len(records), _AT_ONCE):
+    for start in range(0, len(records), ROUND):
       if stop():
         break
-      here = slice(start, start + _AT_ONCE)
+      here = slice(start, start + ROUND)
       _judge_round(judge, records[here], queries[here], work)
       bar.update(len(records[here]))
     return {"runs": config.judge.runs, "usage": dataclasses.asdict(endpoint.usage())}
 
 
 def _judge_round(
-  judge: StepJudge, records: list[AnnotatedTrajectory], queries: list[str], work: _Work
+  judge: StepJudge, records: list[AnnotatedTrajectory], queries: list[str], work: Work
 ) -> None:
   """Adds what the judge managed to work.records, the rest to what was left out."""
   pairs = zip(queries, records, strict=True)
-  judged = judge.score([responses.transcript(q, record.trajectory) for q, record in pairs])
-  failures = judged.failures
+  found = judge.score([responses.transcript(q, record.trajectory) for q, record in pairs])
+  failures = found.failures
   # A few failures cost their own trajectories; a whole round of them is a judge that is down.
-  if len(failures) == len(records) and (not work.records or len(records) == _AT_ONCE):
+  if len(failures) == len(records) and (not work.records or len(records) == ROUND):
     raise RuntimeError(
       f"the judge failed on all {len(records)} trajectories of a round, e.g. {failures[0]}; see to "
       "config.judge.endpoint, then run the same command again"
     )
-  for record, scores in zip(records, judged.scores, strict=True):
+  for record, scores in zip(records, found.scores, strict=True):
     if scores is not None:
       scored = apply(scores, record.trajectory)
       work.records.append(dataclasses.replace(record, trajectory=scored))
   work.left_out["judge_failed"] += [
     f"{_name(records[index].trajectory)}: {reason}" for index, reason in failures.items()
   ]
+
+
+SOURCES: dict[str, Source] = {"rules": by_rules, "judge": by_judge, "table": by_table}

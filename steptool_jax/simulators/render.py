@@ -12,6 +12,11 @@ _MAX_DEPTH = 16
 _CUT = "..."
 
 
+def shorten(text: str, limit: int) -> str:
+  """The text, or its first `limit` characters and "...": so every observation is cut."""
+  return text if len(text) <= limit else text[:limit] + _CUT
+
+
 def clean_text(text: str, limit: int) -> str:
   """At most `limit` printable characters, cut with "..."; newline and tab survive."""
   if len(text) > limit:

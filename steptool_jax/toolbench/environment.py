@@ -9,15 +9,16 @@ Answers come from a simulator (toolbench/simulators/virtual.py). An observation 
 """
 
 import json
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from absl import logging
 
 from steptool_jax.environments.base import Split, check_split
+from steptool_jax.files import read_json
 from steptool_jax.simulators.errors import InfrastructureError
-from steptool_jax.simulators.render import as_json
+from steptool_jax.simulators.render import as_json, shorten
 from steptool_jax.toolbench.formats.codes import codes_of
 from steptool_jax.toolbench.names import Api, Prompts, function_names, system_text, tool_spec
 from steptool_jax.toolbench.simulators.virtual import (
@@ -30,18 +31,7 @@ from steptool_jax.toolbench.simulators.virtual import (
 )
 from steptool_jax.types import Code, Observation, Task, ToolCall
 
-# (query, final answer, the calls and observations as text) -> IsSolved in {0, .5, 1}
-Judge = Callable[[str, str, str], float]
-
 _NO_FUNCTION = "No such function name: "
-
-
-def any_answer(query: str, answer: str, trajectory: str) -> float:
-  """The default judge: every answer that is not blank is 1. An upper bound, for smoke tests only;
-  figures need the LLM judge or a rule judge whose agreement is known (evaluation/).
-  """
-  del query, trajectory
-  return float(bool(answer.strip()))
 
 
 class ToolBench:
@@ -49,10 +39,7 @@ class ToolBench:
 
   subsets, train_subsets: names such as "G1_instruction", for heldout and for train. ids: only
   these query ids of `subsets`. tools_folder: descriptions and schemas come from there instead of
-  the query files; an API that it does not know is left out and listed in `missing`. judge: see
-  Judge; it blocks. strict_arguments: refuse missing required and unknown arguments; off by
-  default, since the official environment passes all on and lets the API complain (9 % of the
-  published calls in the cache would be refused).
+  the query files; an API that it does not know is left out and listed in `missing`.
   """
 
   name = "toolbench"
@@ -66,11 +53,8 @@ class ToolBench:
     train_subsets: Sequence[str] = (),
     ids: Collection[int | str] | None = None,
     tools_folder: str | Path | None = None,
-    judge: Judge = any_answer,
     prompts: Prompts | None = None,
-    strict_arguments: bool = False,
     max_observation_chars: int = 1024,
-    strip: str = "filter",
     toolbench_key: str = "",
   ):
     if max_observation_chars < 1:
@@ -96,29 +80,23 @@ class ToolBench:
         len(self.missing),
         self.missing[0],
       )
-    self._session = {
-      "simulator": simulator,
-      "judge": judge,
-      "strict": strict_arguments,
-      "max_chars": max_observation_chars,
-      "sent": {"strip": strip, "toolbench_key": toolbench_key},
-    }
+    self._simulator, self._key, self._max_chars = simulator, toolbench_key, max_observation_chars
 
   def tasks(self, split: Split) -> Sequence[Task]:
     return self._tasks[check_split(split)]
 
   def open(self, task: Task, sample: int) -> "ToolBenchSession":
     """`sample` changes nothing here: the tools keep no state."""
-    return ToolBenchSession(task, **self._session)
+    return ToolBenchSession(task, self._simulator, self._key, self._max_chars)
 
   def _read(self, subset: str, split: Split, wanted: Collection[str] | None) -> Iterator[Task]:
     path = self._folder / "test_instruction" / f"{subset}.json"
     if not path.is_file():
       found = ", ".join(sorted(p.stem for p in path.parent.glob("*.json"))) or "none"
       raise ValueError(f"subset {subset!r}: {path} does not exist; there are {found}")
-    queries = _load(path, list)
+    queries = read_json(path, list)
     ids_path = self._folder / "test_query_ids" / f"{subset}.json"
-    counted = set(_load(ids_path, dict)) if ids_path.is_file() else None
+    counted = set(read_json(ids_path, dict)) if ids_path.is_file() else None
     seen: set[str] = set()
     for position, entry in enumerate(queries):
       where = f"{path}, query {position}"
@@ -185,62 +163,26 @@ class ToolBench:
 
 
 class ToolBenchSession:
-  """One attempt. Its only state is the record of what was called, which a fork copies."""
+  """One attempt, without any state of its own."""
 
-  def __init__(
-    self,
-    task: Task,
-    simulator: Simulator,
-    judge: Judge,
-    strict: bool,
-    max_chars: int,
-    sent: Mapping[str, str],
-    record: tuple[str, ...] = (),
-  ):
-    self._task, self._simulator, self._judge = task, simulator, judge
-    self._strict, self._max_chars, self._sent = strict, max_chars, sent
-    self._specs = {spec.name: spec for spec in task.tools}
-    self._record = record
+  def __init__(self, task: Task, simulator: Simulator, toolbench_key: str, max_chars: int):
+    self._task, self._simulator = task, simulator
+    self._key, self._max_chars = toolbench_key, max_chars
 
   def call(self, call: ToolCall) -> Observation:
-    observation = self._call(call)
-    if observation.code is not Code.INFRASTRUCTURE:
-      arguments = json.dumps(call.arguments, ensure_ascii=False, default=str)
-      self._record += (f"{call.name}({arguments}) -> {observation.text}",)
-    return observation
-
-  def fork(self) -> "ToolBenchSession":
-    return ToolBenchSession(
-      *(self._task, self._simulator, self._judge, self._strict, self._max_chars, self._sent),
-      record=self._record,
-    )
-
-  def grade(self, answer: str | None) -> float:
-    """0 without an answer, else what the judge says; ValueError for anything but 0, .5 and 1."""
-    if answer is None or not answer.strip():
-      return 0.0
-    score = self._judge(self._task.query, answer, "\n".join(self._record))
-    if score not in (0, 0.5, 1):
-      raise ValueError(f"judge: said {score!r} for {self._task.id}, must be 0, 0.5 or 1")
-    return float(score)
-
-  def close(self) -> None:
-    pass
-
-  def _call(self, call: ToolCall) -> Observation:
-    if call.name not in self._specs:
+    api = self._task.metadata["apis"].get(call.name)
+    if api is None:
       return self._failure(Code.UNKNOWN_TOOL, _NO_FUNCTION + call.name)
-    refusal = self._refusal(call)
-    if refusal:
-      return self._failure(Code.BAD_ARGUMENTS, refusal)
-    api = self._task.metadata["apis"][call.name]
+    # Which arguments there are is not checked: officially all are passed on, and the API complains.
+    if not isinstance(call.arguments, Mapping):
+      return self._failure(Code.BAD_ARGUMENTS, "arguments must be an object")
     request = VirtualRequest(
       category=api["category"],
       tool_name=api["tool"],
       api_name=api["api"],
       tool_input=dict(call.arguments),
+      toolbench_key=self._key,
       documentation=api["documentation"],
-      **self._sent,
     )
     try:
       response = self._simulator.answer(request) or NOT_WORKING
@@ -248,28 +190,20 @@ class ToolBenchSession:
       return self._failure(Code.INFRASTRUCTURE, f"simulator: {error}")
     _, code = codes_of(response.error)
     value = as_json(response.response, 4 * self._max_chars) if code is Code.OK else None
-    return Observation(self._cut(response.text), code, value)
+    return Observation(shorten(response.text, self._max_chars), code, value)
 
-  def _refusal(self, call: ToolCall) -> str:
-    if not isinstance(call.arguments, Mapping):
-      return "arguments must be an object"
-    if not self._strict:
-      return ""
-    parameters = self._specs[call.name].parameters
-    missing = [name for name in parameters["required"] if name not in call.arguments]
-    unknown = [name for name in call.arguments if name not in parameters["properties"]]
-    if missing:
-      return f"the required argument {missing[0]} is missing"
-    if unknown:
-      known = ", ".join(parameters["properties"]) or "none"
-      return f"there is no argument {unknown[0][:40]}; there are: {known}"
-    return ""
+  def fork(self) -> "ToolBenchSession":
+    return self
+
+  def grade(self, answer: str | None) -> float:
+    """Only whether there is an answer; the verdicts come after the rollout (judging.py)."""
+    return float(bool(answer and answer.strip()))
+
+  def close(self) -> None:
+    pass
 
   def _failure(self, code: Code, error: str) -> Observation:
-    return Observation(self._cut(json.dumps({"error": error, "response": ""})), code)
-
-  def _cut(self, text: str) -> str:
-    return text if len(text) <= self._max_chars else text[: self._max_chars] + "..."
+    return Observation(shorten(json.dumps({"error": error, "response": ""}), self._max_chars), code)
 
 
 class _ToolFolder:
@@ -299,7 +233,7 @@ class _ToolFolder:
     return None
 
   def _load(self, path: Path) -> tuple[str, str, dict[str, dict]]:
-    data = _load(path, dict)
+    data = read_json(path, dict)
     apis: dict[str, dict] = {}
     for entry in data.get("api_list") or ():
       if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
@@ -316,16 +250,6 @@ def _query_folder(folder: Path) -> Path:
     f"{folder} holds no solvable_queries/test_instruction: give the folder of a StableToolBench "
     "download"
   )
-
-
-def _load(path: Path, kind: type) -> Any:
-  try:
-    value = json.loads(path.read_text(encoding="utf-8"))
-  except ValueError as error:
-    raise ValueError(f"{path} is not valid JSON ({error}): download it again") from None
-  if not isinstance(value, kind):
-    raise ValueError(f"{path}: must hold a JSON {kind.__name__}, found {type(value).__name__}")
-  return value
 
 
 def _api(raw: Any, where: str) -> Api:

@@ -30,12 +30,13 @@ class Judging:
   def __init__(self, endpoint: Endpoint | None, runs: int):
     self._endpoint = endpoint
     self.runs = runs if endpoint is not None else 1
-    self._judge = (
-      llm_judge(endpoint) if endpoint is not None else rule_judge.as_judge(rule_judge.JUDGES[RULE])
-    )
-    # A rule tells solved from unsolved and no more: equal verdicts are a tie.
-    self._compare = llm_comparer(endpoint) if endpoint is not None else lambda *_: "tie"
-    self._in_flight = endpoint.max_in_flight if endpoint is not None else 1
+    if endpoint is not None:
+      self._judge, self._compare = llm_judge(endpoint), llm_comparer(endpoint)
+      self._in_flight = endpoint.max_in_flight
+    else:
+      self._judge = rule_judge.as_judge(rule_judge.RULES[RULE])
+      # A rule tells solved from unsolved and no more: equal verdicts are a tie.
+      self._compare, self._in_flight = lambda *_: "tie", 1
 
   def judge(
     self, tasks: Sequence[Task], trajectories: Sequence[Trajectory]

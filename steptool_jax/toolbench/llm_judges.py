@@ -12,7 +12,7 @@ from typing import Any
 
 from steptool_jax.simulators.asking import ask
 from steptool_jax.simulators.endpoint import Endpoint, Reply
-from steptool_jax.toolbench.formats.official import Verdict
+from steptool_jax.toolbench.formats.judged import Verdict
 from steptool_jax.toolbench.passrate import Outcome, Preference
 
 _ATTEMPTS = 3

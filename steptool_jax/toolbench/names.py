@@ -142,19 +142,3 @@ def system_text(
   }
   # In one pass: a description may hold a placeholder's text.
   return re.sub(r"\{(tools|apis|names)\}", lambda match: parts[match.group()], prompts.system)
-
-
-def system_template(system: str) -> str:
-  """Prompts.system from a system text of an official answer file or training sample.
-
-  The numbered tools become {tools}; "{apis}" is put where the functions were listed, or at the end
-  where they were not (the files of models with function calling of their own). ValueError when
-  there is no numbered list.
-  """
-  found = re.search(r"(?:^\d+\.\S+: .*\n)+", system, re.MULTILINE)
-  if found is None:
-    raise ValueError("system text: found no list of tools like '1.tool_name: description'")
-  text = system[: found.start()] + "{tools}" + system[found.end() :]
-  marker = "Specifically, you have access to the following APIs: "
-  head, listed, _ = text.partition(marker)
-  return (head + marker if listed else f"{head}\n{marker}") + "{apis}"

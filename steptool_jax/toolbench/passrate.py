@@ -23,8 +23,7 @@ import numpy as np
 
 from steptool_jax.dialogue.parser import FINISH
 from steptool_jax.simulators.errors import InfrastructureError
-from steptool_jax.toolbench.formats.conversations import observation_code
-from steptool_jax.toolbench.formats.official import Result, Verdict, answer_of
+from steptool_jax.toolbench.formats.judged import Verdict
 from steptool_jax.types import Code, Finish, Malformed, Status, ToolCall, Trajectory
 
 Preference = Literal["first", "second", "tie"]
@@ -39,7 +38,6 @@ class Outcome:
   answer: str  # "" where there is none, or it was given up
   trajectory: str  # calls and results as text
   codes: tuple[Code, ...] = ()  # of every call
-  llm_calls: int = 0
   infrastructure: bool = False
 
 
@@ -59,23 +57,12 @@ class PassRate:
 
   task_ids: tuple[str, ...]
   verdicts: tuple[tuple[Verdict, ...], ...]
-  infrastructure: tuple[str, ...]  # ids left out: the rollout failed
   unjudged: tuple[str, ...]  # ids left out: the judge failed
 
   @property
   def scores(self) -> np.ndarray:
     """float64[tasks, judge runs]."""
     return np.array([[v.score for v in row] for row in self.verdicts], np.float64)
-
-  @property
-  def mean(self) -> float:
-    """In [0, 1]; NaN without tasks."""
-    return float(self.scores.mean()) if self.task_ids else float("nan")
-
-  @property
-  def std(self) -> float:
-    """Population standard deviation over judge runs."""
-    return float(self.scores.mean(axis=0).std()) if self.task_ids else float("nan")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -131,25 +118,7 @@ def outcome_of(trajectory: Trajectory, query: str) -> Outcome:
     answer if trajectory.status is Status.ANSWERED else "",
     "\n".join(lines),
     tuple(codes),
-    len(trajectory.steps),
     trajectory.status is Status.INFRASTRUCTURE_ERROR,
-  )
-
-
-def outcome_of_result(result: Result) -> Outcome:
-  """The outcome of a stored task; a call's code is read from its stored response."""
-  answer = answer_of(result.final.arguments).strip() if result.final.name == FINISH else ""
-  lines = [
-    _line(number, step.name, step.arguments, step.response)
-    for number, step in enumerate(result.steps, start=1)
-  ]
-  codes = [
-    observation_code(step.response) if step.name else Code.MALFORMED
-    for step in result.steps
-    if step.name != FINISH
-  ]
-  return Outcome(
-    result.query_id, result.query, answer, "\n".join(lines), tuple(codes), len(result.steps)
   )
 
 
@@ -200,7 +169,6 @@ def pass_rate(
   return PassRate(
     task_ids=tuple(outcome.task_id for outcome, _ in judged),
     verdicts=tuple(tuple(row) for _, row in judged),
-    infrastructure=tuple(o.task_id for o in outcomes if o.infrastructure),
     unjudged=tuple(o.task_id for o, row in zip(healthy, asked, strict=True) if None in row),
   )
 
@@ -260,17 +228,13 @@ def call_metrics(outcomes: Sequence[Outcome]) -> dict[str, float]:
   """Shares and means over healthy outcomes; NaN where there is nothing to count.
 
   invocation_success: share of calls that were executed without an error, malformed turns counted as
-  failed ones and infrastructure failures not at all; calls_per_task: of tools, Finish apart;
-  llm_calls_per_task: all turns, the budget that every method shares; infrastructure_errors: number
-  of outcomes left out.
+  failed ones and infrastructure failures not at all; calls_per_task: of tools, Finish apart.
   """
   healthy = [outcome for outcome in outcomes if not outcome.infrastructure]
   codes = [code for o in healthy for code in o.codes if code is not Code.INFRASTRUCTURE]
   return {
     "invocation_success": _mean([code is Code.OK for code in codes]),
     "calls_per_task": _mean([len(outcome.codes) for outcome in healthy]),
-    "llm_calls_per_task": _mean([outcome.llm_calls for outcome in healthy]),
-    "infrastructure_errors": float(len(outcomes) - len(healthy)),
   }
 
 

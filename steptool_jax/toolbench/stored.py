@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from steptool_jax.toolbench.formats import official
+from steptool_jax.toolbench.formats import judged
 
 # Group -> subset -> number of solvable queries (StableToolBench, 765 in all).
 GROUPS: Mapping[str, Mapping[str, int]] = {
@@ -47,7 +47,7 @@ def stored_summary(folder: str | pathlib.Path) -> dict[str, Any]:
   for run in runs:
     files, figures, flaws = _files(run), {}, {}
     for subset, path in files.items():
-      scores = verdict_scores(official.read_results(path))
+      scores = verdict_scores(judged.read_results(path))
       if isinstance(scores, str):
         flaws[subset] = f"{subset}: {scores}"
       else:
@@ -68,7 +68,7 @@ def stored_summary(folder: str | pathlib.Path) -> dict[str, Any]:
   return {"published_aggregation": aggregation, "subsets": subsets, "incomplete": incomplete}
 
 
-def verdict_scores(results: Mapping[str, official.Result]) -> np.ndarray | str:
+def verdict_scores(results: Mapping[str, judged.Result]) -> np.ndarray | str:
   """float64[tasks, judge runs] of IsSolved; a sentence where the tasks were not judged equally."""
   counts = sorted({len(result.verdicts) for result in results.values()})
   if len(counts) != 1:

@@ -2,7 +2,7 @@
 
     <folder>/<query id>_<method>.json    one answer: all chains or the tree, and the chosen chain
 
-conversion.py turns them into the form that evaluators read.
+converted.py turns them into the form that evaluators read.
 A turn becomes up to three official nodes: Thought, Action, Action Input (which holds the
 observation). A malformed turn is a Thought with the error as its observation. Official fields that
 nothing here has a value for (Elo, io_state) hold their official defaults.
@@ -20,6 +20,7 @@ from steptool_jax.files import replacing
 from steptool_jax.rollout.branching import ROOT
 from steptool_jax.rollout.conversation import Limits
 from steptool_jax.rollout.strategy import Node, Search, SearchResult
+from steptool_jax.simulators.render import shorten
 from steptool_jax.toolbench.formats.codes import official_code
 from steptool_jax.types import Finish, Malformed, Status, Step, Task, Trajectory
 
@@ -253,8 +254,7 @@ class _Writer:
     if isinstance(step.action, Finish):
       return _FINISHED[step.action.gave_up][1]
     text = step.observation.text if step.observation is not None else ""
-    limit = self._limits.max_observation_chars
-    return text if len(text) <= limit else text[:limit] + "..."
+    return shorten(text, self._limits.max_observation_chars)
 
   def _text(self, step: Step) -> str:
     if self._decode is not None:

@@ -18,7 +18,8 @@ import numpy as np
 from steptool_jax.data.trajectories import AnnotatedTrajectory
 from steptool_jax.dialogue.parser import FINISH
 from steptool_jax.dialogue.template import ChatFormat
-from steptool_jax.toolbench.formats.official import Annotation, Converted, StoredStep
+from steptool_jax.toolbench.formats.converted import Converted
+from steptool_jax.toolbench.formats.judged import Annotation, StoredStep
 from steptool_jax.toolbench.formats.scaffolding import split_react, split_row, tokenise
 from steptool_jax.toolbench.formats.training_rows import Dialogue, Message, PreferenceRow, StepRow
 from steptool_jax.types import Code, Finish, Malformed, Observation, Status, Step, Trajectory
