@@ -17,6 +17,8 @@ from steptool_jax.simulators.endpoint import Endpoint
 from steptool_jax.simulators.errors import InfrastructureError
 from steptool_jax.simulators.render import shorten
 
+_REPLIES = 3  # one that breaks the rules is asked for again, until so many have come
+_MAX_CHARS = 1024  # longer responses are cut there
 _STATUS = {"Solved": 1.0, "Unsure": 0.5, "Unsolved": 0.0}  # IsSolved
 
 _INSTRUCTIONS = """\
@@ -69,32 +71,20 @@ class Judged:
 class StepJudge:
   """Judges whole trajectories, `runs` times each; the mean over runs counts.
 
-  retries: how often a reply that breaks the rules is asked for again. max_chars: longer responses
-  are cut there. Interrupted work is resumed through the endpoint's cache.
+  Interrupted work is resumed through the endpoint's cache.
   """
 
-  def __init__(
-    self,
-    endpoint: Endpoint,
-    *,
-    runs: int = 3,
-    retries: int = 2,
-    temperature: float = 0.0,
-    max_chars: int = 1024,
-  ):
-    if runs < 1 or max_chars < 1:
-      raise ValueError(f"runs is {runs} and max_chars {max_chars}: both must be at least 1")
-    if retries < 0 or not temperature >= 0:
-      raise ValueError("retries and temperature must not be negative")
-    self._endpoint, self._runs, self._retries = endpoint, runs, retries
-    self._temperature, self._max_chars = temperature, max_chars
+  def __init__(self, endpoint: Endpoint, runs: int = 3):
+    if runs < 1:
+      raise ValueError(f"runs is {runs}: must be at least 1")
+    self._endpoint, self._runs = endpoint, runs
 
   def score_run(self, texts: Transcript, run: int) -> StepScores:
     """One judge run; blocks. InfrastructureError when no valid reply comes."""
     calls = len(texts.steps)
     messages = [
       {"role": "system", "content": _INSTRUCTIONS},
-      {"role": "user", "content": self._question(texts)},
+      {"role": "user", "content": _question(texts)},
     ]
     function = function_schema(calls)
     return ask(
@@ -103,7 +93,6 @@ class StepJudge:
         function=function,
         # A score is a few tokens; the rest is for names, brackets and white space.
         max_tokens=256 + 16 * calls,
-        temperature=self._temperature,
         sample=run,
         accept=accept,
       ),
@@ -112,8 +101,8 @@ class StepJudge:
       lambda _, reason: [
         {"role": "user", "content": f"Not valid: {reason}. Call the function again."}
       ],
-      self._retries + 1,
-      f"judge {self._endpoint.model}: no valid grades after {self._retries + 1} replies",
+      _REPLIES,
+      f"judge {self._endpoint.model}: no valid grades after {_REPLIES} replies",
     )
 
   def score(self, texts: Sequence[Transcript]) -> Judged:
@@ -145,18 +134,19 @@ class StepJudge:
     )
     return Judged(scores, dict(sorted(failures.items())))
 
-  def _question(self, texts: Transcript) -> str:
-    data = {
-      "request": texts.query,
-      "calls": [
-        {"number": k, "call": action, "response": shorten(response, self._max_chars)}
-        for k, (action, response) in enumerate(texts.steps, start=1)
-      ],
-      "final_answer": texts.answer,
-    }
-    # As JSON, a tool's text cannot pose as the next call; nor may it close the bracket.
-    text = json.dumps(data, ensure_ascii=False, indent=1).replace("</data>", "<\\/data>")
-    return f"{len(texts.steps)} calls to grade.\n<data>\n{text}\n</data>"
+
+def _question(texts: Transcript) -> str:
+  data = {
+    "request": texts.query,
+    "calls": [
+      {"number": k, "call": action, "response": shorten(response, _MAX_CHARS)}
+      for k, (action, response) in enumerate(texts.steps, start=1)
+    ],
+    "final_answer": texts.answer,
+  }
+  # As JSON, a tool's text cannot pose as the next call; nor may it close the bracket.
+  text = json.dumps(data, ensure_ascii=False, indent=1).replace("</data>", "<\\/data>")
+  return f"{len(texts.steps)} calls to grade.\n<data>\n{text}\n</data>"
 
 
 def parse(arguments: Mapping[str, Any] | None, calls: int, answered: bool) -> StepScores:

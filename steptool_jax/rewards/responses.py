@@ -49,16 +49,13 @@ def _action_text(step: Step) -> str:
   return f"malformed call: {action.reason}" if isinstance(action, Malformed) else "Finish"
 
 
-def score(
-  query: str, trajectory: Trajectory, rule: Rule = "evidence", threshold: float = 0.3
-) -> Trajectory:
+def score(query: str, trajectory: Trajectory, rule: Rule = "evidence") -> Trajectory:
   """The same trajectory with success_calling (0 or 1) and contribution (in [0, 1]) on every call.
 
-  Rule "lcs" is the released pair of rules, "evidence" our own. `threshold` belongs
-  to rule "lcs". ValueError for an unknown rule.
+  Rule "lcs" is the released pair of rules, "evidence" our own. ValueError for an unknown rule.
   """
   texts = transcript(query, trajectory)
-  marks = marks_of(texts, rule, threshold)
+  marks = marks_of(texts, rule)
   marks += [(0.0, 0.0)] * (len(trajectory.steps) - len(marks))
   steps = tuple(
     dataclasses.replace(step, success_calling=float(sc), contribution=float(con))
@@ -67,14 +64,12 @@ def score(
   return dataclasses.replace(trajectory, steps=steps)
 
 
-def marks_of(
-  texts: Transcript, rule: Rule = "evidence", threshold: float = 0.3
-) -> list[tuple[float, float]]:
+def marks_of(texts: Transcript, rule: Rule) -> list[tuple[float, float]]:
   """(SC, Con) of every call by the two rules that belong together; see `score`."""
   responses = [response for _, response in texts.steps]
   if rule == "lcs":
     scs = map(succeeded, responses)
-    cons = [lcs_contribution(response, texts.answer, threshold) for response in responses]
+    cons = [lcs_contribution(response, texts.answer) for response in responses]
   elif rule == "evidence":
     scs = map(has_result, responses)
     cons = evidence_contribution(texts)
@@ -166,11 +161,14 @@ def lcs_length(a: str, b: str) -> int:
   return len(a) - row.bit_count()
 
 
-def lcs_contribution(response: str, answer: str, threshold: float = 0.3) -> float:
+_LCS_SHARE = 0.3
+
+
+def lcs_contribution(response: str, answer: str) -> float:
   """1 if the answer holds, in order, this share of the response's characters; else 0."""
   if not response or not answer:
     return 0.0
-  return float(lcs_length(response, answer) >= threshold * len(response))
+  return float(lcs_length(response, answer) >= _LCS_SHARE * len(response))
 
 
 # --- Contribution, by evidence -------------------------------------------------------------------
@@ -216,7 +214,7 @@ def evidence_contribution(texts: Transcript) -> list[float]:
   results = [has_result(response) for _, response in texts.steps]
   arguments = [evidence_words(action.partition(" ")[2]) for action, _ in texts.steps]
   used = evidence_words(texts.answer)
-  uses = []  # from the last step to the first: what is said behind it
+  uses = []  # from the last step to the first: what is said after it
   for words, result in zip(reversed(arguments), reversed(results), strict=True):
     uses.append(used)
     used = used | words if result else used

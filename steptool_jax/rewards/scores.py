@@ -16,12 +16,11 @@ CONTRIBUTION_MAX = 5
 
 @dataclasses.dataclass(frozen=True)
 class StepScores:
-  """Of one trajectory: SC and Con in [0, 1] a call (Finish left out), IsSolved in [0, 1]."""
+  """One trajectory's SC and Con in [0, 1], of every call but Finish, and IsSolved in [0, 1]."""
 
   success_calling: tuple[float, ...]
   contribution: tuple[float, ...]
   solved: float
-  runs: int = 1
 
   def __post_init__(self):
     if len(self.success_calling) != len(self.contribution):
@@ -45,7 +44,6 @@ def mean(runs: Sequence[StepScores]) -> StepScores:
     average([run.success_calling for run in runs]),
     average([run.contribution for run in runs]),
     statistics.fmean(run.solved for run in runs),
-    len(runs),
   )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from absl import logging
 
 from steptool_jax.config import Config
-from steptool_jax.run.evaluating import figures
+from steptool_jax.run.evaluating import heldout
 from steptool_jax.run.parts import build, opening
 from steptool_jax.run.training import restore
 from steptool_jax.run.workdir import metrics_writer
@@ -34,6 +34,6 @@ def run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
       variables = build.initial_variables(config, b.policy, b.mesh)
       source = f"model: {config.model.path or 'random weights'}"
     logging.info("evaluating the %s", source)
-    summary = {"mode": "evaluate", "source": source} | figures.evaluate(b, variables)
+    summary = {"mode": "evaluate", "source": source} | heldout.evaluate(b, variables)
   metrics_writer.write_summary(workdir, summary)
   return summary

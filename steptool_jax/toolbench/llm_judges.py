@@ -1,4 +1,4 @@
-"""Judges of answers behind an OpenAI-compatible endpoint, for passrate.pass_rate and win_rate.
+"""Judges of answers that ask an OpenAI-compatible endpoint, for pass_rate and win_rate.
 
 Each question is one forced function call. What a judge reads of a conversation is handed over as
 one JSON object and declared to be data, since a tool's text may well contain instructions. A reply
@@ -7,13 +7,13 @@ that is no verdict is sent back with the reason; after three of them the questio
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from steptool_jax.simulators.asking import ask
 from steptool_jax.simulators.endpoint import Endpoint, Reply
 from steptool_jax.toolbench.formats.judged import Verdict
-from steptool_jax.toolbench.passrate import Outcome, Preference
+from steptool_jax.toolbench.passrate import Comparer, Judge, Outcome, Preference
 
 _ATTEMPTS = 3
 _DATA = (
@@ -64,21 +64,21 @@ _REPORT_VERDICT = _function("report_verdict", "verdict", tuple(_VERDICTS))
 _REPORT_PREFERENCE = _function("report_preference", "preference", ("first", "second", "tie"))
 
 
-def llm_judge(endpoint: Endpoint, temperature: float = 0.0) -> Callable[..., Verdict]:
-  """A passrate.Judge: judge(query, answer, trajectory or None, run) -> Verdict."""
+def llm_judge(endpoint: Endpoint) -> Judge:
+  """The judge of answers that asks the endpoint."""
 
   def judge(query: str, answer: str, trajectory: str | None, run: int) -> Verdict:
     shown = {"query": query, "final_answer": answer}
     if trajectory is not None:
       shown["calls"] = trajectory
     system = _FIRST_LOOK if trajectory is None else _SECOND_LOOK
-    return _VERDICTS[_ask(endpoint, system, shown, _REPORT_VERDICT, temperature, run)]
+    return _VERDICTS[_ask(endpoint, system, shown, _REPORT_VERDICT, run)]
 
   return judge
 
 
-def llm_comparer(endpoint: Endpoint, temperature: float = 0.0) -> Callable[..., Preference]:
-  """A passrate.Comparer: compare(query, first, second, run) -> Preference."""
+def llm_comparer(endpoint: Endpoint) -> Comparer:
+  """The judge of pairs that asks the endpoint."""
 
   def compare(query: str, first: Outcome, second: Outcome, run: int) -> Preference:
     attempts = {
@@ -86,7 +86,7 @@ def llm_comparer(endpoint: Endpoint, temperature: float = 0.0) -> Callable[..., 
       for name, outcome in (("first", first), ("second", second))
     }
     shown = {"query": query, **attempts}
-    return _ask(endpoint, _COMPARE, shown, _REPORT_PREFERENCE, temperature, run)
+    return _ask(endpoint, _COMPARE, shown, _REPORT_PREFERENCE, run)
 
   return compare
 
@@ -96,7 +96,6 @@ def _ask(
   system: str,
   shown: Mapping[str, Any],
   function: Mapping[str, Any],
-  temperature: float,
   run: int,
 ) -> Any:
   """The enum value that the judge reports; `run` tells apart the draws of judge runs."""
@@ -114,7 +113,7 @@ def _ask(
 
   return ask(
     lambda messages, _, accept: endpoint.chat(
-      messages, function=function, temperature=temperature, sample=run, accept=accept
+      messages, function=function, sample=run, accept=accept
     ),
     [
       {"role": "system", "content": system},

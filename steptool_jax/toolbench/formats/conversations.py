@@ -20,8 +20,8 @@ from steptool_jax.dialogue.parser import FINISH
 from steptool_jax.dialogue.template import ChatFormat
 from steptool_jax.toolbench.formats.converted import Converted
 from steptool_jax.toolbench.formats.judged import Annotation, StoredStep
-from steptool_jax.toolbench.formats.scaffolding import split_react, split_row, tokenise
-from steptool_jax.toolbench.formats.training_rows import Dialogue, Message, PreferenceRow, StepRow
+from steptool_jax.toolbench.formats.scaffolding import split_row, tokenise
+from steptool_jax.toolbench.formats.training_rows import Dialogue, Message, StepRow
 from steptool_jax.types import Code, Finish, Malformed, Observation, Status, Step, Trajectory
 
 
@@ -186,29 +186,9 @@ def from_dialogues(
   return _fitting([convert(dialogue) for dialogue in dialogues], max_tokens)
 
 
-def from_preferences(
-  rows: Sequence[PreferenceRow], chat_format: ChatFormat, max_tokens: int, source: str
-) -> tuple[Conversion, Conversion]:
-  """ETO rows as (chosen, rejected): entry i of both is one pair, with the same prompt tokens.
-
-  A pair is left out whole when either side is too long. Task ids are "<source>:<row>".
-  """
-  pairs = []
-  for n, row in enumerate(rows, start=1):
-    prompt = split_react(row.prompt, f"{source}, row {n}")
-    ends = (Message("assistant", text) for text in (row.chosen, row.rejected))
-    pairs.append([_last_turn(f"{source}:{n}", (*prompt, end), chat_format) for end in ends])
-  lengths = [max(record.trajectory.num_tokens for record in pair) for pair in pairs]
-  chosen, rejected = zip(*pairs, strict=True) if pairs else ((), ())
-  return _fitting(chosen, max_tokens, lengths), _fitting(rejected, max_tokens, lengths)
-
-
-def _fitting(
-  records: Sequence[AnnotatedTrajectory], max_tokens: int, lengths: Sequence[int] | None = None
-) -> Conversion:
-  """Keeps what is no longer than max_tokens, by the records' own lengths or those given."""
-  if lengths is None:
-    lengths = [record.trajectory.num_tokens for record in records]
+def _fitting(records: Sequence[AnnotatedTrajectory], max_tokens: int) -> Conversion:
+  """Keeps what is no longer than max_tokens."""
+  lengths = [record.trajectory.num_tokens for record in records]
   kept = [n for n, length in enumerate(lengths) if length <= max_tokens]
   return Conversion(
     records=tuple(records[n] for n in kept),

@@ -1,6 +1,6 @@
-"""Readers of what StepTool's authors trained on: step-grained rows, ETO pairs, dialogues.
+"""Readers of what StepTool's authors trained on: step-grained rows and dialogues.
 
-As in official.py, every reader names the file and the row of what is wrong, Python literals are
+As in judged.py, every reader names the file and the row of what is wrong, Python literals are
 data, and `.xz` is read as well.
 """
 
@@ -25,15 +25,6 @@ class StepRow:
   prompts: tuple[str, ...]
   responses: tuple[str, ...]
   rewards: tuple[float, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class PreferenceRow:
-  """ETO: two continuations of one prompt."""
-
-  prompt: str
-  chosen: str
-  rejected: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,16 +70,6 @@ def read_step_rows(path: Path) -> list[StepRow]:
       good = number and math.isfinite(value)
       check(good, f"{where}, column 'reward', step {k}", "a finite number", value)
     rows.append(StepRow(tuple(prompts), tuple(responses), tuple(map(float, rewards))))
-  return rows
-
-
-def read_preferences(path: Path) -> list[PreferenceRow]:
-  """ETO pairs (tab-separated plain text); ValueError that names the row for an empty field."""
-  rows = []
-  for where, fields in _table(path, ("prompt", "chosen", "rejected")):
-    for name, text in fields.items():
-      check(bool(text.strip()), f"{where}, column {name!r}", "text that is not empty", text)
-    rows.append(PreferenceRow(**fields))
   return rows
 
 

@@ -35,7 +35,7 @@ _MAX_RESOLVED = 1 << 18
 
 @dataclasses.dataclass(frozen=True)
 class CacheStats:
-  """Counts so far. API files are read when first asked for, or all at once by load_all."""
+  """Counts so far. API files are read when first asked for."""
 
   files: int  # API files read
   entries: int  # usable answers in them
@@ -166,12 +166,6 @@ class Cache:
     if self._written is not None and len(found) < count:
       found += [(k, r.as_dict()) for k, r in self._written.first(place, count - len(found))]
     return found
-
-  def load_all(self) -> CacheStats:
-    """Reads every file now, so that `stats` tells what shape the folder is in."""
-    for place in self._files:
-      self._entries(place)
-    return self.stats()
 
   def stats(self) -> CacheStats:
     with self._count_lock:

@@ -9,7 +9,7 @@ import contextlib
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from steptool_jax.simulators.posting import Failed, Patience, Poster, Reply
@@ -93,7 +93,6 @@ class HttpSimulator:
     max_body_bytes: int = 4 << 20,
     failures_to_open: int = 16,
     cooldown_s: float = 30.0,
-    headers: Mapping[str, str] | None = None,
   ):
     if not url.startswith(("http://", "https://")):
       raise ValueError(f"url is {url!r}: give http://host:port/virtual")
@@ -104,7 +103,6 @@ class HttpSimulator:
       timeout_s=timeout_s,
       max_in_flight=max_in_flight,
       max_body_bytes=max_body_bytes,
-      headers=headers or {},
     )
 
   def answer(self, request: VirtualRequest) -> VirtualResponse:

@@ -8,9 +8,10 @@ form that it was trained on. An answer counts when it is a valid {error, respons
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from steptool_jax.simulators.asking import ask
+from steptool_jax.simulators.endpoint import Endpoint, Reply
 from steptool_jax.toolbench.simulators.virtual import (
   NOT_PARSED,
   VirtualRequest,
@@ -47,50 +48,26 @@ Fill response with rich, specific content that fits the request. When the reques
 cannot be served, say in error how the API would put it."""
 
 
-class _Reply(Protocol):
-  text: str
-
-
-class ChatModel(Protocol):
-  """The part of endpoint.Endpoint that is used here; it retries and raises on its own."""
-
-  def chat(
-    self,
-    messages: list[dict],
-    *,
-    json_mode: bool = False,
-    max_tokens: int = 1024,
-    temperature: float = 0.0,
-    sample: int = 0,
-    accept: Callable[[_Reply], None] | None = None,
-  ) -> _Reply: ...
-
-
 class LlmSimulator:
   """A Simulator that asks a model.
 
   examples: recorded (arguments text, {error, response}) of the request's API, e.g. Cache.examples;
-  used by the style "gpt" only. system_prompt: replaces the one of the style; a trained simulator
-  does best with the very text of its training. Without documentation in the request there is no
-  answer (None) from style "mirror"; "gpt" then goes by the names.
+  used by the style "gpt" only. Without documentation in the request there is no answer (None) from
+  style "mirror"; "gpt" then goes by the names.
   """
 
   def __init__(
     self,
-    endpoint: ChatModel,
+    endpoint: Endpoint,
     style: Style = "gpt",
     *,
     examples: Callable[[VirtualRequest], Sequence[tuple[str, Mapping[str, Any]]]] | None = None,
-    temperature: float = 0.0,
-    system_prompt: str | None = None,
   ):
     if style not in _MAX_TOKENS:
       raise ValueError(f"style {style!r} does not exist: use gpt or mirror")
     if style == "mirror" and examples is not None:
       raise ValueError("style mirror uses no examples: leave them out, or use style gpt")
-    self._endpoint, self._style, self._temperature = endpoint, style, temperature
-    self._examples = examples
-    self._system = system_prompt or (GPT_PROMPT if style == "gpt" else MIRROR_PROMPT)
+    self._endpoint, self._style, self._examples = endpoint, style, examples
 
   def answer(self, request: VirtualRequest) -> VirtualResponse | None:
     """Blocks; InfrastructureError when three replies in a row are no {error, response}."""
@@ -98,19 +75,19 @@ class LlmSimulator:
       arguments = parse_arguments(request.tool_input)
     except ValueError:
       return NOT_PARSED
-    if self._style == "mirror" and request.documentation is None:
-      return None
-    prompt = self._gpt(request, arguments) if self._style == "gpt" else _mirror(request, arguments)
-    messages = [{"role": "system", "content": self._system}, {"role": "user", "content": prompt}]
     gpt = self._style == "gpt"
+    if not gpt and request.documentation is None:
+      return None
+    system = GPT_PROMPT if gpt else MIRROR_PROMPT
+    prompt = self._gpt(request, arguments) if gpt else _mirror(request, arguments)
+    messages = [{"role": "system", "content": system}, {"role": "user", "content": prompt}]
 
-    def chat(messages: list[dict], attempt: int, accept: Callable[[_Reply], None]) -> _Reply:
+    def chat(messages: list[dict], attempt: int, accept: Callable[[Reply], None]) -> Reply:
       # `sample`: a second draw of the same request is another one, for the endpoint's cache too.
       return self._endpoint.chat(
         messages,
         json_mode=gpt,
         max_tokens=_MAX_TOKENS[self._style],
-        temperature=self._temperature,
         sample=attempt,
         accept=accept,
       )
@@ -128,7 +105,7 @@ class LlmSimulator:
     return ask(
       chat,
       messages,
-      lambda reply: read_answer(reply.text, lenient=not gpt),
+      lambda reply: parse_reply(reply.text, lenient=not gpt),
       correction,
       ATTEMPTS,
       f"simulated answer for {request.api_name} of {request.tool_name}: no valid reply in "
@@ -166,7 +143,7 @@ def _mirror(request: VirtualRequest, arguments: Mapping[str, Any]) -> str:
   return f"API doc:\n{documentation}\n\nRequest:\n{asked}"
 
 
-def read_answer(text: str, lenient: bool = False) -> VirtualResponse:
+def parse_reply(text: str, lenient: bool = False) -> VirtualResponse:
   """The {error, response} of a model's reply, with or without a Markdown fence around it.
 
   lenient also takes a response whose inner quotes are not escaped, as trained simulators write
