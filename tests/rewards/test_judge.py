@@ -21,9 +21,9 @@ def grades(sc=(1, 0), con=(5, 2), status="Solved"):
   return dict(zip(names, (list(sc), list(con), status), strict=True))
 
 
-def judge(server, runs=1, retries=2, **options):
+def judge(server, runs=1, **options):
   endpoint = Endpoint(server.url, "m", **{"backoff_s": 0.01, "timeout_s": 5, **options})
-  return StepJudge(endpoint, runs=runs, retries=retries), endpoint
+  return StepJudge(endpoint, runs), endpoint
 
 
 def test_mean_over_runs_gives_the_formula():
@@ -33,7 +33,7 @@ def test_mean_over_runs_gives_the_formula():
     (scores,) = scorer.score([TEXTS]).scores
   assert scores.success_calling == pytest.approx((2 / 3, 2 / 3))
   assert scores.contribution == pytest.approx((14 / 15, 3 / 15))
-  assert (scores.solved, scores.runs) == (0.5, 3)
+  assert scores.solved == 0.5
 
 
 def test_the_request():
@@ -113,7 +113,7 @@ def by_word(body, _):
 def test_failures_are_kept_apart():
   items = [made(word) for word in ("fine", "broken", "fine too", "mute")]
   with Server(by_word) as server:
-    scorer, endpoint = judge(server, runs=2, retries=0, max_in_flight=4)
+    scorer, endpoint = judge(server, runs=2, max_in_flight=4)
     judged = scorer.score([transcript("q", item) for item in items] + [TEXTS])
   assert [scores is None for scores in judged.scores] == [False, True, False, True, True]
   for k in (0, 2):
@@ -137,7 +137,7 @@ def test_interrupted_work_is_resumed(tmp_path):
     return completion(arguments=grades((1,), (5,)), tokens=(10, 1))
 
   with Server(behaviour) as server:
-    scorer, _ = judge(server, runs=2, cache_dir=tmp_path, retries=0, max_in_flight=1)
+    scorer, _ = judge(server, runs=2, cache_dir=tmp_path, max_in_flight=1)
     first = scorer.score(texts)
   assert sum(s is not None for s in first.scores) == 3
   with Server(script(completion(arguments=grades((1,), (5,)), tokens=(10, 1)))) as server:
@@ -165,5 +165,3 @@ def test_settings_are_checked():
   endpoint = Endpoint("http://127.0.0.1:9", "m")
   with pytest.raises(ValueError, match="runs is 0"):
     StepJudge(endpoint, runs=0)
-  with pytest.raises(ValueError, match="retries"):
-    StepJudge(endpoint, retries=-1)

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import signal
 
 import pytest
 import stored
@@ -16,6 +18,7 @@ from steptool_jax.data.trajectories import (
   write_trajectories,
 )
 from steptool_jax.rewards import responses, rules, shaping
+from steptool_jax.rewards.scores import StepScores, apply
 from steptool_jax.run import annotate
 from steptool_jax.run.parts import build
 from steptool_jax.types import Code, Finish, Malformed, Status, ToolCall
@@ -312,24 +315,51 @@ def test_a_judge_that_is_down_ends_the_run(config, tmp_path):
 
 
 def test_a_stop_leaves_no_half_file(config, monkeypatch, tmp_path):
+  """SIGTERM in the second of three rounds: no file yet, and the same command asks for the rest."""
   document = {str(n): converted([CALL, FINISH], f"query {n}") for n in range(3)}
   path = dump(tmp_path / "in.json", document)
-  monkeypatch.setattr(annotate, "_AT_ONCE", 1)
-  stops = []
-  monkeypatch.setattr(annotate.Stop, "__call__", lambda self: len(stops) >= 2)
+  monkeypatch.setattr(annotate, "ROUND", 1)
+  asked = []
 
   def behaviour(body, _):
-    stops.append(body)
+    asked.append(body)
+    if len(asked) == 2:
+      os.kill(os.getpid(), signal.SIGTERM)
     return grades([1], [5], "Solved")
 
   with Server(behaviour) as server:
     settings = judge_config(config, server, path, judge__runs=1)
     assert annotate.run(settings, tmp_path)["interrupted"] is True
     assert not (tmp_path / "annotated.jsonl").exists()
-    monkeypatch.setattr(annotate.Stop, "__call__", lambda self: False)
     summary = annotate.run(settings, tmp_path)
-  assert len(stops) == 3
+  assert len(asked) == 3
   assert (summary["annotated"], summary["usage"]["cached_calls"]) == (3, 2)
+
+
+def test_a_new_source_is_a_row(replayed, config, monkeypatch, tmp_path):
+  """Adding a source of rewards takes a function and its row; the mode does the rest."""
+  _, _, path = replayed
+
+  def toy(config, workdir, work, stop):
+    """Every call is worth something, every task is solved by half."""
+    del config, workdir, stop
+
+    def scored(record):
+      calls = len(responses.transcript(record.query, record.trajectory).steps)
+      return apply(StepScores((1.0,) * calls, (0.6,) * calls, 0.5), record.trajectory)
+
+    work.mark(scored)
+    return {"toy": True}
+
+  monkeypatch.setitem(annotate.SOURCES, "toy", toy)
+  settings = config("rules", annotate__input=path)
+  summary = annotate.run(tiny.replace(settings, annotate__source="toy"), tmp_path)
+  assert (summary["source"], summary["toy"], summary["annotated"]) == ("toy", True, 3)
+  for record in annotated(tmp_path):
+    *calls, last = rewards(record)
+    assert calls == pytest.approx([0.8] * len(calls))
+    assert last == 0.5
+    assert record.metadata["annotation"]["source"] == "toy"
 
 
 # --- mistakes --------------------------------------------------------------------------------

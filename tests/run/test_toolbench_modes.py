@@ -17,11 +17,12 @@ from simulators.openai_server import Server, completion
 from steptool_jax import validation
 from steptool_jax.data.trajectories import read_trajectories
 from steptool_jax.rewards.responses import transcript
-from steptool_jax.run import evaluate, serve, train
+from steptool_jax.run import evaluate, train
 from steptool_jax.run.parts import build, services
-from steptool_jax.toolbench import passrate, rule_judge
-from steptool_jax.toolbench.formats import official
+from steptool_jax.toolbench import rule_judge, server
+from steptool_jax.toolbench.formats import judged
 from steptool_jax.toolbench.formats.answers import dfs_method
+from steptool_jax.toolbench.formats.converted import read_converted
 from steptool_jax.toolbench.simulators.cache import Cache
 from steptool_jax.types import Code, Finish, Malformed, Status, ToolCall
 
@@ -126,7 +127,7 @@ def scripted(monkeypatch):
 def read_answers(workdir, method, rollout=0):
   folder = workdir / f"answers/rollout_{rollout}/G1_x"
   return {
-    path.name.removesuffix(f"_{method}.json"): official.read_answer(path)
+    path.name.removesuffix(f"_{method}.json"): json.loads(path.read_text())
     for path in sorted(folder.iterdir())
   }
 
@@ -166,19 +167,18 @@ def test_chains_over_a_cache(bench_folder, tmp_path, compiled, scripted):
 
   answers = read_answers(tmp_path, "CoT@1")
   assert set(answers) == {"1", "2", "3", "4", "5"}
-  assert answers["1"].document["win"] is True
-  assert answers["5"].document["forward_args"]["max_llm_calls"] == 4
-  converted = official.read_converted(tmp_path / "converted/rollout_0/G1_x.json")
+  assert answers["1"]["win"] is True
+  assert answers["5"]["forward_args"]["max_llm_calls"] == 4
+  converted = read_converted(tmp_path / "converted/rollout_0/G1_x.json")
   assert set(converted) == set(answers)
   assert GOOD in json.dumps(
     json.loads((tmp_path / "converted/rollout_0/G1_x.json").read_text())["1"]["answer"]
   )
-  verdicts = official.read_results(tmp_path / "pass_rate/rollout_0/G1_x_rollout_0.json")
+  verdicts = judged.read_results(tmp_path / "pass_rate/rollout_0/G1_x_rollout_0.json")
   scores = [verdict.score for result in verdicts.values() for verdict in result.verdicts]
   assert scores == solved
-  outcomes = [passrate.outcome_of_result(result) for result in verdicts.values()]
-  for outcome, record in zip(outcomes, records, strict=True):
-    assert outcome.answer == passrate.outcome_of(record.trajectory, record.query).answer
+  for result, record in zip(verdicts.values(), records, strict=True):
+    assert result.transcript.answer == transcript(record.query, record.trajectory).answer
 
 
 def test_a_tree_search_over_a_cache_under_the_same_budget(
@@ -203,9 +203,9 @@ def test_a_tree_search_over_a_cache_under_the_same_budget(
   assert work["replaced_tokens"] > 0
   assert work["prefilled_again_tokens"] == 0
   answers = read_answers(tmp_path, method)
-  assert answers["3"].document["win"] is True
-  assert answers["5"].document["answer_generation"]["query_count"] == 6
-  assert set(official.read_converted(tmp_path / "converted/rollout_0/G1_x.json")) == set(answers)
+  assert answers["3"]["win"] is True
+  assert answers["5"]["answer_generation"]["query_count"] == 6
+  assert set(read_converted(tmp_path / "converted/rollout_0/G1_x.json")) == set(answers)
   records = list(read_trajectories(tmp_path / "trajectories.jsonl"))
   assert records[4].metadata | {"llm_calls": 6} == records[4].metadata
   # The report draws the tree and the tokens.
@@ -255,14 +255,14 @@ def test_cot_at_n_spends_one_budget(bench_folder, tmp_path, compiled, scripted):
   assert (summary["method"], summary["rollouts"]) == ("CoT@3", 2)
   answers = [read_answers(tmp_path, "CoT@3", k) for k in (0, 1)]
   # Case 1: gave up (1 call), then 2 calls; in the second rollout 2 calls at once.
-  tried = [len(a["1"].document["trys"]) for a in answers]
+  tried = [len(a["1"]["trys"]) for a in answers]
   assert tried == [2, 1]
-  assert answers[0]["1"].document["answer_generation"]["query_count"] == 3
+  assert answers[0]["1"]["answer_generation"]["query_count"] == 3
   # Case 2: 3 nonsense turns, then the 2 calls that are left. Case 3: 2 calls, 2 calls, 1 call.
-  assert [len(answers[0][n].document["trys"]) for n in "2345"] == [2, 3, 1, 2]
-  counts = [answers[0][n].document["answer_generation"]["query_count"] for n in "2345"]
+  assert [len(answers[0][n]["trys"]) for n in "2345"] == [2, 3, 1, 2]
+  counts = [answers[0][n]["answer_generation"]["query_count"] for n in "2345"]
   assert counts == [5, 5, 2, 5]
-  assert answers[0]["2"].document["forward_args"] == {
+  assert answers[0]["2"]["forward_args"] == {
     "max_llm_calls": 5,
     "max_chain_llm_calls": 4,
     "pass_at": 3,
@@ -374,9 +374,9 @@ def test_cache_then_http_then_llm_and_what_they_say_is_kept(
   config = make(
     bench_folder, compiled, simulator__cache="", simulator__writable_cache=str(tmp_path / "new")
   )
-  with serve.serve(Misses(), port=0) as server:
+  with server.Server(Misses(), "127.0.0.1", 0) as own:
     config = tiny.replace(
-      config, simulator__http=f"http://127.0.0.1:{server.port}/virtual", simulator__http_retries=0
+      config, simulator__http=f"http://127.0.0.1:{own.port}/virtual", simulator__http_retries=0
     )
     summary, _ = scripted(config, tmp_path / "a")
   assert summary["infrastructure_errors"] == 0
@@ -409,7 +409,9 @@ def test_cache_then_http_then_llm_and_what_they_say_is_kept(
 
 def test_serve_until_sigterm(bench_folder, tmp_path, compiled):
   flags = [
-    *("--mode=serve", "--config.environment.name=nested_api", "--config.serve.port=0"),
+    "--mode=serve",
+    "--config.environment.name=nested_api",
+    "--config.serve.port=0",
     f"--config.simulator.cache={bench_folder / 'cache'}",
   ]
   command = tiny.command(tmp_path, *flags)

@@ -1,10 +1,5 @@
 """The small tokenizers of tests/dialogue."""
 
-import importlib.util
-import pathlib
+from dialogue.conftest import codecs, directories
 
-_PATH = pathlib.Path(__file__).parents[1] / "dialogue" / "conftest.py"
-_SPEC = importlib.util.spec_from_file_location("dialogue_fixtures", _PATH)
-_MODULE = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(_MODULE)
-directories, codecs = _MODULE.directories, _MODULE.codecs
+__all__ = ["codecs", "directories"]

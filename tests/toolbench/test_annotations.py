@@ -2,12 +2,13 @@ import json
 
 import pytest
 from rewards.replays import step, trajectory
+from toolbench.measuring import measured
 
 from steptool_jax.rewards import scores as scores_lib
 from steptool_jax.rewards.scores import StepScores
 from steptool_jax.rewards.shaping import shape
-from steptool_jax.toolbench import annotations, rule_judge
 from steptool_jax.toolbench.formats import training_rows
+from steptool_jax.toolbench.formats.judged import read_annotations
 from steptool_jax.types import Finish, Status, Task, ToolCall
 
 ANNOTATIONS = "steptool/data/reward_annotation/qwen2/G123_example_5.json"
@@ -47,32 +48,34 @@ def written(tmp_path, document):
 
 
 def test_read_by_hand(tmp_path):
-  texts, scores = annotations.read(written(tmp_path, entry()))["7"]
+  read = read_annotations(written(tmp_path, entry()))["7"]
+  texts, scores = read.transcript, read.scores
   assert (texts.query, texts.steps, texts.answer) == ("q", (('f {"a": 1}', "r"),), "x")
   assert scores.success_calling == (0.5,)
   assert scores.contribution == pytest.approx((0.7,))
-  assert (scores.solved, scores.runs) == (0.75, 2)
+  assert scores.solved == 0.75
   assert rewards(scores) == pytest.approx([0.5 * 0.5 + 0.5 * 3.5 / 5, 0.75])
 
 
 def test_wrong_annotations_are_named(tmp_path):
   short = {k: {"succeed_tool_calling": [1], "contributions": []} for k in ("0", "1")}
   with pytest.raises(ValueError, match=r"a\.json.*7.*contributions.*0 scores for 1 steps"):
-    annotations.read(written(tmp_path, entry(process_reward=short)))
+    read_annotations(written(tmp_path, entry(process_reward=short)))
   high = {k: {"succeed_tool_calling": [1], "contributions": [6]} for k in ("0", "1")}
   with pytest.raises(ValueError, match="integers of 0 to 5"):
-    annotations.read(written(tmp_path, entry(process_reward=high)))
+    read_annotations(written(tmp_path, entry(process_reward=high)))
   with pytest.raises(OSError, match="absent"):
-    annotations.read(tmp_path / "absent.json")
+    read_annotations(tmp_path / "absent.json")
 
 
 def test_released_rewards_from_the_annotation_file(shared):
   """r = .5 SC + .5 Con / 5 and IsSolved, worked out anew from the raw file."""
-  scored = annotations.read(shared / ANNOTATIONS)
+  scored = read_annotations(shared / ANNOTATIONS)
   assert len(scored) == 5
   raw = json.loads((shared / ANNOTATIONS).read_text())
   points = {"AnswerStatus.Solved": 1, "AnswerStatus.Unsure": 0.5, "AnswerStatus.Unsolved": 0}
-  for query_id, (_, scores) in scored.items():
+  for query_id, read in scored.items():
+    scores = read.scores
     runs = list(raw[query_id]["process_reward"].values())
     solved = [points[v] for v in raw[query_id]["is_solved"].values()]
     expected = [
@@ -89,13 +92,13 @@ def test_released_rows_agree_with_the_annotation_file_in_part(shared):
   judge runs.
   """
   by_query = {
-    texts.query: (texts, scores)
-    for texts, scores in annotations.read(shared / ANNOTATIONS).values()
+    read.query: (read.transcript, read.scores)
+    for read in read_annotations(shared / ANNOTATIONS).values()
   }
   path = shared / "steptool/data_train/qwen2/step_grained_for_ppo_example.csv"
   pairs = {}
   for number, row in enumerate(training_rows.read_step_rows(path), start=1):
-    texts = rule_judge.row_transcript(row)
+    texts = measured.row_transcript(row)
     if texts.query in by_query:
       annotated, scores = by_query[texts.query]
       assert [call for call, _ in texts.steps] == [call for call, _ in annotated.steps]
@@ -144,7 +147,7 @@ def test_apply():
 
 def test_mean_and_ranges():
   got = scores_lib.mean([StepScores((1.0,), (1.0,), 1.0), StepScores((0.0,), (0.4,), 0.5)])
-  assert (got.success_calling, got.solved, got.runs) == ((0.5,), 0.75, 2)
+  assert (got.success_calling, got.solved) == ((0.5,), 0.75)
   assert got.contribution == pytest.approx((0.7,))
   with pytest.raises(ValueError, match="no judge run"):
     scores_lib.mean([])

@@ -10,7 +10,8 @@ import pytest
 from steptool_jax.rollout.branching import ROOT
 from steptool_jax.rollout.conversation import Limits
 from steptool_jax.rollout.strategy import Node, Search, SearchResult
-from steptool_jax.toolbench.formats import answers, conversion
+from steptool_jax.toolbench.formats import answers
+from steptool_jax.toolbench.formats.converted import convert
 from steptool_jax.types import (
   Code,
   Finish,
@@ -73,7 +74,11 @@ def tools_of(converted):
   [("virtual_chatgpt_cot", "CoT@1"), ("virtual_chatgpt_dfs", "DFS_woFilter_w2")],
 )
 def test_the_official_examples_convert_exactly(run, method):
-  got = conversion.convert_folder(EXAMPLES / "answer" / run / "G1_instruction", method)
+  folder = EXAMPLES / "answer" / run / "G1_instruction"
+  got = {
+    path.name.removesuffix(f"_{method}.json"): convert(json.loads(path.read_text()), method)
+    for path in folder.iterdir()
+  }
   path = EXAMPLES / "model_predictions_converted" / run / "G1_instruction.json"
   expected = json.loads(path.read_text())
   assert len(expected) == 3
@@ -142,7 +147,7 @@ def test_cot_answer_converts(tmp_path):
   path = answers.write_answer(tmp_path / "G1", TASK, "CoT@1", answer)
   assert path == tmp_path / "G1" / "7_CoT@1.json"
   assert [p.name for p in path.parent.iterdir()] == ["7_CoT@1.json"]  # no temporary file stays
-  converted = conversion.convert_folder(path.parent, answers.cot_method(1))["7"]
+  converted = convert(json.loads(path.read_text()), answers.cot_method(1))
   assert converted["query"] == "Q?"
   assert [f["name"] for f in converted["available_tools"]] == ["f_for_t", "Finish"]
   assert converted["answer"]["method"] == "CoT@1"
@@ -164,14 +169,17 @@ def test_cot_without_an_answer_converts_the_chain_itself():
   assert not answer["answer_generation"]["valid_data"]
   chain = answer["trys"][0]["chain"]
   assert [n["node_type"] for n in chain] == [
-    *("Thought", "Action", "Action Input"),
     "Thought",
-    *("Action", "Action Input"),
+    "Action",
+    "Action Input",
+    "Thought",
+    "Action",
+    "Action Input",
   ]
   assert [n["depth"] for n in chain] == [1, 2, 3, 4, 5, 6]
   assert [n["observation_code"] for n in chain if "observation" in n] == [0, 2, 5]
   assert [n["pruned"] for n in chain] == [False] * 5 + [True]
-  converted = conversion.convert(answer, "CoT@1")
+  converted = convert(answer, "CoT@1")
   assert converted["answer"]["final_answer"] == ""
   assert [n[:2] for n in tools_of(converted)[2:]] == [
     ("assistant", "try"),
@@ -187,7 +195,7 @@ def test_cot_at_n_takes_the_first_answer():
   assert (answer["win"], answer["try_count"]) == (True, 2)
   assert [t["win"] for t in answer["trys"]] == [False, True]
   assert len(answer["compare_candidates"]) == 1
-  assert len(tools_of(conversion.convert(answer, "CoT@2"))) == 4
+  assert len(tools_of(convert(answer, "CoT@2"))) == 4
 
 
 def test_dfs_answer_converts_the_chosen_chain_alone():
@@ -206,7 +214,7 @@ def test_dfs_answer_converts_the_chosen_chain_alone():
   gave_up = after_call["children"][0]["children"][0]
   assert (gave_up["pruned"], gave_up["observation_code"]) == (True, 4)
   assert [n["description"] for n in answer["compare_candidates"][0]][-2:] == ["Finish", FINAL]
-  converted = conversion.convert(json.loads(json.dumps(answer)), "DFS_woFilter_w2")
+  converted = convert(json.loads(json.dumps(answer)), "DFS_woFilter_w2")
   assert [n[1] for n in tools_of(converted)[2:]] == ["f_for_t", "f_for_t", "Finish"]
 
 
@@ -224,23 +232,8 @@ def test_dfs_that_gave_up_and_dfs_without_an_end():
   )
   answer = answers.dfs_answer(TASK, open_end, Search(), LIMITS)
   assert not answer["answer_generation"]["valid_data"]
-  converted = conversion.convert(answer, "DFS_woFilter_w2")
+  converted = convert(answer, "DFS_woFilter_w2")
   assert [n[1] for n in tools_of(converted)[2:]] == ["try", "f_for_t", "f_for_t"]
-
-
-def test_tool_calls_messages_convert():
-  call = {"id": "1", "function": {"name": "f", "arguments": "{}"}}
-  finish = {"id": "2", "function": {"name": "Finish", "arguments": "{!}"}}
-  messages = [
-    {"role": "system", "content": "s"},
-    {"role": "user", "content": "u"},
-    {"role": "assistant", "content": None, "tool_calls": [call]},
-    {"role": "tool", "tool_call_id": "1", "content": "r"},
-    {"role": "assistant", "content": None, "tool_calls": [finish]},
-  ]
-  generation = {"valid_data": True, "train_messages": [messages], "function": [], "query": "q"}
-  converted = conversion.convert({"answer_generation": generation | {"final_answer": "{!}"}}, "CoT")
-  assert tools_of(converted)[2:] == [("tool", "f", "{}", "r"), ("tool", "Finish", "{!}", "")]
 
 
 def test_a_refused_finish_in_the_middle_has_no_response():
@@ -252,7 +245,7 @@ def test_a_refused_finish_in_the_middle_has_no_response():
 
   messages = [call("Finish"), said("Finish"), call("f"), said("f"), call("Finish")]
   generation = {"valid_data": True, "train_messages": [messages], "function": [], "query": "q"}
-  converted = conversion.convert({"answer_generation": generation | {"final_answer": ""}}, "CoT@1")
+  converted = convert({"answer_generation": generation | {"final_answer": ""}}, "CoT@1")
   assert [n[3] for n in tools_of(converted)[2:]] == ["", "r", ""]
 
 
@@ -265,24 +258,6 @@ def test_an_infrastructure_error_is_no_answer():
   other = Task("other", "toolbench", "", (), {})
   with pytest.raises(ValueError, match="belongs to other"):
     answers.cot_answer(TASK, [trajectory(ANSWER, task=other)], LIMITS)
-
-
-@pytest.mark.parametrize(
-  ("content", "reason"),
-  [
-    ("{", "not valid JSON"),
-    ("{}", "'answer_generation' is missing"),
-    ("[]", "not an official answer"),
-    ('{"answer_generation": {"valid_data": true, "train_messages": []}}', "not an official"),
-    ('{"answer_generation": {"valid_data": false}}', "'tree' is missing"),
-  ],
-)
-def test_broken_files_are_named(tmp_path, content, reason):
-  (tmp_path / "3_CoT@1.json").write_text(content)
-  with pytest.raises(ValueError, match=rf"3_CoT@1\.json.*{reason}"):
-    conversion.convert_folder(tmp_path, "CoT@1")
-  with pytest.raises(FileNotFoundError, match=r"no answer file \*_CoT@9"):
-    conversion.convert_folder(tmp_path, "CoT@9")
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):

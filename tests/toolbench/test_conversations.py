@@ -6,8 +6,8 @@ import pytest
 from toolbench.official_rows import CALL, FINISH, OBSERVED, QUERY, SYSTEM, row
 
 from steptool_jax.dialogue import template
-from steptool_jax.toolbench.formats import conversations, scaffolding, training_rows
-from steptool_jax.toolbench.formats.training_rows import Dialogue, Message, PreferenceRow
+from steptool_jax.toolbench.formats import conversations, training_rows
+from steptool_jax.toolbench.formats.training_rows import Dialogue, Message
 from steptool_jax.types import Code, Finish, Malformed, Status, ToolCall, ToolSpec
 
 FORMATS = ("toolllama", "chatml_react", "llama31")
@@ -162,43 +162,6 @@ def test_a_dialogue_trains_its_last_turn_only(codecs):
   assert "<|im_start|>user\nTry another way.<|im_end|>" in chat_format.codec.decode(
     other.prompt_tokens
   )
-
-
-PAIR = PreferenceRow(
-  f"System: \n{SYSTEM}\nUser: \n{QUERY}\nBegin!\n\nAssistant: {CALL}\nFunction: {{}}\nAssistant: ",
-  f"\n{FINISH}",
-  "\nThought: no\nAction: rain_for_sky\nAction Input: {}",
-)
-
-
-def test_pairs_share_their_prompt(codecs):
-  chat_format = make("llama31", codecs)
-  chosen, rejected = conversations.from_preferences([PAIR], chat_format, 10_000, "eto.csv")
-  good, bad = chosen.records[0], rejected.records[0]
-  assert good.trajectory.prompt_tokens.tolist() == bad.trajectory.prompt_tokens.tolist()
-  assert chat_format.codec.decode(good.trajectory.steps[0].tokens[:-1]) == FINISH
-  assert isinstance(bad.trajectory.steps[0].action, ToolCall)
-  assert good.query == QUERY
-  decoded = chat_format.codec.decode(good.trajectory.prompt_tokens)
-  assert (
-    f"{CALL}<|eot_id|><|start_header_id|>function<|end_header_id|>\n\n{{}}<|eot_id|>" in decoded
-  )
-
-
-def test_a_pair_is_left_out_whole(codecs):
-  long = dataclasses.replace(PAIR, rejected="x" * 900)
-  chat_format = make("llama31", codecs)
-  chosen, rejected = conversations.from_preferences([long, PAIR], chat_format, 10_000, "e")
-  limit = max(c.trajectory.num_tokens for c in chosen.records)
-  chosen, rejected = conversations.from_preferences([long, PAIR], chat_format, limit, "e")
-  assert chosen.kept == rejected.kept == (2,)
-  assert chosen.too_long == rejected.too_long
-  assert chosen.too_long[0][0] == 1
-
-
-def test_a_broken_preference_prompt_is_named():
-  with pytest.raises(ValueError, match="eto, row 1: the prompt must hold"):
-    scaffolding.split_react("System: a\nUser: b\nFunction: c\nAssistant: ", "eto, row 1")
 
 
 @pytest.mark.parametrize(

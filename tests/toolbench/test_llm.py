@@ -7,7 +7,7 @@ import pytest
 
 from steptool_jax.simulators import endpoint
 from steptool_jax.simulators.errors import InfrastructureError
-from steptool_jax.toolbench.simulators.llm import LlmSimulator, read_answer
+from steptool_jax.toolbench.simulators.llm import MIRROR_PROMPT, LlmSimulator, parse_reply
 from steptool_jax.toolbench.simulators.virtual import NOT_PARSED, VirtualRequest, VirtualResponse
 
 DOCUMENTATION = {
@@ -44,10 +44,10 @@ class Endpoint:
 def test_gpt_style_shows_documentation_examples_and_input_in_json_mode():
   model = Endpoint(GOOD)
   examples = [("{'artist_id': 'a'}", {"error": "", "response": "A"})]
-  simulator = LlmSimulator(model, examples=lambda request: examples, temperature=0.5)
+  simulator = LlmSimulator(model, examples=lambda request: examples)
   assert simulator.answer(REQUEST) == VirtualResponse("", {"name": "Zoë"})
   ((messages, settings),) = model.asked
-  assert settings == {"json_mode": True, "max_tokens": 1024, "temperature": 0.5, "sample": 0}
+  assert settings == {"json_mode": True, "max_tokens": 1024, "sample": 0}
   assert [m["role"] for m in messages] == ["system", "user"]
   user = messages[1]["content"]
   assert json.dumps(DOCUMENTATION) in user
@@ -155,11 +155,11 @@ def test_with_a_real_endpoint_only_valid_replies_are_kept(tmp_path):
 
 def test_mirror_style_prints_the_form_that_the_model_was_trained_on():
   model = Endpoint(GOOD)
-  simulator = LlmSimulator(model, "mirror", system_prompt="the text of its training")
+  simulator = LlmSimulator(model, "mirror")
   keyed = dataclasses.replace(REQUEST, tool_input='{"artist_id": "a", "toolbench_key": "k"}')
   assert simulator.answer(keyed).response == {"name": "Zoë"}
   ((messages, settings),) = model.asked
-  assert messages[0] == {"role": "system", "content": "the text of its training"}
+  assert messages[0] == {"role": "system", "content": MIRROR_PROMPT}
   assert messages[1]["content"] == (
     "API doc:\n"
     "{'api_name': 'songkick_artist', 'api_description': 'Artist info', "
@@ -186,17 +186,17 @@ def test_input_that_is_no_object_costs_no_call():
 
 
 def test_fences_and_loose_quotes():
-  assert read_answer(f"```json\n{GOOD}\n```").response == {"name": "Zoë"}
+  assert parse_reply(f"```json\n{GOOD}\n```").response == {"name": "Zoë"}
   loose = '{\n "error": "",\n "response": "{"status": 0, "langs": ["en"]}" \n}'
-  assert read_answer(loose, lenient=True) == VirtualResponse("", '{"status": 0, "langs": ["en"]}')
+  assert parse_reply(loose, lenient=True) == VirtualResponse("", '{"status": 0, "langs": ["en"]}')
   failed = '{"error": "bad \\"id\\"", "response": "a "b" c"}'
-  assert read_answer(failed, lenient=True) == VirtualResponse('bad "id"', 'a "b" c')
+  assert parse_reply(failed, lenient=True) == VirtualResponse('bad "id"', 'a "b" c')
   with pytest.raises(ValueError, match="not JSON"):
-    read_answer(loose)
+    parse_reply(loose)
   inside = '{"error": "", "response": "{"langs": [{"id": "en"}'
   for cut in (loose[:-3], loose[:40], '{"error": "", "response": "}', inside):
     with pytest.raises(ValueError, match="not JSON"):
-      read_answer(cut, lenient=True)
+      parse_reply(cut, lenient=True)
 
 
 def test_bad_settings():

@@ -4,7 +4,7 @@ import pytest
 
 from steptool_jax.simulators.endpoint import Reply
 from steptool_jax.simulators.errors import InfrastructureError
-from steptool_jax.toolbench.formats.official import Verdict
+from steptool_jax.toolbench.formats.judged import Verdict
 from steptool_jax.toolbench.llm_judges import llm_comparer, llm_judge
 from steptool_jax.toolbench.passrate import Outcome, pass_rate
 
@@ -15,7 +15,7 @@ class Scripted:
   def __init__(self, *replies):
     self.replies, self.calls = list(replies), []
 
-  def chat(self, messages, *, function, temperature, sample, accept):
+  def chat(self, messages, *, function, sample, accept):
     self.calls.append((messages, function["name"], sample))
     reply = self.replies.pop(0) if len(self.replies) > 1 else self.replies[0]
     if isinstance(reply, Exception):

@@ -1,16 +1,16 @@
+"""The rules; and results/rule_judges.py, which measures the agreement that is printed with them."""
+
 import dataclasses
 import json
-import pathlib
 
 import numpy as np
 import pytest
+from toolbench.measuring import measured
 
 from steptool_jax.rewards.responses import Transcript
 from steptool_jax.toolbench import rule_judge
-from steptool_jax.toolbench.rule_judge import Agreement, Case, agreement
-
-DATA = pathlib.Path("/work/shared/data/steptool")
-needs_data = pytest.mark.skipif(not DATA.exists(), reason=f"{DATA} is absent")
+from steptool_jax.toolbench.formats import training_rows
+from steptool_jax.toolbench.rule_judge import Agreement
 
 QUERY = "Please give me the forecast for Bergamo. Also tell me the population of Lecco."
 CALLS = (
@@ -23,28 +23,13 @@ ANSWER = (
 GOOD = Transcript(QUERY, CALLS, ANSWER)
 
 
-def test_agreement_by_hand():
-  got = agreement([1, 1, 1, 0, 0, 0, 0, 0], [1, 1, 0, 1, 0, 0, 0, 0])
-  # 6 of 8 agree; by chance 3/8 * 3/8 + 5/8 * 5/8 = 34/64.
-  kappa = (6 / 8 - 34 / 64) / (1 - 34 / 64)
-  expected = (6 / 8, 2 / 3, 2 / 3, kappa, 8)
-  assert dataclasses.astuple(got) == pytest.approx(expected)
-  lopsided = agreement([1, 1, 1, 1], [1, 0, 0, 1])
-  assert (lopsided.precision, lopsided.recall, lopsided.kappa) == (0.5, 1, 0)
-  assert agreement([0, 0], [0, 0]) == Agreement(1.0, 0.0, 0.0, 1.0, 2)
-  with pytest.raises(ValueError, match="1 verdicts against 2"):
-    agreement([1], [1, 0])
-  with pytest.raises(ValueError, match="at least one"):
-    agreement([], [])
-
-
-@pytest.mark.parametrize("name", rule_judge.JUDGES)
-def test_both_judges(name):
-  judge = rule_judge.JUDGES[name]
-  assert judge(GOOD) == 1
+@pytest.mark.parametrize("name", rule_judge.RULES)
+def test_both_rules(name):
+  rule = rule_judge.RULES[name]
+  assert rule(GOOD) == 1
   for answer in ("", "  ", "Unfortunately, I could not find the forecast or the population."):
-    assert judge(dataclasses.replace(GOOD, answer=answer)) == 0
-  assert judge(dataclasses.replace(GOOD, answer=ANSWER, finished=False)) == 0
+    assert rule(dataclasses.replace(GOOD, answer=answer)) == 0
+  assert rule(dataclasses.replace(GOOD, answer=ANSWER, finished=False)) == 0
 
 
 def test_coverage_sees_what_plain_does_not():
@@ -94,9 +79,27 @@ def test_figures_carry_their_agreement():
   for value in (m.accuracy, m.precision, m.recall, m.kappa):
     assert f"{value:.3f}" in text
   assert f"on {m.count} results" in text
-  assert set(rule_judge.MEASURED) == set(rule_judge.JUDGES)
+  assert set(rule_judge.MEASURED) == set(rule_judge.RULES)
   with pytest.raises(ValueError, match="judge is 'other'"):
     rule_judge.beside("1", "other")
+
+
+# --- what results/rule_judges.py measures ------------------------------------------
+
+
+def test_agreement_by_hand():
+  got = measured.agreement([1, 1, 1, 0, 0, 0, 0, 0], [1, 1, 0, 1, 0, 0, 0, 0])
+  # 6 of 8 agree; by chance 3/8 * 3/8 + 5/8 * 5/8 = 34/64.
+  kappa = (6 / 8 - 34 / 64) / (1 - 34 / 64)
+  expected = (6 / 8, 2 / 3, 2 / 3, kappa, 8)
+  assert dataclasses.astuple(got) == pytest.approx(expected)
+  lopsided = measured.agreement([1, 1, 1, 1], [1, 0, 0, 1])
+  assert (lopsided.precision, lopsided.recall, lopsided.kappa) == (0.5, 1, 0)
+  assert measured.agreement([0, 0], [0, 0]) == Agreement(1.0, 0.0, 0.0, 1.0, 2)
+  with pytest.raises(ValueError, match="1 verdicts against 2"):
+    measured.agreement([1], [1, 0])
+  with pytest.raises(ValueError, match="at least one"):
+    measured.agreement([], [])
 
 
 def test_fit_finds_known_weights():
@@ -107,10 +110,10 @@ def test_fit_finds_known_weights():
 
   def case(t):
     p = 1 / (1 + np.exp(-(0.3 + weights @ np.array(rule_judge.features(t)))))
-    return Case("sft", "2", t, (p,))
+    return measured.Case("sft", "2", t, (p,))
 
   cases = [case(t) for t in texts]
-  bias, got = rule_judge.fit(cases, ridge=1e-9)
+  bias, got = measured.fit(cases, ridge=1e-9)
   for t, c in zip(texts, cases, strict=True):
     p = 1 / (1 + np.exp(-(bias + np.dot(got, rule_judge.features(t)))))
     assert p == pytest.approx(c.scores[0], abs=1e-5)
@@ -118,58 +121,54 @@ def test_fit_finds_known_weights():
 
 def test_the_parts_do_not_meet():
   runs = ("toolllama_sft_cot", "baseline-rft_dfs", "baseline-ppo_cot", "baseline-eto_dfs")
-  cases = [Case(run, query_id, GOOD, (1.0,)) for run in runs for query_id in ("4", "7")]
-  tuning = {(c.run, c.query_id) for c in cases if rule_judge.is_tuning(c)}
-  held_out = {(c.run, c.query_id) for c in cases if rule_judge.is_held_out(c)}
+  cases = [measured.Case(run, query_id, GOOD, (1.0,)) for run in runs for query_id in ("4", "7")]
+  tuning = {(c.run, c.query_id) for c in cases if measured.is_tuning(c)}
+  held_out = {(c.run, c.query_id) for c in cases if measured.is_held_out(c)}
   assert tuning == {(run, "4") for run in runs[:2]}
   assert held_out == {(run, "7") for run in runs[2:]}
 
 
 def test_missing_folder(tmp_path):
   with pytest.raises(OSError, match="pass_rate_results"):
-    rule_judge.read_cases(tmp_path)
+    measured.read_cases(tmp_path)
   with pytest.raises(OSError, match="data_train"):
-    rule_judge.step_table(tmp_path, [])
+    measured.step_table(tmp_path, [])
 
 
 @pytest.fixture(scope="module")
-def cases():
-  return rule_judge.read_cases(DATA)
+def cases(shared):
+  return measured.read_cases(shared / "steptool")
 
 
-@needs_data
 def test_measured_agreement_is_what_is_printed(cases):
-  held_out = [case for case in cases if rule_judge.is_held_out(case)]
-  for name, judge in rule_judge.JUDGES.items():
-    got = dataclasses.astuple(rule_judge.measure(judge, held_out))
+  held_out = [case for case in cases if measured.is_held_out(case)]
+  for name, rule in rule_judge.RULES.items():
+    got = dataclasses.astuple(measured.measure(rule, held_out))
     assert got == pytest.approx(dataclasses.astuple(rule_judge.MEASURED[name]), abs=6e-4), name
 
 
-@needs_data
 def test_weights_come_from_the_tuning_part(cases):
-  bias, weights = rule_judge.fit([case for case in cases if rule_judge.is_tuning(case)])
+  bias, weights = measured.fit([case for case in cases if measured.is_tuning(case)])
   assert (bias, *weights) == pytest.approx((rule_judge.BIAS, *rule_judge.WEIGHTS), abs=6e-3)
 
 
-@needs_data
-def test_evidence_beats_length(cases):
+def test_evidence_beats_length(shared, cases):
   """Our step rule agrees with the judge where the released one does not, and tells a foreign
   response from the true one.
   """
-  lcs, evidence = rule_judge.step_table(DATA, cases)
+  lcs, evidence = measured.step_table(shared / "steptool", cases)
   assert float(evidence[1]) > 0.5 > 0.1 > float(lcs[1])
   assert float(evidence[3]) < 0.22 < 0.28 < float(lcs[3])
   rates = [float(row[6].rstrip("%")) for row in (lcs, evidence)]
   assert rates[1] < 20 < 40 < rates[0]
 
 
-@needs_data
-def test_rows_are_read_out_of_their_markup():
-  files = sorted(DATA.glob("data_train/*/step_grained_for_ppo_example.csv"))
+def test_rows_are_read_out_of_their_markup(shared):
+  files = sorted(shared.glob("steptool/data_train/*/step_grained_for_ppo_example.csv"))
   assert len(files) == 3
   for file in files:
-    for row in rule_judge.training_rows.read_step_rows(file):
-      texts = rule_judge.row_transcript(row)
+    for row in training_rows.read_step_rows(file):
+      texts = measured.row_transcript(row)
       assert texts.query
       assert texts.query in row.prompts[0]
       assert len(texts.steps) == len(row.rewards) - 1

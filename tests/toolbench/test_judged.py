@@ -4,8 +4,9 @@ import lzma
 
 import pytest
 
-from steptool_jax.toolbench.formats import official, training_rows
-from steptool_jax.toolbench.formats.official import StoredStep, Verdict
+from steptool_jax.toolbench.formats import judged, training_rows
+from steptool_jax.toolbench.formats.converted import Converted, read_converted
+from steptool_jax.toolbench.formats.judged import StoredStep, Verdict
 from steptool_jax.toolbench.formats.training_rows import Message
 
 STEP = {"name": "rain_for_sky", "arguments": '{"place": "Oslo"}', "response": "a\nb'\""}
@@ -89,15 +90,6 @@ def test_tables_that_are_none(tmp_path):
     training_rows.read_step_rows(write(tmp_path / "a.csv", broken))
 
 
-def test_preferences(tmp_path):
-  header = ("prompt", "chosen", "rejected")
-  path = write(tmp_path / "e.csv", table(("p\n", "good", "bad"), header=header))
-  assert training_rows.read_preferences(path) == [training_rows.PreferenceRow("p\n", "good", "bad")]
-  path = write(tmp_path / "e.csv", table(("p", " ", "bad"), header=header))
-  with pytest.raises(ValueError, match=r"row 1, column 'chosen': must be text that is not empty"):
-    training_rows.read_preferences(path)
-
-
 def dialogue(*turns, cnt=1):
   turns = [{"from": role, "value": text} for role, text in turns]
   return {"5": {"cnt": cnt, "instances": [{"id": "Step 2: q", "conversations": turns}]}}
@@ -124,7 +116,7 @@ def test_dialogues(tmp_path):
     (dialogue(("assistant", 7)), "message 0, field 'value': must be of type str"),
     ({"5": {"cnt": 1}}, "the field 'instances' is missing"),
     ({"5": 7}, "the field 'cnt' is missing"),
-    ([], "must be of type dict"),
+    ([], "must hold a JSON dict"),
     ('{"5": ', "not valid JSON"),
   ],
 )
@@ -138,7 +130,7 @@ def test_results(suffix, tmp_path):
   text = json.dumps({"12": result()}).encode()
   path = tmp_path / f"G1{suffix}"
   path.write_bytes(lzma.compress(text) if suffix.endswith("xz") else text)
-  read = official.read_results(path)["12"]
+  read = judged.read_results(path)["12"]
   assert read.steps == (StoredStep(**STEP), StoredStep(**FINISH))
   assert read.final == StoredStep(**FINISH)
   # By run number, not in the order of the file.
@@ -164,19 +156,19 @@ def test_results(suffix, tmp_path):
 def test_bad_results_are_named(change, match, tmp_path):
   path = write(tmp_path / "G1.json", {"11": result(), "12": result(**change)})
   with pytest.raises(ValueError, match=rf"G1\.json, id '12'.*{match}"):
-    official.read_results(path)
+    judged.read_results(path)
 
 
 def test_a_result_without_steps(tmp_path):
   path = write(tmp_path / "G1.json", {"1": result(answer_steps="")})
-  assert official.read_results(path)["1"].steps == ()
+  assert judged.read_results(path)["1"].steps == ()
 
 
 def test_verdicts_are_written_as_they_are_read(tmp_path):
-  nothing = official.Result("13", "q", (), (), StoredStep("", "", ""), (Verdict.UNSOLVED,) * 3)
-  results = {**official.read_results(write(tmp_path / "a.json", {"12": result()})), "13": nothing}
-  official.write_results(tmp_path / "b" / "G1.json", results.values())
-  assert official.read_results(tmp_path / "b" / "G1.json") == results
+  nothing = judged.Result("13", "q", (), (), StoredStep("", "", ""), (Verdict.UNSOLVED,) * 3)
+  results = {**judged.read_results(write(tmp_path / "a.json", {"12": result()})), "13": nothing}
+  judged.write_results(tmp_path / "b" / "G1.json", results.values())
+  assert judged.read_results(tmp_path / "b" / "G1.json") == results
   document = json.loads((tmp_path / "b" / "G1.json").read_text())
   assert document["12"]["is_solved"] == {
     "0": "AnswerStatus.Solved",
@@ -200,24 +192,24 @@ def test_verdicts_are_written_as_they_are_read(tmp_path):
   ],
 )
 def test_answer_of(arguments, answer):
-  assert official.answer_of(arguments) == answer
+  assert judged.answer_of(arguments) == answer
 
 
 def test_only_calls_of_an_answer_stand_in_its_result():
   call, finish = StoredStep(**STEP), StoredStep(**FINISH)
   chain = (("system", ""), ("user", ""), ("assistant", "let me think"), ("tool", call))
   tools = ({"name": "f"}, {"function": {"name": "g"}})
-  answer = official.Converted("7", "q", tools, "CoT@1", 4, "", (*chain, ("tool", finish)))
-  read = official.result_of(answer, [Verdict.SOLVED])
+  answer = Converted("7", "q", tools, "CoT@1", 4, "", (*chain, ("tool", finish)))
+  read = answer.judged([Verdict.SOLVED])
   assert (read.query_id, read.tool_names, read.steps) == ("7", ("f", "g"), (call, finish))
   assert (read.final, read.verdicts) == (finish, (Verdict.SOLVED,))
   silent = dataclasses.replace(answer, chain=chain[:3])
-  assert official.result_of(silent, [Verdict.UNSOLVED]).final.name == ""
+  assert silent.judged([Verdict.UNSOLVED]).final.name == ""
 
 
 def test_a_published_file_is_written_as_it_was(shared, tmp_path):
   path = shared / "steptool/pass_rate_results/toolllama_sft_cot/G2_instruction.json.xz"
-  official.write_results(tmp_path / "again.json", official.read_results(path).values())
+  judged.write_results(tmp_path / "again.json", judged.read_results(path).values())
   published = json.loads(lzma.decompress(path.read_bytes()))
   assert json.loads((tmp_path / "again.json").read_text()) == published
 
@@ -226,11 +218,11 @@ def test_a_broken_archive_is_named(tmp_path):
   path = tmp_path / "G1.json.xz"
   path.write_bytes(lzma.compress(json.dumps({"12": result()}).encode())[:-20])
   with pytest.raises(ValueError, match=r"G1\.json\.xz"):
-    official.read_results(path)
+    judged.read_results(path)
 
 
 def test_annotations(tmp_path):
-  read = official.read_annotations(write(tmp_path / "r.json", {"3": annotation()}))["3"]
+  read = judged.read_annotations(write(tmp_path / "r.json", {"3": annotation()}))["3"]
   assert read.steps == (StoredStep(**STEP),)
   assert read.success_calling == ((1,),) * 3
   assert read.contribution == ((3,),) * 3
@@ -251,31 +243,13 @@ def test_bad_annotations_are_named(scores, match, tmp_path):
   bad = annotation(process_reward={"0": good, "1": scores, "2": good})
   path = write(tmp_path / "r.json", {"3": bad})
   with pytest.raises(ValueError, match=rf"id '3', process_reward 1, .*{match}"):
-    official.read_annotations(path)
+    judged.read_annotations(path)
 
 
 def test_annotations_have_as_many_runs_as_verdicts(tmp_path):
   bad = annotation(process_reward={"0": {"succeed_tool_calling": [1], "contributions": [3]}})
   with pytest.raises(ValueError, match="1 runs of process_reward, 3 of is_solved"):
-    official.read_annotations(write(tmp_path / "r.json", {"3": bad}))
-
-
-def test_answer_files(tmp_path):
-  answer = {
-    **{"valid_data": True, "final_answer": "{}", "function": [{"name": "f"}], "query": "q"},
-    **{"query_count": 3, "total_tokens": 9},
-  }
-  path = write(tmp_path / "12_CoT@1.json", {"win": True, "answer_generation": answer})
-  read = official.read_answer(path)
-  assert (read.query_id, read.method, read.query_count) == ("12", "CoT@1", 3)
-  assert (read.finish_type, read.valid, read.document["win"]) == ("", True, True)
-  bad = write(
-    tmp_path / "12_DFS_woFilter_w2.json", {"answer_generation": answer | {"query_count": "3"}}
-  )
-  with pytest.raises(ValueError, match="field 'query_count': must be of type int"):
-    official.read_answer(bad)
-  with pytest.raises(ValueError, match="named <query id>_<method>.json"):
-    official.read_answer(write(tmp_path / "12.json", {}))
+    judged.read_annotations(write(tmp_path / "r.json", {"3": bad}))
 
 
 def chain(*messages):
@@ -292,11 +266,11 @@ def converted(details):
 
 def test_converted_files(tmp_path):
   path = write(tmp_path / "c.json", converted(chain(("user", "u"), ("tool", STEP))))
-  read = official.read_converted(path)["12"]
+  read = read_converted(path)["12"]
   assert read.chain == (("user", "u"), ("tool", StoredStep(**STEP)))
   forked = converted(chain(("user", "u")) + chain(("user", "v")))
   with pytest.raises(ValueError, match="id '12', answer_details, depth 0: .*not a tree"):
-    official.read_converted(write(tmp_path / "c.json", forked))
+    read_converted(write(tmp_path / "c.json", forked))
 
 
 def test_the_released_files_read(shared):
@@ -304,19 +278,16 @@ def test_the_released_files_read(shared):
   steptool, example = shared / "steptool", shared / "stabletoolbench" / "data_example"
   rows = [training_rows.read_step_rows(p) for p in sorted(steptool.glob("data_train/*/step_*.csv"))]
   assert [len(r) for r in rows] == [10, 10, 10]
-  assert len(training_rows.read_preferences(steptool / "data_train/eto/dpo_data_example.csv")) == 20
   dialogues = [
     training_rows.read_dialogues(p) for p in sorted(steptool.glob("data_train/*/*.json"))
   ]
   assert [len(d) for d in dialogues] == [38, 38, 22]
   (path,) = (steptool / "data" / "reward_annotation").glob("*/*.json")
-  assert len(official.read_annotations(path)) == 5
+  assert len(judged.read_annotations(path)) == 5
   for path in (steptool / "pass_rate_results").glob("*_cot/G2_instruction.json.xz"):
-    assert len(official.read_results(path)) == 106
+    assert len(judged.read_results(path)) == 106
   for path in example.glob("pass_rate_results/*/*.json"):
-    assert len(official.read_results(path)) == 3
-  answers = [official.read_answer(p) for p in sorted(example.glob("answer/*/*/*.json"))]
-  assert len(answers) == 6
+    assert len(judged.read_results(path)) == 3
   files = [*example.glob("model_predictions_converted/*/*.json")]
   files += (steptool / "data" / "model_predictions_converted").glob("*/*.json")
-  assert sorted(len(official.read_converted(p)) for p in files) == [3, 3, 5]
+  assert sorted(len(read_converted(p)) for p in files) == [3, 3, 5]

@@ -1,7 +1,5 @@
 import concurrent.futures
 import json
-import os
-import signal
 import socket
 import threading
 import time
@@ -9,8 +7,8 @@ import time
 import httpx
 import pytest
 
-from steptool_jax.run.serve import run_forever, serve
 from steptool_jax.simulators.errors import InfrastructureError
+from steptool_jax.toolbench.server import Server
 from steptool_jax.toolbench.simulators.cache import Cache
 from steptool_jax.toolbench.simulators.http import HttpSimulator
 from steptool_jax.toolbench.simulators.virtual import NOT_WORKING, VirtualRequest, VirtualResponse
@@ -40,7 +38,7 @@ def start():
   servers = []
 
   def start(simulator):
-    servers.append(serve(simulator, "127.0.0.1", 0))
+    servers.append(Server(simulator, "127.0.0.1", 0))
     return servers[-1], f"http://127.0.0.1:{servers[-1].port}/virtual"
 
   yield start
@@ -184,22 +182,4 @@ def test_a_taken_port_is_named():
     taken.listen()
     port = taken.getsockname()[1]
     with pytest.raises(OSError, match=f"127.0.0.1:{port}.*choose another port"):
-      serve(Scripted(), "127.0.0.1", port)
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_run_forever_ends_with_a_signal_and_puts_the_handlers_back(start, number):
-  before = signal.getsignal(number)
-  server, url = start(Scripted())
-  replies = []
-
-  def visit_then_stop():
-    replies.append(httpx.post(url, json=BODY).status_code)
-    os.kill(os.getpid(), number)
-
-  threading.Timer(0.2, visit_then_stop).start()
-  run_forever(server)
-  assert replies == [200]
-  assert signal.getsignal(number) is before
-  with pytest.raises(httpx.ConnectError):
-    httpx.post(url, json=BODY)
+      Server(Scripted(), "127.0.0.1", port)
