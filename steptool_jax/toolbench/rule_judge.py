@@ -129,7 +129,7 @@ def _prefixes(text: str) -> frozenset[str]:
 
 @dataclasses.dataclass(frozen=True)
 class Agreement:
-  """Of `count` verdicts with the reference; precision and recall are those of "solved"."""
+  """How `count` verdicts agree with the reference; precision and recall are those of "solved"."""
 
   accuracy: float
   precision: float

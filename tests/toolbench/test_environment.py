@@ -89,8 +89,10 @@ def test_layout_subsets_and_ids(layout):
   env = ToolBench(folder, Fake(), ["G1_x", "G2_y"])
   assert isinstance(env, Environment)
   assert [t.id for t in env.tasks("heldout")] == [
-    *("toolbench/G1_x/1", "toolbench/G1_x/5"),
-    *("toolbench/G2_y/3", "toolbench/G2_y/4"),
+    "toolbench/G1_x/1",
+    "toolbench/G1_x/5",
+    "toolbench/G2_y/3",
+    "toolbench/G2_y/4",
   ]
   assert env.tasks("heldout")[0].metadata["query_id"] == "1"
   assert env.tasks("train") == ()
@@ -131,7 +133,7 @@ def test_names_and_schemas(layout):
 
 
 def test_apis_that_collide_in_a_name_are_told_apart(layout):
-  """Behind a cut at 64 characters, or by the rules of names alone: each name calls its own API."""
+  """After a cut at 64 characters, or by the rules of names alone: each name calls its own API."""
   tool = "a tool whose name is long enough to be cut by the official rule"
   apis = [api(name, tool=tool) for name in ("Yesterday goals", "Today goals")]
   apis += [api(name) for name in ("Goals!", "goals", "goals?")]
@@ -156,14 +158,10 @@ def test_the_request_is_the_official_one(layout):
   env, task = one(layout, api("From"), simulator=simulator, toolbench_key="k")
   call(env, task, {"b": 1, "a": [2]})
   (request,) = simulator.requests
-  assert (request.category, request.tool_name, request.api_name) == (
-    *("News, Media", "my_tool"),
-    "is_from",
-  )
-  assert (request.tool_input, request.strip, request.toolbench_key) == (
-    *({"b": 1, "a": [2]}, "filter"),
-    "k",
-  )
+  names = (request.category, request.tool_name, request.api_name)
+  assert names == ("News, Media", "my_tool", "is_from")
+  sent = (request.tool_input, request.strip, request.toolbench_key)
+  assert sent == ({"b": 1, "a": [2]}, "filter", "k")
 
 
 def test_relevant_apis_are_function_names(layout):

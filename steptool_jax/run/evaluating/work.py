@@ -38,7 +38,7 @@ class Work:
 
   @property
   def host_share(self) -> float:
-    """Of the time: neither the model nor waiting for a tool."""
+    """The share of the time that went neither into the model nor into waiting for a tool."""
     return max(0.0, 1 - (self.device_seconds + self.tool_wait_seconds) / max(self.seconds, 1e-9))
 
   def add(
