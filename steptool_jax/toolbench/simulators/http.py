@@ -103,6 +103,7 @@ class HttpSimulator:
       timeout_s=timeout_s,
       max_in_flight=max_in_flight,
       max_body_bytes=max_body_bytes,
+      headers={},
     )
 
   def answer(self, request: VirtualRequest) -> VirtualResponse:
