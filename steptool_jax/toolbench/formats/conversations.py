@@ -2,7 +2,7 @@
 
 The files spell one model family's scaffolding (`<|im_start|>` and so on). Here a row is taken apart
 into messages and put together again in the layout of a chat format, so that any of them trains any
-model: one BOS, control tokens as control ids, a stop token behind every response, and a tool's text
+model: one BOS, control tokens as control ids, a stop token after every response, and a tool's text
 as plain text even where it spells a control token. What the messages say is not changed.
 
 A conversation that is longer than the limit is left out whole and reported: a cut one would be
@@ -94,7 +94,7 @@ class Calls:
 
 
 def calls_of_converted(entry: Converted) -> Calls:
-  """Of a converted answer; a text without a call becomes a call without a name."""
+  """The calls of a converted answer; a text without a call becomes a call without a name."""
   calls = tuple(
     message if isinstance(message, StoredStep) else StoredStep("", "", message)
     for role, message in entry.chain
@@ -106,7 +106,7 @@ def calls_of_converted(entry: Converted) -> Calls:
 
 
 def calls_of_annotation(entry: Annotation) -> Calls:
-  """Of an official annotation; a last call that is not Finish has no scores and is left out."""
+  """The calls of an official annotation; a last one that is not Finish has no scores: left out."""
   final = (entry.final,) if entry.final.name == FINISH else ()
   return Calls(entry.query_id, entry.query, entry.tool_names, (*entry.steps, *final))
 
@@ -181,7 +181,9 @@ def from_dialogues(
     where = f"{dialogue.query_id}:{dialogue.number}"
     if [m.role for m in dialogue.messages[:2]] != ["system", "user"]:
       raise ValueError(f"dialogue {where}: must start with a system and a user message")
-    return _last_turn(where, dialogue.messages, chat_format)
+    prompt, (response,) = tokenise(dialogue.messages[:-1], dialogue.messages[-1:], chat_format)
+    steps = [_step(response, None, None, 0.0, chat_format)]
+    return _record(where, dialogue.messages, prompt, steps, 0.0)
 
   return _fitting([convert(dialogue) for dialogue in dialogues], max_tokens)
 
@@ -197,14 +199,6 @@ def _fitting(records: Sequence[AnnotatedTrajectory], max_tokens: int) -> Convers
     total=len(records),
     max_tokens=max_tokens,
   )
-
-
-def _last_turn(
-  task_id: str, messages: Sequence[Message], chat_format: ChatFormat
-) -> AnnotatedTrajectory:
-  prompt, (response,) = tokenise(messages[:-1], messages[-1:], chat_format)
-  steps = [_step(response, None, None, 0.0, chat_format)]
-  return _record(task_id, messages, prompt, steps, 0.0)
 
 
 def _record(

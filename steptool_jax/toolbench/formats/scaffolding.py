@@ -61,6 +61,28 @@ def split_row(row: StepRow, where: str) -> list[Message]:
   return messages
 
 
+_TURN = re.compile(r"^(System|User|Assistant|Function):[ \n]?", re.MULTILINE)
+
+
+def split_react(prompt: str, where: str) -> list[Message]:
+  """A prompt of `Role: text` lines that ends in an empty `Assistant:` -> its messages.
+
+  ValueError when the roles are not system, user, (assistant, function)*.
+  """
+  parts = _TURN.split(prompt)
+  messages = [
+    Message(role.lower(), text.removesuffix("\n"))
+    for role, text in zip(parts[1::2], parts[2::2], strict=True)
+  ]
+  expected = ["system", "user", "assistant"] + ["function", "assistant"] * (len(messages) // 2 - 1)
+  if parts[0].strip() or [m.role for m in messages] != expected or messages[-1].text.strip():
+    raise ValueError(
+      f"{where}: the prompt must hold System, User, then Assistant and Function in turn, and end "
+      f"in an empty Assistant; found {[m.role for m in messages]}"
+    )
+  return messages[:-1]
+
+
 @dataclasses.dataclass(frozen=True)
 class _Layout:
   """How a format spells a turn. `between` stands between two turns, not in front of the first."""
