@@ -176,7 +176,7 @@ def test_a_full_disk_keeps_the_old_one_and_says_so(tmp_path):
 def test_nobody_waits_for_the_part_of_a_process_that_is_gone(tmp_path, monkeypatch):
   checkpoints, closed = Checkpoints(tmp_path, 1), []
   monkeypatch.setattr(checkpoints, "close", lambda: closed.append(True))
-  monkeypatch.setattr(hosts, "_peers", type("Two", (), {"index": 0, "count": 2}))
+  monkeypatch.setattr(hosts, "peers", lambda: hosts.Joined(0, 2))
   for error, expected in (
     (RuntimeError("Gloo AllGather failed: Connection closed by peer"), 0),
     (TimeoutError("Timed out while waiting for async_commit_complete barrier."), 0),

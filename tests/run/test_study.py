@@ -16,7 +16,7 @@ import fakes
 import numpy as np
 import pytest
 import tiny
-from test_resume import saved
+from resuming import saved
 
 from steptool_jax.data.trajectories import AnnotatedTrajectory, write_trajectories
 from steptool_jax.learning.algorithms import ALGORITHMS

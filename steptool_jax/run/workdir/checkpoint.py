@@ -21,7 +21,7 @@ from absl import logging
 
 from steptool_jax.files import replacing
 from steptool_jax.policy import sharding
-from steptool_jax.run.hosts import hosts
+from steptool_jax.run.hosts import ending, hosts
 from steptool_jax.types import TrainState
 
 SCORES = "scores.json"  # in WORKDIR: {number of a checkpoint: held-out pass rate}
@@ -142,7 +142,7 @@ class Checkpoints:
     return self
 
   def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-    if not hosts.is_lost(error):  # a process that is gone writes its part no more
+    if not ending.is_lost(error):  # a process that is gone writes its part no more
       self.close()
 
   @contextlib.contextmanager
@@ -150,7 +150,7 @@ class Checkpoints:
     try:
       yield
     except (OSError, ValueError, RuntimeError) as error:
-      if hosts.is_lost(error):
+      if ending.is_lost(error):
         raise
       whole = numbers(self._workdir)
       raise OSError(
