@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 from steptool_jax import validation  # noqa: E402
 from steptool_jax.run import train  # noqa: E402
 from steptool_jax.run.parts import opening, rollouts  # noqa: E402
-from steptool_jax.run.workdir.metrics_writer import read_jsonl  # noqa: E402
+from steptool_jax.run.workdir.outputs import read_jsonl  # noqa: E402
 from steptool_jax.types import Code, Task, Trajectory  # noqa: E402
 
 SHOWN = ("pass_rate", "calls_per_task", "repeated_calls", "truncated", "reward")

@@ -24,7 +24,7 @@ from steptool_jax.policy import lora, model
 from steptool_jax.rollout.demonstrations import demonstrate
 from steptool_jax.run.parts import opening
 from steptool_jax.run.training import setup
-from steptool_jax.run.workdir import metrics_writer
+from steptool_jax.run.workdir import outputs
 from steptool_jax.types import TRUNCATED, Finish, Status, Step, Trajectory
 
 PACKED = 400  # demonstrations whose packing is measured
@@ -42,8 +42,8 @@ def run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
     summary = {"mode": "bench", "device": jax.devices()[0].device_kind}
     summary |= _update(config, architecture)
     summary |= _engine(config.bench, architecture)
-  summary |= {"padding_share": padding, "peak_rss_gib": metrics_writer.peak_rss_gib()}
-  metrics_writer.write_summary(workdir, summary)
+  summary |= {"padding_share": padding, "peak_rss_gib": outputs.peak_rss_gib()}
+  outputs.write_summary(workdir, summary)
   return summary
 
 

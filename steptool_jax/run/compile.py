@@ -29,7 +29,7 @@ from steptool_jax.policy import engine as engine_lib
 from steptool_jax.run.cost import hlo, hlo_counts, roofline
 from steptool_jax.run.parts import build
 from steptool_jax.run.training import setup
-from steptool_jax.run.workdir import metrics_writer
+from steptool_jax.run.workdir import outputs
 from steptool_jax.types import TokenBatch, TrainState
 
 GIB = 2**30
@@ -72,7 +72,7 @@ def run(config: Config, workdir: pathlib.Path, topology: str) -> dict[str, Any]:
     for program in programs(config, policy, mesh):
       logging.info("compiling %s for %s", program.name, topology)
       reports[program.name] = report(program, chip, len(devices))
-      metrics_writer.write_summary(workdir, reports)
+      outputs.write_summary(workdir, reports)
   print(table(reports))
   misfits = [name for name, r in reports.items() if not r["fits"]]
   if misfits:

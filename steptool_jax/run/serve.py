@@ -21,7 +21,7 @@ from absl import logging
 
 from steptool_jax.config import Config
 from steptool_jax.run.parts import services
-from steptool_jax.run.workdir import metrics_writer
+from steptool_jax.run.workdir import outputs
 from steptool_jax.simulators.errors import InfrastructureError
 from steptool_jax.toolbench.simulators.virtual import NOT_WORKING, Simulator, VirtualRequest
 
@@ -40,9 +40,9 @@ def run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
     serve(answering.simulator, config.serve.host, config.serve.port) as server,
   ):
     summary = {"mode": "serve", "url": f"http://{server.host}:{server.port}/virtual"}
-    run_forever(server, lambda: metrics_writer.write_summary(workdir, summary | {"running": True}))
+    run_forever(server, lambda: outputs.write_summary(workdir, summary | {"running": True}))
     summary |= {"running": False, "requests": server.requests} | answering.report()
-  metrics_writer.write_summary(workdir, summary)
+  outputs.write_summary(workdir, summary)
   return summary
 
 

@@ -29,7 +29,7 @@ from steptool_jax.run.training.phase import Phase
 from steptool_jax.run.training.progress import Progress
 from steptool_jax.run.training.sft_batches import SftBatches
 from steptool_jax.run.workdir.checkpoint import Checkpoints
-from steptool_jax.run.workdir.metrics_writer import MetricsWriter
+from steptool_jax.run.workdir.outputs import MetricsWriter
 from steptool_jax.types import TrainState
 
 # Fields that may change between a start and a resume: they do not change what was learnt so far.

@@ -7,7 +7,7 @@ import pytest
 
 from steptool_jax.run import train
 from steptool_jax.run.training import iteration
-from steptool_jax.run.workdir.metrics_writer import read_jsonl
+from steptool_jax.run.workdir.outputs import read_jsonl
 
 # Parts of what depends on the clock. The sampler's log-probs do in their last bits: tools decide by
 # their speed which conversations share an append, and its width. Nothing is trained on them.

@@ -10,7 +10,7 @@ from resuming import crash_and_go_on, saved
 from steptool_jax.learning import algorithms
 from steptool_jax.run import train
 from steptool_jax.run.parts import rollouts
-from steptool_jax.run.workdir.metrics_writer import read_jsonl
+from steptool_jax.run.workdir.outputs import read_jsonl
 
 SHORT = {
   "sft__steps": 0,

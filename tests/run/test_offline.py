@@ -18,7 +18,7 @@ from steptool_jax.data.trajectories import AnnotatedTrajectory, write_trajectori
 from steptool_jax.run import train
 from steptool_jax.run.parts import build
 from steptool_jax.run.training import iteration, offline, phase
-from steptool_jax.run.workdir.metrics_writer import read_jsonl
+from steptool_jax.run.workdir.outputs import read_jsonl
 from steptool_jax.toolbench.formats import conversations, training_rows
 from steptool_jax.types import Finish, Status, Step, Trajectory
 

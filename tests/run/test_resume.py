@@ -15,7 +15,7 @@ from resuming import assert_same_run, crash_and_go_on, records, saved
 from steptool_jax.run import train
 from steptool_jax.run.training import iteration, phase
 from steptool_jax.run.workdir.checkpoint import Checkpoints
-from steptool_jax.run.workdir.metrics_writer import read_jsonl
+from steptool_jax.run.workdir.outputs import read_jsonl
 from steptool_jax.types import TrainState
 
 # A checkpoint every second iteration, so that a kill throws work away.

@@ -17,7 +17,7 @@ from steptool_jax.run.parts import build, opening, rollouts
 from steptool_jax.run.training import iteration, setup, sft_batches
 from steptool_jax.run.training.order import jobs
 from steptool_jax.run.workdir import checkpoint
-from steptool_jax.run.workdir.metrics_writer import read_jsonl
+from steptool_jax.run.workdir.outputs import read_jsonl
 from steptool_jax.types import Status, TrainState
 
 

@@ -10,7 +10,7 @@ from steptool_jax.learning.algorithms import get_algorithm
 from steptool_jax.rollout.chain import Stats
 from steptool_jax.run.parts.opening import Parts
 from steptool_jax.run.training import offline
-from steptool_jax.run.workdir import metrics_writer
+from steptool_jax.run.workdir import outputs
 from steptool_jax.types import Trajectory
 
 
@@ -80,7 +80,7 @@ def shares(stats: Stats, update_seconds: float, seconds: float, tokens: int) -> 
 def plot(config: Config, workdir: pathlib.Path, progress: Progress) -> None:
   """WORKDIR/learning_curve.png."""
   names = {"pass_rate_base": "start", "pass_rate_sft": "after SFT"}
-  metrics_writer.plot_learning_curve(
+  outputs.plot_learning_curve(
     workdir / "learning_curve.png",
     progress.train_curve,
     progress.heldout_curve,
@@ -104,7 +104,7 @@ def summarise(
     "conversations": p.conversations,
     "skipped_updates": p.skipped,
     "seconds": p.seconds,
-    "peak_rss_gib": metrics_writer.peak_rss_gib(),
+    "peak_rss_gib": outputs.peak_rss_gib(),
     "tokens_per_second": p.tokens / p.rl_seconds if p.rl_seconds else 0.0,
     "interrupted": interrupted,
   }
@@ -114,5 +114,5 @@ def summarise(
     summary["data"] = data.report | {"passes": config.data.passes}
   if parts.services.judging is not None:
     summary["judge"] = parts.services.judging.report()
-  metrics_writer.write_summary(parts.workdir, summary)
+  outputs.write_summary(parts.workdir, summary)
   return summary

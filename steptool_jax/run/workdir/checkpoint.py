@@ -19,7 +19,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 
-from steptool_jax.files import replacing
+from steptool_jax.files import read_json, write_text
 from steptool_jax.policy import sharding
 from steptool_jax.run.hosts import ending, hosts
 from steptool_jax.types import TrainState
@@ -112,8 +112,7 @@ class Checkpoints:
       return
     self._scores[number] = value
     if hosts.primary():
-      with replacing(self._workdir / SCORES) as file:
-        json.dump(self._scores, file)
+      write_text(self._workdir / SCORES, json.dumps(self._scores))
 
   def newest(self, abstract_of: Callable[[dict[str, Any]], TrainState]) -> Restored | None:
     """As `newest`; corrupt checkpoints are moved to WORKDIR/corrupt, out of the way of new ones."""
@@ -168,7 +167,7 @@ def numbers(workdir: pathlib.Path) -> list[int]:
 
 def read_scores(workdir: pathlib.Path) -> dict[int, float]:
   path = workdir / SCORES
-  scores = json.loads(path.read_text()) if path.exists() else {}
+  scores = read_json(path) if path.exists() else {}
   return {int(number): value for number, value in scores.items()}
 
 

@@ -12,7 +12,8 @@ import pathlib
 import sys
 from collections.abc import Iterator, Sequence
 
-from steptool_jax.data.reading import Path, check, field, literal, objects, read_text, typed
+from steptool_jax.data.reading import Path, check, field, literal, objects, typed
+from steptool_jax.files import read_text
 
 
 @dataclasses.dataclass(frozen=True)

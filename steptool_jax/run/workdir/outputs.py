@@ -1,4 +1,4 @@
-"""Metrics as JSONL and TensorBoard, the learning curve as PNG, summary.json."""
+"""What a run writes to be read: metrics.jsonl, tensorboard/, learning_curve.png, summary.json."""
 
 import json
 import pathlib
@@ -8,7 +8,7 @@ from typing import Any
 
 import tensorboardX
 
-from steptool_jax.files import replacing
+from steptool_jax.files import write_text
 from steptool_jax.run.hosts import hosts
 
 
@@ -26,7 +26,7 @@ class MetricsWriter:
       return
     path = workdir / "metrics.jsonl"
     kept = read_jsonl(path)[:keep]
-    write_atomically(path, "".join(json.dumps(r) + "\n" for r in kept))
+    write_text(path, "".join(json.dumps(r) + "\n" for r in kept))
     self.records = len(kept)
     self._file = path.open("a")
     self._board = tensorboardX.SummaryWriter(
@@ -62,15 +62,10 @@ def read_jsonl(path: pathlib.Path) -> list[dict[str, Any]]:
   return records
 
 
-def write_atomically(path: pathlib.Path, text: str) -> None:
-  """Readers see the old file or the new one, never half of it."""
-  with replacing(path) as file:
-    file.write(text)
-
-
 def write_summary(workdir: pathlib.Path, summary: Mapping[str, Any]) -> None:
+  """WORKDIR/summary.json, from process 0 alone."""
   if hosts.primary():
-    write_atomically(workdir / "summary.json", json.dumps(summary, indent=2) + "\n")
+    write_text(workdir / "summary.json", json.dumps(summary, indent=2) + "\n")
 
 
 def peak_rss_gib() -> float:
