@@ -16,9 +16,7 @@ from ml_collections import config_flags
 from steptool_jax import validation
 from steptool_jax.run.hosts import hosts, joining
 
-MODES = (
-  *("train", "evaluate", "annotate", "export", "bench", "serve", "report", "study", "compile"),
-)
+MODES = ("train", "evaluate", "annotate", "export", "bench", "serve", "report", "study", "compile")
 SEVERAL = ("train", "evaluate", "export")  # on several processes
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, FILE.py or FILE.py:arg.")
@@ -42,12 +40,8 @@ def main(argv: list[str]) -> None:
   logging.get_absl_logger().setLevel(logging.INFO)
   summary = _or_exit(_dispatch)
   if hosts.primary():
-    _show(summary)
-
-
-def _show(summary: dict[str, Any]) -> None:
-  for name, value in summary.items():
-    print(f"{name}: {value:.4g}" if isinstance(value, float) else f"{name}: {value}")
+    for name, value in summary.items():
+      print(f"{name}: {value:.4g}" if isinstance(value, float) else f"{name}: {value}")
 
 
 def _dispatch() -> dict[str, Any]:

@@ -100,7 +100,7 @@ def _run_cells(
   stop: opening.Stop,
   started: float,
 ) -> None:
-  """Until all have ended, or until it is time to stop."""
+  """Runs the chosen cells until all have ended, or until it is time to stop."""
   waiting = [c for c in chosen if _state(workdir, c).status not in _ENDED]
   free, running = list(slots), []
   budget = config.study.hours * 3600

@@ -65,7 +65,7 @@ def run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
   if r.strategy != "chain":
     raise ValueError(
       f"config.rollout.strategy: {r.strategy!r} is for --mode=evaluate; its siblings are sampled "
-      "behind prompts that a trajectory does not hold, so RL trains on 'chain'"
+      "after prompts that a trajectory does not hold, so RL trains on 'chain'"
     )
   restore.refuse_other_config(config, workdir, MAY_CHANGE)
   c = config.checkpoint
@@ -236,7 +236,7 @@ def enter_rl(run: Run) -> None:
 def _reinforce(run: Run) -> None:
   """RL: an iteration, its record, a checkpoint every few of them."""
   if run.data is not None:
-    run.data = _with_behaviour(run, run.data)
+    _fill_behaviour(run)
   with run.bar(run.iterations, run.config.algorithm) as bar:
     while run.progress.done < run.iterations:
       _evaluate_between(run)
@@ -260,12 +260,14 @@ def _reinforce(run: Run) -> None:
     )
 
 
-def _with_behaviour(run: Run, data: offline.Data) -> offline.Data:
+def _fill_behaviour(run: Run) -> None:
   """Old log-probs of the data: of the present policy before its first update, else as kept."""
   if run.progress.done:
-    return offline.restore_behaviour(data, run.parts.workdir)
-  row_tokens = run.config.train.row_tokens
-  return offline.with_behaviour(data, row_tokens, run.phase.logprobs, run.parts.workdir)
+    run.data = offline.restore_behaviour(run.data, run.parts.workdir)
+  else:
+    run.data = offline.with_behaviour(
+      run.data, run.config.train.row_tokens, run.phase.logprobs, run.parts.workdir
+    )
 
 
 def _evaluate_between(run: Run) -> None:

@@ -50,7 +50,9 @@ class Pod:
     commands = [
       [
         *tiny.command(workdir, *flags, config=f"{tiny.ROOT}/tests/run/tiny.py:calls")[2:],
-        *(f"--coordinator={where}", f"--processes={len(each)}", f"--process={n}"),
+        f"--coordinator={where}",
+        f"--processes={len(each)}",
+        f"--process={n}",
         *own,
       ]
       for n, own in enumerate(each)

@@ -27,7 +27,8 @@ from steptool_jax.run.workdir import checkpoint
 
 ITERATIONS = 2
 FLAGS = (
-  *("--config.mesh.data=2", "--config.mesh.fsdp=2"),
+  "--config.mesh.data=2",
+  "--config.mesh.fsdp=2",
   f"--config.train.iterations={ITERATIONS}",
 )
 PROCESSES = int(os.environ.get("STEPTOOL_PROCESSES", "2"))

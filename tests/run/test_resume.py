@@ -38,7 +38,7 @@ def start(workdir, *flags):
 
 
 def wait_for(process, workdir, word, step):
-  """Until metrics.jsonl has a record of `step` with `word`."""
+  """Waits until metrics.jsonl has a record of `step` with `word`."""
   limit = time.monotonic() + 200
   while time.monotonic() < limit:
     assert process.poll() is None, process.communicate()[1][-3000:]

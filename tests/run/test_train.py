@@ -24,11 +24,9 @@ from steptool_jax.types import Status, TrainState
 def test_what_a_run_leaves_behind(tmp_path, compiled):
   summary = train.run(tiny.make(compilation_cache=compiled), tmp_path)
   assert json.loads((tmp_path / "summary.json").read_text()) == summary
-  numbers = (
-    *("pass_rate_base", "pass_rate_sft", "pass_rate_rl"),
-    *("seconds", "peak_rss_gib", "tokens_per_second"),
-  )
-  assert all(isinstance(summary[name], float) for name in numbers)
+  rates = [summary[f"pass_rate_{moment}"] for moment in ("base", "sft", "rl")]
+  costs = [summary[name] for name in ("seconds", "peak_rss_gib", "tokens_per_second")]
+  assert all(isinstance(number, float) for number in rates + costs)
   assert 0.1 < summary["peak_rss_gib"] < 8
   assert summary["seconds"] > 0.1
   assert summary["tokens_per_second"] > 1
@@ -39,10 +37,8 @@ def test_what_a_run_leaves_behind(tmp_path, compiled):
   assert list((tmp_path / "tensorboard").glob("events.out.tfevents.*"))
   records = read_jsonl(tmp_path / "metrics.jsonl")
   kinds = [(r["step"], next(k for k in r if k != "step").split("/")[0]) for r in records]
-  assert kinds == [
-    *((0, "heldout"), (1, "sft"), (2, "sft"), (2, "heldout")),
-    *((3, "train"), (4, "train"), (4, "heldout"), (5, "train"), (5, "heldout")),
-  ]
+  wanted = "0 heldout, 1 sft, 2 sft, 2 heldout, 3 train, 4 train, 4 heldout, 5 train, 5 heldout"
+  assert ", ".join(f"{step} {kind}" for step, kind in kinds) == wanted
   rl = next(r for r in records if "train/kl" in r)
   assert {"train/reward", "train/pass_rate", "train/policy_loss", "train/grad_norm"} <= rl.keys()
   assert rl["train/sampler_gap"] < 1e-3, "log-probs of sampler and trainer agree"

@@ -85,10 +85,11 @@ def _failure() -> dict[str, Any] | None:
 
 
 def watch(done: threading.Event, will: Will) -> None:
+  """Ends this process soon after another one has failed; a thread's work until `done`."""
   while not done.wait(_LOOK_S):
     failure = _failure()
     if failure is not None and not done.wait(_GRACE_S):
-      _end(_with_it(failure), will)
+      _end(_stopped_with(failure), will)
 
 
 def leave(error: BaseException, will: Will) -> None:
@@ -98,7 +99,7 @@ def leave(error: BaseException, will: Will) -> None:
     time.sleep(2 * _LOOK_S)  # it may have said why
     failure = _failure()
     if failure is not None:
-      text = _with_it(failure)
+      text = _stopped_with(failure)
     else:
       text = f"another process died or cannot be reached ({text[:200]}); {AGAIN}"
   # Another one may have been first, or the store is gone.
@@ -107,7 +108,7 @@ def leave(error: BaseException, will: Will) -> None:
   _end(text, will)
 
 
-def _with_it(failure: dict[str, Any]) -> str:
+def _stopped_with(failure: dict[str, Any]) -> str:
   return f"process {failure['process']} stopped: {failure['text']}; this one stops with it"
 
 
@@ -120,6 +121,7 @@ def is_lost(error: BaseException | None) -> bool:
 
 
 def signed(index: int, text: str) -> str:
+  """A sentence that names its process; index -1: nobody has numbered it yet."""
   return f"steptool_jax: {f'process {index}' if index >= 0 else 'this process'}: {text}"
 
 

@@ -125,7 +125,7 @@ def cell_config(config: Config, cell: Planned) -> Config:
 
 
 def cell_fields(config: Config, cell: Planned) -> dict[str, Any]:
-  """The same as nested mappings, not validated yet."""
+  """The fields of a cell's config as nested mappings, not validated yet."""
   tree = json.loads(validation.to_json(dataclasses.replace(config, study=Study(), seed=cell.seed)))
   for name, text in cell.overrides.items():
     validation.check_name(name)
@@ -142,7 +142,7 @@ def folder(workdir: pathlib.Path, name: str) -> pathlib.Path:
 
 
 def read_state(cell_folder: pathlib.Path) -> State:
-  """As it was written; that of a cell which has not begun where there is none, or a damaged one."""
+  """What cell.json says; the state of a cell that waits where there is none or a damaged one."""
   try:
     return State(**read_json(cell_folder / "cell.json"))
   except (FileNotFoundError, ValueError, TypeError):

@@ -115,7 +115,7 @@ class Checkpoints:
       write_text(self._workdir / SCORES, json.dumps(self._scores))
 
   def newest(self, abstract_of: Callable[[dict[str, Any]], TrainState]) -> Restored | None:
-    """As `newest`; corrupt checkpoints are moved to WORKDIR/corrupt, out of the way of new ones."""
+    """The newest whole checkpoint; corrupt ones are moved to WORKDIR/corrupt, out of the way."""
     return newest(self._workdir, abstract_of, set_aside=self._set_aside)
 
   def _set_aside(self, number: int) -> None:
@@ -160,12 +160,13 @@ class Checkpoints:
 
 
 def numbers(workdir: pathlib.Path) -> list[int]:
-  """Of the finished checkpoints, the newest first."""
+  """The numbers of the finished checkpoints, the newest first."""
   directory = workdir / "checkpoints"
   return sorted(ocp.utils.checkpoint_steps(directory), reverse=True) if directory.is_dir() else []
 
 
 def read_scores(workdir: pathlib.Path) -> dict[int, float]:
+  """{number of a checkpoint: its held-out pass rate}, of those that were evaluated."""
   path = workdir / SCORES
   scores = read_json(path) if path.exists() else {}
   return {int(number): value for number, value in scores.items()}
