@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and JSON files."""
+"""Files: written whole or not at all; read so that an error names the file."""
 
 import contextlib
 import json
@@ -8,6 +8,27 @@ import pathlib
 import tempfile
 from collections.abc import Iterator
 from typing import IO, Any
+
+
+def read_text(path: str | pathlib.Path) -> str:
+  """The file's text, `.xz` unpacked; OSError when there is none, ValueError when it is broken."""
+  path = pathlib.Path(path)
+  try:
+    data = path.read_bytes()
+    return (lzma.decompress(data) if path.suffix == ".xz" else data).decode("utf-8")
+  except (lzma.LZMAError, UnicodeDecodeError) as error:
+    raise ValueError(f"{path}: cannot be read ({error}): fetch it again") from error
+
+
+def read_json(path: str | pathlib.Path, kind: type = dict) -> Any:
+  """The file's JSON value, which must be of this kind; errors as of read_text."""
+  try:
+    value = json.loads(read_text(path))
+  except (json.JSONDecodeError, RecursionError) as error:
+    raise ValueError(f"{path}: not valid JSON ({error}): fetch it again") from error
+  if not isinstance(value, kind):
+    raise ValueError(f"{path}: must hold a JSON {kind.__name__}, found {type(value).__name__}")
+  return value
 
 
 @contextlib.contextmanager
@@ -38,23 +59,3 @@ def write_text(path: str | pathlib.Path, text: str, **arguments: Any) -> None:
   """Puts a text file in the place of `path`, as `replacing` does."""
   with replacing(path, **arguments) as file:
     file.write(text)
-
-
-def read_text(path: pathlib.Path) -> str:
-  """The file's text, `.xz` unpacked; OSError when there is none, ValueError when it is broken."""
-  try:
-    data = path.read_bytes()
-    return (lzma.decompress(data) if path.suffix == ".xz" else data).decode("utf-8")
-  except (lzma.LZMAError, UnicodeDecodeError) as error:
-    raise ValueError(f"{path}: cannot be read ({error}): fetch it again") from error
-
-
-def read_json(path: pathlib.Path, kind: type = dict) -> Any:
-  """The file's JSON value of this type; OSError without a file, else ValueError that names it."""
-  try:
-    value = json.loads(read_text(path))
-  except (json.JSONDecodeError, RecursionError) as error:
-    raise ValueError(f"{path}: not valid JSON ({error}): fetch it again") from error
-  if not isinstance(value, kind):
-    raise ValueError(f"{path}: must hold a JSON {kind.__name__}, found {type(value).__name__}")
-  return value

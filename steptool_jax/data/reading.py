@@ -1,19 +1,36 @@
 """Checked reading of text, JSON and Python literals: errors name the place and what is wanted."""
 
 import ast
+import json
+import lzma
 import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from steptool_jax.files import read_json
-
 Path = str | pathlib.Path
+
+
+def read_text(path: pathlib.Path) -> str:
+  """The file's text, `.xz` unpacked; OSError when there is none, ValueError when it is broken."""
+  try:
+    data = path.read_bytes()
+    return (lzma.decompress(data) if path.suffix == ".xz" else data).decode("utf-8")
+  except (lzma.LZMAError, UnicodeDecodeError) as error:
+    raise ValueError(f"{path}: cannot be read ({error}): fetch it again") from error
+
+
+def read_json(path: pathlib.Path) -> Any:
+  """The file's JSON value; ValueError that names the file when it holds none."""
+  try:
+    return json.loads(read_text(path))
+  except (json.JSONDecodeError, RecursionError) as error:
+    raise ValueError(f"{path}: not valid JSON ({error}): fetch it again") from error
 
 
 def objects(path: Path, fields: Sequence[str]) -> Iterator[tuple[str, str, dict[str, Any]]]:
   """(place, id, object) of a file of {id: {…}} whose objects hold all `fields`."""
   path = pathlib.Path(path)
-  for key, entry in read_json(path).items():
+  for key, entry in typed(read_json(path), dict, str(path)).items():
     where = f"{path}, id {key!r}"
     for name in fields:
       field(entry, name, where)

@@ -17,8 +17,6 @@ from typing import Any
 import numpy as np
 import tokenizers
 
-from steptool_jax.files import read_json
-
 _SOURCES = ("tokenizer.model", "vocab.json", "spiece.model", "tokenizer.tiktoken")
 
 
@@ -194,7 +192,15 @@ def _tokenizer_document(directory: pathlib.Path) -> dict[str, Any]:
 
 
 def _read_json(path: pathlib.Path) -> dict[str, Any]:
-  return read_json(path) if path.is_file() else {}
+  if not path.is_file():
+    return {}
+  try:
+    value = json.loads(path.read_text(encoding="utf-8"))
+  except ValueError as error:
+    raise ValueError(f"{path} is not valid JSON ({error}): fetch it again") from error
+  if not isinstance(value, dict):
+    raise ValueError(f"{path} must hold a JSON object, found {type(value).__name__}")
+  return value
 
 
 def _content(token: str | Mapping[str, Any]) -> str:

@@ -4,12 +4,12 @@ Where the official converter draws a chain at random (several tries without an a
 without an answer and without giving up), this one takes the last.
 """
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from steptool_jax.dialogue.parser import FINISH
-from steptool_jax.files import read_json
 
 _Json = dict[str, Any]
 
@@ -55,7 +55,11 @@ def convert_folder(folder: str | Path, method: str) -> dict[str, _Json]:
     raise FileNotFoundError(f"{folder} holds no answer file *_{method}.json")
   out = {}
   for path in paths:
-    out[path.name.removesuffix(f"_{method}.json")] = convert(read_json(path), method, str(path))
+    try:
+      answer = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+      raise ValueError(f"{path} is not valid JSON ({error}): write or fetch it again") from None
+    out[path.name.removesuffix(f"_{method}.json")] = convert(answer, method, str(path))
   return out
 
 

@@ -19,11 +19,12 @@ from steptool_jax.data.reading import (
   field,
   literal,
   objects,
+  read_json,
   texts,
   typed,
 )
 from steptool_jax.dialogue.parser import GIVE_ANSWER, GIVE_UP
-from steptool_jax.files import read_json, replacing
+from steptool_jax.files import replacing
 
 
 class Verdict(enum.StrEnum):
@@ -272,7 +273,7 @@ def read_answer(path: Path) -> AnswerFile:
   query_id, separator, method = path.name.removesuffix(".xz").removesuffix(".json").partition("_")
   if not (separator and query_id and method):
     raise ValueError(f"{path}: an answer file is named <query id>_<method>.json")
-  document = read_json(path)
+  document = typed(read_json(path), dict, str(path))
   place = f"{path}, answer_generation"
   answer = typed(field(document, "answer_generation", str(path)), dict, place)
 

@@ -12,8 +12,7 @@ import pathlib
 import sys
 from collections.abc import Iterator, Sequence
 
-from steptool_jax.data.reading import Path, check, field, literal, objects, typed
-from steptool_jax.files import read_text
+from steptool_jax.data.reading import Path, check, field, literal, objects, read_text, typed
 
 
 @dataclasses.dataclass(frozen=True)
