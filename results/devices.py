@@ -9,13 +9,12 @@ ratio of 1 would be a layout that costs nothing; memory and links of a real slic
 """
 
 import json
-import os
 import pathlib
 import statistics
-import subprocess
 import sys
 
 ROOT = pathlib.Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "tests"))
 MESHES = ((1, 1), (2, 1), (1, 2), (4, 1), (1, 4), (8, 1), (1, 8))  # data, fsdp
 REPEATS = 3
 
@@ -58,19 +57,9 @@ def measure(data: int, fsdp: int) -> list[float]:
 
 def apart(data: int, fsdp: int) -> list[float]:
   """`measure` in a process with data x fsdp fake devices."""
-  count = data * fsdp
-  flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={count}"
-  # A collective may wait for the other devices on a thread of a pool, which has one a core.
-  env = {"XLA_FLAGS": flags, "PJRT_NPROC": str(4 * count), "JAX_PLATFORMS": "cpu"}
-  paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
-  done = subprocess.run(
-    [sys.executable, __file__, str(data), str(fsdp)],
-    env=os.environ | env | {"PYTHONPATH": os.pathsep.join(paths)},
-    stdout=subprocess.PIPE,
-    text=True,
-    timeout=280,
-    check=True,
-  )
+  from fakes import on_devices
+
+  done = on_devices(data * fsdp, __file__, str(data), str(fsdp))
   return json.loads(done.stdout.splitlines()[-1])
 
 

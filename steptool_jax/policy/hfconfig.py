@@ -5,8 +5,8 @@ import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from steptool_jax.files import read_json
 from steptool_jax.policy.model import FAMILIES, ModelConfig, RopeScaling
+from steptool_jax.policy.tensorfile import load_json
 
 ARCHITECTURES = {
   "llama": "LlamaForCausalLM",
@@ -77,7 +77,7 @@ def load_config(directory: str | pathlib.Path, **run_fields: Any) -> tuple[Model
   path = directory / "config.json"
   if not path.is_file():
     raise FileNotFoundError(f"{path}: not a Hugging Face model directory (no config.json)")
-  raw = read_json(path)
+  raw = load_json(path)
   try:
     return dataclasses.replace(config_from_raw(raw), **run_fields), raw
   except ValueError as error:

@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from steptool_jax.files import read_json
 from steptool_jax.policy import sharding
 from steptool_jax.policy.hfconfig import PROJECTIONS
 from steptool_jax.policy.lora import LoraConfig, init_lora
 from steptool_jax.policy.model import ModelConfig
 from steptool_jax.policy.tensorfile import (
   TensorFiles,
+  load_json,
   output_directory,
   write_file,
   write_json,
@@ -94,7 +94,7 @@ def load_adapter(
   if not directory.is_dir():
     raise FileNotFoundError(f"{directory}: no such adapter directory")
   path = directory / "adapter_config.json"
-  raw = read_json(path)
+  raw = load_json(path)
   if raw.get("peft_type") != "LORA":
     raise ValueError(f"{path}: peft_type {raw.get('peft_type')!r} is not supported; known: LORA")
   for field, valid in REFUSED.items():

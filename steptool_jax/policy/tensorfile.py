@@ -18,8 +18,6 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from steptool_jax.files import read_json
-
 DTYPES = {
   "F64": np.dtype(np.float64),
   "F32": np.dtype(np.float32),
@@ -32,6 +30,19 @@ BLOCK_BYTES = 128 * 2**20  # written at once; the largest tensor in a layer of a
 
 # A tensor to be written: anything whose rows can be cut out, tensor[start:stop], in order.
 Rows = Any
+
+
+def load_json(path: pathlib.Path) -> dict[str, Any]:
+  """A JSON object; ValueError with the file when it is anything else."""
+  try:
+    value = json.loads(path.read_text(encoding="utf-8"))
+  except FileNotFoundError:
+    raise FileNotFoundError(f"{path}: no such file") from None
+  except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    raise ValueError(f"{path}: not JSON ({error}); fetch the file again") from None
+  if not isinstance(value, dict):
+    raise ValueError(f"{path}: expected a JSON object, got {type(value).__name__}")
+  return value
 
 
 class TensorFile:
@@ -92,7 +103,7 @@ class TensorFiles:
     single = directory / f"{stem}.safetensors"
     self._home: dict[str, TensorFile] = {}
     if index.is_file():
-      names = read_json(index).get("weight_map")
+      names = load_json(index).get("weight_map")
       if not isinstance(names, dict):
         raise ValueError(f"{index}: has no weight_map; fetch the file again")
       shards = {}
