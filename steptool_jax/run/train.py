@@ -24,9 +24,9 @@ from steptool_jax.run import export
 from steptool_jax.run.hosts import hosts, maintenance
 from steptool_jax.run.parts import build, opening, rollouts
 from steptool_jax.run.parts.opening import Parts
-from steptool_jax.run.training import iteration, offline, progress, record, replay, restore
+from steptool_jax.run.training import iteration, offline, record, replay, restore
 from steptool_jax.run.training.phase import Phase
-from steptool_jax.run.training.progress import Progress
+from steptool_jax.run.training.progress import Progress, plot, shown, summarise
 from steptool_jax.run.training.sft_batches import SftBatches
 from steptool_jax.run.workdir.checkpoint import Checkpoints
 from steptool_jax.run.workdir.outputs import MetricsWriter
@@ -123,10 +123,10 @@ class Run:
       logging.info("resuming: %s, iteration %d", phase.progress.phase, phase.progress.done)
     return phase
 
-  def new_phase(self, progress_: Progress) -> Phase:
-    """What learns in progress_.phase; without a state yet."""
+  def new_phase(self, progress: Progress) -> Phase:
+    """What learns in progress.phase; without a state yet."""
     policy, mesh = self.parts.policy, self.parts.mesh
-    return Phase(self.config, policy, mesh, progress_, self.iterations, self.most)
+    return Phase(self.config, policy, mesh, progress, self.iterations, self.most)
 
   @property
   def number(self) -> int:
@@ -156,7 +156,7 @@ class Run:
   def summary(self, interrupted: bool) -> dict[str, Any]:
     """Writes summary.json and returns it."""
     self._clock()
-    return progress.summarise(self.parts, self.progress, self.data, interrupted)
+    return summarise(self.parts, self.progress, self.data, interrupted)
 
   def _clock(self) -> None:
     self.progress.seconds = time.monotonic() - self._began
@@ -187,7 +187,7 @@ def _train(run: Run) -> dict[str, Any]:
       folded = run.progress.phase == "rl" and run.config.sft.steps > 0
       export.write(run.parts, run.phase.variables(), folded)
     if hosts.primary() and (run.progress.train_curve or run.progress.heldout_curve):
-      progress.plot(run.config, run.parts.workdir, run.progress)
+      plot(run.config, run.parts.workdir, run.progress)
     return run.summary(interrupted=False)
   except Interrupted:
     run.save()
@@ -247,7 +247,7 @@ def _reinforce(run: Run) -> None:
       run.progress.done += 1
       run.writer.write(run.number, "train", figures | run.progress.spent())
       bar.update()
-      bar.set_postfix_str(progress.shown(figures), refresh=False)
+      bar.set_postfix_str(shown(figures), refresh=False)
       done = run.progress.done
       if done % run.config.checkpoint.every == 0 or done == run.iterations:
         run.save()

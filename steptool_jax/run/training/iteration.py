@@ -15,8 +15,9 @@ from steptool_jax.rewards import orchestra
 from steptool_jax.rollout.conversation import NonFiniteLogprobs
 from steptool_jax.run.parts import rollouts
 from steptool_jax.run.parts.opening import Parts
-from steptool_jax.run.training import offline, order, progress
+from steptool_jax.run.training import offline, order
 from steptool_jax.run.training.phase import Phase
+from steptool_jax.run.training.progress import shares
 from steptool_jax.run.training.record import Recorder
 from steptool_jax.types import Status, Trajectory
 
@@ -38,7 +39,8 @@ def run_iteration(
     RuntimeError: no conversation can be trained on; too many skipped updates in a row.
     Interrupted: the run is asked to stop.
   """
-  config, done = parts.config, phase.progress.done
+  config, progress = parts.config, phase.progress
+  done = progress.done
   started = time.monotonic()
 
   # Task -> rollout -> Trajectory -> rewards. Stored trajectories come with theirs.
@@ -90,11 +92,11 @@ def run_iteration(
   # What the run has used so far, and where the time went.
   now = time.monotonic()
   tokens = sum(t.num_tokens for t in kept)
-  phase.progress.count(trajectories, tokens)
+  progress.count(trajectories, tokens)
   if data is not None:
     return figures | {"tokens_per_second": tokens / (time.monotonic() - started)}
-  phase.progress.train_curve.append((phase.progress.conversations, figures["pass_rate"]))
-  return figures | progress.shares(stats, now - update_started, now - started, tokens)
+  progress.train_curve.append((progress.conversations, figures["pass_rate"]))
+  return figures | shares(stats, now - update_started, now - started, tokens)
 
 
 def _trainable(
