@@ -93,7 +93,7 @@ class Checkpoints:
     if number in self._manager.all_steps():
       return
     arrays = _without_empty(state)
-    marks = zip(_layout(arrays).items(), _fingerprints(arrays), strict=True)
+    marks = zip(_layout(arrays).items(), fingerprints(arrays), strict=True)
     items = {
       "state": ocp.args.StandardSave(arrays),
       "meta": ocp.args.JsonSave(dict(meta)),
@@ -232,7 +232,7 @@ def _restore(
   )
   if problem:
     return None, problem
-  marks = zip(saved.items(), _fingerprints(arrays), strict=True)
+  marks = zip(saved.items(), fingerprints(arrays), strict=True)
   wrong = [path for (path, (_, mark)), now in marks if mark != now]
   if wrong:
     return None, f"{len(wrong)} arrays are not as they were saved, {wrong[0]} among them"
@@ -283,7 +283,7 @@ def _layout(arrays: dict[str, Any]) -> dict[str, str]:
   }
 
 
-def _fingerprints(arrays: dict[str, Any]) -> list[int]:
+def fingerprints(arrays: dict[str, Any]) -> list[int]:
   """A 32-bit number for each array, in the order of `_layout`."""
   return np.asarray(jax.jit(_marks)(jax.tree.leaves(arrays))).tolist()
 
