@@ -20,10 +20,8 @@ from jax import lax
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from steptool_jax.policy import hfconfig, sharding
-from steptool_jax.policy.hfconfig import check_same_model, load_config, raw_config_of
 from steptool_jax.policy.lora import add_delta
 from steptool_jax.policy.model import ModelConfig, abstract_params
-from steptool_jax.policy.peftfile import load_adapter, save_adapter
 from steptool_jax.policy.tensorfile import (
   Rows,
   TensorFile,
@@ -36,15 +34,6 @@ from steptool_jax.policy.tensorfile import (
   write_file,
   write_json,
 )
-
-__all__ = [
-  "load_adapter",
-  "load_config",
-  "load_params",
-  "raw_config_of",
-  "save_adapter",
-  "save_params",
-]
 
 VALUE_HEAD_FILE = "value_head.safetensors"  # ours; transformers does not look at it
 SHARD_BYTES = 5_000_000_000
@@ -215,8 +204,8 @@ def save_params(
   """
   if adapters is not None and config.lora_scale is None:
     raise ValueError("lora_scale: None, but there are adapters; use lora.with_lora(config, lora)")
-  raw = dict(raw_config_of(config) if raw_config is None else raw_config)
-  check_same_model(config, raw)
+  raw = dict(hfconfig.raw_config_of(config) if raw_config is None else raw_config)
+  hfconfig.check_same_model(config, raw)
   dtype = str(params["embed"]["embedding"].dtype)
   raw.pop("torch_dtype", None)
   raw["dtype"] = dtype

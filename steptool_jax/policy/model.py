@@ -31,9 +31,9 @@ from steptool_jax.policy.attention import (
   write_cache,
 )
 from steptool_jax.policy.embedding import look_up
+from steptool_jax.policy.families import FAMILIES
 from steptool_jax.policy.sharding import constrain_features, constrain_heads, constrain_rows
 
-FAMILIES = ("llama", "qwen2", "qwen3")
 ROPE_TYPES = ("llama3", "linear")
 DTYPES = ("float32", "bfloat16")
 REMAT = {
@@ -86,7 +86,7 @@ class ModelConfig:
 
   def __post_init__(self):
     for field, valid in (
-      ("family", FAMILIES),
+      ("family", tuple(FAMILIES)),
       ("dtype", DTYPES),
       ("param_dtype", DTYPES),
       ("remat", tuple(REMAT)),

@@ -81,7 +81,7 @@ def _update(config: Config, architecture: model.ModelConfig) -> dict[str, Any]:
   b = config.bench
   learner = setup.build_learner(config, architecture, "steptool")
   params = model.init_params(architecture, jax.random.key(0))
-  state = update.init_state(learner, *lora.split_variables({"params": params}), 0.05)
+  state = update.init_state(learner, *lora.split_variables({"params": params}))
   parameters = sum(x.size for x in jax.tree.leaves(params))
   rng = np.random.default_rng(0)
   trajectories = [make_trajectory(rng, b) for _ in range(b.trajectories)]

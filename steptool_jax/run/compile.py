@@ -147,7 +147,7 @@ def abstract_policy(config: Config) -> AbstractPolicy:
 def programs(config: Config, policy: AbstractPolicy, mesh: Mesh) -> list[Program]:
   """prepare, update, append and decode as --mode=train runs them on this mesh."""
   learner = setup.build_learner(config, policy.model, config.algorithm)
-  state = setup.abstract_state(config, policy, mesh, learner)
+  state = setup.abstract_state(policy, mesh, learner)
   prepare, step = update.compile_programs(learner)
   t, r = config.train, config.rollout
   conversations = config.data.batch if config.data.path else r.tasks * r.samples

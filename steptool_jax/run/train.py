@@ -27,7 +27,7 @@ from steptool_jax.run.parts.opening import Parts
 from steptool_jax.run.training import offline, progress, record, replay, restore
 from steptool_jax.run.training.demonstrations import Demonstrations
 from steptool_jax.run.training.order import jobs
-from steptool_jax.run.training.phase import Learning
+from steptool_jax.run.training.phase import Phase
 from steptool_jax.run.training.progress import Progress
 from steptool_jax.run.workdir import metrics_writer
 from steptool_jax.run.workdir.checkpoint import Checkpoints
@@ -159,7 +159,7 @@ class _Trainer:
 
   def _set_learning(self) -> None:
     """Of the phase that `progress` is in."""
-    self.learning = Learning(
+    self.learning = Phase(
       self.config,
       self.parts.policy,
       self.parts.mesh,

@@ -96,7 +96,7 @@ def params():
 def test_weights_come_back_exactly(params, tmp_path):
   config = gguf_to_hub(write(tmp_path / "m.gguf", params), tmp_path / "out")
   assert config == CONFIG
-  assert hub.load_config(tmp_path / "out")[0] == CONFIG
+  assert hfconfig.load_config(tmp_path / "out")[0] == CONFIG
   loaded = hub.load_params(tmp_path / "out", config)
   jax.tree.map(np.testing.assert_array_equal, loaded, params)
 

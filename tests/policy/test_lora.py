@@ -120,12 +120,12 @@ def test_bad_lora_settings(params, adapters):
 
 
 def test_adapter_directory_round_trip(tmp_path, adapters):
-  hub.save_adapter(tmp_path / "a", CONFIG, adapters, LORA, base_model="base")
+  peftfile.save_adapter(tmp_path / "a", CONFIG, adapters, LORA, base_model="base")
   loaded, settings = hub.load_adapter(tmp_path / "a", CONFIG)
   assert settings == LORA
   jax.tree.map(np.testing.assert_array_equal, loaded, adapters)
   with pytest.raises(FileExistsError, match="not empty"):
-    hub.save_adapter(tmp_path / "a", CONFIG, adapters, LORA)
+    peftfile.save_adapter(tmp_path / "a", CONFIG, adapters, LORA)
 
 
 @pytest.mark.parametrize(
@@ -141,7 +141,7 @@ def test_adapter_directory_round_trip(tmp_path, adapters):
   ],
 )
 def test_foreign_adapters_are_refused(tmp_path, adapters, change, words):
-  hub.save_adapter(tmp_path / "a", CONFIG, adapters, LORA)
+  peftfile.save_adapter(tmp_path / "a", CONFIG, adapters, LORA)
   path = tmp_path / "a" / "adapter_config.json"
   path.write_text(json.dumps(json.loads(path.read_text()) | change))
   with pytest.raises(ValueError, match=words):
@@ -158,7 +158,7 @@ def test_peft_opens_it(tmp_path, params, adapters):
   peft = pytest.importorskip("peft", reason="the oracle is PEFT")
   transformers = pytest.importorskip("transformers")
   hub.save_params(tmp_path / "base", CONFIG, params)
-  hub.save_adapter(tmp_path / "a", CONFIG, adapters, LORA, str(tmp_path / "base"))
+  peftfile.save_adapter(tmp_path / "a", CONFIG, adapters, LORA, str(tmp_path / "base"))
   base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
   theirs = peft.PeftModel.from_pretrained(base, str(tmp_path / "a")).eval()
   with torch.no_grad():

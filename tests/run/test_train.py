@@ -200,7 +200,7 @@ def test_non_finite_updates_stop_the_run_and_reach_no_checkpoint(tmp_path, compi
   assert records[-1]["train/skipped"] == 1.0
   with opening.open_parts(config, tmp_path, opening.Stop()) as parts:
     learner = setup.build_learner(config, parts.policy.model, "steptool")
-    abstract = setup.abstract_state(config, parts.policy, parts.mesh, learner)
+    abstract = setup.abstract_state(parts.policy, parts.mesh, learner)
     state, meta, _ = checkpoint.newest(tmp_path, lambda meta: abstract)
   assert (meta["phase"], meta["done"]) == ("rl", 1)
   assert all(np.isfinite(x).all() for x in jax.tree.leaves(state))

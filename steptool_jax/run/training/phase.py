@@ -1,6 +1,6 @@
-"""One phase of a run learns: its learner, the state, and what an iteration's trajectories do to it.
+"""What learns in one phase of a run: its learner, its state, and what trajectories do to them.
 
-Book-keeping, rollouts and phases are run/train.py's.
+Rollouts, evaluations and the order of the phases are run/train.py's.
 """
 
 import functools
@@ -22,7 +22,7 @@ from steptool_jax.run.training.record import Recorder
 from steptool_jax.types import TokenBatch, TrainState, Trajectory
 
 
-class Learning:
+class Phase:
   """The learner of progress.phase and the state that its updates change.
 
   iterations: which the schedule spans; conversations: most of an iteration. `progress` counts what
@@ -55,7 +55,7 @@ class Learning:
 
   def abstract_state(self) -> TrainState:
     """The state's shapes and shardings, for a restore."""
-    return setup.abstract_state(self.config, self.policy, self.mesh, self.learner)
+    return setup.abstract_state(self.policy, self.mesh, self.learner)
 
   def variables(self) -> dict:
     """The policy's variables as they are now."""
@@ -63,22 +63,22 @@ class Learning:
 
   def imitate(self, trajectories: Sequence[Trajectory], capacity: int) -> dict[str, float]:
     """One optimizer step of SFT; capacity: micro-batches of the largest batch."""
-    batch = batching.pack(trajectories, self.config.train.row_tokens)
+    batch = batching.pack(trajectories, self.config.train.row_tokens).batch
     on_device = self._to_device(batch, self.config.sft.micro_rows, capacity)
     return self.update(on_device, batch.tokens.shape[0])
 
   def learn(self, trajectories: Sequence[Trajectory]) -> dict[str, float]:
     """prepare, then epochs x minibatches of update: one iteration's figures."""
     t, done = self.config.train, self.progress.done
-    batch, self.past = setup.pack(self.config, trajectories, self.past, done)
-    if batch is None:
+    packed, self.past = setup.pack(self.config, trajectories, self.past, done)
+    if packed is None:
       return {"nothing_to_learn": 1.0}
     self.progress.learnt += 1
-    rows = batch.tokens.shape[0]
+    rows = packed.batch.tokens.shape[0]
     most = self.conversations * self.algorithm.select.rows
     if self.algorithm.critic == "double":
       most += self.config.archer.batch
-    device_batch = self._to_device(batch, t.micro_rows, -(-most // t.micro_rows))
+    device_batch = self._to_device(packed.batch, t.micro_rows, -(-most // t.micro_rows))
     prepare, _ = self.programs
     prepared, prepare_metrics = prepare(
       self.state, device_batch, np.int32(-(-rows // t.micro_rows))
@@ -87,7 +87,7 @@ class Learning:
       advantages = prepared.advantages
       if advantages is not None:
         advantages = sharding.to_host(advantages).reshape(-1, t.row_tokens)
-      self.recorder.training(done, trajectories, batch, advantages)
+      self.recorder.training(done, trajectories, packed, advantages)
     per_update: list[dict[str, Any]] = []
     for epoch in range(t.epochs):
       parts = setup.minibatches(
@@ -115,7 +115,7 @@ class Learning:
     figures |= {k: float(np.mean([m[k] for m in per_update])) for k in names if k != "entropy"}
     return figures | {
       "kl_coef": float(self.state.kl_coef),
-      "padding": batching.padding_share(batch),
+      "padding": batching.padding_share(packed.batch),
       "nothing_to_learn": 0.0,
     }
 
