@@ -196,7 +196,7 @@ def run_step(workdir: pathlib.Path, layers: int, merged: bool) -> dict:
   import jax
   import jax.numpy as jnp
 
-  from steptool_jax.policy import hub, lora, sharding
+  from steptool_jax.policy import hfconfig, hub, lora, peftfile, sharding
 
   mesh = sharding.make_mesh(data=1, fsdp=8)
   settings = lora.LoraConfig(RANK, ALPHA)

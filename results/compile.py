@@ -101,7 +101,7 @@ def command(cell: tuple, home: pathlib.Path) -> list[str]:
 def write(workdir: pathlib.Path) -> None:
   """compile.json and compile.md from the cells that are there."""
   sys.path.insert(0, str(ROOT))
-  from steptool_jax.run.compile import table
+  from steptool_jax.run.cost.pricing import table
 
   found, lines, parts = {}, list(SUMMARY), []
   for cell in CELLS:

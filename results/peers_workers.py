@@ -78,7 +78,7 @@ def ours_update(work: dict, folder: pathlib.Path) -> None:
   from configs import steptool_offline
   from steptool_jax import types
   from steptool_jax.learning import batching, update
-  from steptool_jax.policy import hub, lora
+  from steptool_jax.policy import hfconfig, hub, lora
   from steptool_jax.run.training import setup
   from steptool_jax.validation import validate
 
@@ -137,7 +137,7 @@ def ours_update(work: dict, folder: pathlib.Path) -> None:
 
 def ours_rollout(work: dict, folder: pathlib.Path) -> None:
   from steptool_jax.policy import engine as engine_lib
-  from steptool_jax.policy import hub
+  from steptool_jax.policy import hfconfig, hub
 
   config, _ = hfconfig.load_config(folder / "model")
   variables = {"params": hub.load_params(folder / "model", config)}

@@ -128,7 +128,9 @@ def prepare(
     signal |= {"advantages": advantages.whiten(signal["advantages"], mask_BT)}
   if learner.algorithm.critic == "double":
     # What an untaught critic says would only lead the actor astray.
-    signal |= {"advantages": jnp.where(state.step >= learner.critic_steps, signal["advantages"], 0.0)}
+    signal |= {
+      "advantages": jnp.where(state.step >= learner.critic_steps, signal["advantages"], 0.0)
+    }
   behaviour_BT = jnp.where(mask_BT, flat.behaviour_logprobs, 0.0)
   prepared = flat._replace(
     old_logprobs=behaviour_BT if learner.fixed_behaviour else old_BT,

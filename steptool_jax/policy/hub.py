@@ -54,9 +54,8 @@ def load_params(
   directory: str | pathlib.Path,
   config: ModelConfig,
   mesh: Mesh | None = None,
-  param_dtype: str | None = None,
 ) -> dict[str, Any]:
-  """Parameters in `param_dtype` (default: config's), sharded over `mesh` or on one device.
+  """Parameters in config.param_dtype, sharded over `mesh` or on one device.
 
   The value head is read from our own exports and zero elsewhere. ValueError / FileNotFoundError
   name the file or tensor: missing shard, truncated file, shape mismatch, unknown or missing tensor.
@@ -64,7 +63,6 @@ def load_params(
   directory = pathlib.Path(directory)
   if not directory.is_dir():
     raise FileNotFoundError(f"{directory}: no such model directory")
-  param_dtype = param_dtype or config.param_dtype
   files = TensorFiles(directory)
   target = abstract_params(config)
   sources: dict[tuple[str, ...], list[hfconfig.Name]] = {}
@@ -88,12 +86,12 @@ def load_params(
       tensor = files.read(name.hub)
       tensor = tensor.T if name.transpose else tensor
       # A copy even where none is needed: a device must not keep the file's pages.
-      return _place(shape, where, lambda index: copy_in_order(tensor[index], param_dtype))
+      return _place(shape, where, lambda index: copy_in_order(tensor[index], config.param_dtype))
 
     names = sources[key]
     if names[0].layer is None:
       return load(names[0], leaf.shape, where)
-    stack = _zeros(leaf.shape, param_dtype, where)()
+    stack = _zeros(leaf.shape, config.param_dtype, where)()
     for name in names:
       stack = _set_layer(stack, load(name, leaf.shape[1:], one), name.layer)
     return stack

@@ -10,6 +10,7 @@ import optax
 import pytest
 import samples
 
+from steptool_jax.config import Advantage, Config, Loss
 from steptool_jax.learning import algorithms, update
 from steptool_jax.policy import lora, model
 
@@ -18,8 +19,8 @@ CONFIG = fakes.tiny_config(hidden_size=64)
 
 def learner_of(name, **changes):
   row = algorithms.get_algorithm(name)
-  hp = algorithms.resolve(row, fakes.hyperparameters(kl_placement="none", **changes))
-  return update.Learner(CONFIG, row, hp, optax.sgd(1.0), 1.0, 16, with_reference=False)
+  settings = Config(advantage=Advantage(**changes), loss=Loss(kl="none", logprob_chunk=16))
+  return update.Learner(CONFIG, row, algorithms.resolve(row, settings), optax.sgd(1.0))
 
 
 @functools.cache
@@ -32,7 +33,7 @@ def start(learner):
   with_values = learner.algorithm.critic == "value"
   own = jax.tree.map(jnp.copy, params())
   return update.init_state(
-    learner, *lora.split_variables({"params": own}, train_values=with_values), 0.0
+    learner, *lora.split_variables({"params": own}, train_values=with_values)
   )
 
 

@@ -11,6 +11,7 @@ import oracles
 import pytest
 import samples
 
+from steptool_jax.config import Advantage, Archer, Config, Loss
 from steptool_jax.learning import algorithms, batching, critic, update
 from steptool_jax.learning.outputs import policy_outputs
 from steptool_jax.policy import model
@@ -26,7 +27,8 @@ def trajectories(count=6, seed=0):
 
 def packed(fresh, past=(), row_tokens=48, rows=4):
   units = [(t,) for t in fresh]
-  return batching.pack_units(units, row_tokens, rows, replayed=past, whole_actions=True)
+  packed = batching.pack_units(units, row_tokens, replayed=past, whole_actions=True)
+  return fakes.padded(packed, rows)
 
 
 def steps_of(batch):
@@ -120,16 +122,17 @@ def test_polyak_literal():
 
 # --- in the update ---
 
-HP = fakes.hyperparameters(gamma=GAMMA, whiten=False, kl_placement="none", tau=0.25, value_coef=0.5)
+SETTINGS = Config(
+  advantage=Advantage(gamma=GAMMA, whiten=False),
+  loss=Loss(kl="none", value_coef=0.5, logprob_chunk=16),
+  archer=Archer(tau=0.25),
+)
 ROW = algorithms.get_algorithm("archer")
 LEARNER = update.Learner(
   model=CONFIG,
   algorithm=ROW,
-  hyperparameters=algorithms.resolve(ROW, HP),
+  hyperparameters=algorithms.resolve(ROW, SETTINGS),
   optimizer=optax.sgd(1.0),
-  temperature=1.0,
-  chunk=16,
-  with_reference=False,
 )
 
 
@@ -137,7 +140,7 @@ LEARNER = update.Learner(
 def state():
   params = model.init_params(CONFIG, jax.random.key(0))
   del params["value_head"]
-  state = update.init_state(LEARNER, {"params": params}, {}, 0.0, seed=3)
+  state = update.init_state(LEARNER, {"params": params}, {}, seed=3)
   heads = jax.tree.map(
     lambda x: x + 0.3 * jax.random.normal(jax.random.key(x.size), x.shape), state.target
   )
@@ -218,8 +221,7 @@ def test_the_update_equals_a_direct_loss(state, programs):
 
 
 def test_the_actor_waits_for_the_critic(state):
-  hp = update.dataclasses.replace(LEARNER.hyperparameters, warmup=5)
-  learner = update.dataclasses.replace(LEARNER, hyperparameters=hp)
+  learner = update.dataclasses.replace(LEARNER, critic_steps=5)
   prepare = jax.jit(functools.partial(update.prepare, learner))
   batch = jax.tree.map(lambda x: jnp.asarray(x)[None], packed(trajectories(4)))
   early, late = (prepare(state._replace(step=jnp.int32(n)), batch, 1)[0] for n in (4, 5))

@@ -7,26 +7,21 @@ import numpy as np
 import optax
 import pytest
 
-from steptool_jax.config import Optimizer
+from steptool_jax.config import Advantage, Config, Loss, Optimizer
 from steptool_jax.learning import algorithms, batching, losses, update
 from steptool_jax.learning.outputs import policy_outputs
 from steptool_jax.policy import lora, model
 from steptool_jax.run.training.setup import build_optimizer
 
 CONFIG = fakes.tiny_config()
-HP = fakes.hyperparameters(gamma=0.9, lam=0.8, entropy_coef=0.01, kl_placement="reward")
+ADVANTAGE = Advantage(gamma=0.9, lam=0.8)
+LOSS = Loss(entropy_coef=0.01, kl="reward", kl_coef=0.3, logprob_chunk=16)
 
 
-def make_learner(name="steptool", hp=HP, with_reference=True, optimizer=None, temperature=1.0):
-  return update.Learner(
-    model=CONFIG,
-    algorithm=algorithms.get_algorithm(name),
-    hyperparameters=algorithms.resolve(algorithms.get_algorithm(name), hp),
-    optimizer=optimizer or optax.sgd(0.5),
-    temperature=temperature,
-    chunk=16,
-    with_reference=with_reference,
-  )
+def make_learner(name="steptool", advantage=ADVANTAGE, loss=LOSS, optimizer=None, temperature=1.0):
+  row = algorithms.get_algorithm(name)
+  hp = algorithms.resolve(row, Config(advantage=advantage, loss=loss))
+  return update.Learner(CONFIG, row, hp, optimizer or optax.sgd(0.5), temperature)
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +65,7 @@ def heads(params):
 def test_packed_chunked_outputs_equal_single_forward_passes(params, chunk):
   """Peers' defect 4: packed == unpacked, for log-probs, entropy and values."""
   group = trajectories()
-  batch = batching.pack(group, 64)
+  batch = batching.pack(group, 64).batch
   outputs = functools.partial(
     policy_outputs, CONFIG, temperature=0.7, chunk=chunk, heads=heads(params)
   )
@@ -98,8 +93,8 @@ def test_packed_chunked_outputs_equal_single_forward_passes(params, chunk):
 def test_kl_is_zero_for_actor_equal_reference_at_any_temperature(params):
   """Peers' defect 2."""
   learner = make_learner(temperature=0.6)
-  state = update.init_state(learner, {"params": params}, {}, 0.3)
-  batch = stacked(batching.pack(trajectories(), 64, 2), 2)
+  state = update.init_state(learner, {"params": params}, {})
+  batch = stacked(fakes.padded(batching.pack(trajectories(), 64), 2), 2)
   prepared, metrics = jitted(learner)[0](state, batch, batch.tokens.shape[0])
   assert float(metrics["kl"]) == 0.0
   np.testing.assert_array_equal(prepared.old_logprobs, prepared.ref_logprobs)
@@ -109,17 +104,17 @@ def off_reference(learner, params):
   """A state whose reference is another policy, with V = 0."""
   head = jax.tree.map(jnp.zeros_like, params["value_head"])
   params = params | {"value_head": head}
-  state = update.init_state(learner, {"params": params}, {}, 0.3)
+  state = update.init_state(learner, {"params": params}, {})
   return state._replace(reference=jax.tree.map(lambda x: 1.3 * x, state.reference))
 
 
 def test_the_kl_penalty_in_the_reward_by_hand(params):
   """r - coefficient * log(pi / ref) a token, and the metric in nats per trajectory."""
-  hp = update.dataclasses.replace(HP, whiten=False, gamma=0.0, level="token")
-  learner = make_learner(hp=hp)
+  advantage = Advantage(gamma=0.0, lam=0.8, level="token", whiten=False)
+  learner = make_learner(advantage=advantage)
   state = off_reference(learner, params)
   group = trajectories()
-  batch = stacked(batching.pack(group, 64, 2), 2)
+  batch = stacked(fakes.padded(batching.pack(group, 64), 2), 2)
   prepared, metrics = jitted(learner)[0](state, batch, batch.tokens.shape[0])
   mask = np.asarray(batch.action_mask)
   gap = np.asarray(prepared.old_logprobs - prepared.ref_logprobs)
@@ -133,10 +128,10 @@ def test_the_kl_penalty_in_the_reward_by_hand(params):
 
 def test_the_kl_penalty_in_the_loss_by_hand(params):
   """coefficient * mean k3, and the step moves the policy towards the reference."""
-  hp = update.dataclasses.replace(HP, kl_placement="loss", value_coef=0.0, entropy_coef=0.0)
-  learner = make_learner(hp=hp, optimizer=optax.sgd(0.05))
+  loss = Loss(kl="loss", kl_coef=0.3, value_coef=0.0, logprob_chunk=16)
+  learner = make_learner(loss=loss, optimizer=optax.sgd(0.05))
   state = off_reference(learner, params)
-  batch = stacked(batching.pack(trajectories(), 64, 2), 2)
+  batch = stacked(fakes.padded(batching.pack(trajectories(), 64), 2), 2)
   count = batch.tokens.shape[0]
   prepare, step = jitted(learner)
   prepared, _ = prepare(state, batch, count)
@@ -155,9 +150,9 @@ def test_the_reference_of_a_lora_run_is_the_policy_without_adapters(params):
   adapters = jax.tree.map(lambda x: x + 0.2, lora.init_lora(CONFIG, settings, jax.random.key(2)))
   learner = update.dataclasses.replace(make_learner(), model=lora.with_lora(CONFIG, settings))
   split = lora.split_variables({"params": params, "lora": adapters})
-  state = update.init_state(learner, *split, 0.3)
+  state = update.init_state(learner, *split)
   assert state.reference == {}, "nothing is copied"
-  batch = stacked(batching.pack(trajectories(), 64, 2), 2)
+  batch = stacked(fakes.padded(batching.pack(trajectories(), 64), 2), 2)
   prepared, metrics = jitted(learner)[0](state, batch, batch.tokens.shape[0])
   flat = jax.tree.map(lambda x: x.reshape(-1, 64), batch)
   base = functools.partial(policy_outputs, CONFIG, temperature=1.0, chunk=16)
@@ -175,7 +170,7 @@ def jitted(learner):
 
 def gradient(learner, params, batch, micro):
   """The gradient that one SGD step of rate 1 applies."""
-  state = update.init_state(learner, {"params": params}, {}, 0.3)
+  state = update.init_state(learner, {"params": params}, {})
   batch = stacked(batch, micro)
   count = batch.tokens.shape[0]
   prepare, step = jitted(learner)
@@ -187,7 +182,7 @@ def gradient(learner, params, batch, micro):
 @pytest.mark.parametrize("name", ["sft", "steptool", "steptool_no_step_grained"])
 def test_gradient_accumulation_equals_the_full_batch(params, name):
   learner = make_learner(name, optimizer=optax.sgd(1.0))
-  batch = batching.pack(trajectories(), 48, 4)
+  batch = fakes.padded(batching.pack(trajectories(), 48), 4)
   whole, metrics = gradient(learner, params, batch, batch.tokens.shape[0])
   parts, part_metrics = gradient(learner, params, batch, 1)
   for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(parts), strict=True):
@@ -199,8 +194,8 @@ def test_gradient_accumulation_equals_the_full_batch(params, name):
 def test_only_counted_micro_batches_are_read(params):
   """Behind `count` there may be anything: here real rows, which must not reach the gradient."""
   learner = make_learner("sft", optimizer=optax.sgd(1.0))
-  state = update.init_state(learner, {"params": params}, {}, 0.0)
-  batch = stacked(batching.pack(trajectories(), 48, 2), 1)
+  state = update.init_state(learner, {"params": params}, {})
+  batch = stacked(fakes.padded(batching.pack(trajectories(), 48), 2), 1)
   _, step = jitted(learner)
   half = batch.tokens.shape[0] // 2
   other = jax.tree.map(lambda x: jnp.concatenate([x[:half], x[:1], x[half + 1 :]]), batch)
@@ -214,11 +209,11 @@ def test_only_counted_micro_batches_are_read(params):
 
 def test_steptool_gradient_equals_a_direct_ppo_loss(params):
   """The first epoch's gradient is that of -sum(A logp)/tokens + value and entropy terms."""
-  hp = update.dataclasses.replace(HP, kl_placement="none")
-  learner = make_learner(hp=hp, with_reference=False, optimizer=optax.sgd(1.0))
-  batch = batching.pack(trajectories(), 64, 1)
+  settings = update.dataclasses.replace(LOSS, kl="none")
+  learner = make_learner(loss=settings, optimizer=optax.sgd(1.0))
+  batch = batching.pack(trajectories(), 64).batch
   got, _ = gradient(learner, params, batch, batch.tokens.shape[0])
-  state = update.init_state(learner, {"params": params}, {}, 0.0)
+  state = update.init_state(learner, {"params": params}, {})
   prepared, _ = jitted(learner)[0](state, stacked(batch, batch.tokens.shape[0]), 1)
   micro = jax.tree.map(lambda x: x[0], prepared)
   mask = np.asarray(micro.action_mask)
@@ -244,7 +239,7 @@ def test_steptool_gradient_equals_a_direct_ppo_loss(params):
 
 def test_observation_and_prompt_tokens_have_no_gradient(params):
   """Peers' defect 9: another prompt or observation target changes nothing, a sampled one does."""
-  batch = jax.tree.map(jnp.asarray, batching.pack(trajectories(count=2), 64, 1))
+  batch = jax.tree.map(jnp.asarray, batching.pack(trajectories(count=2), 64).batch)
 
   @jax.jit
   def total(targets):
@@ -298,8 +293,8 @@ def test_adaptive_kl_literals():
 def guarded(params):
   """(state, prepared batch, count, jitted update)"""
   learner = make_learner(optimizer=optax.adam(1e-3))
-  state = update.init_state(learner, {"params": params}, {}, 0.0)
-  batch = stacked(batching.pack(trajectories(), 64, 1), 1)
+  state = update.init_state(learner, {"params": params}, {})
+  batch = stacked(batching.pack(trajectories(), 64).batch, 1)
   count = batch.tokens.shape[0]
   prepare, step = jitted(learner)
   prepared, _ = prepare(state, batch, count)
@@ -342,8 +337,8 @@ def test_a_nan_in_the_loss_behind_a_finite_gradient_skips_the_update(params, par
   learner = make_learner("sft", optimizer=optax.adam(1e-3))
   algorithm = update.dataclasses.replace(learner.algorithm, loss=loss)
   learner = update.dataclasses.replace(learner, algorithm=algorithm)
-  state = update.init_state(learner, {"params": params}, {}, 0.0)
-  batch = stacked(batching.pack(trajectories(), 64, 1), 1)
+  state = update.init_state(learner, {"params": params}, {})
+  batch = stacked(batching.pack(trajectories(), 64).batch, 1)
   new, metrics = jitted(learner)[1](state, batch, batch.tokens.shape[0])
   assert np.isfinite(metrics["grad_norm"]), "or the case is not the hidden one"
   skipped(state, new, metrics)
@@ -369,12 +364,12 @@ def test_the_reference_is_stored_in_the_compute_dtype_and_says_the_same(params):
   """float32 weights, bfloat16 products: half the memory, and the KL to itself is exactly 0."""
   config = update.dataclasses.replace(CONFIG, dtype="bfloat16")
   learner = update.dataclasses.replace(make_learner(), model=config)
-  state = update.init_state(learner, {"params": params}, {}, 0.3)
+  state = update.init_state(learner, {"params": params}, {})
   layers = state.reference["params"]["layers"]
   assert layers["q"]["kernel"].dtype == jnp.bfloat16
   assert layers["attn_norm"]["scale"].dtype == jnp.float32
   assert state.reference["params"]["value_head"]["kernel"].dtype == jnp.float32
-  batch = stacked(batching.pack(trajectories(), 64, 2), 2)
+  batch = stacked(fakes.padded(batching.pack(trajectories(), 64), 2), 2)
   prepare, step = jitted(learner)
   prepared, metrics = prepare(state, batch, batch.tokens.shape[0])
   assert float(metrics["kl"]) == 0.0

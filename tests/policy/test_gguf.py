@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from fakes import tiny_config
 
-from steptool_jax.policy import hub, model
+from steptool_jax.policy import hfconfig, hub, model
 from steptool_jax.policy.gguf import gguf_to_hub
 from steptool_jax.policy.model import RopeScaling
 

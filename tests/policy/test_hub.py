@@ -12,7 +12,7 @@ import pytest
 from fakes import tiny_config
 from jax.sharding import PartitionSpec as P
 
-from steptool_jax.policy import hub, model, sharding, tensorfile
+from steptool_jax.policy import hfconfig, hub, model, sharding, tensorfile
 from steptool_jax.policy.model import RopeScaling
 
 TOKENS = np.random.default_rng(0).integers(0, 61, (2, 24))
@@ -150,7 +150,7 @@ def test_storage_in_bfloat16(tmp_path):
   assert hfconfig.load_config(tmp_path / "m")[1]["dtype"] == "bfloat16"
   loaded = hub.load_params(tmp_path / "m", config)
   jax.tree.map(np.testing.assert_array_equal, loaded, params)
-  wide = hub.load_params(tmp_path / "m", config, param_dtype="float32")
+  wide = hub.load_params(tmp_path / "m", dataclasses.replace(config, param_dtype="float32"))
   assert wide["layers"]["q"]["kernel"].dtype == jnp.float32
   np.testing.assert_array_equal(wide["layers"]["q"]["kernel"], params["layers"]["q"]["kernel"])
 

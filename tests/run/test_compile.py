@@ -12,7 +12,7 @@ import tiny
 
 from steptool_jax.policy import attention, model
 from steptool_jax.run import compile as compile_mode
-from steptool_jax.run.cost import hlo_counts, roofline
+from steptool_jax.run.cost import hlo_counts, pricing, roofline
 
 # A loop of 3 turns (0, 2, 4 < 6) around a product [4, 8] x [8, 16] whose result stays on the core,
 # a gather over 4 devices, and a branch.
@@ -271,14 +271,12 @@ def test_what_lies_beside_counts(result):
 
 def test_the_table_and_what_does_not_fit(result):
   config, reports = result
-  text = compile_mode.table(reports)
+  text = pricing.table(reports)
   assert len(text.splitlines()) == 6
   assert text.count("| yes |") == 4
   failed = {"capacity_gib": 16, "fits": False, "hbm_gib_per_chip": 23.5, "compile_seconds": 9.0}
   failed["largest_arguments"] = ["cache/k bfloat16[4, 8]: 3.00 GiB"]
-  columns = {
-    line.count("|") for line in compile_mode.table(reports | {"update": failed}).splitlines()
-  }
+  columns = {line.count("|") for line in pricing.table(reports | {"update": failed}).splitlines()}
   assert columns == {text.splitlines()[0].count("|")}
   message = compile_mode.misfit(config, "v5e:2x2", {"update": failed, "decode": failed})
   assert "update does not fit v5e:2x2: 23.50 GiB of 16; largest: cache/k" in message
@@ -291,7 +289,7 @@ def test_a_misfit_ends_with_an_error(result, monkeypatch, tmp_path):
   device = (roofline.CHIPS["v5e"], jax.devices()[:1])
   monkeypatch.setattr(compile_mode, "open_topology", lambda name: device)
   monkeypatch.setattr(
-    compile_mode, "report", lambda program, *_: reports[program.name] | {"fits": False}
+    pricing, "report", lambda program, *_: reports[program.name] | {"fits": False}
   )
   with pytest.raises(RuntimeError, match="decode does not fit v5e:1"):
     compile_mode.run(config, tmp_path, "v5e:1")

@@ -42,8 +42,8 @@ def test_log_probs_of_the_sampler_that_are_not_finite_skip_the_update(tmp_path):
 
 
 def counting(config, progress):
-  """A Learning that only counts."""
-  guard = object.__new__(phase.Learning)
+  """A Phase that only counts."""
+  guard = object.__new__(phase.Phase)
   guard.config, guard.progress, guard.skipped_in_a_row = config, progress, 0
   return guard
 

@@ -226,7 +226,7 @@ def test_an_evaluation_that_is_cut_off_is_made_up_for(cut, tmp_path, compiled, m
     return dict(fake)
 
   monkeypatch.setattr(train._Trainer, "_iteration", iteration)
-  monkeypatch.setattr(phase.Learning, "update", lambda self, batch, rows: {"loss": 0.0})
+  monkeypatch.setattr(phase.Phase, "update", lambda self, batch, rows: {"loss": 0.0})
   first = train.run(config, tmp_path)
   assert first["interrupted"] is True
   cut = ""

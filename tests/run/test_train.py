@@ -166,7 +166,7 @@ def test_which_algorithm_is_paid_for_a_step(algorithm, intermediate, tmp_path):
   trainer, runner = scripted(tiny.make(algorithm=algorithm), tmp_path, broken=())
   with runner:
     trainer._iteration()
-  batch = batching.pack(trainer.learnt, 320)
+  batch = batching.pack(trainer.learnt, 320).batch
   first = batch.step_end & (batch.step_ids == 0)
   last = batch.step_end & (batch.step_ids == 1)
   assert first.sum() == last.sum() == 8
@@ -183,9 +183,10 @@ def test_non_finite_updates_stop_the_run_and_reach_no_checkpoint(tmp_path, compi
   pack = batching.pack_units
 
   def poisoned(*args, **kwargs):
-    batch = pack(*args, **kwargs)
-    sampled = batch.behaviour_logprobs.any()  # and not demonstrated
-    return batch._replace(rewards=np.where(sampled, np.float32(np.nan), batch.rewards))
+    packed = pack(*args, **kwargs)
+    sampled = packed.batch.behaviour_logprobs.any()  # and not demonstrated
+    rewards = np.where(sampled, np.float32(np.nan), packed.batch.rewards)
+    return packed._replace(batch=packed.batch._replace(rewards=rewards))
 
   monkeypatch.setattr(batching, "pack_units", poisoned)
   config = tiny.make(
@@ -210,11 +211,11 @@ def learning_from(monkeypatch, batch, **changes):
   """What learns from `batch`, whatever was rolled out."""
   recorder = types.SimpleNamespace(wants=lambda done: False)
   policy = types.SimpleNamespace(model=fakes.tiny_config())
-  found = phase.Learning(
+  found = phase.Phase(
     tiny.make(**changes), policy, None, recorder, train.Progress(phase="rl"), 1, 8
   )
   monkeypatch.setattr(setup, "to_device", lambda batch, *rest: batch)
-  monkeypatch.setattr(setup, "pack", lambda *args: (batch, []))
+  monkeypatch.setattr(setup, "pack", lambda *args: (batching.Packed(batch, (), ()), []))
   return found
 
 
