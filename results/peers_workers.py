@@ -62,7 +62,7 @@ def xla_compilations() -> Callable[[], dict]:
 
 
 def responses(trajectory: dict) -> tuple[np.ndarray, np.ndarray]:
-  """(ids behind the prompt, mask of the sampled ones)."""
+  """(ids after the prompt, mask of the sampled ones)."""
   steps = trajectory["steps"]
   ids = [part for s in steps for part in (s["sampled"], s["observed"])]
   mask = [np.full(len(part), k % 2 == 0) for k, part in enumerate(ids)]

@@ -352,7 +352,7 @@ def forward(
   positions_BT: jax.Array,
   segment_ids_BT: jax.Array,
 ) -> jax.Array:
-  """Hidden states [B, T, D] behind the final norm, in the compute dtype.
+  """Hidden states [B, T, D] after the final norm, in the compute dtype.
 
   A token sees what stands before it in its own segment. Padding (segment 0) sees padding only, so
   it stays finite and nothing else sees it.

@@ -200,7 +200,7 @@ def test_truncation_bootstraps_and_termination_does_not():
 
 
 def test_a_fractional_reward_reaches_the_advantage():
-  """Peers' defect 1: 0.7 scattered into an int array became 0."""
+  """A reward of 0.7 that is scattered into an integer array becomes 0."""
   batch = batching.pack([literal_trajectory(Status.ANSWERED)], 8).batch
   assert batch.rewards.dtype == np.float32
   zero = np.zeros((1, 8), np.float32)

@@ -41,8 +41,8 @@ def steps_of(batch):
       yield row, segment, steps
 
 
-def test_q_reads_behind_the_utterance_and_v_before_it():
-  """hidden[t] = (t, row): Q of a step is at the position behind its last token's target."""
+def test_q_reads_after_the_utterance_and_v_before_it():
+  """hidden[t] = (t, row): Q of a step is at the position after its last token's target."""
   batch = packed(trajectories())
   rows, length = batch.tokens.shape
   at = jnp.broadcast_to(jnp.arange(length, dtype=jnp.float32), (rows, length))
@@ -56,13 +56,13 @@ def test_q_reads_behind_the_utterance_and_v_before_it():
   seen = 0
   for row, segment, steps in steps_of(batch):
     for positions in steps:
-      first, behind = positions[0], positions[-1] + 1
-      assert behind < length, "the last token is an input too"
-      assert batch.segment_ids[row, behind] == segment
-      assert batch.tokens[row, behind] == batch.targets[row, positions[-1]]
-      assert out.q1[row, first] == behind
-      assert out.q2[row, first] == 2 * behind + 1
-      assert out.q[row, first] == behind
+      first, after = positions[0], positions[-1] + 1
+      assert after < length, "the last token is an input too"
+      assert batch.segment_ids[row, after] == segment
+      assert batch.tokens[row, after] == batch.targets[row, positions[-1]]
+      assert out.q1[row, first] == after
+      assert out.q2[row, first] == 2 * after + 1
+      assert out.q[row, first] == after
       assert out.v[row, first] == first + 0.5
       seen += 1
   assert seen > 8
@@ -206,8 +206,8 @@ def test_the_update_equals_a_direct_loss(state, programs):
   def min_q(state, hidden, row, at):
     """The advantage, without a gradient."""
     now = values(state.trainable["critic"], jax.lax.stop_gradient(hidden))
-    behind = at[-1] + 1
-    return jnp.minimum(now["q1"][row, behind], now["q2"][row, behind]) - now["v"][row, at[0]]
+    after = at[-1] + 1
+    return jnp.minimum(now["q1"][row, after], now["q2"][row, after]) - now["v"][row, at[0]]
 
   expected = jax.jit(jax.grad(loss))(state.trainable)
   got = jax.tree.map(jnp.subtract, state.trainable, new.trainable)

@@ -7,11 +7,10 @@ import numpy as np
 import optax
 import pytest
 
-from steptool_jax.config import Advantage, Config, Loss, Optimizer
+from steptool_jax.config import Advantage, Config, Loss
 from steptool_jax.learning import algorithms, batching, losses, update
 from steptool_jax.learning.outputs import policy_outputs
 from steptool_jax.policy import lora, model
-from steptool_jax.run.training.setup import build_optimizer
 
 CONFIG = fakes.tiny_config()
 ADVANTAGE = Advantage(gamma=0.9, lam=0.8)
@@ -49,7 +48,7 @@ def unpacked_forward(params, ids):
 
 
 def full_logprobs(params, ids, temperature=1.0):
-  """log-probs [n, V] and values [n] of one sequence; causal, so zeros behind it change nothing."""
+  """log-probs [n, V] and values [n] of one sequence; causal, so zeros after it change nothing."""
   padded = np.zeros((1, 64), np.int32)
   padded[0, : len(ids)] = ids
   logits, values = unpacked_forward(params, padded)
@@ -63,7 +62,7 @@ def heads(params):
 
 @pytest.mark.parametrize("chunk", [5, 16, 512])
 def test_packed_chunked_outputs_equal_single_forward_passes(params, chunk):
-  """Peers' defect 4: packed == unpacked, for log-probs, entropy and values."""
+  """A packed row must not let its trajectories see each other: packed == unpacked."""
   group = trajectories()
   batch = batching.pack(group, 64).batch
   outputs = functools.partial(
@@ -91,7 +90,7 @@ def test_packed_chunked_outputs_equal_single_forward_passes(params, chunk):
 
 
 def test_kl_is_zero_for_actor_equal_reference_at_any_temperature(params):
-  """Peers' defect 2."""
+  """Both sides must be divided by the temperature, or the KL of a policy to itself is not 0."""
   learner = make_learner(temperature=0.6)
   state = update.init_state(learner, {"params": params}, {})
   batch = stacked(fakes.padded(batching.pack(trajectories(), 64), 2), 2)
@@ -192,7 +191,7 @@ def test_gradient_accumulation_equals_the_full_batch(params, name):
 
 
 def test_only_counted_micro_batches_are_read(params):
-  """Behind `count` there may be anything: here real rows, which must not reach the gradient."""
+  """After `count` there may be anything: here real rows, which must not reach the gradient."""
   learner = make_learner("sft", optimizer=optax.sgd(1.0))
   state = update.init_state(learner, {"params": params}, {})
   batch = stacked(fakes.padded(batching.pack(trajectories(), 48), 2), 1)
@@ -238,7 +237,7 @@ def test_steptool_gradient_equals_a_direct_ppo_loss(params):
 
 
 def test_observation_and_prompt_tokens_have_no_gradient(params):
-  """Peers' defect 9: another prompt or observation target changes nothing, a sampled one does."""
+  """Another prompt or observation target changes nothing, another sampled one does."""
   batch = jax.tree.map(jnp.asarray, batching.pack(trajectories(count=2), 64).batch)
 
   @jax.jit
@@ -305,8 +304,13 @@ def guarded(params):
 @pytest.mark.parametrize(
   "field",
   [
-    *("rewards", "behaviour_logprobs", "old_logprobs"),
-    *("ref_logprobs", "values", "advantages", "returns"),
+    "rewards",
+    "behaviour_logprobs",
+    "old_logprobs",
+    "ref_logprobs",
+    "values",
+    "advantages",
+    "returns",
   ],
 )
 def test_one_number_that_is_not_finite_skips_the_update(guarded, field, value):
@@ -328,7 +332,7 @@ def test_what_is_not_read_may_be_anything(guarded):
 
 
 @pytest.mark.parametrize("part", ["term", "metric"])
-def test_a_nan_in_the_loss_behind_a_finite_gradient_skips_the_update(params, part):
+def test_a_nan_in_the_loss_with_a_finite_gradient_skips_the_update(params, part):
   def loss(outputs, batch, hp):
     terms, metrics = algorithms.ALGORITHMS["sft"].loss(outputs, batch, hp)
     hidden = {"hidden": (jnp.float32(jnp.nan) * jax.lax.stop_gradient(outputs.logprobs.sum()), 1.0)}
@@ -378,20 +382,3 @@ def test_the_reference_is_stored_in_the_compute_dtype_and_says_the_same(params):
   moved = state.trainable["params"]["layers"]["q"]["kernel"]
   assert moved.dtype == jnp.float32
   assert np.any(moved != params["layers"]["q"]["kernel"])
-
-
-def test_the_first_moment_can_be_bfloat16():
-  """Stored in half the memory; the second moment and the weights stay as they are."""
-
-  weights = {"w": jnp.ones((4, 4))}
-  for muon_rate in (0.0, 1e-2):
-    optimizer = build_optimizer(Optimizer(first_moment="bfloat16", muon_rate=muon_rate), 10)
-    state = optimizer.init(weights)
-    updates, state = optimizer.update({"w": jnp.full((4, 4), 1e-3)}, state, weights)
-    dtypes = {
-      ".".join(str(k) for k in path): x.dtype
-      for path, x in jax.tree_util.tree_leaves_with_path(state)
-      if x.shape == (4, 4)
-    }
-    assert sorted(map(str, dtypes.values())) == ["bfloat16", "float32"], dtypes
-    assert updates["w"].dtype == jnp.float32

@@ -110,7 +110,7 @@ def test_slots_at_different_lengths_and_invalid_tokens(platform, monkeypatch):
   assert np.isfinite(hidden).all()
   written = np.abs(np.asarray(cache.k)).reshape(2, 3, 9, -1).max(axis=(0, 3)) > 0
   np.testing.assert_array_equal(written, np.arange(9) < np.array([9, 4, 0])[:, None])
-  # Slot 0 is full: a token behind the end writes nothing; slots 1 and 2 go on at 4 and 0.
+  # Slot 0 is full: a token after the end writes nothing; slots 1 and 2 go on at 4 and 0.
   before = cache
   at = jnp.array([[9], [4], [0]])
   hidden, cache = step(
@@ -124,7 +124,7 @@ def test_slots_at_different_lengths_and_invalid_tokens(platform, monkeypatch):
   np.testing.assert_array_equal(cache.k[:, 0], before.k[:, 0])
 
 
-def test_stale_cache_behind_a_rewind_is_not_seen():
+def test_stale_cache_after_a_rewind_is_not_seen():
   tokens = tokens_of((1, 8))
   positions = jnp.arange(8)[None]
   step = jax.jit(functools.partial(model.forward_cached, CONFIG, {"params": params()}))

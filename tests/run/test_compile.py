@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import subprocess
-import sys
 from importlib import util
 
 import jax
@@ -166,13 +165,17 @@ def test_a_loop_without_a_bound_takes_the_given_one():
     ((8, 4), (4, 16), (8, 16), "dim_labels=bf_io->bf", 2 * 8 * 4 * 16),
     # A batch of 3 products, as a window over the batch that is mostly padding.
     (
-      *((8, 3, 4), (3, 4, 16), (8, 5, 16)),
+      (8, 3, 4),
+      (3, 4, 16),
+      (8, 5, 16),
       "window={size=3 pad=2_2 rhs_reversal=1}, dim_labels=b0f_0io->b0f",
       2 * 8 * 4 * 16 * 9,
     ),
     # The same with a stride over a dilated batch: only the diagonal is there.
     (
-      *((8, 3, 4), (3, 4, 16), (8, 3, 16)),
+      (8, 3, 4),
+      (3, 4, 16),
+      (8, 3, 16),
       "window={size=3 stride=2 pad=0_0 lhs_dilate=3}, dim_labels=b0f_0io->b0f",
       2 * 8 * 4 * 16 * 3,
     ),
@@ -314,11 +317,10 @@ def test_bad_input_is_named(monkeypatch, tmp_path):
 @pytest.mark.skipif(util.find_spec("libtpu") is None, reason="libtpu is not installed (extra tpu)")
 def test_a_real_slice(tmp_path):
   """In a process of its own, because libtpu stays in it."""
-  command = [
-    *(sys.executable, "-m", "steptool_jax.main", "--mode=compile", f"--workdir={tmp_path}"),
-    *(f"--config={tiny.ROOT}/tests/run/tiny.py:lora", "--config.model.path=/not/here"),
-    *("--config.mesh.fsdp=-1", "--config.mesh.data=1"),
-  ]
+  flags = ("--mode=compile", "--config.model.path=/not/here")
+  mesh = ("--config.mesh.fsdp=-1", "--config.mesh.data=1")
+  config = f"{tiny.ROOT}/tests/run/tiny.py:lora"
+  command = tiny.command(tmp_path, *flags, *mesh, config=config)
 
   def run(topology):
     return subprocess.run(

@@ -1,7 +1,9 @@
 """Non-finite numbers from the sampler, Eq. 2 in the trainer, and groups that are left out."""
 
 import dataclasses
+import types
 
+import fakes
 import numpy as np
 import pytest
 import tiny
@@ -42,10 +44,9 @@ def test_log_probs_of_the_sampler_that_are_not_finite_skip_the_update(tmp_path):
 
 
 def counting(config, progress):
-  """A Phase that only counts."""
-  guard = object.__new__(phase.Phase)
-  guard.config, guard.progress, guard.skipped_in_a_row = config, progress, 0
-  return guard
+  """A Phase that only counts: without a mesh, a recorder or a state."""
+  policy = types.SimpleNamespace(model=fakes.tiny_config())
+  return phase.Phase(config, policy, None, None, progress, 1, 8)
 
 
 def test_a_finite_update_ends_a_row_of_skipped_ones():

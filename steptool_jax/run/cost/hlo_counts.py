@@ -16,7 +16,11 @@ from steptool_jax.run.cost import hlo
 from steptool_jax.run.cost.hlo import Instruction
 
 COLLECTIVES = (
-  *("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute"),
+  "all-gather",
+  "all-reduce",
+  "reduce-scatter",
+  "all-to-all",
+  "collective-permute",
   "ragged-all-to-all",
 )
 FREE_TARGETS = ("AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBound")
@@ -113,7 +117,7 @@ class _Counter:
       counts.kernels.append(Kernel(ins.name, 1, reads))
 
   def _inlined(self, name: str) -> dict[str, Instruction]:
-    """A fused computation with the fusions in it written out, their names behind their fusion's."""
+    """A fused computation with the fusions in it written out, prefixed with their fusion's name."""
     if name not in self.inlined:
       body: list[Instruction] = []
       for ins in self.computations[name]:
