@@ -237,7 +237,7 @@ def _outputs(learner, variables, micro, critics) -> Outputs:
   kind = "none" if critics is None else learner.algorithm.critic
   heads = {
     "none": None,
-    "value": lambda hidden_BTD: model.project_values(learner.model, variables, hidden_BTD),
+    "value": lambda hidden_BTD: model.project_values(variables, hidden_BTD),
     "double": lambda hidden_BTD: tuple(critic.project(c, hidden_BTD, micro) for c in critics),
   }[kind]
   return policy_outputs(

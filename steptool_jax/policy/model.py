@@ -406,9 +406,8 @@ def project_logits(config: ModelConfig, variables: dict[str, Any], hidden: jax.A
   return logits if adapter is None else logits + _adapt(config, adapter["a"], adapter["b"], hidden)
 
 
-def project_values(config: ModelConfig, variables: dict[str, Any], hidden: jax.Array) -> jax.Array:
+def project_values(variables: dict[str, Any], hidden: jax.Array) -> jax.Array:
   """float32[...] from hidden [..., D]."""
-  del config
   head = variables["params"]["value_head"]
   return (hidden.astype(jnp.float32) @ head["kernel"])[..., 0] + head["bias"][0]
 

@@ -44,7 +44,7 @@ def unpacked_forward(params, ids):
   positions = jnp.arange(ids.shape[1])[None]
   hidden = model.forward(CONFIG, {"params": params}, ids, positions, jnp.ones_like(ids))
   logits = model.project_logits(CONFIG, {"params": params}, hidden)
-  return logits, model.project_values(CONFIG, {"params": params}, hidden)
+  return logits, model.project_values({"params": params}, hidden)
 
 
 def full_logprobs(params, ids, temperature=1.0):
@@ -57,7 +57,7 @@ def full_logprobs(params, ids, temperature=1.0):
 
 
 def heads(params):
-  return lambda hidden: model.project_values(CONFIG, {"params": params}, hidden)
+  return lambda hidden: model.project_values({"params": params}, hidden)
 
 
 @pytest.mark.parametrize("chunk", [5, 16, 512])

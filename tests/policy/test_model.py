@@ -191,13 +191,9 @@ def test_value_head_starts_at_zero_in_float32():
   assert tree["layers"]["q"]["kernel"].dtype == jnp.bfloat16
   assert tree["value_head"]["kernel"].dtype == jnp.float32
   hidden = jnp.ones((2, 3, config.hidden_size))
-  np.testing.assert_array_equal(
-    model.project_values(config, {"params": tree}, hidden), np.zeros((2, 3))
-  )
+  np.testing.assert_array_equal(model.project_values({"params": tree}, hidden), np.zeros((2, 3)))
   tree["value_head"] = {"kernel": jnp.full((config.hidden_size, 1), 0.5), "bias": jnp.ones(1)}
-  np.testing.assert_allclose(
-    model.project_values(config, {"params": tree}, hidden), np.full((2, 3), 17.0)
-  )
+  np.testing.assert_allclose(model.project_values({"params": tree}, hidden), np.full((2, 3), 17.0))
 
 
 def test_nothing_is_initialised_to_zero_but_biases_and_value_head():
