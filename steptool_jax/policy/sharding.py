@@ -102,6 +102,11 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
   return jax.tree_util.tree_map_with_path(leaf, tree)
 
 
+def abstract(tree: Any, where: Any) -> Any:
+  """The shapes of `tree` as ShapeDtypeStructs that lie as `where`, a tree of shardings, says."""
+  return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, where)
+
+
 def path_string(path: Any) -> str:
   """A key path of jax.tree_util as 'layers/q/kernel'."""
   return jax.tree_util.keystr(path, simple=True, separator="/")

@@ -167,13 +167,9 @@ def engine_programs(
 ) -> list[Program]:
   """append and decode for all slots; the train state stays in memory meanwhile."""
   engine = build.build_engine(config, policy, mesh)
-  slots = jax.tree.map(
-    lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-    jax.eval_shape(
-      functools.partial(engine_lib.init_state, policy.model, engine.slots, engine.size)
-    ),
-    build.slot_shardings(policy.model, engine.slots, mesh),
-  )
+  empty = functools.partial(engine_lib.init_state, policy.model, engine.slots, engine.size)
+  where = build.slot_shardings(policy.model, engine.slots, mesh)
+  slots = sharding.abstract(jax.eval_shape(empty), where)
   variables = lora.join_variables(state.trainable, state.frozen)
   width = min(APPEND_TOKENS, engine.size)
   host = functools.partial(jax.ShapeDtypeStruct, sharding=sharding.replicated(mesh))

@@ -137,12 +137,8 @@ def abstract_state(policy: Policy, mesh: Mesh, learner: update.Learner) -> Train
       variables["lora"] = lora.init_lora(policy.model, policy.lora, jax.random.key(0))
     return update.init_state(learner, *_split(learner, variables))
 
-  abstract = jax.eval_shape(make)
-  return jax.tree.map(
-    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-    abstract,
-    sharding.shardings(abstract, mesh),
-  )
+  state = jax.eval_shape(make)
+  return sharding.abstract(state, sharding.shardings(state, mesh))
 
 
 def pack(
