@@ -134,12 +134,7 @@ def _check_tensors(files, sources, target, config) -> None:
   """Every tensor there, none unknown, every shape right: before any data is read."""
   expected = {}
   for path, names in sources.items():
-    leaf = target
-    for key in path:
-      leaf = leaf[key]
-    for name in names:
-      shape = leaf.shape if name.layer is None else leaf.shape[1:]
-      expected[name.hub] = tuple(reversed(shape)) if name.transpose else tuple(shape)
+    expected |= {name.hub: _shape_in_file(_find(target, path), name) for name in names}
   missing = [name for name in expected if name not in files.shapes]
   if missing:
     hint = " (tie_word_embeddings: true?)" if missing == ["lm_head.weight"] else ""
@@ -161,6 +156,11 @@ def _check_tensors(files, sources, target, config) -> None:
       raise ValueError(
         f"{files.directory}: {name} has shape {files.shapes[name]}, config.json expects {shape}"
       )
+
+
+def _shape_in_file(array: Any, name: hfconfig.Name) -> tuple[int, ...]:
+  shape = array.shape if name.layer is None else array.shape[1:]
+  return tuple(reversed(shape)) if name.transpose else tuple(shape)
 
 
 def _some(names: list[str]) -> str:
@@ -212,8 +212,7 @@ def save_params(
   entries = {}
   for name, spot in names.items():
     array = _find(params, spot.path)
-    shape = array.shape if spot.layer is None else array.shape[1:]
-    entries[name] = (tuple(reversed(shape)) if spot.transpose else tuple(shape), array.dtype)
+    entries[name] = (_shape_in_file(array, spot), array.dtype)
 
   def fetch(name):
     spot = names[name]

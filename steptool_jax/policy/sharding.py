@@ -55,13 +55,12 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Any = Non
   free = [axis for axis, size in sizes.items() if size == -1]
   if len(free) > 1:
     raise ValueError(f"mesh axes {', '.join(free)}: only one of them can be -1")
-  fixed = math.prod(size for size in sizes.values() if size != -1)
-  if free and count % fixed == 0:
-    sizes[free[0]] = count // fixed
-  if math.prod(sizes.values()) != count:
-    axis = free[0] if free else max(sizes, key=sizes.__getitem__)
-    others = {a: s for a, s in sizes.items() if a != axis}
-    rest = math.prod(others.values())
+  axis = free[0] if free else max(sizes, key=sizes.__getitem__)
+  others = {a: s for a, s in sizes.items() if a != axis}
+  rest = math.prod(others.values())
+  if free and count % rest == 0:
+    sizes[axis] = count // rest
+  if sizes[axis] * rest != count:
     remedy = f"valid: {count // rest}" if count % rest == 0 else "make one of the others smaller"
     raise ValueError(
       f"mesh axis {axis}: {sizes[axis]} with {others} does not cover {count} devices; {remedy}"

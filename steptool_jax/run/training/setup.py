@@ -26,31 +26,23 @@ def build_optimizer(
 
   The schedule spans `total_steps`. critic_rate: of a critic's heads, in multiples of the others'.
   """
+  rate = _schedule(c, c.learning_rate, total_steps)
+  common = {"weight_decay": c.weight_decay, "mu_dtype": c.first_moment or None}
+  parts = [optax.clip_by_global_norm(c.max_grad_norm)] if c.max_grad_norm else []
   if c.muon_rate:
-    optimizer = optax.contrib.muon(
+    muon = optax.contrib.muon(
       _schedule(c, c.muon_rate, total_steps),
       eps=c.eps,
-      weight_decay=c.weight_decay,
       muon_weight_dimension_numbers=_muon_dimensions,
-      mu_dtype=c.first_moment or None,
       adam_b1=c.b1,
       adam_b2=c.b2,
       adam_weight_decay=c.weight_decay,
-      adam_learning_rate=_schedule(c, c.learning_rate, total_steps),
+      adam_learning_rate=rate,
+      **common,
     )
+    parts.append(muon)
   else:
-    schedule = _schedule(c, c.learning_rate, total_steps)
-    optimizer = optax.adamw(
-      schedule,
-      c.b1,
-      c.b2,
-      c.eps,
-      weight_decay=c.weight_decay,
-      mu_dtype=c.first_moment or None,
-    )
-  parts = [optimizer]
-  if c.max_grad_norm:
-    parts.insert(0, optax.clip_by_global_norm(c.max_grad_norm))
+    parts.append(optax.adamw(rate, c.b1, c.b2, c.eps, **common))
   if critic_rate != 1:
     parts.append(optax.masked(optax.scale(critic_rate), _critic_heads))
   return optax.chain(*parts)
@@ -117,7 +109,7 @@ def build_learner(
 
 
 def start_phase(config: Config, mesh: Mesh, learner: update.Learner, variables: dict) -> TrainState:
-  """A fresh TrainState over given variables, laid out on the mesh."""
+  """A fresh TrainState over these variables, laid out on the mesh."""
   trainable, frozen = _split(learner, variables)
   make = functools.partial(update.init_state, learner, seed=config.seed)
   layout = sharding.shardings(jax.eval_shape(make, trainable, frozen), mesh)
