@@ -141,7 +141,7 @@ def _ppo_loss(outputs: Outputs, batch: TokenBatch, hp: Hyperparameters) -> tuple
   # A broadcast advantage reads V at step starts only, so only those values are fitted.
   value_mask_BT = batch.action_mask
   if hp.advantage.level == "step" and hp.advantage.broadcast:
-    value_mask_BT = segments.step_starts(batch.action_mask, batch.step_ids, batch.segment_ids)
+    value_mask_BT = segments.step_starts(batch)
   value = losses.clipped_value(
     outputs.values, batch.values, batch.returns, value_mask_BT, hp.loss.value_clip
   )

@@ -63,7 +63,7 @@ def project(critic: dict, hidden_BTD: jax.Array, batch: TokenBatch) -> Utterance
 
 def starts(batch: TokenBatch) -> jax.Array:
   """bool [B, T], the first token of every step, replayed ones included."""
-  return segments.step_starts(batch.step_ids >= 0, batch.step_ids, batch.segment_ids)
+  return segments.step_starts(batch._replace(action_mask=batch.step_ids >= 0))
 
 
 def targets(

@@ -8,6 +8,8 @@ scan: T small steps cost nothing beside the model, and it compiles ten times fas
 import jax
 import jax.numpy as jnp
 
+from steptool_jax.types import TokenBatch
+
 
 def linear_recurrence(decay_BT: jax.Array, input_BT: jax.Array, reverse: bool = False) -> jax.Array:
   """x[t] = decay[t] * x[t -/+ 1] + input[t], float32 [B, T]; `reverse` runs from the end."""
@@ -46,14 +48,14 @@ def next_marked(x_BT: jax.Array, marked_BT: jax.Array, continues_BT: jax.Array) 
   return continues_BT * shift_left(at_or_after_BT, 0.0)
 
 
-def step_starts(action_mask_BT: jax.Array, step_ids_BT: jax.Array, segment_ids_BT: jax.Array):
+def step_starts(batch: TokenBatch) -> jax.Array:
   """bool [B, T], the first sampled token of each step."""
   same_step_BT = (
-    shift_right(action_mask_BT, False)
-    & (step_ids_BT == shift_right(step_ids_BT, -2))
-    & (segment_ids_BT == shift_right(segment_ids_BT, -1))
+    shift_right(batch.action_mask, False)
+    & (batch.step_ids == shift_right(batch.step_ids, -2))
+    & (batch.segment_ids == shift_right(batch.segment_ids, -1))
   )
-  return action_mask_BT & ~same_step_BT
+  return batch.action_mask & ~same_step_BT
 
 
 def starts(segment_ids_BT: jax.Array) -> jax.Array:

@@ -137,7 +137,7 @@ def prepare(
     ref_logprobs=ref_BT,
     **signal,
   )
-  starts_BT = segments.step_starts(mask_BT, flat.step_ids, flat.segment_ids)
+  starts_BT = segments.step_starts(flat)
   trajectories = (starts_BT & (flat.step_ids == 0)).sum()
   metrics |= {
     "kl": log_ratio_BT.sum() / jnp.maximum(trajectories, 1),
@@ -155,7 +155,7 @@ def _signal_metrics(batch: TokenBatch, signal: dict[str, jax.Array]) -> Metrics:
     metrics["advantage_std"] = jnp.sqrt(variance)
   if "returns" in signal:
     # At step starts, where every level fits the values.
-    starts_BT = segments.step_starts(batch.action_mask, batch.step_ids, batch.segment_ids)
+    starts_BT = segments.step_starts(batch)
     left = _masked_variance(signal["returns"] - signal["values"], starts_BT)
     whole = _masked_variance(signal["returns"], starts_BT)
     metrics["explained_variance"] = 1.0 - left / (whole + 1e-8)

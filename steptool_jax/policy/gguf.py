@@ -33,13 +33,18 @@ TOP_NAMES = {
   "final_norm": "output_norm.weight",
   "lm_head": "output.weight",
 }
-# Splitting rules by tokenizer.ggml.pre, as llama.cpp names them.
 LLAMA3_SPLIT = (
   r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
   r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-QWEN2_SPLIT = LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
-PRE_TOKENIZERS = ("default", "gpt-2", "smollm", "llama-bpe", "qwen2")
+# Splitting rules by tokenizer.ggml.pre, as llama.cpp names them; empty = the byte level's own.
+SPLITS = {
+  "default": "",
+  "gpt-2": "",
+  "smollm": "",
+  "llama-bpe": LLAMA3_SPLIT,
+  "qwen2": LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}"),
+}
 CONTROL, USER_DEFINED = 3, 4  # tokenizer.ggml.token_type
 
 
@@ -214,9 +219,9 @@ def _read_tokenizer(file: _Gguf, config: ModelConfig) -> tuple[Any, dict[str, An
       " take the model's Hugging Face directory instead"
     )
   pre = file.get("tokenizer.ggml.pre", "default")
-  if pre not in PRE_TOKENIZERS:
+  if pre not in SPLITS:
     raise ValueError(
-      f"{file.path}: tokenizer.ggml.pre: {pre!r} is not known; known: {', '.join(PRE_TOKENIZERS)}"
+      f"{file.path}: tokenizer.ggml.pre: {pre!r} is not known; known: {', '.join(SPLITS)}"
     )
   tokens = file.need("tokenizer.ggml.tokens")
   types = file.get("tokenizer.ggml.token_type", [1] * len(tokens))
@@ -229,18 +234,11 @@ def _read_tokenizer(file: _Gguf, config: ModelConfig) -> tuple[Any, dict[str, An
   tokenizer = tokenizers.Tokenizer(
     models.BPE(vocab=vocabulary, merges=merges, ignore_merges=pre == "llama-bpe")
   )
-  steps = {
-    "smollm": [pre_tokenizers.Digits(individual_digits=True)],
-    "llama-bpe": [pre_tokenizers.Split(tokenizers.Regex(LLAMA3_SPLIT), "isolated")],
-    "qwen2": [pre_tokenizers.Split(tokenizers.Regex(QWEN2_SPLIT), "isolated")],
-  }.get(pre, [])
-  own_regex = pre in ("llama-bpe", "qwen2")
-  steps.append(
-    pre_tokenizers.ByteLevel(
-      add_prefix_space=bool(file.get("tokenizer.ggml.add_space_prefix", False)),
-      use_regex=not own_regex,
-    )
-  )
+  steps = [pre_tokenizers.Digits(individual_digits=True)] if pre == "smollm" else []
+  if SPLITS[pre]:
+    steps.append(pre_tokenizers.Split(tokenizers.Regex(SPLITS[pre]), "isolated"))
+  prefix = bool(file.get("tokenizer.ggml.add_space_prefix", False))
+  steps.append(pre_tokenizers.ByteLevel(add_prefix_space=prefix, use_regex=not SPLITS[pre]))
   tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
   tokenizer.decoder = decoders.ByteLevel()
   for token, type_ in zip(tokens, types, strict=True):
