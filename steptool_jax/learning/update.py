@@ -148,7 +148,7 @@ def prepare(
 
 
 def _signal_metrics(batch: TokenBatch, signal: dict[str, jax.Array]) -> Metrics:
-  """Before whitening."""
+  """How far advantages spread before whitening, and how much of the returns V explains."""
   metrics = {}
   if "advantages" in signal:
     variance = _masked_variance(signal["advantages"], batch.action_mask)
@@ -233,7 +233,7 @@ def update(
 
 
 def _outputs(learner, variables, micro, critics) -> Outputs:
-  """critics: of ArCHer, each of which gives values; None: no values, whatever the algorithm."""
+  """critics: ArCHer's heads, each of which gives values; None: no values, whatever the algorithm."""
   kind = "none" if critics is None else learner.algorithm.critic
   heads = {
     "none": None,

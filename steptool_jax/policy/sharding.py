@@ -116,7 +116,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-  """For arrays whose leading axis is rows (or slots)."""
+  """The layout of arrays whose leading axis is rows (or slots)."""
   return NamedSharding(mesh, P(ROWS))
 
 
@@ -222,7 +222,7 @@ def mesh_of_rows(rows: int) -> Any:
 
 
 def platform() -> str:
-  """'tpu', 'gpu' or 'cpu': of the mesh that programs are made for, which may not be here."""
+  """'tpu', 'gpu' or 'cpu': what programs are made for, which need not be this machine."""
   device = jax.sharding.get_abstract_mesh().abstract_device
   if device is not None:
     return device.platform
@@ -230,12 +230,12 @@ def platform() -> str:
 
 
 def jit(function: Callable, **options: Any) -> Callable:
-  """jax.jit for a run's programs, with what this platform's compiler is told."""
+  """jax.jit for a run's programs, with this platform's compiler settings."""
   return jax.jit(function, compiler_options=compiler_options(), **options)
 
 
 def compiler_options() -> dict[str, str]:
-  """What this platform's compiler is told.
+  """Settings of this platform's compiler.
 
   On TPUs weights are gathered whole for their product. XLA's other way, rings of partial products,
   is unrolled: several times the compile time, for the same estimated speed.

@@ -53,7 +53,7 @@ class Instruction:
     return tuple(_arrays(self.shape))
 
   def attribute(self, name: str) -> str | None:
-    """Its value; of a computation, the name as in `parse`."""
+    """The attribute's value; a computation is named as in `parse`. None where it is not there."""
     found = re.search(rf"\b{name}=%?([^,\s]+)", self.attributes)
     return found and found[1]
 

@@ -25,8 +25,8 @@ from steptool_jax.types import TokenBatch, TrainState, Trajectory
 class Phase:
   """The learner of progress.phase and the state that its updates change.
 
-  iterations: which the schedule spans; conversations: most of an iteration. `progress` counts what
-  was learnt and skipped. The state is None until `start` or a restore.
+  iterations: those that the schedule spans. conversations: the most that an iteration has.
+  `progress` counts what was learnt and skipped. The state is None until `start` or a restore.
   """
 
   def __init__(

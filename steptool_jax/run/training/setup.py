@@ -64,7 +64,7 @@ def _schedule(c: Optimizer, peak: float, total_steps: int) -> optax.Schedule:
 
 
 def _critic_heads(params: dict) -> dict:
-  """True for PPO's value head and ArCHer's three."""
+  """A mask that is True at PPO's value head and at ArCHer's three heads."""
   return jax.tree_util.tree_map_with_path(
     lambda path, x: {"value_head", "critic"} & {*sharding.path_string(path).split("/")} != set(),
     params,
@@ -87,7 +87,7 @@ def build_learner(
 ) -> update.Learner:
   """The learner of a phase: algorithm 'sft' for the warm-up, config.algorithm for RL.
 
-  iterations: which the schedule spans: of RL, or of SFT on stored trajectories; None for
+  iterations: those that the schedule spans, of RL or of SFT on stored trajectories; None takes
   train.iterations.
   """
   row, t = algorithms.get_algorithm(algorithm), config.train
