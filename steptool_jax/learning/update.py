@@ -233,7 +233,7 @@ def update(
 
 
 def _outputs(learner, variables, micro, critics) -> Outputs:
-  """critics: ArCHer's heads, each of which gives values; None: no values, whatever the algorithm."""
+  """critics: ArCHer's heads, each of which gives values; None: no values at all."""
   kind = "none" if critics is None else learner.algorithm.critic
   heads = {
     "none": None,
