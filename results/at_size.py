@@ -196,11 +196,11 @@ def run_step(workdir: pathlib.Path, layers: int, merged: bool) -> dict:
   import jax
   import jax.numpy as jnp
 
-  from steptool_jax.policy import hub, lora, sharding
+  from steptool_jax.policy import hfconfig, hub, lora, peftfile, sharding
 
   mesh = sharding.make_mesh(data=1, fsdp=8)
   settings = lora.LoraConfig(RANK, ALPHA)
-  config, raw = hub.load_config(workdir / "source", param_dtype="bfloat16")
+  config, raw = hfconfig.load_config(workdir / "source", param_dtype="bfloat16")
   jax.block_until_ready(jnp.zeros(8, device=sharding.batch_sharding(mesh)))
   meter = Meter(mesh.size)
   figures = {"before": meter.stop()}
@@ -226,7 +226,7 @@ def run_step(workdir: pathlib.Path, layers: int, merged: bool) -> dict:
   meter.start()
   hub.save_params(out, config, params, raw, max_shard_bytes=shard_bytes(layers), adapters=adapters)
   if merged:
-    hub.save_adapter(out / "adapter", config, adapters, settings)
+    peftfile.save_adapter(out / "adapter", config, adapters, settings)
   figures["merged export" if merged else "export"] = meter.stop()
   meter.close()
   return figures

@@ -3,7 +3,7 @@
     python results/compile.py --workdir=/tmp/compile --parallel=2
 
 Every cell is a --mode=compile of its own; a finished cell is not compiled again, and the files are
-written anew behind each cell. Needs libtpu (the extra tpu).
+written anew after each cell. Needs libtpu (the extra tpu).
 """
 
 import argparse
@@ -16,7 +16,9 @@ import sys
 ROOT = pathlib.Path(__file__).parents[1]
 PROGRAMS = 4  # prepare, update, append, decode
 FULL = (
-  *("lora.rank=0", "model.param_dtype=float32", "train.optimizer.first_moment=bfloat16"),
+  "lora.rank=0",
+  "model.param_dtype=float32",
+  "train.optimizer.first_moment=bfloat16",
   "rollout.slots=32",
 )
 LONG = ("rollout.max_tokens=32768", "train.row_tokens=32768", "rollout.slots=16")
@@ -42,15 +44,14 @@ CELLS = (
     for topology, chips in (("v5e:2x2", 4), ("v5e:4x4", 16), ("v6e:2x4", 8))
   ),
   *((name, "v6e:2x4", "LoRA", (rows(8),)) for name in BIG),
-  (
-    *("llama3_1_8b", "v5e:4x4", "LoRA, 32k"),
-    (*LONG, rows(8), "mesh.fsdp=8", "mesh.tensor=2"),
-  ),
+  ("llama3_1_8b", "v5e:4x4", "LoRA, 32k", (*LONG, rows(8), "mesh.fsdp=8", "mesh.tensor=2")),
   ("llama3_1_8b", "v6e:4x4", "full, 32k", (*FULL, *LONG)),
   # Twice the chips with twice the batch and slots; and one slice with longer and longer rows.
   *(
     (
-      *("smollm2_135m", size, "scaling"),
+      "smollm2_135m",
+      size,
+      "scaling",
       (*SMALL, rows(n), f"rollout.tasks={8 * n}", f"rollout.slots={8 * n}"),
     )
     for size, n in (("v5e:1x1", 1), ("v5e:2x4", 8), ("v5e:4x8", 32), ("v5e:8x8", 64))
@@ -93,15 +94,21 @@ def folder(cell: tuple) -> str:
 def command(cell: tuple, home: pathlib.Path) -> list[str]:
   name, topology, _, fields = cell
   return [
-    *(sys.executable, "-m", "steptool_jax.main", "--mode=compile", f"--config=configs/{name}.py"),
-    *(f"--topology={topology}", f"--workdir={home}", *(f"--config.{field}" for field in fields)),
+    sys.executable,
+    "-m",
+    "steptool_jax.main",
+    "--mode=compile",
+    f"--config=configs/{name}.py",
+    f"--topology={topology}",
+    f"--workdir={home}",
+    *(f"--config.{field}" for field in fields),
   ]
 
 
 def write(workdir: pathlib.Path) -> None:
   """compile.json and compile.md from the cells that are there."""
   sys.path.insert(0, str(ROOT))
-  from steptool_jax.run.compile import table
+  from steptool_jax.run.cost.pricing import table
 
   found, lines, parts = {}, list(SUMMARY), []
   for cell in CELLS:

@@ -9,12 +9,13 @@ ratio of 1 would be a layout that costs nothing; memory and links of a real slic
 """
 
 import json
+import os
 import pathlib
 import statistics
+import subprocess
 import sys
 
 ROOT = pathlib.Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "tests"))
 MESHES = ((1, 1), (2, 1), (1, 2), (4, 1), (1, 4), (8, 1), (1, 8))  # data, fsdp
 REPEATS = 3
 
@@ -27,25 +28,20 @@ def measure(data: int, fsdp: int) -> list[float]:
   import numpy as np
 
   from configs import quickstart
-  from steptool_jax.learning import batching, update
+  from steptool_jax.learning import update
   from steptool_jax.policy import model, sharding
   from steptool_jax.run import bench
   from steptool_jax.run.training import setup
   from steptool_jax.validation import validate
 
   config = validate(quickstart.get_config())
-  architecture = bench.build_architecture(config.bench)
   mesh = sharding.make_mesh(data, fsdp)
-  rng = np.random.default_rng(0)
-  packed = batching.pack(
-    [bench.make_trajectory(rng, config.bench) for _ in range(8)], config.bench.tokens
-  )
-  learner = setup.build_learner(config, architecture, "steptool")
+  learner = setup.build_learner(config, bench.ARCHITECTURE, "steptool")
   with jax.set_mesh(mesh):
-    variables = {"params": model.init_params(architecture, jax.random.key(0))}
+    variables = {"params": model.init_params(bench.ARCHITECTURE, jax.random.key(0))}
     state = setup.start_phase(config, mesh, learner, variables)
     prepare, step = update.compile_programs(learner)
-    prepared, _ = prepare(state, setup.to_device(packed, 8, 1, mesh), np.int32(1))
+    prepared, _ = prepare(state, setup.to_device(bench.make_batch(), 8, 1, mesh), np.int32(1))
     seconds = []
     for _ in range(2 + REPEATS):  # the second may compile for the layout of the first's result
       started = time.perf_counter()
@@ -57,9 +53,12 @@ def measure(data: int, fsdp: int) -> list[float]:
 
 def apart(data: int, fsdp: int) -> list[float]:
   """`measure` in a process with data x fsdp fake devices."""
-  from fakes import on_devices
-
-  done = on_devices(data * fsdp, __file__, str(data), str(fsdp))
+  count = data * fsdp
+  # XLA's inner pool has a thread a core, and a collective may wait on one for the other devices.
+  env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "PJRT_NPROC": str(4 * count)}
+  env["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={count}"
+  command = [sys.executable, __file__, str(data), str(fsdp)]
+  done = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=True)
   return json.loads(done.stdout.splitlines()[-1])
 
 

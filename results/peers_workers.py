@@ -62,7 +62,7 @@ def xla_compilations() -> Callable[[], dict]:
 
 
 def responses(trajectory: dict) -> tuple[np.ndarray, np.ndarray]:
-  """(ids behind the prompt, mask of the sampled ones)."""
+  """(ids after the prompt, mask of the sampled ones)."""
   steps = trajectory["steps"]
   ids = [part for s in steps for part in (s["sampled"], s["observed"])]
   mask = [np.full(len(part), k % 2 == 0) for k, part in enumerate(ids)]
@@ -78,7 +78,7 @@ def ours_update(work: dict, folder: pathlib.Path) -> None:
   from configs import steptool_offline
   from steptool_jax import types
   from steptool_jax.learning import batching, update
-  from steptool_jax.policy import hub, lora
+  from steptool_jax.policy import hfconfig, hub, lora
   from steptool_jax.run.training import setup
   from steptool_jax.validation import validate
 
@@ -109,10 +109,10 @@ def ours_update(work: dict, folder: pathlib.Path) -> None:
   settings = (t.epochs, config.advantage.gamma, config.advantage.lam, c.clip_low, c.value_coef)
   assert settings == (EPOCHS, GAMMA, LAM, CLIP, VALUE_COEF), settings
   assert (c.kl_coef, t.optimizer.learning_rate) == (KL, RATE)
-  architecture, _ = hub.load_config(folder / "model")
+  architecture, _ = hfconfig.load_config(folder / "model")
   variables = {"params": hub.load_params(folder / "model", architecture)}
   learner = setup.build_learner(config, architecture, "steptool", 1)
-  state = update.init_state(learner, *lora.split_variables(variables), KL)
+  state = update.init_state(learner, *lora.split_variables(variables))
   prepare, step = update.compile_programs(learner)
   mesh = jax.sharding.Mesh(np.array(jax.devices()).reshape(1, 1, 1), ("data", "fsdp", "tensor"))
 
@@ -120,7 +120,7 @@ def ours_update(work: dict, folder: pathlib.Path) -> None:
     nonlocal state
     report = {}
     for n, batch in enumerate(batches):
-      packed = batching.pack(batch, t.row_tokens)
+      packed = batching.pack(batch, t.row_tokens).batch
       rows = packed.tokens.shape[0]
       prepared, _ = prepare(state, setup.to_device(packed, 1, len(batch), mesh), np.int32(rows))
       if n == 0:
@@ -137,9 +137,9 @@ def ours_update(work: dict, folder: pathlib.Path) -> None:
 
 def ours_rollout(work: dict, folder: pathlib.Path) -> None:
   from steptool_jax.policy import engine as engine_lib
-  from steptool_jax.policy import hub
+  from steptool_jax.policy import hfconfig, hub
 
-  config, _ = hub.load_config(folder / "model")
+  config, _ = hfconfig.load_config(folder / "model")
   variables = {"params": hub.load_params(folder / "model", config)}
   slots = len(work["prompts"])
   engine = engine_lib.make_engine(config, slots, work["size"], max(work["answers"]))

@@ -7,9 +7,9 @@ import sys
 
 import numpy as np
 
-from steptool_jax.learning import algorithms
+from steptool_jax.learning import batching
 from steptool_jax.policy import engine, model
-from steptool_jax.types import Finish, Malformed, Status, Step, Trajectory
+from steptool_jax.types import Finish, Malformed, Status, Step, TokenBatch, Trajectory
 
 VOCAB = 61
 ROOT = pathlib.Path(__file__).parents[1]
@@ -53,26 +53,15 @@ def tiny_config(**changes) -> model.ModelConfig:
   return model.ModelConfig(**(fields | changes))
 
 
-def hyperparameters(**changes) -> algorithms.Hyperparameters:
-  fields = {
-    "gamma": 0.99,
-    "lam": 0.95,
-    "level": "",
-    "broadcast": True,
-    "whiten": True,
-    "omega": 1.0,
-    "clip_low": 0.2,
-    "clip_high": 0.2,
-    "value_clip": 0.2,
-    "value_coef": 0.1,
-    "entropy_coef": 0.0,
-    "kl_placement": "",
-    "aggregation": "",
-    "dpo_beta": 0.1,
-    "tau": 0.1,
-    "warmup": 0,
-  }
-  return algorithms.Hyperparameters(**(fields | changes))
+def padded(packed: batching.Packed, multiple: int) -> TokenBatch:
+  """The packed batch with empty rows up to a multiple: one shape, one compilation."""
+  rows, row_tokens = packed.batch.tokens.shape
+  padding = batching.empty_batch(-rows % multiple, row_tokens)
+  return TokenBatch(
+    *(
+      x if x is None else np.concatenate([x, y]) for x, y in zip(packed.batch, padding, strict=True)
+    )
+  )
 
 
 def random_trajectory(rng, max_steps=4, status=None, prompt=5) -> Trajectory:

@@ -62,7 +62,7 @@ def gae(
     advantages_BT = _gae(batch, rewards_BT, values_BT, gamma, lam, level, step_episodes)
   returns_BT = action_BT * (advantages_BT + values_BT)
   if level == "step" and broadcast:
-    start_BT = segments.step_starts(batch.action_mask, batch.step_ids, batch.segment_ids)
+    start_BT = segments.step_starts(batch)
     advantages_BT = segments.spread(advantages_BT, start_BT, batch.action_mask)
   return action_BT * advantages_BT, returns_BT
 

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from steptool_jax import config as config_lib
 from steptool_jax.learning import advantages, critic, groups, losses, segments
 from steptool_jax.learning.outputs import Outputs
 from steptool_jax.learning.selection import EVERYTHING, PAIRS, SOLVED, Selection
@@ -20,27 +21,15 @@ Terms = dict[str, losses.SumAndDenominator]
 
 @dataclasses.dataclass(frozen=True)
 class Hyperparameters:
-  """The numbers that advantages and losses read; static under jit. Meanings: config.py.
+  """The config's groups that advantages and losses read, `resolve`d for an algorithm.
 
-  level, kl_placement, aggregation: "" = as the algorithm's row says (`resolve`).
+  Static under jit. A new number is its definition in config.py and its use in learning/.
   """
 
-  gamma: float
-  lam: float
-  level: str
-  broadcast: bool
-  whiten: bool
-  omega: float
-  clip_low: float
-  clip_high: float
-  value_clip: float
-  value_coef: float
-  entropy_coef: float
-  kl_placement: str
-  aggregation: str
-  dpo_beta: float
-  tau: float
-  warmup: int  # optimizer steps without the actor (ArCHer)
+  advantage: config_lib.Advantage
+  loss: config_lib.Loss
+  dpo: config_lib.Dpo
+  archer: config_lib.Archer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,10 +69,10 @@ def _gae(step_episodes: bool = False) -> Callable:
       batch,
       rewards_BT,
       values_BT,
-      gamma=hp.gamma,
-      lam=hp.lam,
-      level=hp.level,
-      broadcast=hp.broadcast,
+      gamma=hp.advantage.gamma,
+      lam=hp.advantage.lam,
+      level=hp.advantage.level,
+      broadcast=hp.advantage.broadcast,
       step_episodes=step_episodes,
     )
     return {"advantages": advantages_BT, "values": values_BT, "returns": returns_BT}
@@ -95,7 +84,7 @@ def _baseline(function: Callable, discounted: bool = False) -> Callable:
   """An advantage without a critic; `discounted`: over steps, with gamma."""
 
   def advantage(batch, rewards_BT, values: None, hp: Hyperparameters):
-    gamma = (hp.gamma,) if discounted else ()
+    gamma = (hp.advantage.gamma,) if discounted else ()
     return {"advantages": function(batch, rewards_BT, *gamma)}
 
   return advantage
@@ -104,13 +93,13 @@ def _baseline(function: Callable, discounted: bool = False) -> Callable:
 def _gigpo(batch, rewards_BT, values: None, hp: Hyperparameters):
   """Feng et al. 2025: episode-relative + omega step-relative."""
   episode_BT = groups.group_relative(batch, rewards_BT)
-  step_BT = groups.anchor_relative(batch, rewards_BT, hp.gamma)
-  return {"advantages": episode_BT + hp.omega * step_BT}
+  step_BT = groups.anchor_relative(batch, rewards_BT, hp.advantage.gamma)
+  return {"advantages": episode_BT + hp.advantage.omega * step_BT}
 
 
 def _archer(batch, rewards_BT, values: tuple, hp: Hyperparameters):
   online, target = values
-  returns_BT, value_targets_BT = critic.targets(batch, rewards_BT, target, hp.gamma)
+  returns_BT, value_targets_BT = critic.targets(batch, rewards_BT, target, hp.advantage.gamma)
   return {
     "advantages": critic.utterance_advantages(batch, online),
     "values": online.q,
@@ -123,7 +112,7 @@ def _archer(batch, rewards_BT, values: tuple, hp: Hyperparameters):
 
 
 def _sft_loss(outputs: Outputs, batch: TokenBatch, hp: Hyperparameters) -> tuple[Terms, Terms]:
-  weights_BT = losses.action_weights(batch, hp.aggregation)
+  weights_BT = losses.action_weights(batch, hp.loss.aggregation)
   loss = losses.cross_entropy(outputs.logprobs, weights_BT)
   return {"loss": loss}, {"entropy": losses.weighted(outputs.entropy, weights_BT)}
 
@@ -131,33 +120,33 @@ def _sft_loss(outputs: Outputs, batch: TokenBatch, hp: Hyperparameters) -> tuple
 def _policy_loss(outputs: Outputs, batch: TokenBatch, hp: Hyperparameters) -> tuple[Terms, Terms]:
   """Clipped surrogate and entropy bonus.
 
-  At the policy that sampled, the surrogate's gradient is REINFORCE's, - A grad log pi; behind the
+  At the policy that sampled, the surrogate's gradient is REINFORCE's, - A grad log pi; after the
   first minibatch its ratio makes up for how far the policy has moved.
   """
-  weights_BT = losses.action_weights(batch, hp.aggregation)
+  weights_BT = losses.action_weights(batch, hp.loss.aggregation)
   policy, metrics = losses.ppo_policy(
     outputs.logprobs,
     batch.old_logprobs,
     batch.advantages,
     weights_BT,
-    hp.clip_low,
-    hp.clip_high,
+    hp.loss.clip_low,
+    hp.loss.clip_high,
   )
   entropy = losses.weighted(outputs.entropy, weights_BT)
-  terms = {"policy_loss": policy, "entropy_loss": _scale(entropy, -hp.entropy_coef)}
+  terms = {"policy_loss": policy, "entropy_loss": _scale(entropy, -hp.loss.entropy_coef)}
   return terms, metrics | {"entropy": entropy}
 
 
 def _ppo_loss(outputs: Outputs, batch: TokenBatch, hp: Hyperparameters) -> tuple[Terms, Terms]:
   # A broadcast advantage reads V at step starts only, so only those values are fitted.
   value_mask_BT = batch.action_mask
-  if hp.level == "step" and hp.broadcast:
-    value_mask_BT = segments.step_starts(batch.action_mask, batch.step_ids, batch.segment_ids)
+  if hp.advantage.level == "step" and hp.advantage.broadcast:
+    value_mask_BT = segments.step_starts(batch)
   value = losses.clipped_value(
-    outputs.values, batch.values, batch.returns, value_mask_BT, hp.value_clip
+    outputs.values, batch.values, batch.returns, value_mask_BT, hp.loss.value_clip
   )
   terms, metrics = _policy_loss(outputs, batch, hp)
-  terms |= {"value_loss": _scale(value, hp.value_coef)}
+  terms |= {"value_loss": _scale(value, hp.loss.value_coef)}
   return terms, metrics | {"value_error": value}
 
 
@@ -165,13 +154,13 @@ def _archer_loss(outputs: Outputs, batch: TokenBatch, hp: Hyperparameters) -> tu
   (online,) = outputs.values
   q, v = critic.q_loss(online, batch), critic.v_loss(online, batch)
   terms, metrics = _policy_loss(outputs, batch, hp)
-  terms |= {"q_loss": _scale(q, hp.value_coef), "v_loss": _scale(v, hp.value_coef)}
+  terms |= {"q_loss": _scale(q, hp.loss.value_coef), "v_loss": _scale(v, hp.loss.value_coef)}
   return terms, metrics | {"q_error": q, "v_error": v}
 
 
 def _dpo_loss(outputs: Outputs, batch: TokenBatch, hp: Hyperparameters) -> tuple[Terms, Terms]:
-  loss, metrics = losses.dpo(outputs.logprobs, batch.ref_logprobs, batch, hp.dpo_beta)
-  weights_BT = losses.action_weights(batch, hp.aggregation)
+  loss, metrics = losses.dpo(outputs.logprobs, batch.ref_logprobs, batch, hp.dpo.beta)
+  weights_BT = losses.action_weights(batch, hp.loss.aggregation)
   return {"loss": loss}, metrics | {"entropy": losses.weighted(outputs.entropy, weights_BT)}
 
 
@@ -218,13 +207,22 @@ ALGORITHMS: dict[str, Algorithm] = {
 }
 
 
-def resolve(algorithm: Algorithm, hp: Hyperparameters) -> Hyperparameters:
-  """The hyper-parameters with the row's words where theirs are empty."""
+def resolve(algorithm: Algorithm, config: config_lib.Config) -> Hyperparameters:
+  """The config's hyper-parameters, with the row's words where the config's are empty.
+
+  loss.kl is the config's word on RL: where demonstrations are imitated, the row's stands.
+  """
+  groups = {f.name: getattr(config, f.name) for f in dataclasses.fields(Hyperparameters)}
+  hp = Hyperparameters(**groups)
+  imitates = algorithm.rewards == "none"
+  level = hp.advantage.level or algorithm.level
+  loss = dataclasses.replace(
+    hp.loss,
+    kl=algorithm.kl if imitates else hp.loss.kl or algorithm.kl,
+    aggregation=hp.loss.aggregation or algorithm.aggregation,
+  )
   return dataclasses.replace(
-    hp,
-    level=hp.level or algorithm.level,
-    kl_placement=hp.kl_placement or algorithm.kl,
-    aggregation=hp.aggregation or algorithm.aggregation,
+    hp, advantage=dataclasses.replace(hp.advantage, level=level), loss=loss
   )
 
 
@@ -240,12 +238,12 @@ def get_algorithm(name: str) -> Algorithm:
 
 
 def adapt_kl(
-  kl_coef: jax.Array, kl: jax.Array, target: float, horizon: float, trajectories: int
+  kl_coef: jax.Array, kl: jax.Array, loss: config_lib.Loss, trajectories: int
 ) -> jax.Array:
   """Adaptive KL controller (Ziegler et al. 2019, section 2.2).
 
-  coef *= 1 + clip(kl / target - 1, -0.2, 0.2) * trajectories / horizon, where kl is the mean over
-  trajectories of the summed log(pi / ref), and horizon counts trajectories.
+  coef *= 1 + clip(kl / kl_target - 1, -0.2, 0.2) * trajectories / kl_horizon, where kl is the mean
+  over trajectories of the summed log(pi / ref).
   """
-  error = jnp.clip(kl / target - 1.0, -0.2, 0.2)
-  return kl_coef * (1.0 + error * trajectories / horizon)
+  error = jnp.clip(kl / loss.kl_target - 1.0, -0.2, 0.2)
+  return kl_coef * (1.0 + error * trajectories / loss.kl_horizon)

@@ -1,6 +1,7 @@
 """Trajectories -> packed TokenBatch: first-fit-decreasing rows, static shapes, host side only."""
 
 from collections.abc import Hashable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -11,8 +12,8 @@ def packed_length(trajectory: Trajectory, whole_actions: bool = False) -> int:
   """Positions that a trajectory takes in a row.
 
   A terminated one ends with its last sampled token, which is a target but never an input, unless
-  `whole_actions` asks for it: Q(s, a) reads the state behind all of a. A truncated one keeps all:
-  behind its last token stands the state whose value it bootstraps from.
+  `whole_actions` asks for it: Q(s, a) reads the state after all of a. A truncated one keeps all:
+  after its last token comes the state whose value it bootstraps from.
   """
   if trajectory.truncated:
     return trajectory.num_tokens
@@ -64,60 +65,76 @@ def empty_batch(num_rows: int, row_tokens: int) -> TokenBatch:
   )
 
 
-def pack(trajectories: Sequence[Trajectory], row_tokens: int, row_multiple: int = 1) -> TokenBatch:
-  """Packs into as few rows of `row_tokens` as first-fit-decreasing finds.
+class Place(NamedTuple):
+  """Where a trajectory lies in a batch: positions [start, stop) of a row."""
 
-  The number of rows is rounded up to `row_multiple` with empty rows, for static shapes.
+  row: int
+  start: int
+  stop: int
+
+
+class Packed(NamedTuple):
+  """A packed batch, and where each of its trajectories lies (replayed ones left out)."""
+
+  batch: TokenBatch
+  trajectories: tuple[Trajectory, ...]
+  places: tuple[Place, ...]
+
+
+def pack(trajectories: Sequence[Trajectory], row_tokens: int) -> Packed:
+  """Packs into as few rows of `row_tokens` as first-fit-decreasing finds.
 
   Raises:
     ValueError: a trajectory without steps, or one longer than a row.
   """
-  return pack_units([(t,) for t in trajectories], row_tokens, row_multiple)
+  return pack_units([(t,) for t in trajectories], row_tokens)
 
 
 def pack_units(
   units: Sequence[tuple[Trajectory, ...]],
   row_tokens: int,
-  row_multiple: int = 1,
   *,
   replayed: Sequence[Trajectory] = (),
   whole_actions: bool = False,
-) -> TokenBatch:
+) -> Packed:
   """Packs trajectories that belong together into neighbouring rows.
 
   Args:
     units: each of W trajectories, member m of which goes to a row W n + m, as segment s of all
       these W rows. W = 1: every trajectory by itself; W = 2: pairs.
-    row_tokens, row_multiple: as `pack`; row_multiple is a multiple of W.
+    row_tokens: length of a row.
     replayed: further trajectories, for a critic only (W = 1).
     whole_actions: see `packed_length`.
 
   Raises:
     ValueError: as `pack`.
   """
-  width = len(units[0]) if units else 1
+  width, fresh = len(units[0]) if units else 1, len(units)
   units = [*units, *((t,) for t in replayed)]
   for trajectory in (t for unit in units for t in unit):
     if not trajectory.steps:
       raise ValueError(f"trajectory of task {trajectory.task_id!r} has no steps: nothing to train")
-  lengths = [max(packed_length(t, whole_actions) for t in unit) for unit in units]
-  bins = first_fit_decreasing(lengths, row_tokens)
-  num_rows = max(-(-len(bins) * width // row_multiple), 1) * row_multiple
-  batch = empty_batch(num_rows, row_tokens)
+  lengths = [[packed_length(t, whole_actions) for t in unit] for unit in units]
+  bins = first_fit_decreasing([max(unit) for unit in lengths], row_tokens)
+  batch = empty_batch(max(len(bins), 1) * width, row_tokens)
   tasks, anchors = _Numbers(), _Numbers()
+  places: dict[tuple[int, int], Place] = {}
   for number, indices in enumerate(bins):
     for member in range(width):
       row, start = width * number + member, 0
       for segment, index in enumerate(indices, start=1):
-        trajectory = units[index][member]
-        here = slice(start, start + packed_length(trajectory, whole_actions))
-        _write(batch, trajectory, row, here, anchors)
-        batch.group_ids[row, here] = tasks[trajectory.task_id]
+        place = Place(row, start, start + lengths[index][member])
+        here = slice(start, place.stop)
+        _write(batch, units[index][member], place, anchors)
+        batch.group_ids[row, here] = tasks[units[index][member].task_id]
         batch.segment_ids[row, here] = segment
-        if index >= len(units) - len(replayed):
+        if index < fresh:
+          places[index, member] = place
+        else:
           batch.action_mask[row, here] = False
-        start = here.stop
-  return batch
+        start = place.stop
+  trajectories = tuple(t for unit in units[:fresh] for t in unit)
+  return Packed(batch, trajectories, tuple(places[key] for key in sorted(places)))
 
 
 class _Numbers(dict):
@@ -128,19 +145,17 @@ class _Numbers(dict):
     return self[key]
 
 
-def _write(
-  batch: TokenBatch, trajectory: Trajectory, row: int, here: slice, anchors: _Numbers
-) -> None:
-  """Writes one trajectory at [row, here]."""
+def _write(batch: TokenBatch, trajectory: Trajectory, place: Place, anchors: _Numbers) -> None:
+  row, start, stop = place
   ids = np.concatenate(
     [trajectory.prompt_tokens]
     + [part for step in trajectory.steps for part in (step.tokens, step.observation_tokens)]
   ).astype(np.int32)
-  start, length = here.start, here.stop - here.start
-  batch.tokens[row, here] = ids[:length]
+  length = stop - start
+  batch.tokens[row, start:stop] = ids[:length]
   targets = ids[1 : length + 1]
   batch.targets[row, start : start + len(targets)] = targets
-  batch.positions[row, here] = np.arange(length)
+  batch.positions[row, start:stop] = np.arange(length)
   # targets[t] is ids[t + 1]: a step whose first token is ids[first] is aligned at first - 1.
   first = start + len(trajectory.prompt_tokens) - 1
   seen = trajectory.prompt_tokens
@@ -154,40 +169,15 @@ def _write(
     batch.anchor_ids[row, first:end] = anchors[trajectory.task_id, seen.tobytes()]
     first, seen = end + len(step.observation_tokens), step.observation_tokens
   if trajectory.truncated:
-    batch.bootstrap[row, here.stop - 1] = True
+    batch.bootstrap[row, stop - 1] = True
 
 
-def unpack(
-  trajectories: Sequence[Trajectory], batch: TokenBatch, values_BT: np.ndarray
-) -> list[np.ndarray | None]:
-  """Values [B, T] on a packed batch -> those of each trajectory's sampled tokens, in order.
-
-  A trajectory is found by its ids and rewards, so that it does not matter how the batch was
-  packed; None for one that it does not hold (replayed ones count as not held).
-  """
-  found = {}
-  for row, segments in enumerate(batch.segment_ids):
-    for segment in range(1, segments.max(initial=0) + 1):
-      here = np.flatnonzero(segments == segment)
-      sampled = here[batch.action_mask[row, here]]
-      if sampled.size:
-        # targets[t] follows tokens[t]: the last sampled token is never an input of its own.
-        last = sampled[-1]
-        ids = [*batch.tokens[row, here[0] : last + 1], batch.targets[row, last]]
-        found[_key(ids, batch.rewards[row, sampled])] = values_BT[row, sampled]
-  return [found.get(_key_of(trajectory)) for trajectory in trajectories]
-
-
-def _key_of(trajectory: Trajectory) -> tuple[bytes, bytes]:
-  parts, rewards = [trajectory.prompt_tokens], []
-  for step in trajectory.steps:
-    parts += [step.tokens, step.observation_tokens]
-    rewards += [0.0] * (len(step.tokens) - 1) + [step.reward]
-  return _key(np.concatenate(parts[:-1]), rewards)
-
-
-def _key(ids: Sequence[int], rewards: Sequence[float]) -> tuple[bytes, bytes]:
-  return np.asarray(ids, np.int32).tobytes(), np.asarray(rewards, np.float32).tobytes()
+def unpack(packed: Packed, values_BT: np.ndarray) -> list[np.ndarray]:
+  """Values [B, T] on a packed batch -> those of each trajectory's sampled tokens, in order."""
+  mask_BT = packed.batch.action_mask
+  return [
+    values_BT[row, start:stop][mask_BT[row, start:stop]] for row, start, stop in packed.places
+  ]
 
 
 def padding_share(batch: TokenBatch) -> float:

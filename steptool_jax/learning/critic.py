@@ -1,7 +1,7 @@
 """ArCHer's double critic (Zhou et al. 2024, arXiv 2402.19446): Q1, Q2 and V of whole utterances.
 
 Linear heads on the policy's trunk, as PPO's value head: what makes the critic of 7B parameters a
-matter of three vectors. Q_i(s, a) reads the state behind the utterance's last token, V(s) the state
+matter of three vectors. Q_i(s, a) reads the state after the utterance's last token, V(s) the state
 that emits its first. The targets of both come from a slow copy of the heads (Polyak averages):
 
     Q_i -> r + gamma V_target(s')        V -> min(Q1_target, Q2_target)(s, a), a of the policy
@@ -53,17 +53,17 @@ def project(critic: dict, hidden_BTD: jax.Array, batch: TokenBatch) -> Utterance
   biases_H = jnp.concatenate([critic[name]["bias"] for name in HEADS])
   q1_BT, q2_BT, v_BT = jnp.moveaxis(hidden_BTD.astype(jnp.float32) @ kernels_DH + biases_H, -1, 0)
 
-  def behind_the_step(q_BT):
+  def after_the_step(q_BT):
     inside_BT = (batch.step_ids >= 0) & ~batch.step_end
     at_end_BT = segments.shift_left(q_BT, 0.0)
     return segments.spread(at_end_BT, batch.step_end, inside_BT | batch.step_end, reverse=True)
 
-  return Utterances(behind_the_step(q1_BT), behind_the_step(q2_BT), v_BT)
+  return Utterances(after_the_step(q1_BT), after_the_step(q2_BT), v_BT)
 
 
 def starts(batch: TokenBatch) -> jax.Array:
   """bool [B, T], the first token of every step, replayed ones included."""
-  return segments.step_starts(batch.step_ids >= 0, batch.step_ids, batch.segment_ids)
+  return segments.step_starts(batch._replace(action_mask=batch.step_ids >= 0))
 
 
 def targets(

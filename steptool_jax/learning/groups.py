@@ -120,7 +120,7 @@ def _standardised(x_BT, weights_BT, ids_BT):
 
 
 def _step_starts(batch):
-  start_BT = segments.step_starts(batch.action_mask, batch.step_ids, batch.segment_ids)
+  start_BT = segments.step_starts(batch)
   return start_BT.astype(jnp.float32)
 
 

@@ -28,7 +28,7 @@ def action_weights(batch: TokenBatch, aggregation: Aggregation) -> jax.Array:
   if aggregation == "token":
     return action_BT
   if aggregation == "step":
-    start_BT = segments.step_starts(batch.action_mask, batch.step_ids, batch.segment_ids)
+    start_BT = segments.step_starts(batch)
     # Tokens between two steps fall into the group of the first; they have no weight.
   else:
     start_BT = segments.starts(batch.segment_ids)

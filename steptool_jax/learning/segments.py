@@ -1,4 +1,4 @@
-"""Linear recurrences along packed rows, the one tool behind GAE, broadcasting and per-step sums.
+"""Linear recurrences along packed rows: the one tool for GAE, broadcasting and per-step sums.
 
 A packed row holds several trajectories. Nothing may flow from one to the next, which is a zero
 coefficient at the border, so that one scan serves a whole batch. (lax.scan and not an associative
@@ -7,6 +7,8 @@ scan: T small steps cost nothing beside the model, and it compiles ten times fas
 
 import jax
 import jax.numpy as jnp
+
+from steptool_jax.types import TokenBatch
 
 
 def linear_recurrence(decay_BT: jax.Array, input_BT: jax.Array, reverse: bool = False) -> jax.Array:
@@ -38,22 +40,22 @@ def continues(segment_ids_BT: jax.Array) -> jax.Array:
 
 
 def next_marked(x_BT: jax.Array, marked_BT: jax.Array, continues_BT: jax.Array) -> jax.Array:
-  """x at the next marked position behind t in the same trajectory, 0 where there is none."""
+  """x at the next marked position after t in the same trajectory, 0 where there is none."""
   marked_BT = marked_BT.astype(jnp.float32)
-  at_or_behind_BT = linear_recurrence(
+  at_or_after_BT = linear_recurrence(
     (1.0 - marked_BT) * continues_BT, marked_BT * x_BT, reverse=True
   )
-  return continues_BT * shift_left(at_or_behind_BT, 0.0)
+  return continues_BT * shift_left(at_or_after_BT, 0.0)
 
 
-def step_starts(action_mask_BT: jax.Array, step_ids_BT: jax.Array, segment_ids_BT: jax.Array):
+def step_starts(batch: TokenBatch) -> jax.Array:
   """bool [B, T], the first sampled token of each step."""
   same_step_BT = (
-    shift_right(action_mask_BT, False)
-    & (step_ids_BT == shift_right(step_ids_BT, -2))
-    & (segment_ids_BT == shift_right(segment_ids_BT, -1))
+    shift_right(batch.action_mask, False)
+    & (batch.step_ids == shift_right(batch.step_ids, -2))
+    & (batch.segment_ids == shift_right(batch.segment_ids, -1))
   )
-  return action_mask_BT & ~same_step_BT
+  return batch.action_mask & ~same_step_BT
 
 
 def starts(segment_ids_BT: jax.Array) -> jax.Array:
@@ -62,7 +64,7 @@ def starts(segment_ids_BT: jax.Array) -> jax.Array:
 
 
 def spread(x_BT: jax.Array, from_BT: jax.Array, to_BT: jax.Array, reverse: bool = False):
-  """x at marked positions, carried to the positions `to` behind them (`reverse`: before them)."""
+  """x at marked positions, carried to the positions `to` after them (`reverse`: before them)."""
   from_BT, to_BT = from_BT.astype(jnp.float32), to_BT.astype(jnp.float32)
   return linear_recurrence(to_BT * (1.0 - from_BT), from_BT * x_BT, reverse)
 

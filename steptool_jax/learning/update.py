@@ -26,25 +26,26 @@ Metrics = dict[str, jax.Array]
 class Learner:
   """What the two programs close over; all static.
 
-  chunk: positions projected to the vocabulary at a time; temperature: of the behaviour policy.
-  with_reference: a reference policy is evaluated (for a KL penalty, or the loss reads it);
-  hyperparameters: `algorithms.resolve`d. fixed_behaviour: old log-probs
-  are the batch's behaviour_logprobs, not those of today's policy (stored data).
+  hyperparameters: `algorithms.resolve`d. temperature: of the behaviour policy. fixed_behaviour: old
+  log-probs are the batch's behaviour_logprobs, not those of today's policy (stored data).
+  critic_steps: first optimizer steps, which train ArCHer's critic alone.
   """
 
   model: model.ModelConfig
   algorithm: Algorithm
   hyperparameters: Hyperparameters
   optimizer: optax.GradientTransformation
-  temperature: float
-  chunk: int
-  with_reference: bool
+  temperature: float = 1.0
   fixed_behaviour: bool = False
+  critic_steps: int = 0
+
+  @property
+  def with_reference(self) -> bool:
+    """Whether a reference policy is evaluated: for a KL penalty, or because the loss reads it."""
+    return self.algorithm.reference or self.hyperparameters.loss.kl != "none"
 
 
-def init_state(
-  learner: Learner, trainable: Any, frozen: Any, kl_coef: float, seed: int = 0
-) -> TrainState:
+def init_state(learner: Learner, trainable: Any, frozen: Any, seed: int = 0) -> TrainState:
   """A fresh optimizer, today's policy as the reference where one is needed, ArCHer's critic.
 
   With adapters the reference is the same weights with adapters off, so nothing is copied.
@@ -62,7 +63,7 @@ def init_state(
     frozen=frozen,
     reference=reference,
     opt_state=learner.optimizer.init(trainable),
-    kl_coef=jnp.asarray(kl_coef, jnp.float32),
+    kl_coef=jnp.asarray(learner.hyperparameters.loss.kl_coef, jnp.float32),
     target=target,
   )
 
@@ -117,24 +118,26 @@ def prepare(
   old_BT, mask_BT = now.logprobs, flat.action_mask
   log_ratio_BT = jnp.where(mask_BT, old_BT - ref_BT, 0.0)  # k1
   rewards_BT = flat.rewards
-  if hp.kl_placement == "reward":
+  if hp.loss.kl == "reward":
     rewards_BT = rewards_BT - state.kl_coef * log_ratio_BT
   signal = {}
   if learner.algorithm.advantage is not None:
     signal = learner.algorithm.advantage(flat, rewards_BT, now.values, hp)
   metrics = _signal_metrics(flat, signal)
-  if learner.algorithm.critic != "none" and hp.whiten:
+  if learner.algorithm.critic != "none" and hp.advantage.whiten:
     signal |= {"advantages": advantages.whiten(signal["advantages"], mask_BT)}
   if learner.algorithm.critic == "double":
     # What an untaught critic says would only lead the actor astray.
-    signal |= {"advantages": jnp.where(state.step >= hp.warmup, signal["advantages"], 0.0)}
+    signal |= {
+      "advantages": jnp.where(state.step >= learner.critic_steps, signal["advantages"], 0.0)
+    }
   behaviour_BT = jnp.where(mask_BT, flat.behaviour_logprobs, 0.0)
   prepared = flat._replace(
     old_logprobs=behaviour_BT if learner.fixed_behaviour else old_BT,
     ref_logprobs=ref_BT,
     **signal,
   )
-  starts_BT = segments.step_starts(mask_BT, flat.step_ids, flat.segment_ids)
+  starts_BT = segments.step_starts(flat)
   trajectories = (starts_BT & (flat.step_ids == 0)).sum()
   metrics |= {
     "kl": log_ratio_BT.sum() / jnp.maximum(trajectories, 1),
@@ -145,14 +148,14 @@ def prepare(
 
 
 def _signal_metrics(batch: TokenBatch, signal: dict[str, jax.Array]) -> Metrics:
-  """Before whitening."""
+  """How far advantages spread before whitening, and how much of the returns V explains."""
   metrics = {}
   if "advantages" in signal:
     variance = _masked_variance(signal["advantages"], batch.action_mask)
     metrics["advantage_std"] = jnp.sqrt(variance)
   if "returns" in signal:
     # At step starts, where every level fits the values.
-    starts_BT = segments.step_starts(batch.action_mask, batch.step_ids, batch.segment_ids)
+    starts_BT = segments.step_starts(batch)
     left = _masked_variance(signal["returns"] - signal["values"], starts_BT)
     whole = _masked_variance(signal["returns"], starts_BT)
     metrics["explained_variance"] = 1.0 - left / (whole + 1e-8)
@@ -218,7 +221,7 @@ def update(
   trainable = optax.apply_updates(state.trainable, updates)
   target = state.target
   if learner.algorithm.critic == "double":
-    target = critic.polyak(target, trainable["critic"], learner.hyperparameters.tau)
+    target = critic.polyak(target, trainable["critic"], learner.hyperparameters.archer.tau)
   trainable, opt_state, target = jax.tree.map(
     lambda new, old: jnp.where(finite, new, old),
     (trainable, opt_state, target),
@@ -230,11 +233,11 @@ def update(
 
 
 def _outputs(learner, variables, micro, critics) -> Outputs:
-  """critics: of ArCHer, each of which gives values; None: no values, whatever the algorithm."""
+  """critics: ArCHer's heads, each of which gives values; None: no values at all."""
   kind = "none" if critics is None else learner.algorithm.critic
   heads = {
     "none": None,
-    "value": lambda hidden_BTD: model.project_values(learner.model, variables, hidden_BTD),
+    "value": lambda hidden_BTD: model.project_values(variables, hidden_BTD),
     "double": lambda hidden_BTD: tuple(critic.project(c, hidden_BTD, micro) for c in critics),
   }[kind]
   return policy_outputs(
@@ -242,7 +245,7 @@ def _outputs(learner, variables, micro, critics) -> Outputs:
     variables,
     micro,
     temperature=learner.temperature,
-    chunk=learner.chunk,
+    chunk=learner.hyperparameters.loss.logprob_chunk,
     heads=heads,
   )
 
@@ -259,9 +262,10 @@ def _zero_outputs(learner: Learner, shape: tuple[int, ...], critics: int) -> Out
 
 
 def _terms(learner, outputs, micro, kl_coef):
-  terms, metrics = learner.algorithm.loss(outputs, micro, learner.hyperparameters)
-  if learner.hyperparameters.kl_placement == "loss" and learner.with_reference:
-    weights_BT = losses.action_weights(micro, learner.hyperparameters.aggregation)
+  hp = learner.hyperparameters
+  terms, metrics = learner.algorithm.loss(outputs, micro, hp)
+  if hp.loss.kl == "loss":
+    weights_BT = losses.action_weights(micro, hp.loss.aggregation)
     total, denominator = losses.kl_to_reference(outputs.logprobs, micro.ref_logprobs, weights_BT)
     terms = terms | {"kl_loss": (kl_coef * total, denominator)}
   return terms, metrics

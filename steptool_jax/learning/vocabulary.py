@@ -27,7 +27,7 @@ MIN_BLOCK = 2048  # an odd vocabulary, which has no such divisor, is one block
 
 @dataclasses.dataclass(frozen=True)
 class _Static:
-  """chunk: positions at a time. mesh: that the loops run inside of; None for one device."""
+  """chunk: positions that are projected at a time. mesh: where the loops run; None = one device."""
 
   config: model.ModelConfig
   temperature: float
@@ -41,7 +41,7 @@ class _Static:
 
 
 class _Softmax(NamedTuple):
-  """What is kept of a softmax over the blocks seen so far, float32 [..., C]."""
+  """The running softmax over the blocks seen so far, float32 [..., C]."""
 
   top: jax.Array
   total: jax.Array  # sum of exp(logit - top)

@@ -145,10 +145,8 @@ def _attend_backward(residuals, d_out):
     return tuple(carry), d_q.astype(q.dtype)
 
   start = (jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32))
-  (d_k, d_v), d_q = lax.scan(
-    *(queries, start),
-    (jnp.arange(len(q)), _first_seen(segments), q, d_out, log_total, d_total),
-  )
+  blocks = (jnp.arange(len(q)), _first_seen(segments), q, d_out, log_total, d_total)
+  (d_k, d_v), d_q = lax.scan(queries, start, blocks)
   return d_q, d_k.astype(k.dtype), d_v.astype(v.dtype), None
 
 

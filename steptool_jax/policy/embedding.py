@@ -33,7 +33,7 @@ def _look_up(dtype, table_VD, tokens_BT):
 
 def _forward(dtype, table_VD, tokens_BT):
   def rows(table_vd, tokens_bT):
-    at, here = _own(table_vd.shape[0], tokens_bT)
+    at, here = _on_this_device(table_vd.shape[0], tokens_bT)
     part = jnp.where(here[..., None], table_vd[at], 0).astype(dtype)
     part = lax.psum(part, "tensor")  # one of them is not zero
     return lax.all_to_all(part, "fsdp", split_axis=0, concat_axis=2, tiled=True)
@@ -46,7 +46,7 @@ def _backward(dtype, residuals, d_out_BTD):
   table_VD, tokens_BT = residuals
 
   def rows(table_vd, tokens_bT, d_out_bTD):
-    at, here = _own(table_vd.shape[0], tokens_bT)
+    at, here = _on_this_device(table_vd.shape[0], tokens_bT)
     d_part = lax.all_to_all(d_out_bTD, "fsdp", split_axis=2, concat_axis=0, tiled=True)
     d_part = jnp.where(here[..., None], d_part, 0).astype(jnp.float32)
     d_table = jnp.zeros(table_vd.shape, jnp.float32).at[at].add(d_part)
@@ -59,7 +59,7 @@ def _backward(dtype, residuals, d_out_BTD):
 _look_up.defvjp(_forward, _backward)
 
 
-def _own(size: int, tokens_bT: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _on_this_device(size: int, tokens_bT: jax.Array) -> tuple[jax.Array, jax.Array]:
   """The tokens of all fsdp rows as row numbers of this device's shard, and which of them it has."""
   at = lax.all_gather(tokens_bT, "fsdp", axis=0, tiled=True) - lax.axis_index("tensor") * size
   here = (at >= 0) & (at < size)

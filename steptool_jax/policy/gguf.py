@@ -1,4 +1,4 @@
-"""A GGUF file of the Llama architecture -> a Hugging Face directory that load_params reads.
+"""A GGUF file of a family that families.py names -> a Hugging Face directory for load_params.
 
 llama.cpp stores the rows of q and k in another order (rotary pairs side by side instead of in two
 halves) and Llama 3.1's frequency scaling as a tensor; both are undone here.
@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from steptool_jax.policy import hfconfig
+from steptool_jax.policy.families import FAMILIES
 from steptool_jax.policy.hub import write_shards
 from steptool_jax.policy.model import DTYPES, ModelConfig, RopeScaling, inverse_frequencies
 from steptool_jax.policy.tensorfile import output_directory, write_json
@@ -32,13 +33,18 @@ TOP_NAMES = {
   "final_norm": "output_norm.weight",
   "lm_head": "output.weight",
 }
-# Splitting rules by tokenizer.ggml.pre, as llama.cpp names them.
 LLAMA3_SPLIT = (
   r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
   r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-QWEN2_SPLIT = LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
-PRE_TOKENIZERS = ("default", "gpt-2", "smollm", "llama-bpe", "qwen2")
+# Splitting rules by tokenizer.ggml.pre, as llama.cpp names them; empty = the byte level's own.
+SPLITS = {
+  "default": "",
+  "gpt-2": "",
+  "smollm": "",
+  "llama-bpe": LLAMA3_SPLIT,
+  "qwen2": LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}"),
+}
 CONTROL, USER_DEFINED = 3, 4  # tokenizer.ggml.token_type
 
 
@@ -145,33 +151,36 @@ def _unpermute(tensor: np.ndarray, heads: int) -> np.ndarray:
 
 
 def _read_config(file: _Gguf) -> ModelConfig:
-  architecture = file.need("general.architecture")
-  if architecture != "llama":
-    raise ValueError(f"{file.path}: architecture {architecture!r} is not supported; known: llama")
-  if file.get("llama.expert_count"):
-    raise ValueError(f"{file.path}: llama.expert_count: mixtures of experts are not supported")
+  known = {family.gguf: name for name, family in FAMILIES.items() if family.gguf}
+  kind = file.need("general.architecture")
+  if kind not in known:
+    raise ValueError(
+      f"{file.path}: architecture {kind!r} is not supported; known: {', '.join(known)}"
+    )
+  if file.get(f"{kind}.expert_count"):
+    raise ValueError(f"{file.path}: {kind}.expert_count: mixtures of experts are not supported")
   if file.has("blk.0.attn_q.bias"):
-    raise ValueError(f"{file.path}: attention biases in a llama GGUF are not supported")
-  hidden, heads = file.need("llama.embedding_length"), file.need("llama.attention.head_count")
-  head_dim = file.get("llama.attention.key_length", hidden // heads)
-  if file.get("llama.rope.dimension_count", head_dim) != head_dim:
-    raise ValueError(f"{file.path}: llama.rope.dimension_count: partial rotation is not supported")
+    raise ValueError(f"{file.path}: attention biases in a {kind} GGUF are not supported")
+  hidden, heads = file.need(f"{kind}.embedding_length"), file.need(f"{kind}.attention.head_count")
+  head_dim = file.get(f"{kind}.attention.key_length", hidden // heads)
+  if file.get(f"{kind}.rope.dimension_count", head_dim) != head_dim:
+    raise ValueError(f"{file.path}: {kind}.rope.dimension_count: partial rotation is not supported")
   config = ModelConfig(
-    family="llama",
+    family=known[kind],
     vocab_size=file.shape(TOP_NAMES["embed"])[0],
     hidden_size=hidden,
-    intermediate_size=file.need("llama.feed_forward_length"),
-    num_layers=file.need("llama.block_count"),
+    intermediate_size=file.need(f"{kind}.feed_forward_length"),
+    num_layers=file.need(f"{kind}.block_count"),
     num_heads=heads,
-    num_kv_heads=file.get("llama.attention.head_count_kv", heads),
+    num_kv_heads=file.get(f"{kind}.attention.head_count_kv", heads),
     head_dim=head_dim,
-    rope_theta=_short(file.get("llama.rope.freq_base", 10000.0)),
+    rope_theta=_short(file.get(f"{kind}.rope.freq_base", 10000.0)),
     rope_scaling=None,
-    rms_norm_eps=_short(file.need("llama.attention.layer_norm_rms_epsilon")),
+    rms_norm_eps=_short(file.need(f"{kind}.attention.layer_norm_rms_epsilon")),
     tie_embeddings=not file.has(TOP_NAMES["lm_head"]),
-    max_position_embeddings=file.need("llama.context_length"),
+    max_position_embeddings=file.need(f"{kind}.context_length"),
   )
-  return dataclasses.replace(config, rope_scaling=_read_rope(file, config))
+  return dataclasses.replace(config, rope_scaling=_read_rope(file, config, f"{kind}.rope.scaling"))
 
 
 def _short(value: float) -> float:
@@ -179,12 +188,12 @@ def _short(value: float) -> float:
   return float(str(np.float32(value)))
 
 
-def _read_rope(file: _Gguf, config: ModelConfig) -> RopeScaling | None:
-  kind = file.get("llama.rope.scaling.type", "none")
+def _read_rope(file: _Gguf, config: ModelConfig, prefix: str) -> RopeScaling | None:
+  kind = file.get(f"{prefix}.type", "none")
   if kind == "linear":
-    return RopeScaling("linear", float(file.need("llama.rope.scaling.factor")))
+    return RopeScaling("linear", float(file.need(f"{prefix}.factor")))
   if kind != "none":
-    raise ValueError(f"{file.path}: llama.rope.scaling.type: {kind!r} is not supported")
+    raise ValueError(f"{file.path}: {prefix}.type: {kind!r} is not supported")
   if not file.has("rope_freqs.weight"):
     return None
   # The converter keeps only the resulting divisors: find the published scaling that gives them.
@@ -210,9 +219,9 @@ def _read_tokenizer(file: _Gguf, config: ModelConfig) -> tuple[Any, dict[str, An
       " take the model's Hugging Face directory instead"
     )
   pre = file.get("tokenizer.ggml.pre", "default")
-  if pre not in PRE_TOKENIZERS:
+  if pre not in SPLITS:
     raise ValueError(
-      f"{file.path}: tokenizer.ggml.pre: {pre!r} is not known; known: {', '.join(PRE_TOKENIZERS)}"
+      f"{file.path}: tokenizer.ggml.pre: {pre!r} is not known; known: {', '.join(SPLITS)}"
     )
   tokens = file.need("tokenizer.ggml.tokens")
   types = file.get("tokenizer.ggml.token_type", [1] * len(tokens))
@@ -225,18 +234,11 @@ def _read_tokenizer(file: _Gguf, config: ModelConfig) -> tuple[Any, dict[str, An
   tokenizer = tokenizers.Tokenizer(
     models.BPE(vocab=vocabulary, merges=merges, ignore_merges=pre == "llama-bpe")
   )
-  steps = {
-    "smollm": [pre_tokenizers.Digits(individual_digits=True)],
-    "llama-bpe": [pre_tokenizers.Split(tokenizers.Regex(LLAMA3_SPLIT), "isolated")],
-    "qwen2": [pre_tokenizers.Split(tokenizers.Regex(QWEN2_SPLIT), "isolated")],
-  }.get(pre, [])
-  own_regex = pre in ("llama-bpe", "qwen2")
-  steps.append(
-    pre_tokenizers.ByteLevel(
-      add_prefix_space=bool(file.get("tokenizer.ggml.add_space_prefix", False)),
-      use_regex=not own_regex,
-    )
-  )
+  steps = [pre_tokenizers.Digits(individual_digits=True)] if pre == "smollm" else []
+  if SPLITS[pre]:
+    steps.append(pre_tokenizers.Split(tokenizers.Regex(SPLITS[pre]), "isolated"))
+  prefix = bool(file.get("tokenizer.ggml.add_space_prefix", False))
+  steps.append(pre_tokenizers.ByteLevel(add_prefix_space=prefix, use_regex=not SPLITS[pre]))
   tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
   tokenizer.decoder = decoders.ByteLevel()
   for token, type_ in zip(tokens, types, strict=True):

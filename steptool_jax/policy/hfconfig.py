@@ -5,14 +5,10 @@ import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from steptool_jax.policy.model import FAMILIES, ModelConfig, RopeScaling
+from steptool_jax.policy.families import FAMILIES
+from steptool_jax.policy.model import ModelConfig, RopeScaling
 from steptool_jax.policy.tensorfile import load_json
 
-ARCHITECTURES = {
-  "llama": "LlamaForCausalLM",
-  "qwen2": "Qwen2ForCausalLM",
-  "qwen3": "Qwen3ForCausalLM",
-}
 PROJECTIONS = {
   "q": "self_attn.q_proj",
   "k": "self_attn.k_proj",
@@ -86,9 +82,10 @@ def load_config(directory: str | pathlib.Path, **run_fields: Any) -> tuple[Model
 
 def config_from_raw(raw: Mapping[str, Any]) -> ModelConfig:
   """ValueError names the field that is missing, unknown or not implemented."""
-  family = raw.get("model_type")
-  if family not in FAMILIES:
-    raise ValueError(f"model_type: {family!r} is not supported; known: {', '.join(FAMILIES)}")
+  name = raw.get("model_type")
+  if name not in FAMILIES:
+    raise ValueError(f"model_type: {name!r} is not supported; known: {', '.join(FAMILIES)}")
+  family = FAMILIES[name]
   for field, valid in REFUSED.items():
     if raw.get(field, valid) != valid:
       raise ValueError(f"{field}: {raw[field]!r} is not implemented (only {valid!r})")
@@ -103,24 +100,23 @@ def config_from_raw(raw: Mapping[str, Any]) -> ModelConfig:
 
   heads = required("num_attention_heads")
   hidden = required("hidden_size")
-  head_dim = raw.get("head_dim") or (128 if family == "qwen3" else hidden // heads)
   bias = bool(raw.get("attention_bias", False))
   theta, scaling = _rope(raw)
   return ModelConfig(
-    family=family,
+    family=name,
     vocab_size=required("vocab_size"),
     hidden_size=hidden,
     intermediate_size=required("intermediate_size"),
     num_layers=required("num_hidden_layers"),
     num_heads=heads,
     num_kv_heads=raw.get("num_key_value_heads") or heads,
-    head_dim=head_dim,
+    head_dim=raw.get("head_dim") or family.head_dim or hidden // heads,
     rope_theta=theta,
     rope_scaling=scaling,
     rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
-    qkv_bias=family == "qwen2" or bias,
-    output_bias=family != "qwen2" and bias,
-    qk_norm=family == "qwen3",
+    qkv_bias=family.qkv_bias or bias,
+    output_bias=bias and not family.qkv_bias,
+    qk_norm=family.qk_norm,
     tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
     max_position_embeddings=int(raw.get("max_position_embeddings", 2048)),
   )
@@ -155,11 +151,12 @@ def raw_config_of(config: ModelConfig, **token_ids: Any) -> dict[str, Any]:
 
   `token_ids`: bos_token_id, eos_token_id (int or list), pad_token_id.
   """
-  if (config.family == "qwen2" and (config.output_bias or not config.qkv_bias)) or (
-    config.family != "qwen2" and config.qkv_bias != config.output_bias
+  family = FAMILIES[config.family]
+  if config.qkv_bias != (family.qkv_bias or config.output_bias) or (
+    family.qkv_bias and config.output_bias
   ):
     raise ValueError(f"qkv_bias / output_bias: {config.family} has no such combination to export")
-  if config.qk_norm != (config.family == "qwen3"):
+  if config.qk_norm != family.qk_norm:
     raise ValueError(f"qk_norm: {config.qk_norm} cannot be exported as {config.family}")
   rope: dict[str, Any] = {"rope_type": "default"}
   if config.rope_scaling is not None:
@@ -168,7 +165,7 @@ def raw_config_of(config: ModelConfig, **token_ids: Any) -> dict[str, Any]:
     if rope["rope_type"] == "linear":
       rope = {"rope_type": "linear", "factor": rope["factor"]}
   raw: dict[str, Any] = {
-    "architectures": [ARCHITECTURES[config.family]],
+    "architectures": [family.architecture],
     "model_type": config.family,
     "vocab_size": config.vocab_size,
     "hidden_size": config.hidden_size,
@@ -187,7 +184,7 @@ def raw_config_of(config: ModelConfig, **token_ids: Any) -> dict[str, Any]:
     "tie_word_embeddings": config.tie_embeddings,
     "attention_dropout": 0.0,
   }
-  if config.family != "qwen2":
+  if not family.qkv_bias:
     raw["attention_bias"] = config.qkv_bias
   return {**raw, **{name: value for name, value in token_ids.items() if value is not None}}
 

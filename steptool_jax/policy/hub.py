@@ -20,10 +20,8 @@ from jax import lax
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from steptool_jax.policy import hfconfig, sharding
-from steptool_jax.policy.hfconfig import check_same_model, load_config, raw_config_of
 from steptool_jax.policy.lora import add_delta
 from steptool_jax.policy.model import ModelConfig, abstract_params
-from steptool_jax.policy.peftfile import load_adapter, save_adapter
 from steptool_jax.policy.tensorfile import (
   Rows,
   TensorFile,
@@ -36,15 +34,6 @@ from steptool_jax.policy.tensorfile import (
   write_file,
   write_json,
 )
-
-__all__ = [
-  "load_adapter",
-  "load_config",
-  "load_params",
-  "raw_config_of",
-  "save_adapter",
-  "save_params",
-]
 
 VALUE_HEAD_FILE = "value_head.safetensors"  # ours; transformers does not look at it
 SHARD_BYTES = 5_000_000_000
@@ -65,9 +54,8 @@ def load_params(
   directory: str | pathlib.Path,
   config: ModelConfig,
   mesh: Mesh | None = None,
-  param_dtype: str | None = None,
 ) -> dict[str, Any]:
-  """Parameters in `param_dtype` (default: config's), sharded over `mesh` or on one device.
+  """Parameters in config.param_dtype, sharded over `mesh` or on one device.
 
   The value head is read from our own exports and zero elsewhere. ValueError / FileNotFoundError
   name the file or tensor: missing shard, truncated file, shape mismatch, unknown or missing tensor.
@@ -75,7 +63,6 @@ def load_params(
   directory = pathlib.Path(directory)
   if not directory.is_dir():
     raise FileNotFoundError(f"{directory}: no such model directory")
-  param_dtype = param_dtype or config.param_dtype
   files = TensorFiles(directory)
   target = abstract_params(config)
   sources: dict[tuple[str, ...], list[hfconfig.Name]] = {}
@@ -99,12 +86,12 @@ def load_params(
       tensor = files.read(name.hub)
       tensor = tensor.T if name.transpose else tensor
       # A copy even where none is needed: a device must not keep the file's pages.
-      return _place(shape, where, lambda index: copy_in_order(tensor[index], param_dtype))
+      return _place(shape, where, lambda index: copy_in_order(tensor[index], config.param_dtype))
 
     names = sources[key]
     if names[0].layer is None:
       return load(names[0], leaf.shape, where)
-    stack = _zeros(leaf.shape, param_dtype, where)()
+    stack = _zeros(leaf.shape, config.param_dtype, where)()
     for name in names:
       stack = _set_layer(stack, load(name, leaf.shape[1:], one), name.layer)
     return stack
@@ -147,12 +134,7 @@ def _check_tensors(files, sources, target, config) -> None:
   """Every tensor there, none unknown, every shape right: before any data is read."""
   expected = {}
   for path, names in sources.items():
-    leaf = target
-    for key in path:
-      leaf = leaf[key]
-    for name in names:
-      shape = leaf.shape if name.layer is None else leaf.shape[1:]
-      expected[name.hub] = tuple(reversed(shape)) if name.transpose else tuple(shape)
+    expected |= {name.hub: _shape_in_file(_find(target, path), name) for name in names}
   missing = [name for name in expected if name not in files.shapes]
   if missing:
     hint = " (tie_word_embeddings: true?)" if missing == ["lm_head.weight"] else ""
@@ -174,6 +156,11 @@ def _check_tensors(files, sources, target, config) -> None:
       raise ValueError(
         f"{files.directory}: {name} has shape {files.shapes[name]}, config.json expects {shape}"
       )
+
+
+def _shape_in_file(array: Any, name: hfconfig.Name) -> tuple[int, ...]:
+  shape = array.shape if name.layer is None else array.shape[1:]
+  return tuple(reversed(shape)) if name.transpose else tuple(shape)
 
 
 def _some(names: list[str]) -> str:
@@ -215,8 +202,8 @@ def save_params(
   """
   if adapters is not None and config.lora_scale is None:
     raise ValueError("lora_scale: None, but there are adapters; use lora.with_lora(config, lora)")
-  raw = dict(raw_config_of(config) if raw_config is None else raw_config)
-  check_same_model(config, raw)
+  raw = dict(hfconfig.raw_config_of(config) if raw_config is None else raw_config)
+  hfconfig.check_same_model(config, raw)
   dtype = str(params["embed"]["embedding"].dtype)
   raw.pop("torch_dtype", None)
   raw["dtype"] = dtype
@@ -225,8 +212,7 @@ def save_params(
   entries = {}
   for name, spot in names.items():
     array = _find(params, spot.path)
-    shape = array.shape if spot.layer is None else array.shape[1:]
-    entries[name] = (tuple(reversed(shape)) if spot.transpose else tuple(shape), array.dtype)
+    entries[name] = (_shape_in_file(array, spot), array.dtype)
 
   def fetch(name):
     spot = names[name]

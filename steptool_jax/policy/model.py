@@ -31,9 +31,9 @@ from steptool_jax.policy.attention import (
   write_cache,
 )
 from steptool_jax.policy.embedding import look_up
+from steptool_jax.policy.families import FAMILIES
 from steptool_jax.policy.sharding import constrain_features, constrain_heads, constrain_rows
 
-FAMILIES = ("llama", "qwen2", "qwen3")
 ROPE_TYPES = ("llama3", "linear")
 DTYPES = ("float32", "bfloat16")
 REMAT = {
@@ -86,7 +86,7 @@ class ModelConfig:
 
   def __post_init__(self):
     for field, valid in (
-      ("family", FAMILIES),
+      ("family", tuple(FAMILIES)),
       ("dtype", DTYPES),
       ("param_dtype", DTYPES),
       ("remat", tuple(REMAT)),
@@ -352,7 +352,7 @@ def forward(
   positions_BT: jax.Array,
   segment_ids_BT: jax.Array,
 ) -> jax.Array:
-  """Hidden states [B, T, D] behind the final norm, in the compute dtype.
+  """Hidden states [B, T, D] after the final norm, in the compute dtype.
 
   A token sees what stands before it in its own segment. Padding (segment 0) sees padding only, so
   it stays finite and nothing else sees it.
@@ -406,9 +406,8 @@ def project_logits(config: ModelConfig, variables: dict[str, Any], hidden: jax.A
   return logits if adapter is None else logits + _adapt(config, adapter["a"], adapter["b"], hidden)
 
 
-def project_values(config: ModelConfig, variables: dict[str, Any], hidden: jax.Array) -> jax.Array:
+def project_values(variables: dict[str, Any], hidden: jax.Array) -> jax.Array:
   """float32[...] from hidden [..., D]."""
-  del config
   head = variables["params"]["value_head"]
   return (hidden.astype(jnp.float32) @ head["kernel"])[..., 0] + head["bias"][0]
 

@@ -55,13 +55,12 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Any = Non
   free = [axis for axis, size in sizes.items() if size == -1]
   if len(free) > 1:
     raise ValueError(f"mesh axes {', '.join(free)}: only one of them can be -1")
-  fixed = math.prod(size for size in sizes.values() if size != -1)
-  if free and count % fixed == 0:
-    sizes[free[0]] = count // fixed
-  if math.prod(sizes.values()) != count:
-    axis = free[0] if free else max(sizes, key=sizes.__getitem__)
-    others = {a: s for a, s in sizes.items() if a != axis}
-    rest = math.prod(others.values())
+  axis = free[0] if free else max(sizes, key=sizes.__getitem__)
+  others = {a: s for a, s in sizes.items() if a != axis}
+  rest = math.prod(others.values())
+  if free and count % rest == 0:
+    sizes[axis] = count // rest
+  if sizes[axis] * rest != count:
     remedy = f"valid: {count // rest}" if count % rest == 0 else "make one of the others smaller"
     raise ValueError(
       f"mesh axis {axis}: {sizes[axis]} with {others} does not cover {count} devices; {remedy}"
@@ -102,6 +101,11 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
   return jax.tree_util.tree_map_with_path(leaf, tree)
 
 
+def abstract(tree: Any, where: Any) -> Any:
+  """The shapes of `tree` as ShapeDtypeStructs that lie as `where`, a tree of shardings, says."""
+  return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, where)
+
+
 def path_string(path: Any) -> str:
   """A key path of jax.tree_util as 'layers/q/kernel'."""
   return jax.tree_util.keystr(path, simple=True, separator="/")
@@ -112,7 +116,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-  """For arrays whose leading axis is rows (or slots)."""
+  """The layout of arrays whose leading axis is rows (or slots)."""
   return NamedSharding(mesh, P(ROWS))
 
 
@@ -218,7 +222,7 @@ def mesh_of_rows(rows: int) -> Any:
 
 
 def platform() -> str:
-  """'tpu', 'gpu' or 'cpu': of the mesh that programs are made for, which may not be here."""
+  """'tpu', 'gpu' or 'cpu': what programs are made for, which need not be this machine."""
   device = jax.sharding.get_abstract_mesh().abstract_device
   if device is not None:
     return device.platform
@@ -226,12 +230,12 @@ def platform() -> str:
 
 
 def jit(function: Callable, **options: Any) -> Callable:
-  """jax.jit for a run's programs, with what this platform's compiler is told."""
+  """jax.jit for a run's programs, with this platform's compiler settings."""
   return jax.jit(function, compiler_options=compiler_options(), **options)
 
 
 def compiler_options() -> dict[str, str]:
-  """What this platform's compiler is told.
+  """Settings of this platform's compiler.
 
   On TPUs weights are gathered whole for their product. XLA's other way, rings of partial products,
   is unrolled: several times the compile time, for the same estimated speed.

@@ -39,7 +39,7 @@ def attend(
     return jnp.pad(x_BTXh, ((0, 0), (0, pad), (0, 0), (0, 0))).swapaxes(1, 2)
 
   inputs = (heads_first(q_BTHh * (h**-0.5)), heads_first(k_BTKh), heads_first(v_BTKh))
-  # Padding is a segment of its own behind everything, so it sees itself and nothing sees it.
+  # Padding is a segment of its own after everything else, so it sees itself and nothing sees it.
   segments_BT = jnp.pad(segment_ids_BT, ((0, 0), (0, pad)))
   run = functools.partial(_attend, name=name, interpret=interpret)
   mesh = jax.sharding.get_abstract_mesh()

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from steptool_jax.config import Bench, Config
+from steptool_jax.config import Config
 from steptool_jax.learning import batching, update
 from steptool_jax.policy import engine as engine_lib
 from steptool_jax.policy import lora, model
@@ -25,11 +25,25 @@ from steptool_jax.rollout.demonstrations import demonstrate
 from steptool_jax.run.parts import opening
 from steptool_jax.run.training import setup
 from steptool_jax.run.workdir import outputs
-from steptool_jax.types import TRUNCATED, Finish, Status, Step, Trajectory
+from steptool_jax.types import TRUNCATED, Finish, Status, Step, TokenBatch, Trajectory
 
+# The decoder that update and engine run.
+ARCHITECTURE = model.ModelConfig(
+  family="llama",
+  vocab_size=2048,
+  hidden_size=768,
+  intermediate_size=2048,
+  num_layers=4,
+  num_heads=12,
+  num_kv_heads=12,
+  head_dim=64,
+  tie_embeddings=True,
+  max_position_embeddings=2048,
+)
+TRAJECTORIES, TOKENS = 8, 512  # of the update's batch, and of each
+SLOTS, TURNS = 16, 6  # of the engine's workload
+PROMPT, OBSERVATIONS, ANSWER = 256, (17, 60), 16  # its tokens
 PACKED = 400  # demonstrations whose packing is measured
-PROMPT, OBSERVATIONS, ANSWER = 256, (17, 60), 16  # tokens of the engine's workload
-SLOTS = 16
 
 
 def run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
@@ -38,29 +52,11 @@ def run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
     padding = _packing(parts)
     single = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1), parts.mesh.axis_names)
   with jax.set_mesh(single):
-    architecture = build_architecture(config.bench)
     summary = {"mode": "bench", "device": jax.devices()[0].device_kind}
-    summary |= _update(config, architecture)
-    summary |= _engine(config.bench, architecture)
+    summary |= _update(config) | _engine(config.bench.repeats)
   summary |= {"padding_share": padding, "peak_rss_gib": outputs.peak_rss_gib()}
   outputs.write_summary(workdir, summary)
   return summary
-
-
-def build_architecture(b: Bench) -> model.ModelConfig:
-  """The decoder that the benchmarks run."""
-  return model.ModelConfig(
-    family="llama",
-    vocab_size=b.vocab_size,
-    hidden_size=b.hidden_size,
-    intermediate_size=b.hidden_size * 8 // 3 // 64 * 64,
-    num_layers=b.num_layers,
-    num_heads=max(b.hidden_size // 64, 1),
-    num_kv_heads=max(b.hidden_size // 64, 1),
-    head_dim=64,
-    tie_embeddings=True,
-    max_position_embeddings=2048,
-  )
 
 
 def _median(action: Callable[[], Any], repeats: int) -> float:
@@ -77,15 +73,13 @@ def _median(action: Callable[[], Any], repeats: int) -> float:
 # --- update ---
 
 
-def _update(config: Config, architecture: model.ModelConfig) -> dict[str, Any]:
-  b = config.bench
-  learner = setup.build_learner(config, architecture, "steptool")
-  params = model.init_params(architecture, jax.random.key(0))
-  state = update.init_state(learner, *lora.split_variables({"params": params}), 0.05)
+def _update(config: Config) -> dict[str, Any]:
+  repeats = config.bench.repeats
+  learner = setup.build_learner(config, ARCHITECTURE, "steptool")
+  params = model.init_params(ARCHITECTURE, jax.random.key(0))
+  state = update.init_state(learner, *lora.split_variables({"params": params}))
   parameters = sum(x.size for x in jax.tree.leaves(params))
-  rng = np.random.default_rng(0)
-  trajectories = [make_trajectory(rng, b) for _ in range(b.trajectories)]
-  packed = batching.pack(trajectories, b.tokens)
+  packed = make_batch()
   batch = jax.tree.map(lambda x: jnp.asarray(x)[None], packed)
   prepare, step = update.compile_programs(learner)
   prepared, _ = prepare(state, batch, 1)
@@ -95,13 +89,13 @@ def _update(config: Config, architecture: model.ModelConfig) -> dict[str, Any]:
     state, metrics = step(state, prepared, 1)
     return metrics
 
-  rate_before = _matmul_rate(architecture, b)
-  seconds = _median(action, b.repeats)
-  rate = (rate_before + _matmul_rate(architecture, b)) / 2  # the machine's mood, on both sides
+  rate_before = _matmul_rate(repeats)
+  seconds = _median(action, repeats)
+  rate = (rate_before + _matmul_rate(repeats)) / 2  # the machine's mood, on both sides
   tokens = int((packed.segment_ids > 0).sum())
   actions = int(packed.action_mask.sum())
-  head = 2.0 * architecture.hidden_size * architecture.vocab_size
-  body = model.useful_flops(architecture, context=b.tokens / 2) - head
+  head = 2.0 * ARCHITECTURE.hidden_size * ARCHITECTURE.vocab_size
+  body = model.useful_flops(ARCHITECTURE, context=TOKENS / 2) - head
   flops = 3.0 * (tokens * body + actions * head)
   logging.info("update: %.0f GFLOP/s, matrix products %.0f", flops / seconds / 1e9, rate / 1e9)
   return {
@@ -114,14 +108,20 @@ def _update(config: Config, architecture: model.ModelConfig) -> dict[str, Any]:
   }
 
 
-def make_trajectory(rng: np.random.Generator, b: Bench) -> Trajectory:
-  """`b.tokens` packed tokens: a prompt, then steps of 24 sampled and 40 observed tokens."""
+def make_batch() -> TokenBatch:
+  """The update's batch, packed: each of its rows is one trajectory."""
+  rng = np.random.default_rng(0)
+  return batching.pack([_make_trajectory(rng) for _ in range(TRAJECTORIES)], TOKENS).batch
+
+
+def _make_trajectory(rng: np.random.Generator) -> Trajectory:
+  """TOKENS packed tokens: a prompt, then steps of 24 sampled and 40 observed tokens."""
 
   def ids(n: int) -> np.ndarray:
-    return rng.integers(0, b.vocab_size, n).astype(np.int32)
+    return rng.integers(0, ARCHITECTURE.vocab_size, n).astype(np.int32)
 
-  prompt, steps = ids(b.tokens // 4), []
-  room = b.tokens + 1 - len(prompt)
+  prompt, steps = ids(TOKENS // 4), []
+  room = TOKENS + 1 - len(prompt)
   while room > 0:
     sampled = min(24, room)
     observed = min(40, room - sampled)
@@ -131,13 +131,13 @@ def make_trajectory(rng: np.random.Generator, b: Bench) -> Trajectory:
     )
   last = dataclasses.replace(steps[-1], observation_tokens=ids(0), reward=1.0)
   trajectory = Trajectory("bench", 0, prompt, (*steps[:-1], last), Status.ANSWERED)
-  missing = b.tokens - batching.packed_length(trajectory)
+  missing = TOKENS - batching.packed_length(trajectory)
   return dataclasses.replace(trajectory, prompt_tokens=np.append(prompt, ids(missing)))
 
 
-def _matmul_rate(architecture: model.ModelConfig, b: Bench) -> float:
+def _matmul_rate(repeats: int) -> float:
   """FLOP/s of the products of one layer, forward and both gradients, and nothing else."""
-  rows, a = b.trajectories * b.tokens, architecture
+  rows, a = TRAJECTORIES * TOKENS, ARCHITECTURE
   sizes = [
     (a.hidden_size, a.num_heads * a.head_dim),
     (a.hidden_size, a.num_kv_heads * a.head_dim),
@@ -153,7 +153,7 @@ def _matmul_rate(architecture: model.ModelConfig, b: Bench) -> float:
       (lambda p, q: p.T @ q, x, y),
     ):
       program = jax.jit(product)
-      seconds += _median(lambda f=program, p=left, q=right: f(p, q), b.repeats)
+      seconds += _median(lambda f=program, p=left, q=right: f(p, q), repeats)
       flops += 2.0 * rows * inner * outer
   return flops / seconds
 
@@ -161,10 +161,10 @@ def _matmul_rate(architecture: model.ModelConfig, b: Bench) -> float:
 # --- engine ---
 
 
-def _engine(b: Bench, architecture: model.ModelConfig) -> dict[str, Any]:
-  variables = {"params": model.init_params(architecture, jax.random.key(0))}
-  size = PROMPT + b.turns * (OBSERVATIONS[1] + ANSWER) + ANSWER
-  engine = engine_lib.make_engine(architecture, SLOTS, size, ANSWER)
+def _engine(repeats: int) -> dict[str, Any]:
+  variables = {"params": model.init_params(ARCHITECTURE, jax.random.key(0))}
+  size = PROMPT + TURNS * (OBSERVATIONS[1] + ANSWER) + ANSWER
+  engine = engine_lib.make_engine(ARCHITECTURE, SLOTS, size, ANSWER)
   seeds = {slot: np.array([slot, 1], np.uint32) for slot in range(SLOTS)}
 
   def turn(state, pieces, answer):
@@ -177,11 +177,11 @@ def _engine(b: Bench, architecture: model.ModelConfig) -> dict[str, Any]:
     state = engine.init()
     history = {slot: np.zeros(0, np.int32) for slot in range(SLOTS)}
     tokens, seconds = 0, []
-    for k in range(b.turns):
+    for k in range(TURNS):
       new = {}
       for slot in range(SLOTS):
         length = PROMPT if k == 0 else int(rng.integers(*OBSERVATIONS))
-        new[slot] = rng.integers(0, b.vocab_size, length).astype(np.int32)
+        new[slot] = rng.integers(0, ARCHITECTURE.vocab_size, length).astype(np.int32)
       answer = int(rng.integers(ANSWER // 2, ANSWER + 1))
       started = time.perf_counter()
       pieces = new
@@ -202,7 +202,7 @@ def _engine(b: Bench, architecture: model.ModelConfig) -> dict[str, Any]:
     workload(False, seed)
   before = sum(p._cache_size() for p in programs)
   live, again = [], []
-  for seed in range(3, 3 + b.repeats):  # interleaved, so that the machine's mood hits both
+  for seed in range(3, 3 + repeats):  # interleaved, so that the machine's mood hits both
     live.append(workload(True, seed))
     again.append(workload(False, seed))
   compilations = sum(p._cache_size() for p in programs) - before
@@ -231,4 +231,4 @@ def _packing(parts: opening.Parts) -> float:
     if task.demonstration
   ]
   kept = [t for t in trajectories if t.status not in TRUNCATED]
-  return batching.padding_share(batching.pack(kept, parts.config.train.row_tokens))
+  return batching.padding_share(batching.pack(kept, parts.config.train.row_tokens).batch)

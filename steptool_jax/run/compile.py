@@ -9,12 +9,9 @@ import dataclasses
 import functools
 import importlib.util
 import itertools
-import math
 import os
 import pathlib
 import re
-import time
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -24,36 +21,19 @@ from jax.sharding import Mesh
 
 from steptool_jax.config import Config
 from steptool_jax.learning import batching, update
-from steptool_jax.policy import attention, hfconfig, lora, model, sharding, splash
+from steptool_jax.policy import attention, hfconfig, lora, model, sharding
 from steptool_jax.policy import engine as engine_lib
-from steptool_jax.run.cost import hlo, hlo_counts, roofline
+from steptool_jax.run.cost import pricing, roofline
+from steptool_jax.run.cost.pricing import Program
 from steptool_jax.run.parts import build
 from steptool_jax.run.training import setup
 from steptool_jax.run.workdir import outputs
 from steptool_jax.types import TokenBatch, TrainState
 
-GIB = 2**30
-LISTED = 5  # largest buffers that are named
 APPEND_TOKENS = 1024  # the chunk that append is compiled for, at most
 STOP_IDS = 4
 HOST = [2, 2, 1]  # chips of a whole host, by side
 KNOWN = "v4:2x2x2, v5e:1x1, v5e:2x2, v5e:4x4, v5e:8x8, v5p:2x2x4, v6e:2x4, v6e:4x4, tpu7x:2x2x1"
-
-
-@dataclasses.dataclass(frozen=True)
-class Program:
-  """One program with its abstract arguments.
-
-  alive: what lies in the chip's memory meanwhile, its arguments among it. trips: bounds of loops
-  that an argument decides. useful_flops: of the whole slice, without anything computed twice.
-  """
-
-  name: str
-  function: Callable
-  arguments: tuple
-  alive: Any
-  trips: tuple[int, ...]
-  useful_flops: float
 
 
 def run(config: Config, workdir: pathlib.Path, topology: str) -> dict[str, Any]:
@@ -71,9 +51,9 @@ def run(config: Config, workdir: pathlib.Path, topology: str) -> dict[str, Any]:
   with jax.set_mesh(mesh):
     for program in programs(config, policy, mesh):
       logging.info("compiling %s for %s", program.name, topology)
-      reports[program.name] = report(program, chip, len(devices))
+      reports[program.name] = pricing.report(program, chip, len(devices))
       outputs.write_summary(workdir, reports)
-  print(table(reports))
+  print(pricing.table(reports))
   misfits = [name for name, r in reports.items() if not r["fits"]]
   if misfits:
     raise RuntimeError(misfit(config, topology, {name: reports[name] for name in misfits}))
@@ -147,7 +127,7 @@ def abstract_policy(config: Config) -> AbstractPolicy:
 def programs(config: Config, policy: AbstractPolicy, mesh: Mesh) -> list[Program]:
   """prepare, update, append and decode as --mode=train runs them on this mesh."""
   learner = setup.build_learner(config, policy.model, config.algorithm)
-  state = setup.abstract_state(config, policy, mesh, learner)
+  state = setup.abstract_state(policy, mesh, learner)
   prepare, step = update.compile_programs(learner)
   t, r = config.train, config.rollout
   conversations = config.data.batch if config.data.path else r.tasks * r.samples
@@ -163,11 +143,19 @@ def programs(config: Config, policy: AbstractPolicy, mesh: Mesh) -> list[Program
   passes = 2 if learner.with_reference else 1
   found = [
     Program(
-      *("prepare", prepare, (state, whole, count), (state, whole), (most,)),
+      "prepare",
+      prepare,
+      arguments=(state, whole, count),
+      alive=(state, whole),
+      trips=(most,),
       useful_flops=passes * tokens[most] * train(backward=False),
     ),
     Program(
-      *("update", step, (state, part, count), (state, prepared, part), (minibatch,)),
+      "update",
+      step,
+      arguments=(state, part, count),
+      alive=(state, prepared, part),
+      trips=(minibatch,),
       useful_flops=tokens[minibatch] * train(backward=True),
     ),
   ]
@@ -179,13 +167,9 @@ def engine_programs(
 ) -> list[Program]:
   """append and decode for all slots; the train state stays in memory meanwhile."""
   engine = build.build_engine(config, policy, mesh)
-  slots = jax.tree.map(
-    lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-    jax.eval_shape(
-      functools.partial(engine_lib.init_state, policy.model, engine.slots, engine.size)
-    ),
-    build.slot_shardings(policy.model, engine.slots, mesh),
-  )
+  empty = functools.partial(engine_lib.init_state, policy.model, engine.slots, engine.size)
+  where = build.slot_shardings(policy.model, engine.slots, mesh)
+  slots = sharding.abstract(jax.eval_shape(empty), where)
   variables = lora.join_variables(state.trainable, state.frozen)
   width = min(APPEND_TOKENS, engine.size)
   host = functools.partial(jax.ShapeDtypeStruct, sharding=sharding.replicated(mesh))
@@ -194,17 +178,30 @@ def engine_programs(
   token = functools.partial(useful_flops, policy, backward=False)
   append = (variables, slots, None, host((engine.slots, width), np.int32), numbers)
   decode = (
-    *(variables, slots, None, numbers, host((STOP_IDS,), np.int32)),
-    *(host((engine.slots, 2), np.uint32), host((), np.float32)),
+    variables,
+    slots,
+    None,
+    numbers,
+    host((STOP_IDS,), np.int32),
+    host((engine.slots, 2), np.uint32),
+    host((), np.float32),
   )
   alive = (state, slots)
   return [
     Program(
-      *("append", engine.append_program, append, alive, (blocks,)),
+      "append",
+      engine.append_program,
+      append,
+      alive,
+      trips=(blocks,),
       useful_flops=engine.slots * width * token(context=engine.size - width / 2, head=False),
     ),
     Program(
-      *("decode", engine.decode_program, decode, alive, (engine.chunk, blocks)),
+      "decode",
+      engine.decode_program,
+      decode,
+      alive,
+      trips=(engine.chunk, blocks),
       useful_flops=engine.slots * engine.chunk * token(context=engine.size - engine.chunk / 2),
     ),
   ]
@@ -244,126 +241,6 @@ def _adapter_size(policy: AbstractPolicy) -> int:
   return sum(x.size for x in jax.tree.leaves(adapters))
 
 
-# --- one program's report ---
-
-
-def report(program: Program, chip: roofline.Chip, devices: int) -> dict[str, Any]:
-  """Compiles and prices one program."""
-  started = time.monotonic()
-  alive = bytes_per_chip(program.alive)
-  usable = chip.hbm * chip.usable * GIB
-  entry: dict[str, Any] = {
-    "capacity_gib": chip.hbm,
-    "alive_gib": alive / GIB,
-    "largest_arguments": _largest_arguments(program.alive),
-  }
-  try:
-    compiled = program.function.lower(*program.arguments).compile()
-  except jax.errors.JaxRuntimeError as error:
-    if "RESOURCE_EXHAUSTED" not in str(error):
-      raise
-    needed = re.search(r"\(([\d.]+)G\) exceeds", str(error))
-    temporaries = float(needed[1]) if needed else math.nan
-    return entry | {
-      "hbm_gib_per_chip": alive / GIB + temporaries,
-      "fits": False,
-      "reason": str(error).splitlines()[0],
-      "compile_seconds": time.monotonic() - started,
-    }
-  compile_seconds = time.monotonic() - started
-  text = compiled.as_text()
-  memory = compiled.memory_analysis()
-  counts = hlo_counts.count(text, program.trips)
-  kernels = sum(k.times * splash.kernel_flops(k.name, _queries(k)) for k in counts.kernels)
-  cost = roofline.estimate(counts, kernels, chip)
-  # Beside the program's own buffers lies what it does not read: moments during a rollout.
-  beside = max(alive - memory.argument_size_in_bytes, 0)
-  peak = memory.peak_memory_in_bytes + beside
-  return entry | {
-    "hbm_gib_per_chip": peak / GIB,
-    "fits": peak <= usable,
-    "spare": 1 - peak / (chip.hbm * GIB),
-    "arguments_gib": memory.argument_size_in_bytes / GIB,
-    "temporaries_gib": memory.temp_size_in_bytes / GIB,
-    "aliased_gib": memory.alias_size_in_bytes / GIB,
-    "beside_gib": beside / GIB,
-    "flops": counts.flops + kernels,
-    "kernel_flops": kernels,
-    "useful_flops": program.useful_flops / devices,
-    "hbm_bytes": counts.hbm_bytes,
-    "collective_bytes": dict(counts.collectives),
-    "seconds_by_term": dataclasses.asdict(cost),
-    "binding": cost.binding,
-    "estimated_seconds": cost.seconds,
-    "estimated_mfu": program.useful_flops / devices / (cost.seconds * chip.flops),
-    "rates": dataclasses.asdict(chip),
-    "largest_buffers": hlo.largest_buffers(text, LISTED),
-    "compile_seconds": compile_seconds,
-  }
-
-
-def _queries(kernel: hlo_counts.Kernel) -> tuple[int, ...]:
-  return next((a.dims for a in kernel.operands if a.dtype[0] in "bf" and len(a.dims) > 2), ())
-
-
-def bytes_per_chip(tree: Any) -> float:
-  """Bytes of one chip's shards of a tree of ShapeDtypeStructs with shardings."""
-  return sum(_shard_bytes(x) for x in jax.tree.leaves(tree))
-
-
-def _shard_bytes(x: jax.ShapeDtypeStruct) -> int:
-  shape = x.shape if x.sharding is None else x.sharding.shard_shape(x.shape)
-  return math.prod(shape) * np.dtype(x.dtype).itemsize
-
-
-def _largest_arguments(tree: Any) -> list[str]:
-  sizes = [
-    (_shard_bytes(x), sharding.path_string(path), x)
-    for path, x in jax.tree_util.tree_leaves_with_path(tree)
-  ]
-  sizes.sort(key=lambda entry: -entry[0])
-  return [
-    f"{path} {x.dtype}{list(x.shape)}: {size / GIB:.2f} GiB" for size, path, x in sizes[:LISTED]
-  ]
-
-
-# --- what is said ---
-
-
-def table(reports: dict[str, dict[str, Any]]) -> str:
-  """One line a program, per chip."""
-  head = (
-    "program",
-    *("arguments", "temporaries", "aliased", "beside", "peak", "of GiB", "fits"),
-    *("TFLOP", "HBM GB", "collective GB", "matrix s", "HBM s", "links s", "schedule s"),
-    *("binds", "estimate s", "MFU", "compile s"),
-  )
-  lines = [head]
-  for name, r in reports.items():
-    fits = "yes" if r["fits"] else "NO"
-    if "flops" not in r:
-      blank = ("",) * (len(head) - 9)
-      size = (f"{r['hbm_gib_per_chip']:.2f}", f"{r['capacity_gib']:g}", fits)
-      lines.append((name, *("",) * 4, *size, *blank, f"{r['compile_seconds']:.0f}"))
-      continue
-    terms = r["seconds_by_term"]
-    kinds = r["collective_bytes"].items()
-    moved = " ".join(f"{kind} {amount / 1e9:.1f}" for kind, amount in kinds if amount >= 5e7)
-    lines.append(
-      (
-        name,
-        *(f"{r[f'{k}_gib']:.2f}" for k in ("arguments", "temporaries", "aliased", "beside")),
-        *(f"{r['hbm_gib_per_chip']:.2f}", f"{r['capacity_gib']:g}", fits),
-        *(f"{r['flops'] / 1e12:.2f}", f"{r['hbm_bytes'] / 1e9:.0f}", moved or "0"),
-        *(f"{terms[k]:.3f}" for k in ("matrix", "hbm", "interconnect", "schedule")),
-        *(r["binding"], f"{r['estimated_seconds']:.3f}", f"{r['estimated_mfu']:.0%}"),
-        f"{r['compile_seconds']:.0f}",
-      )
-    )
-  rule = ("---",) * len(head)
-  return "\n".join("| " + " | ".join(line) + " |" for line in (head, rule, *lines[1:]))
-
-
 def misfit(config: Config, topology: str, reports: dict[str, dict[str, Any]]) -> str:
   """One sentence a program: by how much, the largest buffers, and the knob that would help."""
   sentences = []
@@ -371,7 +248,7 @@ def misfit(config: Config, topology: str, reports: dict[str, dict[str, Any]]) ->
     largest = r.get("largest_buffers") or r["largest_arguments"]
     sentences.append(
       f"{name} does not fit {topology}: {r['hbm_gib_per_chip']:.2f} GiB of {r['capacity_gib']:g}; "
-      f"largest: {'; '.join(largest[:LISTED])}; try {knob(config, name)}"
+      f"largest: {'; '.join(largest[: pricing.LISTED])}; try {knob(config, name)}"
     )
   return "\n".join(sentences)
 

@@ -1,5 +1,6 @@
 """Trajectories of tasks with several samples, for algorithms that compare them."""
 
+import fakes
 import numpy as np
 
 from steptool_jax.learning import batching
@@ -65,4 +66,4 @@ def found(batch, values_BT, trajectories):
 
 def pack(trajectories, row_tokens=40, rows=12):
   """One shape for all examples: one compilation."""
-  return batching.pack(trajectories, row_tokens, rows)
+  return fakes.padded(batching.pack(trajectories, row_tokens), rows)

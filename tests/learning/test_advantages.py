@@ -11,6 +11,7 @@ import rlax
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from steptool_jax.config import Advantage, Config
 from steptool_jax.learning import advantages, algorithms, batching, losses
 from steptool_jax.types import Finish, Status, Step, Trajectory
 
@@ -21,7 +22,7 @@ def packed(seed, count=6, row_tokens=64, **kwargs):
   rng = np.random.default_rng(seed)
   trajectories = [fakes.random_trajectory(rng, **kwargs) for _ in range(count)]
   # One shape for all examples: one compilation.
-  batch = batching.pack(trajectories, row_tokens, row_multiple=6)
+  batch = fakes.padded(batching.pack(trajectories, row_tokens), 6)
   values = rng.normal(size=batch.tokens.shape).astype(np.float32)
   return trajectories, batch, values
 
@@ -114,7 +115,7 @@ def test_released_weights_are_on_rewards_and_not_on_a_kl_penalty():
   """
   step = Step(np.arange(2, dtype=np.int32), np.zeros(2, np.float32), Finish("x"), reward=0.7)
   trajectory = Trajectory("t", 0, np.arange(2, dtype=np.int32), (step,), Status.ANSWERED)
-  batch = batching.pack([trajectory], 4)
+  batch = batching.pack([trajectory], 4).batch
   rewards = jnp.asarray(batch.rewards) + jnp.array([[0, -0.1, -0.2, 0]], jnp.float32)
   zero = jnp.zeros((1, 4), jnp.float32)
   adv, _ = advantages.gae(batch, rewards, zero, gamma=0.5, lam=0.5, level="released")
@@ -156,7 +157,7 @@ def literal_trajectory(status):
 
 def test_hand_computed_literal():
   """Step 0 has tokens at 1, 2 (V .5, .1), reward .7; step 1 one token at 4 (V .2), reward 1."""
-  batch = batching.pack([literal_trajectory(Status.ANSWERED)], 8)
+  batch = batching.pack([literal_trajectory(Status.ANSWERED)], 8).batch
   assert batch.action_mask[0].tolist() == [False, True, True, False, True, False, False, False]
   values = np.array([[9, 0.5, 0.1, 9, 0.2, 9, 9, 9]], np.float32)
   adv, ret = run_gae(batch, values, gamma=0.5, lam=0.5)
@@ -182,15 +183,15 @@ def test_hand_computed_literal():
 def test_the_advantage_of_every_algorithm_by_hand(name, level, expected):
   """The trajectory of the literal above, gamma = lambda = .5."""
   row = algorithms.get_algorithm(name)
-  hp = algorithms.resolve(row, fakes.hyperparameters(gamma=0.5, lam=0.5, level=level))
-  batch = batching.pack([literal_trajectory(Status.ANSWERED)], 8)
+  hp = algorithms.resolve(row, Config(advantage=Advantage(gamma=0.5, lam=0.5, level=level)))
+  batch = batching.pack([literal_trajectory(Status.ANSWERED)], 8).batch
   values = jnp.array([[9, 0.5, 0.1, 9, 0.2, 9, 9, 9]], jnp.float32)
   adv = row.advantage(batch, jnp.asarray(batch.rewards), values, hp)["advantages"]
   np.testing.assert_allclose(adv[0, [1, 2, 4]], expected, atol=1e-6)
 
 
 def test_truncation_bootstraps_and_termination_does_not():
-  truncated = batching.pack([literal_trajectory(Status.STEP_BUDGET)], 8)
+  truncated = batching.pack([literal_trajectory(Status.STEP_BUDGET)], 8).batch
   # ids: 2 prompt, 2 sampled, 1 observed, 1 sampled, 1 observed; the next state stands at the last.
   values = np.array([[9, 0.5, 0.1, 9, 0.2, 9, 4.0, 9]], np.float32)
   assert np.flatnonzero(truncated.bootstrap[0]).tolist() == [6]
@@ -199,8 +200,8 @@ def test_truncation_bootstraps_and_termination_does_not():
 
 
 def test_a_fractional_reward_reaches_the_advantage():
-  """Peers' defect 1: 0.7 scattered into an int array became 0."""
-  batch = batching.pack([literal_trajectory(Status.ANSWERED)], 8)
+  """A reward of 0.7 that is scattered into an integer array becomes 0."""
+  batch = batching.pack([literal_trajectory(Status.ANSWERED)], 8).batch
   assert batch.rewards.dtype == np.float32
   zero = np.zeros((1, 8), np.float32)
   adv, _ = run_gae(batch, zero, gamma=0.0)
@@ -208,7 +209,7 @@ def test_a_fractional_reward_reaches_the_advantage():
 
 
 def test_wrong_dtype_and_rank_are_refused():
-  batch = batching.pack([literal_trajectory(Status.ANSWERED)], 8)
+  batch = batching.pack([literal_trajectory(Status.ANSWERED)], 8).batch
   with pytest.raises(AssertionError):
     advantages.gae(batch, jnp.zeros((1, 8), jnp.int32), jnp.zeros((1, 8)), gamma=1, lam=1)
   with pytest.raises(AssertionError):
@@ -245,8 +246,7 @@ def test_aggregation_weights(seed):
 def test_packing_keeps_ids_and_counts():
   rng = np.random.default_rng(1)
   trajectories = [fakes.random_trajectory(rng) for _ in range(40)]
-  batch = batching.pack(trajectories, 80, row_multiple=4)
-  assert batch.tokens.shape[0] % 4 == 0
+  batch = batching.pack(trajectories, 80).batch
   seen = sorted(tuple(batch.tokens[row, at].tolist()) for row, at in segments_of(batch))
   expected = []
   for t in trajectories:
@@ -260,44 +260,38 @@ def test_packing_keeps_ids_and_counts():
 
 
 def test_what_was_sampled_stands_at_its_targets():
-  """Peers' defect 8: ids, log-probs and rewards are the recorded ones, token by token."""
+  """Ids, log-probs and rewards are the recorded ones, token by token, where packing says."""
   rng = np.random.default_rng(2)
   trajectories = [fakes.random_trajectory(rng) for _ in range(12)]
-  batch = batching.pack(trajectories, 64)
-  found = {}
-  for row, at in segments_of(batch):
-    act = at[batch.action_mask[row, at]]
-    found[tuple(batch.targets[row, act])] = (row, act)
-  for t in trajectories:
-    row, act = found[tuple(np.concatenate([s.tokens for s in t.steps]))]
+  trajectories.append(trajectories[3])  # sampled the same, and lies elsewhere all the same
+  packed = batching.pack(trajectories, 64)
+  batch, (rows, columns) = packed.batch, np.indices(packed.batch.tokens.shape)
+  assert packed.trajectories == tuple(trajectories)
+  places = [batching.unpack(packed, at) for at in (rows, columns)]
+  assert len({(int(row[0]), int(act[0])) for row, act in zip(*places, strict=True)}) == 13
+  for t, row, act in zip(trajectories, *places, strict=True):
+    tokens = np.concatenate([s.tokens for s in t.steps])
+    np.testing.assert_array_equal(batch.targets[row, act], tokens)
     logprobs = np.concatenate([s.logprobs for s in t.steps])
     np.testing.assert_array_equal(batch.behaviour_logprobs[row, act], logprobs)
     ids = np.repeat(np.arange(len(t.steps)), [len(s.tokens) for s in t.steps])
     np.testing.assert_array_equal(batch.step_ids[row, act], ids)
     ends = act[batch.step_end[row, act]]
     rewards = np.array([s.reward for s in t.steps], np.float32)
-    np.testing.assert_array_equal(batch.rewards[row, ends], rewards)
+    np.testing.assert_array_equal(batch.rewards[row[0], ends], rewards)
   assert np.count_nonzero(batch.rewards) == sum(len(t.steps) for t in trajectories)
   for name in ("behaviour_logprobs", "rewards", "step_end"):
     assert not getattr(batch, name)[~batch.action_mask].any(), name
 
 
-def test_unpacking_tells_trajectories_apart_that_sampled_the_same():
-  """By their observations, their rewards, and whether they are there only for a critic."""
-  same = [literal_trajectory(Status.ANSWERED) for _ in range(4)]
-  step = same[1].steps[0]
-  seen = dataclasses.replace(step, observation_tokens=step.observation_tokens + 1)
-  same[1] = dataclasses.replace(same[1], steps=(seen, *same[1].steps[1:]))
-  paid = dataclasses.replace(same[2].steps[-1], reward=0.25)
-  same[2] = dataclasses.replace(same[2], steps=(*same[2].steps[:-1], paid))
-  replayed = dataclasses.replace(same[3], prompt_tokens=same[3].prompt_tokens + 1)
-  batch = batching.pack_units([(t,) for t in same[:3]], 8, replayed=[replayed])
-  rows = np.arange(4, dtype=np.float32)[:, None] * np.ones((1, 8), np.float32)
-  assert batch.tokens.shape == rows.shape
-  out = batching.unpack([*same[:3], replayed], batch, rows)
-  assert out[3] is None
-  assert [part.tolist() for part in out[:3]] == [[n] * len(out[0]) for n in (0.0, 1.0, 2.0)]
-  assert len(out[0]) == sum(len(step.tokens) for step in same[0].steps)
+def test_what_is_there_for_a_critic_only_has_no_place():
+  fresh = [literal_trajectory(Status.ANSWERED) for _ in range(3)]
+  replayed = [literal_trajectory(Status.STEP_BUDGET) for _ in range(2)]
+  packed = batching.pack_units([(t,) for t in fresh], 14, replayed=replayed)
+  assert packed.trajectories == tuple(fresh)
+  values = batching.unpack(packed, packed.batch.targets)
+  assert [v.tolist() for v in values] == [[0, 1, 0]] * 3
+  assert packed.batch.action_mask.sum() == 3 * 3
 
 
 def test_packing_refuses_what_does_not_fit():

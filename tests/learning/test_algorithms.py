@@ -1,5 +1,6 @@
 """The table itself: what a row costs, and what it takes to add one."""
 
+import dataclasses
 import functools
 
 import fakes
@@ -10,16 +11,18 @@ import optax
 import pytest
 import samples
 
+from steptool_jax.config import Advantage, Config, Loss
 from steptool_jax.learning import algorithms, update
 from steptool_jax.policy import lora, model
+from steptool_jax.run.training import setup
 
 CONFIG = fakes.tiny_config(hidden_size=64)
 
 
 def learner_of(name, **changes):
   row = algorithms.get_algorithm(name)
-  hp = algorithms.resolve(row, fakes.hyperparameters(kl_placement="none", **changes))
-  return update.Learner(CONFIG, row, hp, optax.sgd(1.0), 1.0, 16, with_reference=False)
+  settings = Config(advantage=Advantage(**changes), loss=Loss(kl="none", logprob_chunk=16))
+  return update.Learner(CONFIG, row, algorithms.resolve(row, settings), optax.sgd(1.0))
 
 
 @functools.cache
@@ -32,7 +35,7 @@ def start(learner):
   with_values = learner.algorithm.critic == "value"
   own = jax.tree.map(jnp.copy, params())
   return update.init_state(
-    learner, *lora.split_variables({"params": own}, train_values=with_values), 0.0
+    learner, *lora.split_variables({"params": own}, train_values=with_values)
   )
 
 
@@ -103,6 +106,32 @@ def test_the_gradient_is_reinforces(name):
   got = jax.tree.map(jnp.subtract, before, new.trainable["params"])
   for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
     np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+@dataclasses.dataclass(frozen=True)
+class LossWithMargin(Loss):
+  """What a new field of config.Loss makes of it."""
+
+  margin: float = 0.0
+
+
+def test_a_new_number_is_its_definition_and_its_use(monkeypatch):
+  """A field of a config's group reaches the loss that reads it; nothing in between names it."""
+
+  def loss(outputs, batch, hp):
+    terms, metrics = algorithms.ALGORITHMS["sft"].loss(outputs, batch, hp)
+    total, count = terms["loss"]
+    return {"loss": (total + hp.loss.margin * count, count)}, metrics
+
+  row = algorithms.Algorithm("outcome", loss, kl="none")
+  monkeypatch.setitem(algorithms.ALGORITHMS, "toy", row)
+  losses = []
+  for margin in (0.0, 0.5):
+    settings = Config(algorithm="toy", loss=LossWithMargin(margin=margin, logprob_chunk=16))
+    learner = setup.build_learner(settings, CONFIG, "toy")
+    _, step = update.compile_programs(learner)
+    losses.append(float(step(start(learner), stacked(), 1)[1]["loss"]))
+  assert losses[1] - losses[0] == pytest.approx(0.5, abs=1e-5)
 
 
 def test_no_two_rows_are_the_same():

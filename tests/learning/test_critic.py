@@ -11,6 +11,7 @@ import oracles
 import pytest
 import samples
 
+from steptool_jax.config import Advantage, Archer, Config, Loss
 from steptool_jax.learning import algorithms, batching, critic, update
 from steptool_jax.learning.outputs import policy_outputs
 from steptool_jax.policy import model
@@ -26,7 +27,8 @@ def trajectories(count=6, seed=0):
 
 def packed(fresh, past=(), row_tokens=48, rows=4):
   units = [(t,) for t in fresh]
-  return batching.pack_units(units, row_tokens, rows, replayed=past, whole_actions=True)
+  packed = batching.pack_units(units, row_tokens, replayed=past, whole_actions=True)
+  return fakes.padded(packed, rows)
 
 
 def steps_of(batch):
@@ -39,8 +41,8 @@ def steps_of(batch):
       yield row, segment, steps
 
 
-def test_q_reads_behind_the_utterance_and_v_before_it():
-  """hidden[t] = (t, row): Q of a step is at the position behind its last token's target."""
+def test_q_reads_after_the_utterance_and_v_before_it():
+  """hidden[t] = (t, row): Q of a step is at the position after its last token's target."""
   batch = packed(trajectories())
   rows, length = batch.tokens.shape
   at = jnp.broadcast_to(jnp.arange(length, dtype=jnp.float32), (rows, length))
@@ -54,13 +56,13 @@ def test_q_reads_behind_the_utterance_and_v_before_it():
   seen = 0
   for row, segment, steps in steps_of(batch):
     for positions in steps:
-      first, behind = positions[0], positions[-1] + 1
-      assert behind < length, "the last token is an input too"
-      assert batch.segment_ids[row, behind] == segment
-      assert batch.tokens[row, behind] == batch.targets[row, positions[-1]]
-      assert out.q1[row, first] == behind
-      assert out.q2[row, first] == 2 * behind + 1
-      assert out.q[row, first] == behind
+      first, after = positions[0], positions[-1] + 1
+      assert after < length, "the last token is an input too"
+      assert batch.segment_ids[row, after] == segment
+      assert batch.tokens[row, after] == batch.targets[row, positions[-1]]
+      assert out.q1[row, first] == after
+      assert out.q2[row, first] == 2 * after + 1
+      assert out.q[row, first] == after
       assert out.v[row, first] == first + 0.5
       seen += 1
   assert seen > 8
@@ -120,16 +122,17 @@ def test_polyak_literal():
 
 # --- in the update ---
 
-HP = fakes.hyperparameters(gamma=GAMMA, whiten=False, kl_placement="none", tau=0.25, value_coef=0.5)
+SETTINGS = Config(
+  advantage=Advantage(gamma=GAMMA, whiten=False),
+  loss=Loss(kl="none", value_coef=0.5, logprob_chunk=16),
+  archer=Archer(tau=0.25),
+)
 ROW = algorithms.get_algorithm("archer")
 LEARNER = update.Learner(
   model=CONFIG,
   algorithm=ROW,
-  hyperparameters=algorithms.resolve(ROW, HP),
+  hyperparameters=algorithms.resolve(ROW, SETTINGS),
   optimizer=optax.sgd(1.0),
-  temperature=1.0,
-  chunk=16,
-  with_reference=False,
 )
 
 
@@ -137,7 +140,7 @@ LEARNER = update.Learner(
 def state():
   params = model.init_params(CONFIG, jax.random.key(0))
   del params["value_head"]
-  state = update.init_state(LEARNER, {"params": params}, {}, 0.0, seed=3)
+  state = update.init_state(LEARNER, {"params": params}, {}, seed=3)
   heads = jax.tree.map(
     lambda x: x + 0.3 * jax.random.normal(jax.random.key(x.size), x.shape), state.target
   )
@@ -203,8 +206,8 @@ def test_the_update_equals_a_direct_loss(state, programs):
   def min_q(state, hidden, row, at):
     """The advantage, without a gradient."""
     now = values(state.trainable["critic"], jax.lax.stop_gradient(hidden))
-    behind = at[-1] + 1
-    return jnp.minimum(now["q1"][row, behind], now["q2"][row, behind]) - now["v"][row, at[0]]
+    after = at[-1] + 1
+    return jnp.minimum(now["q1"][row, after], now["q2"][row, after]) - now["v"][row, at[0]]
 
   expected = jax.jit(jax.grad(loss))(state.trainable)
   got = jax.tree.map(jnp.subtract, state.trainable, new.trainable)
@@ -218,8 +221,7 @@ def test_the_update_equals_a_direct_loss(state, programs):
 
 
 def test_the_actor_waits_for_the_critic(state):
-  hp = update.dataclasses.replace(LEARNER.hyperparameters, warmup=5)
-  learner = update.dataclasses.replace(LEARNER, hyperparameters=hp)
+  learner = update.dataclasses.replace(LEARNER, critic_steps=5)
   prepare = jax.jit(functools.partial(update.prepare, learner))
   batch = jax.tree.map(lambda x: jnp.asarray(x)[None], packed(trajectories(4)))
   early, late = (prepare(state._replace(step=jnp.int32(n)), batch, 1)[0] for n in (4, 5))

@@ -28,12 +28,12 @@ def written(name):
   config.algorithm, config.sft.steps = name, 1
   learner = setup.build_learner(validation.validate(config), fakes.tiny_config(), name)
   rng = np.random.default_rng(0)
-  packed = batching.pack([fakes.random_trajectory(rng) for _ in range(4)], 128, 2)
-  batch = jax.tree.map(lambda x: x[None], packed)
+  packed = batching.pack([fakes.random_trajectory(rng) for _ in range(4)], 128)
+  batch = jax.tree.map(lambda x: x[None], fakes.padded(packed, 2))
 
   def run(batch):
     params = model.init_params(fakes.tiny_config(), jax.random.key(0))
-    state = update.init_state(learner, {"params": params}, {}, 0.1)
+    state = update.init_state(learner, {"params": params}, {})
     found = {}
     if learner.algorithm.rewards != "none":
       batch, found = update.prepare(learner, state, batch, 1)

@@ -2,7 +2,6 @@
 
 import functools
 
-import fakes
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,11 +11,12 @@ import samples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from steptool_jax.config import Advantage, Config
 from steptool_jax.learning import algorithms, batching, groups, losses
 from steptool_jax.learning.algorithms import ALGORITHMS
 
 GAMMA = 0.9
-HP = fakes.hyperparameters(gamma=GAMMA, omega=0.5)
+HP = Config(advantage=Advantage(gamma=GAMMA, omega=0.5))
 WITHOUT_CRITIC = ("reinforce", "rloo", "grpo", "grpo_step", "gigpo")
 
 
@@ -57,7 +57,7 @@ def test_packed_equals_one_trajectory_a_row(name):
   trajectories, _ = samples.random_samples(5)
   packed = samples.pack(trajectories)
   alone = samples.pack(trajectories[:1], rows=12)
-  parts = [batching.pack([t], 40) for t in trajectories]
+  parts = [batching.pack([t], 40).batch for t in trajectories]
   # Numbers of tasks and anchors are those of the whole batch.
   fields = {name: np.concatenate([getattr(p, name) for p in parts]) for name in alone._fields[:10]}
   tasks = {t.task_id: n for n, t in enumerate(trajectories)}
@@ -154,7 +154,7 @@ def test_long_trajectories_do_not_weigh_more_in_a_baseline(name):
     # Six steps of return 1 count as much as one: mean 1 / 3.
     many = [samples.sample(0, [*[0.0] * 5, 1.0], [1] * 6, seed=0), *short[1:]]
     batch = samples.pack(many)
-    hp = fakes.hyperparameters(gamma=1.0)
+    hp = Config(advantage=Advantage(gamma=1.0))
     got = samples.found(batch, advantages_of(name, batch, hp), many)
     np.testing.assert_allclose(got[0], results[0][0], atol=1e-5)
     np.testing.assert_allclose(got[1], results[0][1], atol=1e-5)
@@ -166,7 +166,7 @@ def test_long_trajectories_do_not_weigh_more_in_the_loss(name):
   made = [samples.sample(0, [1.0], [9], seed=0), samples.sample(0, [0.0], [1], seed=1)]
   batch = samples.pack(made)
   hp = algorithms.resolve(ALGORITHMS[name], HP)
-  weights = losses.action_weights(batch, hp.aggregation)
+  weights = losses.action_weights(batch, hp.loss.aggregation)
   long, short = samples.found(batch, weights, made)
   np.testing.assert_allclose([long.sum(), short.sum()], [1, 1], rtol=1e-6)
 

@@ -11,6 +11,7 @@ import oracles
 import pytest
 import samples
 
+from steptool_jax.config import Config, Dpo, Loss
 from steptool_jax.learning import algorithms, batching, losses, update
 from steptool_jax.learning.outputs import policy_outputs
 from steptool_jax.learning.selection import PAIRS, SOLVED
@@ -48,8 +49,7 @@ def test_pairs_lie_in_neighbouring_rows_segment_by_segment():
   group = made(*((task, float(n == 0)) for task in range(6) for n in range(3)))
   pairs = PAIRS.pick(group)
   assert len(pairs) == 12
-  batch = batching.pack_units(pairs, 24, 4)
-  assert batch.tokens.shape[0] % 4 == 0
+  batch = batching.pack_units(pairs, 24).batch
   assert (batch.segment_ids.max(axis=1) > 1).any(), "nothing is packed"
   left = [(a.steps[0].tokens.tobytes(), b.steps[0].tokens.tobytes()) for a, b in pairs]
   for row in range(0, batch.tokens.shape[0], 2):
@@ -68,7 +68,7 @@ def test_pairs_lie_in_neighbouring_rows_segment_by_segment():
 def paired(row_tokens=24, rows=4):
   group = made(*((task, float(n == 0)) for task in range(5) for n in range(3)))
   pairs = PAIRS.pick(group)
-  return pairs, batching.pack_units(pairs, row_tokens, rows)
+  return pairs, fakes.padded(batching.pack_units(pairs, row_tokens), rows)
 
 
 def test_dpo_equals_a_loop_over_pairs():
@@ -113,7 +113,7 @@ def test_dpo_literal():
     (samples.sample(task, [0.0], [2], seed=1), samples.sample(task, [0.0], [1], seed=2))
     for task in (0, 1)
   ]
-  batch = batching.pack_units(pairs, 8, 4)
+  batch = batching.pack_units(pairs, 8).batch
   now = np.zeros(batch.tokens.shape, np.float32)
   for row, segment, values in ((0, 1, (0.25, 0.75)), (0, 2, (0, -2)), (1, 1, (0.5,)), (1, 2, (1,))):
     at = (batch.segment_ids[row] == segment) & batch.action_mask[row]
@@ -133,11 +133,8 @@ def learner_of(name="eto"):
   return update.Learner(
     model=CONFIG,
     algorithm=row,
-    hyperparameters=algorithms.resolve(row, fakes.hyperparameters(dpo_beta=0.5)),
+    hyperparameters=algorithms.resolve(row, Config(dpo=Dpo(beta=0.5), loss=Loss(logprob_chunk=16))),
     optimizer=optax.sgd(1.0),
-    temperature=1.0,
-    chunk=16,
-    with_reference=True,
   )
 
 
@@ -153,7 +150,7 @@ def programs(name):
 def test_the_gradient_is_dpos_and_accumulation_is_exact(params):
   """The update against a direct loss; two and six micro-batches; the reference is not moved."""
   _, batch = paired(rows=12)
-  state = update.init_state(learner_of(), {"params": params}, {}, 0.0)
+  state = update.init_state(learner_of(), {"params": params}, {})
   state = state._replace(reference=jax.tree.map(lambda x: 1.2 * x, state.reference))
   results = []
   for micro in (6, 2):

@@ -21,6 +21,7 @@ def test_eight_devices_equal_one():
 
 
 def _batch(name):
+  import fakes
   import samples
 
   from steptool_jax.learning import batching
@@ -29,11 +30,13 @@ def _batch(name):
   trajectories, _ = samples.random_samples(3, tasks=8)
   if name == "eto":
     solved = [_solved(t, n % 2) for n, t in enumerate(trajectories)]
-    return batching.pack_units(PAIRS.pick(solved), 40, 8)
+    return fakes.padded(batching.pack_units(PAIRS.pick(solved), 40), 8)
   units = [(t,) for t in trajectories]
   if name == "archer":
-    return batching.pack_units(units[:12], 40, 8, replayed=trajectories[12:], whole_actions=True)
-  return batching.pack_units(units, 40, 8)
+    past = trajectories[12:]
+    packed = batching.pack_units(units[:12], 40, replayed=past, whole_actions=True)
+    return fakes.padded(packed, 8)
+  return fakes.padded(batching.pack_units(units, 40), 8)
 
 
 def _solved(trajectory, solved):
@@ -48,24 +51,23 @@ def _updated(name, mesh):
   import jax
   import optax
 
+  from steptool_jax.config import Config, Loss
   from steptool_jax.learning import algorithms, update
   from steptool_jax.policy import lora, model, sharding
 
   row = algorithms.get_algorithm(name)
   config = fakes.tiny_config(vocab_size=64)
+  settings = Config(loss=Loss(value_coef=1.0, kl_coef=0.1, logprob_chunk=16))
   learner = update.Learner(
     model=config,
     algorithm=row,
-    hyperparameters=algorithms.resolve(row, fakes.hyperparameters(value_coef=1.0)),
+    hyperparameters=algorithms.resolve(row, settings),
     optimizer=optax.sgd(1.0),
-    temperature=1.0,
-    chunk=16,
-    with_reference=True,
   )
   with jax.set_mesh(mesh):
     params = model.init_params(config, jax.random.key(0))
     split = lora.split_variables({"params": params}, train_values=False)
-    make = functools.partial(update.init_state, learner, kl_coef=0.1)
+    make = functools.partial(update.init_state, learner)
     layout = sharding.shardings(jax.eval_shape(make, *split), mesh)
     state = jax.jit(make, out_shardings=layout)(*split)
     rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, sharding.ROWS))

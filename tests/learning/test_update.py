@@ -7,26 +7,20 @@ import numpy as np
 import optax
 import pytest
 
-from steptool_jax.config import Optimizer
+from steptool_jax.config import Advantage, Config, Loss
 from steptool_jax.learning import algorithms, batching, losses, update
 from steptool_jax.learning.outputs import policy_outputs
 from steptool_jax.policy import lora, model
-from steptool_jax.run.training.setup import build_optimizer
 
 CONFIG = fakes.tiny_config()
-HP = fakes.hyperparameters(gamma=0.9, lam=0.8, entropy_coef=0.01, kl_placement="reward")
+ADVANTAGE = Advantage(gamma=0.9, lam=0.8)
+LOSS = Loss(entropy_coef=0.01, kl="reward", kl_coef=0.3, logprob_chunk=16)
 
 
-def make_learner(name="steptool", hp=HP, with_reference=True, optimizer=None, temperature=1.0):
-  return update.Learner(
-    model=CONFIG,
-    algorithm=algorithms.get_algorithm(name),
-    hyperparameters=algorithms.resolve(algorithms.get_algorithm(name), hp),
-    optimizer=optimizer or optax.sgd(0.5),
-    temperature=temperature,
-    chunk=16,
-    with_reference=with_reference,
-  )
+def make_learner(name="steptool", advantage=ADVANTAGE, loss=LOSS, optimizer=None, temperature=1.0):
+  row = algorithms.get_algorithm(name)
+  hp = algorithms.resolve(row, Config(advantage=advantage, loss=loss))
+  return update.Learner(CONFIG, row, hp, optimizer or optax.sgd(0.5), temperature)
 
 
 @pytest.fixture(scope="module")
@@ -50,11 +44,11 @@ def unpacked_forward(params, ids):
   positions = jnp.arange(ids.shape[1])[None]
   hidden = model.forward(CONFIG, {"params": params}, ids, positions, jnp.ones_like(ids))
   logits = model.project_logits(CONFIG, {"params": params}, hidden)
-  return logits, model.project_values(CONFIG, {"params": params}, hidden)
+  return logits, model.project_values({"params": params}, hidden)
 
 
 def full_logprobs(params, ids, temperature=1.0):
-  """log-probs [n, V] and values [n] of one sequence; causal, so zeros behind it change nothing."""
+  """log-probs [n, V] and values [n] of one sequence; causal, so zeros after it change nothing."""
   padded = np.zeros((1, 64), np.int32)
   padded[0, : len(ids)] = ids
   logits, values = unpacked_forward(params, padded)
@@ -63,14 +57,14 @@ def full_logprobs(params, ids, temperature=1.0):
 
 
 def heads(params):
-  return lambda hidden: model.project_values(CONFIG, {"params": params}, hidden)
+  return lambda hidden: model.project_values({"params": params}, hidden)
 
 
 @pytest.mark.parametrize("chunk", [5, 16, 512])
 def test_packed_chunked_outputs_equal_single_forward_passes(params, chunk):
-  """Peers' defect 4: packed == unpacked, for log-probs, entropy and values."""
+  """A packed row must not let its trajectories see each other: packed == unpacked."""
   group = trajectories()
-  batch = batching.pack(group, 64)
+  batch = batching.pack(group, 64).batch
   outputs = functools.partial(
     policy_outputs, CONFIG, temperature=0.7, chunk=chunk, heads=heads(params)
   )
@@ -96,10 +90,10 @@ def test_packed_chunked_outputs_equal_single_forward_passes(params, chunk):
 
 
 def test_kl_is_zero_for_actor_equal_reference_at_any_temperature(params):
-  """Peers' defect 2."""
+  """Both sides must be divided by the temperature, or the KL of a policy to itself is not 0."""
   learner = make_learner(temperature=0.6)
-  state = update.init_state(learner, {"params": params}, {}, 0.3)
-  batch = stacked(batching.pack(trajectories(), 64, 2), 2)
+  state = update.init_state(learner, {"params": params}, {})
+  batch = stacked(fakes.padded(batching.pack(trajectories(), 64), 2), 2)
   prepared, metrics = jitted(learner)[0](state, batch, batch.tokens.shape[0])
   assert float(metrics["kl"]) == 0.0
   np.testing.assert_array_equal(prepared.old_logprobs, prepared.ref_logprobs)
@@ -109,17 +103,17 @@ def off_reference(learner, params):
   """A state whose reference is another policy, with V = 0."""
   head = jax.tree.map(jnp.zeros_like, params["value_head"])
   params = params | {"value_head": head}
-  state = update.init_state(learner, {"params": params}, {}, 0.3)
+  state = update.init_state(learner, {"params": params}, {})
   return state._replace(reference=jax.tree.map(lambda x: 1.3 * x, state.reference))
 
 
 def test_the_kl_penalty_in_the_reward_by_hand(params):
   """r - coefficient * log(pi / ref) a token, and the metric in nats per trajectory."""
-  hp = update.dataclasses.replace(HP, whiten=False, gamma=0.0, level="token")
-  learner = make_learner(hp=hp)
+  advantage = Advantage(gamma=0.0, lam=0.8, level="token", whiten=False)
+  learner = make_learner(advantage=advantage)
   state = off_reference(learner, params)
   group = trajectories()
-  batch = stacked(batching.pack(group, 64, 2), 2)
+  batch = stacked(fakes.padded(batching.pack(group, 64), 2), 2)
   prepared, metrics = jitted(learner)[0](state, batch, batch.tokens.shape[0])
   mask = np.asarray(batch.action_mask)
   gap = np.asarray(prepared.old_logprobs - prepared.ref_logprobs)
@@ -133,10 +127,10 @@ def test_the_kl_penalty_in_the_reward_by_hand(params):
 
 def test_the_kl_penalty_in_the_loss_by_hand(params):
   """coefficient * mean k3, and the step moves the policy towards the reference."""
-  hp = update.dataclasses.replace(HP, kl_placement="loss", value_coef=0.0, entropy_coef=0.0)
-  learner = make_learner(hp=hp, optimizer=optax.sgd(0.05))
+  loss = Loss(kl="loss", kl_coef=0.3, value_coef=0.0, logprob_chunk=16)
+  learner = make_learner(loss=loss, optimizer=optax.sgd(0.05))
   state = off_reference(learner, params)
-  batch = stacked(batching.pack(trajectories(), 64, 2), 2)
+  batch = stacked(fakes.padded(batching.pack(trajectories(), 64), 2), 2)
   count = batch.tokens.shape[0]
   prepare, step = jitted(learner)
   prepared, _ = prepare(state, batch, count)
@@ -155,9 +149,9 @@ def test_the_reference_of_a_lora_run_is_the_policy_without_adapters(params):
   adapters = jax.tree.map(lambda x: x + 0.2, lora.init_lora(CONFIG, settings, jax.random.key(2)))
   learner = update.dataclasses.replace(make_learner(), model=lora.with_lora(CONFIG, settings))
   split = lora.split_variables({"params": params, "lora": adapters})
-  state = update.init_state(learner, *split, 0.3)
+  state = update.init_state(learner, *split)
   assert state.reference == {}, "nothing is copied"
-  batch = stacked(batching.pack(trajectories(), 64, 2), 2)
+  batch = stacked(fakes.padded(batching.pack(trajectories(), 64), 2), 2)
   prepared, metrics = jitted(learner)[0](state, batch, batch.tokens.shape[0])
   flat = jax.tree.map(lambda x: x.reshape(-1, 64), batch)
   base = functools.partial(policy_outputs, CONFIG, temperature=1.0, chunk=16)
@@ -175,7 +169,7 @@ def jitted(learner):
 
 def gradient(learner, params, batch, micro):
   """The gradient that one SGD step of rate 1 applies."""
-  state = update.init_state(learner, {"params": params}, {}, 0.3)
+  state = update.init_state(learner, {"params": params}, {})
   batch = stacked(batch, micro)
   count = batch.tokens.shape[0]
   prepare, step = jitted(learner)
@@ -187,7 +181,7 @@ def gradient(learner, params, batch, micro):
 @pytest.mark.parametrize("name", ["sft", "steptool", "steptool_no_step_grained"])
 def test_gradient_accumulation_equals_the_full_batch(params, name):
   learner = make_learner(name, optimizer=optax.sgd(1.0))
-  batch = batching.pack(trajectories(), 48, 4)
+  batch = fakes.padded(batching.pack(trajectories(), 48), 4)
   whole, metrics = gradient(learner, params, batch, batch.tokens.shape[0])
   parts, part_metrics = gradient(learner, params, batch, 1)
   for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(parts), strict=True):
@@ -197,10 +191,10 @@ def test_gradient_accumulation_equals_the_full_batch(params, name):
 
 
 def test_only_counted_micro_batches_are_read(params):
-  """Behind `count` there may be anything: here real rows, which must not reach the gradient."""
+  """After `count` there may be anything: here real rows, which must not reach the gradient."""
   learner = make_learner("sft", optimizer=optax.sgd(1.0))
-  state = update.init_state(learner, {"params": params}, {}, 0.0)
-  batch = stacked(batching.pack(trajectories(), 48, 2), 1)
+  state = update.init_state(learner, {"params": params}, {})
+  batch = stacked(fakes.padded(batching.pack(trajectories(), 48), 2), 1)
   _, step = jitted(learner)
   half = batch.tokens.shape[0] // 2
   other = jax.tree.map(lambda x: jnp.concatenate([x[:half], x[:1], x[half + 1 :]]), batch)
@@ -214,11 +208,11 @@ def test_only_counted_micro_batches_are_read(params):
 
 def test_steptool_gradient_equals_a_direct_ppo_loss(params):
   """The first epoch's gradient is that of -sum(A logp)/tokens + value and entropy terms."""
-  hp = update.dataclasses.replace(HP, kl_placement="none")
-  learner = make_learner(hp=hp, with_reference=False, optimizer=optax.sgd(1.0))
-  batch = batching.pack(trajectories(), 64, 1)
+  settings = update.dataclasses.replace(LOSS, kl="none")
+  learner = make_learner(loss=settings, optimizer=optax.sgd(1.0))
+  batch = batching.pack(trajectories(), 64).batch
   got, _ = gradient(learner, params, batch, batch.tokens.shape[0])
-  state = update.init_state(learner, {"params": params}, {}, 0.0)
+  state = update.init_state(learner, {"params": params}, {})
   prepared, _ = jitted(learner)[0](state, stacked(batch, batch.tokens.shape[0]), 1)
   micro = jax.tree.map(lambda x: x[0], prepared)
   mask = np.asarray(micro.action_mask)
@@ -243,8 +237,8 @@ def test_steptool_gradient_equals_a_direct_ppo_loss(params):
 
 
 def test_observation_and_prompt_tokens_have_no_gradient(params):
-  """Peers' defect 9: another prompt or observation target changes nothing, a sampled one does."""
-  batch = jax.tree.map(jnp.asarray, batching.pack(trajectories(count=2), 64, 1))
+  """Another prompt or observation target changes nothing, another sampled one does."""
+  batch = jax.tree.map(jnp.asarray, batching.pack(trajectories(count=2), 64).batch)
 
   @jax.jit
   def total(targets):
@@ -288,7 +282,9 @@ def test_masked_infinities_do_not_become_nan():
 
 
 def test_adaptive_kl_literals():
-  adapt = functools.partial(algorithms.adapt_kl, target=6.0, horizon=10_000.0, trajectories=500)
+  adapt = functools.partial(
+    algorithms.adapt_kl, loss=Loss(kl_target=6.0, kl_horizon=10_000.0), trajectories=500
+  )
   np.testing.assert_allclose(adapt(jnp.float32(0.3), jnp.float32(60.0)), 0.3 * 1.01, rtol=1e-6)
   np.testing.assert_allclose(adapt(jnp.float32(0.3), jnp.float32(0.0)), 0.3 * 0.99, rtol=1e-6)
   np.testing.assert_allclose(adapt(jnp.float32(0.3), jnp.float32(6.6)), 0.3 * 1.005, rtol=1e-6)
@@ -298,8 +294,8 @@ def test_adaptive_kl_literals():
 def guarded(params):
   """(state, prepared batch, count, jitted update)"""
   learner = make_learner(optimizer=optax.adam(1e-3))
-  state = update.init_state(learner, {"params": params}, {}, 0.0)
-  batch = stacked(batching.pack(trajectories(), 64, 1), 1)
+  state = update.init_state(learner, {"params": params}, {})
+  batch = stacked(batching.pack(trajectories(), 64).batch, 1)
   count = batch.tokens.shape[0]
   prepare, step = jitted(learner)
   prepared, _ = prepare(state, batch, count)
@@ -310,8 +306,13 @@ def guarded(params):
 @pytest.mark.parametrize(
   "field",
   [
-    *("rewards", "behaviour_logprobs", "old_logprobs"),
-    *("ref_logprobs", "values", "advantages", "returns"),
+    "rewards",
+    "behaviour_logprobs",
+    "old_logprobs",
+    "ref_logprobs",
+    "values",
+    "advantages",
+    "returns",
   ],
 )
 def test_one_number_that_is_not_finite_skips_the_update(guarded, field, value):
@@ -333,7 +334,7 @@ def test_what_is_not_read_may_be_anything(guarded):
 
 
 @pytest.mark.parametrize("part", ["term", "metric"])
-def test_a_nan_in_the_loss_behind_a_finite_gradient_skips_the_update(params, part):
+def test_a_nan_in_the_loss_with_a_finite_gradient_skips_the_update(params, part):
   def loss(outputs, batch, hp):
     terms, metrics = algorithms.ALGORITHMS["sft"].loss(outputs, batch, hp)
     hidden = {"hidden": (jnp.float32(jnp.nan) * jax.lax.stop_gradient(outputs.logprobs.sum()), 1.0)}
@@ -342,8 +343,8 @@ def test_a_nan_in_the_loss_behind_a_finite_gradient_skips_the_update(params, par
   learner = make_learner("sft", optimizer=optax.adam(1e-3))
   algorithm = update.dataclasses.replace(learner.algorithm, loss=loss)
   learner = update.dataclasses.replace(learner, algorithm=algorithm)
-  state = update.init_state(learner, {"params": params}, {}, 0.0)
-  batch = stacked(batching.pack(trajectories(), 64, 1), 1)
+  state = update.init_state(learner, {"params": params}, {})
+  batch = stacked(batching.pack(trajectories(), 64).batch, 1)
   new, metrics = jitted(learner)[1](state, batch, batch.tokens.shape[0])
   assert np.isfinite(metrics["grad_norm"]), "or the case is not the hidden one"
   skipped(state, new, metrics)
@@ -369,12 +370,12 @@ def test_the_reference_is_stored_in_the_compute_dtype_and_says_the_same(params):
   """float32 weights, bfloat16 products: half the memory, and the KL to itself is exactly 0."""
   config = update.dataclasses.replace(CONFIG, dtype="bfloat16")
   learner = update.dataclasses.replace(make_learner(), model=config)
-  state = update.init_state(learner, {"params": params}, {}, 0.3)
+  state = update.init_state(learner, {"params": params}, {})
   layers = state.reference["params"]["layers"]
   assert layers["q"]["kernel"].dtype == jnp.bfloat16
   assert layers["attn_norm"]["scale"].dtype == jnp.float32
   assert state.reference["params"]["value_head"]["kernel"].dtype == jnp.float32
-  batch = stacked(batching.pack(trajectories(), 64, 2), 2)
+  batch = stacked(fakes.padded(batching.pack(trajectories(), 64), 2), 2)
   prepare, step = jitted(learner)
   prepared, metrics = prepare(state, batch, batch.tokens.shape[0])
   assert float(metrics["kl"]) == 0.0
@@ -383,20 +384,3 @@ def test_the_reference_is_stored_in_the_compute_dtype_and_says_the_same(params):
   moved = state.trainable["params"]["layers"]["q"]["kernel"]
   assert moved.dtype == jnp.float32
   assert np.any(moved != params["layers"]["q"]["kernel"])
-
-
-def test_the_first_moment_can_be_bfloat16():
-  """Stored in half the memory; the second moment and the weights stay as they are."""
-
-  weights = {"w": jnp.ones((4, 4))}
-  for muon_rate in (0.0, 1e-2):
-    optimizer = build_optimizer(Optimizer(first_moment="bfloat16", muon_rate=muon_rate), 10)
-    state = optimizer.init(weights)
-    updates, state = optimizer.update({"w": jnp.full((4, 4), 1e-3)}, state, weights)
-    dtypes = {
-      ".".join(str(k) for k in path): x.dtype
-      for path, x in jax.tree_util.tree_leaves_with_path(state)
-      if x.shape == (4, 4)
-    }
-    assert sorted(map(str, dtypes.values())) == ["bfloat16", "float32"], dtypes
-    assert updates["w"].dtype == jnp.float32

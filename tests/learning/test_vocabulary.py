@@ -28,7 +28,7 @@ def inputs(config, full, rows=3, length=11):
   hidden = jax.random.normal(keys[0], (rows, length, config.hidden_size))
   targets = jax.random.randint(keys[1], (rows, length), 0, config.vocab_size)
   mask = jax.random.bernoulli(keys[2], 0.4, (rows, length))
-  # full: the last chunk is used, and reaches behind the row. Else a row is padding only, and the
+  # full: the last chunk is used, and reaches beyond the row. Else a row is padding only, and the
   # last chunks are skipped.
   mask = mask.at[0].set(True) if full else mask.at[-1].set(False)
   weights = jax.random.normal(keys[3], (2, rows, length))

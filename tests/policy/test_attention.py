@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from agreement import assert_agree
 
 from steptool_jax.policy import attention
 
@@ -36,21 +37,6 @@ def test_values_and_gradients(segments, block, monkeypatch):
   k, v = (jax.random.normal(key, (2, 10, 2, 6)) for key in keys[2:])
 
   assert_agree(attention.attend, oracle, (q, k, v), np.array(segments), weight)
-
-
-def assert_agree(one, other, inputs, segments, weight):
-  """Two attentions give the same values and gradients."""
-
-  def both(function):
-    def value(q, k, v):
-      return jnp.sum(weight * jnp.sin(function(q, k, v, segments)))
-
-    return jax.jit(jax.value_and_grad(value, argnums=(0, 1, 2)))(*inputs)
-
-  def close(a, b):
-    np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5)
-
-  jax.tree.map(close, both(one), both(other))
 
 
 def test_first_seen_by_hand():

@@ -31,7 +31,7 @@ def forward(variables, ids):
 
 
 def full_logits(variables, ids):
-  """[n, V] of one sequence; causal, so zeros behind it change nothing."""
+  """[n, V] of one sequence; causal, so zeros after it change nothing."""
   padded = np.zeros((1, 128), np.int32)
   padded[0, : len(ids)] = ids
   return np.asarray(forward(variables, padded))[0, : len(ids)]
@@ -74,7 +74,7 @@ def test_logprobs_equal_the_full_forward_over_turns(shared, variables):
 
 
 def test_stop_and_padding_ids_in_a_prompt_are_tokens_like_any_other(shared, variables):
-  """Peers' defect 5: masks go by length; an end-of-turn or padding id is seen, and ends nothing."""
+  """Masks go by length; an end-of-turn or padding id is seen, and ends nothing."""
   prompt = [STOP, 0, 5, STOP, 0, 0, 9, STOP]
   state = shared.append(variables, shared.init(), {1: np.array(prompt, np.int32)})
   state, out = run_turn(shared, variables, state, [1], limit=4, stop=(60,))

@@ -1,5 +1,7 @@
 """GGUF import: a tiny file written here in llama.cpp's layout, and the real SmolLM2 when given."""
 
+import dataclasses
+import json
 import os
 
 import jax
@@ -8,7 +10,7 @@ import numpy as np
 import pytest
 from fakes import tiny_config
 
-from steptool_jax.policy import hub, model
+from steptool_jax.policy import families, hfconfig, hub, model
 from steptool_jax.policy.gguf import gguf_to_hub
 from steptool_jax.policy.model import RopeScaling
 
@@ -96,7 +98,21 @@ def params():
 def test_weights_come_back_exactly(params, tmp_path):
   config = gguf_to_hub(write(tmp_path / "m.gguf", params), tmp_path / "out")
   assert config == CONFIG
-  assert hub.load_config(tmp_path / "out")[0] == CONFIG
+  assert hfconfig.load_config(tmp_path / "out")[0] == CONFIG
+  loaded = hub.load_params(tmp_path / "out", config)
+  jax.tree.map(np.testing.assert_array_equal, loaded, params)
+
+
+def test_a_new_family_is_one_row(params, tmp_path, monkeypatch):
+  """GGUF reader, config.json's writer and reader all take it from the table."""
+  row = families.Family("ToyForCausalLM", head_dim=8, gguf="toy")
+  monkeypatch.setitem(families.FAMILIES, "toy", row)
+  path = write(tmp_path / "m.gguf", params, architecture="toy")
+  config = gguf_to_hub(path, tmp_path / "out")
+  assert config == dataclasses.replace(CONFIG, family="toy")
+  assert hfconfig.load_config(tmp_path / "out")[0] == config
+  raw = json.loads((tmp_path / "out" / "config.json").read_text())
+  assert (raw["architectures"], raw["model_type"]) == (["ToyForCausalLM"], "toy")
   loaded = hub.load_params(tmp_path / "out", config)
   jax.tree.map(np.testing.assert_array_equal, loaded, params)
 

@@ -12,7 +12,7 @@ import pytest
 from fakes import tiny_config
 from jax.sharding import PartitionSpec as P
 
-from steptool_jax.policy import hub, model, sharding, tensorfile
+from steptool_jax.policy import hfconfig, hub, model, sharding, tensorfile
 from steptool_jax.policy.model import RopeScaling
 
 TOKENS = np.random.default_rng(0).integers(0, 61, (2, 24))
@@ -85,7 +85,7 @@ def test_parity_with_transformers_import_and_export(name, tmp_path):
     with torch.no_grad():
       return loaded.eval()(torch.tensor(TOKENS)).logits.numpy()
 
-  config, raw = hub.load_config(tmp_path / "theirs")
+  config, raw = hfconfig.load_config(tmp_path / "theirs")
   params = hub.load_params(tmp_path / "theirs", config)
   ours = our_logits(config, {"params": params})
   np.testing.assert_allclose(ours, their_logits(tmp_path / "theirs"), atol=1e-4)
@@ -95,7 +95,7 @@ def test_parity_with_transformers_import_and_export(name, tmp_path):
     hub.save_params(tmp_path / out, config, changed, raw_config, max_shard_bytes=limit)
     expected = our_logits(config, {"params": changed})
     np.testing.assert_allclose(expected, their_logits(tmp_path / out), atol=1e-4)
-    assert hub.load_config(tmp_path / out)[0] == config
+    assert hfconfig.load_config(tmp_path / out)[0] == config
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +108,7 @@ def saved(tmp_path_factory):
   (source / "tokenizer.json").write_text("{}")
   (source / "generation_config.json").write_text('{"eos_token_id": 5}')
   (source / "secret.txt").write_text("not a tokenizer file")
-  raw = hub.raw_config_of(config, eos_token_id=5)
+  raw = hfconfig.raw_config_of(config, eos_token_id=5)
   directory = tmp_path_factory.mktemp("parent") / "model"
   hub.save_params(directory, config, params, raw, source, max_shard_bytes=20_000)
   return config, params, directory
@@ -116,7 +116,7 @@ def saved(tmp_path_factory):
 
 def test_round_trip_is_exact_and_complete(saved):
   config, params, directory = saved
-  assert hub.load_config(directory)[0] == config
+  assert hfconfig.load_config(directory)[0] == config
   loaded = hub.load_params(directory, config)
   jax.tree.map(np.testing.assert_array_equal, loaded, params)
   names = {path.name for path in directory.iterdir()}
@@ -147,10 +147,10 @@ def test_storage_in_bfloat16(tmp_path):
   config = tiny_config(param_dtype="bfloat16")
   params = model.init_params(config, jax.random.key(0))
   hub.save_params(tmp_path / "m", config, params)
-  assert hub.load_config(tmp_path / "m")[1]["dtype"] == "bfloat16"
+  assert hfconfig.load_config(tmp_path / "m")[1]["dtype"] == "bfloat16"
   loaded = hub.load_params(tmp_path / "m", config)
   jax.tree.map(np.testing.assert_array_equal, loaded, params)
-  wide = hub.load_params(tmp_path / "m", config, param_dtype="float32")
+  wide = hub.load_params(tmp_path / "m", dataclasses.replace(config, param_dtype="float32"))
   assert wide["layers"]["q"]["kernel"].dtype == jnp.float32
   np.testing.assert_array_equal(wide["layers"]["q"]["kernel"], params["layers"]["q"]["kernel"])
 
@@ -167,7 +167,7 @@ def test_save_refuses_and_leaves_nothing_behind(saved, tmp_path):
   config, params, directory = saved
   with pytest.raises(FileExistsError, match="exists and is not empty"):
     hub.save_params(directory, config, params)
-  other = hub.raw_config_of(dataclasses.replace(config, rope_theta=5.0))
+  other = hfconfig.raw_config_of(dataclasses.replace(config, rope_theta=5.0))
   with pytest.raises(ValueError, match=r"rope_theta is 5.0, the model has 10000.0"):
     hub.save_params(tmp_path / "m", config, params, other)
   with pytest.raises(FileNotFoundError, match="to take the tokenizer from"):
@@ -231,15 +231,15 @@ def test_broken_directories(saved, tmp_path):
   with pytest.raises(FileNotFoundError, match="no such model directory"):
     hub.load_params(tmp_path / "none", config)
   with pytest.raises(FileNotFoundError, match="no such model directory"):
-    hub.load_config(tmp_path / "none")
+    hfconfig.load_config(tmp_path / "none")
   with pytest.raises(FileNotFoundError, match="no config.json"):
-    hub.load_config(tmp_path)
+    hfconfig.load_config(tmp_path)
   with pytest.raises(FileNotFoundError, match=r"neither model.safetensors nor .*index.json"):
     hub.load_params(tmp_path, config)
   broken = copy(directory, tmp_path)
   (broken / "config.json").write_text('{"model_type": ')
   with pytest.raises(ValueError, match=r"config.json: not JSON"):
-    hub.load_config(broken)
+    hfconfig.load_config(broken)
   with pytest.raises(ValueError, match=r"embed_tokens.weight has shape \(61, 32\).*\(62, 32\)"):
     hub.load_params(broken, dataclasses.replace(config, vocab_size=62))
   with pytest.raises(ValueError, match=r"missing tensors: model.layers.2.*and \d+ more"):
@@ -316,13 +316,13 @@ def test_configs_that_are_refused(tmp_path, change, words):
   raw = {"model_type": "llama", **SIZES} | change
   (tmp_path / "config.json").write_text(json.dumps(raw))
   with pytest.raises(ValueError, match=rf"config.json: .*{words}"):
-    hub.load_config(tmp_path)
+    hfconfig.load_config(tmp_path)
 
 
 def test_both_rope_layouts(tmp_path):
   def load(**fields):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **SIZES, **fields}))
-    return hub.load_config(tmp_path, dtype="bfloat16")[0]
+    return hfconfig.load_config(tmp_path, dtype="bfloat16")[0]
 
   old = load(rope_theta=1000.0, rope_scaling={k: v for k, v in LLAMA3.items() if k != "rope_theta"})
   new = load(rope_parameters=LLAMA3)

@@ -110,7 +110,7 @@ def test_slots_at_different_lengths_and_invalid_tokens(platform, monkeypatch):
   assert np.isfinite(hidden).all()
   written = np.abs(np.asarray(cache.k)).reshape(2, 3, 9, -1).max(axis=(0, 3)) > 0
   np.testing.assert_array_equal(written, np.arange(9) < np.array([9, 4, 0])[:, None])
-  # Slot 0 is full: a token behind the end writes nothing; slots 1 and 2 go on at 4 and 0.
+  # Slot 0 is full: a token after the end writes nothing; slots 1 and 2 go on at 4 and 0.
   before = cache
   at = jnp.array([[9], [4], [0]])
   hidden, cache = step(
@@ -124,7 +124,7 @@ def test_slots_at_different_lengths_and_invalid_tokens(platform, monkeypatch):
   np.testing.assert_array_equal(cache.k[:, 0], before.k[:, 0])
 
 
-def test_stale_cache_behind_a_rewind_is_not_seen():
+def test_stale_cache_after_a_rewind_is_not_seen():
   tokens = tokens_of((1, 8))
   positions = jnp.arange(8)[None]
   step = jax.jit(functools.partial(model.forward_cached, CONFIG, {"params": params()}))
@@ -191,13 +191,9 @@ def test_value_head_starts_at_zero_in_float32():
   assert tree["layers"]["q"]["kernel"].dtype == jnp.bfloat16
   assert tree["value_head"]["kernel"].dtype == jnp.float32
   hidden = jnp.ones((2, 3, config.hidden_size))
-  np.testing.assert_array_equal(
-    model.project_values(config, {"params": tree}, hidden), np.zeros((2, 3))
-  )
+  np.testing.assert_array_equal(model.project_values({"params": tree}, hidden), np.zeros((2, 3)))
   tree["value_head"] = {"kernel": jnp.full((config.hidden_size, 1), 0.5), "bias": jnp.ones(1)}
-  np.testing.assert_allclose(
-    model.project_values(config, {"params": tree}, hidden), np.full((2, 3), 17.0)
-  )
+  np.testing.assert_allclose(model.project_values({"params": tree}, hidden), np.full((2, 3), 17.0))
 
 
 def test_nothing_is_initialised_to_zero_but_biases_and_value_head():

@@ -5,7 +5,7 @@ import functools
 import jax
 import numpy as np
 import pytest
-from test_attention import assert_agree
+from agreement import assert_agree
 
 from steptool_jax.policy import attention, sharding, splash
 

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import subprocess
-import sys
 from importlib import util
 
 import jax
@@ -12,7 +11,7 @@ import tiny
 
 from steptool_jax.policy import attention, model
 from steptool_jax.run import compile as compile_mode
-from steptool_jax.run.cost import hlo_counts, roofline
+from steptool_jax.run.cost import hlo_counts, pricing, roofline
 
 # A loop of 3 turns (0, 2, 4 < 6) around a product [4, 8] x [8, 16] whose result stays on the core,
 # a gather over 4 devices, and a branch.
@@ -166,13 +165,17 @@ def test_a_loop_without_a_bound_takes_the_given_one():
     ((8, 4), (4, 16), (8, 16), "dim_labels=bf_io->bf", 2 * 8 * 4 * 16),
     # A batch of 3 products, as a window over the batch that is mostly padding.
     (
-      *((8, 3, 4), (3, 4, 16), (8, 5, 16)),
+      (8, 3, 4),
+      (3, 4, 16),
+      (8, 5, 16),
       "window={size=3 pad=2_2 rhs_reversal=1}, dim_labels=b0f_0io->b0f",
       2 * 8 * 4 * 16 * 9,
     ),
     # The same with a stride over a dilated batch: only the diagonal is there.
     (
-      *((8, 3, 4), (3, 4, 16), (8, 3, 16)),
+      (8, 3, 4),
+      (3, 4, 16),
+      (8, 3, 16),
       "window={size=3 stride=2 pad=0_0 lhs_dilate=3}, dim_labels=b0f_0io->b0f",
       2 * 8 * 4 * 16 * 3,
     ),
@@ -271,14 +274,12 @@ def test_what_lies_beside_counts(result):
 
 def test_the_table_and_what_does_not_fit(result):
   config, reports = result
-  text = compile_mode.table(reports)
+  text = pricing.table(reports)
   assert len(text.splitlines()) == 6
   assert text.count("| yes |") == 4
   failed = {"capacity_gib": 16, "fits": False, "hbm_gib_per_chip": 23.5, "compile_seconds": 9.0}
   failed["largest_arguments"] = ["cache/k bfloat16[4, 8]: 3.00 GiB"]
-  columns = {
-    line.count("|") for line in compile_mode.table(reports | {"update": failed}).splitlines()
-  }
+  columns = {line.count("|") for line in pricing.table(reports | {"update": failed}).splitlines()}
   assert columns == {text.splitlines()[0].count("|")}
   message = compile_mode.misfit(config, "v5e:2x2", {"update": failed, "decode": failed})
   assert "update does not fit v5e:2x2: 23.50 GiB of 16; largest: cache/k" in message
@@ -291,7 +292,7 @@ def test_a_misfit_ends_with_an_error(result, monkeypatch, tmp_path):
   device = (roofline.CHIPS["v5e"], jax.devices()[:1])
   monkeypatch.setattr(compile_mode, "open_topology", lambda name: device)
   monkeypatch.setattr(
-    compile_mode, "report", lambda program, *_: reports[program.name] | {"fits": False}
+    pricing, "report", lambda program, *_: reports[program.name] | {"fits": False}
   )
   with pytest.raises(RuntimeError, match="decode does not fit v5e:1"):
     compile_mode.run(config, tmp_path, "v5e:1")
@@ -316,11 +317,10 @@ def test_bad_input_is_named(monkeypatch, tmp_path):
 @pytest.mark.skipif(util.find_spec("libtpu") is None, reason="libtpu is not installed (extra tpu)")
 def test_a_real_slice(tmp_path):
   """In a process of its own, because libtpu stays in it."""
-  command = [
-    *(sys.executable, "-m", "steptool_jax.main", "--mode=compile", f"--workdir={tmp_path}"),
-    *(f"--config={tiny.ROOT}/tests/run/tiny.py:lora", "--config.model.path=/not/here"),
-    *("--config.mesh.fsdp=-1", "--config.mesh.data=1"),
-  ]
+  flags = ("--mode=compile", "--config.model.path=/not/here")
+  mesh = ("--config.mesh.fsdp=-1", "--config.mesh.data=1")
+  config = f"{tiny.ROOT}/tests/run/tiny.py:lora"
+  command = tiny.command(tmp_path, *flags, *mesh, config=config)
 
   def run(topology):
     return subprocess.run(

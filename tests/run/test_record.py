@@ -71,10 +71,12 @@ def test_advantages_find_their_trajectory_wherever_it_was_packed(tmp_path):
     for n in range(6)
     for k in (0, 1)
   ]
-  batch = batching.pack(found, 16)
-  values = np.where(batch.action_mask, 10 * batch.targets + batch.step_ids, np.nan)
+  packed = batching.pack(found, 16)
+  values = np.where(
+    packed.batch.action_mask, 10 * packed.batch.targets + packed.batch.step_ids, np.nan
+  )
   keeper = recorder(tmp_path, record__train=4, train__row_tokens=320)
-  keeper.training(10, found, batch, values)
+  keeper.training(10, found, packed, values)
   kept = list(read_trajectories(tmp_path / "moments" / "train_000010.jsonl"))
   groups = [(r.trajectory.task_id, r.trajectory.sample) for r in kept]
   assert groups == [("t0", 0), ("t0", 1), ("t5", 0), ("t5", 1)]
@@ -88,10 +90,10 @@ def test_advantages_find_their_trajectory_wherever_it_was_packed(tmp_path):
 def test_without_advantages(values, tmp_path):
   """Algorithms that have none, and a batch that is not finite: JSON could not hold that."""
   found = [trajectory("t0", 0, [1, 2])]
-  batch = batching.pack(found, 16)
+  packed = batching.pack(found, 16)
   if values is not None:
-    values = np.full(batch.tokens.shape, values, np.float32)
-  recorder(tmp_path).training(0, found, batch, values)
+    values = np.full(packed.batch.tokens.shape, values, np.float32)
+  recorder(tmp_path).training(0, found, packed, values)
   (kept,) = read_trajectories(tmp_path / "moments" / "train_000000.jsonl")
   assert "advantages" not in kept.metadata
   assert kept.metadata["texts"] == [["b", "c"]]
@@ -100,8 +102,9 @@ def test_without_advantages(values, tmp_path):
 def test_random_trajectories_come_back_with_their_advantages(tmp_path):
   rng = np.random.default_rng(0)
   found = [fakes.random_trajectory(rng) for _ in range(20)]
-  batch = batching.pack(found, 64)
-  recorder(tmp_path, record__train=20).training(0, found, batch, 2 * batch.behaviour_logprobs)
+  packed = batching.pack(found, 64)
+  values = 2 * packed.batch.behaviour_logprobs
+  recorder(tmp_path, record__train=20).training(0, found, packed, values)
   kept = list(read_trajectories(tmp_path / "moments" / "train_000000.jsonl"))
   for r, t in zip(kept, found, strict=True):
     wanted = [(2 * step.logprobs).tolist() for step in t.steps]

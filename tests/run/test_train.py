@@ -71,7 +71,7 @@ def test_an_iteration_of_infrastructure_errors_only_ends_the_run(tmp_path):
 def test_which_algorithm_is_paid_for_a_step(algorithm, intermediate, tmp_path):
   with scripted(tiny.make(algorithm=algorithm), tmp_path) as iterations:
     iterations.run()
-  batch = batching.pack(iterations.learnt, 320)
+  batch = batching.pack(iterations.learnt, 320).batch
   first = batch.step_end & (batch.step_ids == 0)
   last = batch.step_end & (batch.step_ids == 1)
   assert first.sum() == last.sum() == 8
@@ -88,9 +88,10 @@ def test_non_finite_updates_stop_the_run_and_reach_no_checkpoint(tmp_path, compi
   pack = batching.pack_units
 
   def poisoned(*args, **kwargs):
-    batch = pack(*args, **kwargs)
-    sampled = batch.behaviour_logprobs.any()  # and not demonstrated
-    return batch._replace(rewards=np.where(sampled, np.float32(np.nan), batch.rewards))
+    packed = pack(*args, **kwargs)
+    sampled = packed.batch.behaviour_logprobs.any()  # and not demonstrated
+    rewards = np.where(sampled, np.float32(np.nan), packed.batch.rewards)
+    return packed._replace(batch=packed.batch._replace(rewards=rewards))
 
   monkeypatch.setattr(batching, "pack_units", poisoned)
   config = tiny.make(
@@ -105,7 +106,7 @@ def test_non_finite_updates_stop_the_run_and_reach_no_checkpoint(tmp_path, compi
   assert records[-1]["train/skipped"] == 1.0
   with opening.open_parts(config, tmp_path, opening.Stop()) as parts:
     learner = setup.build_learner(config, parts.policy.model, "steptool")
-    abstract = setup.abstract_state(config, parts.policy, parts.mesh, learner)
+    abstract = setup.abstract_state(parts.policy, parts.mesh, learner)
     state, meta, _ = checkpoint.newest(tmp_path, lambda meta: abstract)
   assert (meta["phase"], meta["done"]) == ("rl", 1)
   assert all(np.isfinite(x).all() for x in jax.tree.leaves(state))
@@ -276,7 +277,7 @@ def test_epochs_and_minibatches_make_optimizer_steps(monkeypatch):
   config = tiny.make(train__minibatches=2, train__epochs=3)
   learner, calls = bare_phase(config), []
   learner.state = TrainState(0, {}, {}, {}, (), kl_coef=jnp.float32(0.0))
-  learner.pack = lambda trajectories: batching.empty_batch(4, 5)
+  learner.pack = lambda trajectories: batching.Packed(batching.empty_batch(4, 5), (), ())
   learner.prepare = lambda batch: (batch, {"kl": jnp.float32(0)})
   learner.update = lambda batch, rows: calls.append(batch) or {"skipped": 0.0}
   monkeypatch.setattr(

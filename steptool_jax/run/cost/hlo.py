@@ -10,8 +10,19 @@ BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "bf16": 2, "f16": 2, "f32": 4, "f64": 
 BYTES |= {f"{kind}{bits}": bits // 8 for kind in "su" for bits in (8, 16, 32, 64)}
 # These move nothing: they name, pack or wait for something that is counted elsewhere.
 FREE = {
-  *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "partition-id", "after-all"),
-  *("while", "conditional", "call", "opt-barrier", "replica-id", "iota"),
+  "parameter",
+  "constant",
+  "tuple",
+  "get-tuple-element",
+  "bitcast",
+  "partition-id",
+  "after-all",
+  "while",
+  "conditional",
+  "call",
+  "opt-barrier",
+  "replica-id",
+  "iota",
 }
 
 
@@ -42,7 +53,7 @@ class Instruction:
     return tuple(_arrays(self.shape))
 
   def attribute(self, name: str) -> str | None:
-    """Its value; of a computation, the name as in `parse`."""
+    """The attribute's value; a computation is named as in `parse`. None where it is not there."""
     found = re.search(rf"\b{name}=%?([^,\s]+)", self.attributes)
     return found and found[1]
 
@@ -76,7 +87,7 @@ def _instruction(line: str) -> Instruction:
 
 
 def _closing(text: str) -> int:
-  """Index behind the parenthesis that closes the one at 0."""
+  """Index after the parenthesis that closes the one at 0."""
   depth = 0
   for index, letter in enumerate(text):
     depth += (letter == "(") - (letter == ")")

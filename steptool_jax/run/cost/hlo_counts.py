@@ -16,9 +16,14 @@ from steptool_jax.run.cost import hlo
 from steptool_jax.run.cost.hlo import Instruction
 
 COLLECTIVES = (
-  *("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute"),
+  "all-gather",
+  "all-reduce",
+  "reduce-scatter",
+  "all-to-all",
+  "collective-permute",
   "ragged-all-to-all",
 )
+SLICES = ("dynamic-slice", "slice", "gather")
 FREE_TARGETS = ("AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBound")
 
 
@@ -113,7 +118,7 @@ class _Counter:
       counts.kernels.append(Kernel(ins.name, 1, reads))
 
   def _inlined(self, name: str) -> dict[str, Instruction]:
-    """A fused computation with the fusions in it written out, their names behind their fusion's."""
+    """A fused computation with the fusions in it written out, prefixed with their fusion's name."""
     if name not in self.inlined:
       body: list[Instruction] = []
       for ins in self.computations[name]:
@@ -153,7 +158,7 @@ class _Counter:
       return _hbm(ins.arrays)
     if ins.opcode == "fusion":
       return self._fusion_traffic(ins, operands, inner, seen)
-    if ins.opcode in ("dynamic-slice", "slice", "gather"):
+    if ins.opcode in SLICES:
       return 2 * _hbm(ins.arrays)
     if ins.opcode == "dynamic-update-slice":
       return 2 * _hbm(operands[1].arrays)
@@ -162,15 +167,10 @@ class _Counter:
   def _fusion_traffic(self, ins, operands, named, seen) -> float:
     """Parameters that are only sliced count as their slices; what is updated in place, as the
     update; what is passed through, or moved by a collective that was counted before, not at all."""
-    inner = named.values()
-    order = [i for i in inner if i.opcode == "parameter"]
-    total = 0.0
-    updated = set()
-    root = next((i for i in inner if i.root), None)
-    roots = [root] if root is not None and root.opcode != "tuple" else []
-    if root is not None and root.opcode == "tuple":
-      roots = [named[x] for x in root.operands]
-    for array, producer in zip(ins.arrays, roots, strict=False):
+    total, updated = 0.0, set()
+    root = _root(named)
+    producers = [named[x] for x in root.operands] if root.opcode == "tuple" else [root]
+    for array, producer in zip(ins.arrays, producers, strict=False):
       source = _through(producer, named)
       if producer.opcode == "parameter" or _goes_on(source, seen):
         continue
@@ -178,17 +178,16 @@ class _Counter:
         total += 2 * sum(a.bytes for a in named[source.operands[1]].arrays if array.space == 0)
         updated.add(_through(named[source.operands[0]], named).name)
       else:
-        total += array.bytes if array.space == 0 else 0.0
-    for parameter in order:
+        total += _hbm([array])
+    for parameter in (i for i in named.values() if i.opcode == "parameter"):
       number = int(parameter.attributes)
       if number >= len(operands) or parameter.name in updated:
         continue
       outside = operands[number].arrays
-      users = [i for i in inner if parameter.name in i.operands and i.opcode != "tuple"]
+      users = [i for i in named.values() if parameter.name in i.operands and i.opcode != "tuple"]
       if all(_goes_on(i, seen) for i in users):
         continue
-      sliced = ("dynamic-slice", "slice", "gather")
-      if users and all(i.opcode in sliced and i.operands[0] == parameter.name for i in users):
+      if all(i.opcode in SLICES and i.operands[0] == parameter.name for i in users):
         total += sum(a.bytes for i in users for a in i.arrays if outside[0].space == 0)
       else:
         total += _hbm(outside)
@@ -201,29 +200,23 @@ class _Counter:
     if known:
       return int(known[1])
     condition = self.named[ins.attribute("condition")]
-    test = next(i for i in condition.values() if i.root)
+    test = _root(condition)
     if test.opcode != "compare" or "direction=LT" not in test.attributes:
       return None
     counter, bound = (condition[x] for x in test.operands)
     if counter.opcode != "get-tuple-element" or bound.opcode != "constant":
       return None
-    index = int(counter.attribute("index"))
-    start = self._constant(self.named[home][ins.operands[0]], index, self.named[home]) or 0
+    index, start = int(counter.attribute("index")), 0
+    arguments = self.named[home][ins.operands[0]]
+    if arguments.opcode == "tuple":
+      first = _through(self.named[home][arguments.operands[index]], self.named[home])
+      start = int(first.attributes) if first.opcode == "constant" else 0
     return -(-(int(bound.attributes) - start) // self._step(ins, index))
-
-  def _constant(self, source: Instruction, index: int, named: dict) -> int | None:
-    if source.opcode != "tuple":
-      return None
-    value = named[source.operands[index]]
-    while value.opcode in ("copy", "bitcast", "convert") and value.operands:
-      value = named[value.operands[0]]
-    return int(value.attributes) if value.opcode == "constant" else None
 
   def _step(self, ins: Instruction, index: int) -> int:
     """How far a loop's counter goes in one turn; 1 where that is not a plain sum."""
     body = self.named[ins.attribute("body")]
-    root = next(i for i in body.values() if i.root)
-    value, step = body[root.operands[index]], 0
+    value, step = body[_root(body).operands[index]], 0
     while value.opcode in ("add", "copy"):
       constants = [body[x] for x in value.operands if body[x].opcode == "constant"]
       others = [body[x] for x in value.operands if body[x].opcode != "constant"]
@@ -236,6 +229,10 @@ class _Counter:
 
 def _by_name(body: Sequence[Instruction]) -> dict[str, Instruction]:
   return {i.name: i for i in body}
+
+
+def _root(named: dict[str, Instruction]) -> Instruction:
+  return next(i for i in named.values() if i.root)
 
 
 def _hbm(arrays: Sequence[hlo.Array]) -> float:

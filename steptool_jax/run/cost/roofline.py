@@ -5,7 +5,7 @@ import dataclasses
 from steptool_jax.run.cost.hlo_counts import Counts
 
 # A collective is taken to run as one ring, in both directions: no credit for further torus axes,
-# and none for hiding behind anything that runs longer.
+# and none for running at the same time as anything longer.
 RING_LINKS = 2
 # Of the matrix unit's peak, for attention kernels: exp and masks share their time with products.
 KERNEL_EFFICIENCY = 0.5
@@ -52,7 +52,7 @@ class Estimate:
 
   @property
   def seconds(self) -> float:
-    """The longest term: all others hide behind it."""
+    """The longest term: all others run meanwhile."""
     return max(dataclasses.astuple(self))
 
   @property

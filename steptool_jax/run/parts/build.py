@@ -19,7 +19,7 @@ from steptool_jax.environments.data_pipeline import DataPipeline
 from steptool_jax.environments.faults import Faults, FaultyEnvironment
 from steptool_jax.environments.market import Market, MarketEnvironment
 from steptool_jax.environments.nested_api import NestedApi
-from steptool_jax.policy import attention, hfconfig, hub, lora, model, sharding
+from steptool_jax.policy import attention, families, hfconfig, hub, lora, model, sharding
 from steptool_jax.policy import engine as engine_lib
 from steptool_jax.rollout.conversation import Limits
 from steptool_jax.rollout.strategy import Search
@@ -210,10 +210,11 @@ def build_policy(config: Config, environment: Environment, workdir: pathlib.Path
 def random_model(config: Config, **run_fields: str) -> model.ModelConfig:
   """model.architecture as its family builds it, with room for a conversation."""
   a = config.model.architecture
+  family = families.FAMILIES[a.family]
   return model.ModelConfig(
     **dataclasses.asdict(a),
-    qkv_bias=a.family == "qwen2",
-    qk_norm=a.family == "qwen3",
+    qkv_bias=family.qkv_bias,
+    qk_norm=family.qk_norm,
     max_position_embeddings=slot_tokens(config),
     **run_fields,
   )

@@ -64,17 +64,17 @@ def run_iteration(
 
   # Trajectory -> TokenBatch -> prepare -> update.
   update_started = time.monotonic()
-  batch = phase.pack(kept)
-  if batch is None:
+  packed = phase.pack(kept)
+  if packed is None:
     figures["nothing_to_learn"] = 1.0
   else:
-    rows = len(batch.tokens)
-    prepared, prepare_figures = phase.prepare(batch)
+    rows = len(packed.batch.tokens)
+    prepared, prepare_figures = phase.prepare(packed.batch)
     if recorder.wants(done):
       advantages = prepared.advantages
       if advantages is not None:
         advantages = sharding.to_host(advantages).reshape(-1, config.train.row_tokens)
-      recorder.training(done, kept, batch, advantages)
+      recorder.training(done, kept, packed, advantages)
     updates = [
       phase.update(minibatch, count)
       for epoch in range(config.train.epochs)
@@ -85,7 +85,7 @@ def run_iteration(
     figures |= _learning_figures(prepare_figures, updates)
     figures |= {
       "kl_coef": float(phase.state.kl_coef),
-      "padding": batching.padding_share(batch),
+      "padding": batching.padding_share(packed.batch),
       "nothing_to_learn": 0.0,
     }
 

@@ -226,9 +226,8 @@ def with_behaviour(
   missing = [i for i, recorded in enumerate(data.recorded) if not recorded]
   for start in range(0, len(missing), data.size):
     chosen = missing[start : start + data.size]
-    part = [data.trajectories[i] for i in chosen]
-    batch = batching.pack(part, row_tokens)
-    computed = batching.unpack(part, batch, logprobs(batch))
+    packed = batching.pack([data.trajectories[i] for i in chosen], row_tokens)
+    computed = batching.unpack(packed, logprobs(packed.batch))
     for i, values in zip(chosen, computed, strict=True):
       filled[i] = _with_logprobs(filled[i], values)
   flat = np.concatenate([step.logprobs for t in filled for step in t.steps])

@@ -52,7 +52,7 @@ class Phase:
 
   def abstract_state(self) -> TrainState:
     """The state's shapes and shardings, for a restore."""
-    return setup.abstract_state(self.config, self.policy, self.mesh, self.learner)
+    return setup.abstract_state(self.policy, self.mesh, self.learner)
 
   def variables(self) -> dict:
     """The policy's variables as they are now."""
@@ -60,15 +60,15 @@ class Phase:
 
   def imitate(self, trajectories: Sequence[Trajectory], capacity: int) -> dict[str, float]:
     """One optimizer step of SFT; capacity: micro-batches of the largest batch."""
-    batch = batching.pack(trajectories, self.config.train.row_tokens)
-    on_device = self._to_device(batch, self.config.sft.micro_rows, capacity)
+    batch = batching.pack(trajectories, self.config.train.row_tokens).batch
+    on_device = setup.to_device(batch, self.config.sft.micro_rows, capacity, self.mesh)
     return self.update(on_device, batch.tokens.shape[0])
 
-  def pack(self, trajectories: Sequence[Trajectory]) -> TokenBatch | None:
+  def pack(self, trajectories: Sequence[Trajectory]) -> batching.Packed | None:
     """What an iteration of RL learns from, [R, T] (NumPy); None where there is nothing to learn."""
-    batch, self.past = setup.pack(self.config, trajectories, self.past, self.progress.done)
-    self.progress.learnt += batch is not None
-    return batch
+    packed, self.past = setup.pack(self.config, trajectories, self.past, self.progress.done)
+    self.progress.learnt += packed is not None
+    return packed
 
   def prepare(self, batch: TokenBatch) -> tuple[TokenBatch, dict[str, jax.Array]]:
     """(the batch on the devices [N, B, T] with log-probs, values and advantages, figures)."""
@@ -76,7 +76,7 @@ class Phase:
     most = self.conversations * self.algorithm.select.rows
     if self.algorithm.critic == "double":
       most += self.config.archer.batch
-    on_device = self._to_device(batch, micro_rows, -(-most // micro_rows))
+    on_device = setup.to_device(batch, micro_rows, -(-most // micro_rows), self.mesh)
     return self.programs[0](self.state, on_device, np.int32(-(-len(batch.tokens) // micro_rows)))
 
   def minibatches(
@@ -89,9 +89,8 @@ class Phase:
 
   def adapt_kl(self, kl: jax.Array, trajectories: int) -> None:
     """Moves the KL coefficient towards its target; a NaN would stay in it for good."""
-    c = self.config.loss
     if math.isfinite(kl):
-      kl_coef = algorithms.adapt_kl(self.state.kl_coef, kl, c.kl_target, c.kl_horizon, trajectories)
+      kl_coef = algorithms.adapt_kl(self.state.kl_coef, kl, self.config.loss, trajectories)
       self.state = self.state._replace(kl_coef=kl_coef)
 
   def update(self, batch: TokenBatch, rows: int) -> dict[str, float]:
@@ -118,13 +117,11 @@ class Phase:
     """Today's log-probs of the sampled tokens of a packed batch, float32 [R, T]."""
     rows, length = batch.tokens.shape
     micro_rows = self.config.train.micro_rows
-    on_device = self._to_device(batch, micro_rows, -(-self.conversations // micro_rows))
+    capacity = -(-self.conversations // micro_rows)
+    on_device = setup.to_device(batch, micro_rows, capacity, self.mesh)
     values = self._logprobs(self.variables(), on_device, np.int32(-(-rows // micro_rows)))
     return sharding.to_host(values).reshape(-1, length)[:rows]
 
   @functools.cached_property
   def _logprobs(self):
     return sharding.jit(functools.partial(update.action_logprobs, self.learner))
-
-  def _to_device(self, batch: TokenBatch, micro_rows: int, capacity: int) -> TokenBatch:
-    return setup.to_device(batch, micro_rows, capacity, self.mesh)

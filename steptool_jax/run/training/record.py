@@ -25,7 +25,7 @@ from steptool_jax.environments.base import Environment
 from steptool_jax.learning import batching
 from steptool_jax.rollout.strategy import SearchResult
 from steptool_jax.run.hosts import hosts
-from steptool_jax.types import TokenBatch, Trajectory
+from steptool_jax.types import Trajectory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,13 +53,13 @@ class Recorder:
     self,
     done: int,
     trajectories: Sequence[Trajectory],
-    batch: TokenBatch,
+    packed: batching.Packed,
     advantages_BT: np.ndarray | None,
   ) -> None:
     """Keeps record.train trajectories of an iteration: all samples of tasks spread over it.
 
-    batch: packed from them (NumPy); advantages_BT: float32 on its rows, None where the algorithm
-    has none.
+    packed: what was learnt from; advantages_BT: float32 on its rows, None where the algorithm has
+    none.
     """
     tasks = list(dict.fromkeys(t.task_id for t in trajectories))
     most = self.config.record.train
@@ -68,9 +68,11 @@ class Recorder:
     chosen = [t for t in trajectories if t.task_id in kept][:most]
     advantages = {}
     if advantages_BT is not None:
-      for t, values in zip(chosen, batching.unpack(chosen, batch, advantages_BT), strict=True):
+      wanted = set(map(id, chosen))
+      values_of = batching.unpack(packed, advantages_BT)
+      for t, values in zip(packed.trajectories, values_of, strict=True):
         # JSON has no NaN; the update skips such a batch.
-        if values is not None and np.isfinite(values).all():
+        if id(t) in wanted and np.isfinite(values).all():
           advantages[t.task_id, t.sample] = _by_step(t, values)
     self._write(f"train_{done:06d}.jsonl", "train", chosen, advantages)
 

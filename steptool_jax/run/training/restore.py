@@ -63,7 +63,7 @@ def newest_variables(parts: Parts) -> tuple[dict, dict[str, Any]] | None:
   def abstract_of(meta: dict[str, Any]) -> TrainState:
     name = "sft" if meta["phase"] == "sft" else parts.config.algorithm
     learner = setup.build_learner(parts.config, parts.policy.model, name)
-    return setup.abstract_state(parts.config, parts.policy, parts.mesh, learner)
+    return setup.abstract_state(parts.policy, parts.mesh, learner)
 
   found = checkpoint.newest(parts.workdir, abstract_of, _order(parts))
   if found is None:

@@ -22,35 +22,27 @@ from steptool_jax.types import TokenBatch, TrainState, Trajectory
 def build_optimizer(
   c: Optimizer, total_steps: int, critic_rate: float = 1.0
 ) -> optax.GradientTransformation:
-  """AdamW (Muon for the layers' kernels if asked for) behind a clip of the gradient's global norm.
+  """AdamW (Muon for the layers' kernels if asked for) after a clip of the gradient's global norm.
 
   The schedule spans `total_steps`. critic_rate: of a critic's heads, in multiples of the others'.
   """
+  rate = _schedule(c, c.learning_rate, total_steps)
+  common = {"weight_decay": c.weight_decay, "mu_dtype": c.first_moment or None}
+  parts = [optax.clip_by_global_norm(c.max_grad_norm)] if c.max_grad_norm else []
   if c.muon_rate:
-    optimizer = optax.contrib.muon(
+    muon = optax.contrib.muon(
       _schedule(c, c.muon_rate, total_steps),
       eps=c.eps,
-      weight_decay=c.weight_decay,
       muon_weight_dimension_numbers=_muon_dimensions,
-      mu_dtype=c.first_moment or None,
       adam_b1=c.b1,
       adam_b2=c.b2,
       adam_weight_decay=c.weight_decay,
-      adam_learning_rate=_schedule(c, c.learning_rate, total_steps),
+      adam_learning_rate=rate,
+      **common,
     )
+    parts.append(muon)
   else:
-    schedule = _schedule(c, c.learning_rate, total_steps)
-    optimizer = optax.adamw(
-      schedule,
-      c.b1,
-      c.b2,
-      c.eps,
-      weight_decay=c.weight_decay,
-      mu_dtype=c.first_moment or None,
-    )
-  parts = [optimizer]
-  if c.max_grad_norm:
-    parts.insert(0, optax.clip_by_global_norm(c.max_grad_norm))
+    parts.append(optax.adamw(rate, c.b1, c.b2, c.eps, **common))
   if critic_rate != 1:
     parts.append(optax.masked(optax.scale(critic_rate), _critic_heads))
   return optax.chain(*parts)
@@ -72,7 +64,7 @@ def _schedule(c: Optimizer, peak: float, total_steps: int) -> optax.Schedule:
 
 
 def _critic_heads(params: dict) -> dict:
-  """True for PPO's value head and ArCHer's three."""
+  """A mask that is True at PPO's value head and at ArCHer's three heads."""
   return jax.tree_util.tree_map_with_path(
     lambda path, x: {"value_head", "critic"} & {*sharding.path_string(path).split("/")} != set(),
     params,
@@ -95,54 +87,31 @@ def build_learner(
 ) -> update.Learner:
   """The learner of a phase: algorithm 'sft' for the warm-up, config.algorithm for RL.
 
-  iterations: which the schedule spans: of RL, or of SFT on stored trajectories; None for
+  iterations: those that the schedule spans, of RL or of SFT on stored trajectories; None takes
   train.iterations.
   """
-  sft = algorithm == "sft"
-  t, a, c = config.train, config.advantage, config.loss
-  row = algorithms.get_algorithm(algorithm)
-  hyperparameters = algorithms.Hyperparameters(
-    gamma=a.gamma,
-    lam=a.lam,
-    level=a.level,
-    broadcast=a.broadcast,
-    whiten=a.whiten,
-    omega=a.omega,
-    clip_low=c.clip_low,
-    clip_high=c.clip_high,
-    value_clip=c.value_clip,
-    value_coef=c.value_coef,
-    entropy_coef=c.entropy_coef,
-    kl_placement="" if sft else c.kl,
-    aggregation=c.aggregation,
-    dpo_beta=config.dpo.beta,
-    tau=config.archer.tau,
-    warmup=config.archer.warmup * t.epochs * t.minibatches,
-  )
-  hyperparameters = algorithms.resolve(row, hyperparameters)
+  row, t = algorithms.get_algorithm(algorithm), config.train
   iterations = t.iterations if iterations is None else iterations
-  # Without steps of its own, SFT runs through stored trajectories.
-  steps = config.sft.steps or iterations if sft else iterations * t.epochs * t.minibatches
+  common = {"model": model_config, "algorithm": row}
+  common["hyperparameters"] = algorithms.resolve(row, config)
+  if algorithm == "sft":
+    # Without steps of its own, SFT runs through stored trajectories.
+    optimizer = build_optimizer(config.sft.optimizer, config.sft.steps or iterations)
+    return update.Learner(**common, optimizer=optimizer)
+  updates = t.epochs * t.minibatches
   return update.Learner(
-    model=model_config,
-    algorithm=row,
-    hyperparameters=hyperparameters,
-    optimizer=build_optimizer(config.sft.optimizer, steps)
-    if sft
-    else build_optimizer(t.optimizer, steps, t.critic_rate),
-    temperature=1.0 if sft else config.rollout.temperature,
-    chunk=c.logprob_chunk,
-    with_reference=row.reference or hyperparameters.kl_placement != "none",
-    fixed_behaviour=not sft and bool(config.data.path) and config.data.behaviour == "start",
+    **common,
+    optimizer=build_optimizer(t.optimizer, iterations * updates, t.critic_rate),
+    temperature=config.rollout.temperature,
+    fixed_behaviour=bool(config.data.path) and config.data.behaviour == "start",
+    critic_steps=config.archer.warmup * updates,
   )
 
 
 def start_phase(config: Config, mesh: Mesh, learner: update.Learner, variables: dict) -> TrainState:
-  """A fresh TrainState over given variables, laid out on the mesh."""
+  """A fresh TrainState over these variables, laid out on the mesh."""
   trainable, frozen = _split(learner, variables)
-  make = functools.partial(
-    update.init_state, learner, kl_coef=config.loss.kl_coef, seed=config.seed
-  )
+  make = functools.partial(update.init_state, learner, seed=config.seed)
   layout = sharding.shardings(jax.eval_shape(make, trainable, frozen), mesh)
   return jax.jit(make, out_shardings=layout)(trainable, frozen)
 
@@ -151,31 +120,25 @@ def _split(learner: update.Learner, variables: dict) -> tuple[dict, dict]:
   return lora.split_variables(variables, train_values=learner.algorithm.critic == "value")
 
 
-def abstract_state(
-  config: Config, policy: Policy, mesh: Mesh, learner: update.Learner
-) -> TrainState:
+def abstract_state(policy: Policy, mesh: Mesh, learner: update.Learner) -> TrainState:
   """The TrainState of a phase as ShapeDtypeStructs with shardings, for a restore."""
 
   def make():
     variables = {"params": model.init_params(policy.model, jax.random.key(0))}
     if policy.lora is not None:
       variables["lora"] = lora.init_lora(policy.model, policy.lora, jax.random.key(0))
-    return update.init_state(learner, *_split(learner, variables), config.loss.kl_coef)
+    return update.init_state(learner, *_split(learner, variables))
 
-  abstract = jax.eval_shape(make)
-  return jax.tree.map(
-    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-    abstract,
-    sharding.shardings(abstract, mesh),
-  )
+  state = jax.eval_shape(make)
+  return sharding.abstract(state, sharding.shardings(state, mesh))
 
 
 def pack(
   config: Config, trajectories: Sequence[Trajectory], past: Sequence[Trajectory], done: int
-) -> tuple[TokenBatch | None, Sequence[Trajectory]]:
+) -> tuple[batching.Packed | None, Sequence[Trajectory]]:
   """(what the algorithm learns from in iteration `done`, the past of the next one).
 
-  The batch is None where there is nothing to learn from; only ArCHer has a past.
+  The first is None where there is nothing to learn from; only ArCHer has a past.
   """
   algorithm, row_tokens = algorithms.get_algorithm(config.algorithm), config.train.row_tokens
   units = algorithm.select.pick(trajectories)
@@ -184,8 +147,8 @@ def pack(
   if algorithm.critic != "double":
     return batching.pack_units(units, row_tokens), past
   replayed = replay.draw(past, config.archer.batch, (config.seed, done))
-  batch = batching.pack_units(units, row_tokens, replayed=replayed, whole_actions=True)
-  return batch, replay.remember(past, trajectories, config.archer.replay)
+  packed = batching.pack_units(units, row_tokens, replayed=replayed, whole_actions=True)
+  return packed, replay.remember(past, trajectories, config.archer.replay)
 
 
 def to_device(batch: TokenBatch, micro_rows: int, capacity: int, mesh: Mesh) -> TokenBatch:
@@ -205,7 +168,7 @@ def minibatches(
 ) -> Iterator[tuple[TokenBatch, int]]:
   """(batch [M, B, T], used rows) of each optimizer step: rows dealt out in a seeded order.
 
-  batch_NBT: `rows` used rows first, padding behind. together: so many neighbouring rows are not
+  batch_NBT: `rows` used rows first, padding after them. together: so many neighbouring rows are not
     parted.
   """
   if parts == 1:

@@ -1,4 +1,4 @@
-"""Rates of the optimizers over a run."""
+"""The optimizers of a run: rates, and what they store."""
 
 import jax
 import jax.numpy as jnp
@@ -41,3 +41,19 @@ def test_a_critics_heads_learn_at_their_own_rate(fields):
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), faster, expected)
   if not fields:  # AdamW's first step is the rate
     np.testing.assert_allclose(faster["critic"]["q1"]["kernel"], -8 * 0.5, rtol=1e-4)
+
+
+def test_the_first_moment_can_be_bfloat16():
+  """Stored in half the memory; the second moment and the weights stay as they are."""
+  weights = {"w": jnp.ones((4, 4))}
+  for muon_rate in (0.0, 1e-2):
+    optimizer = setup.build_optimizer(Optimizer(first_moment="bfloat16", muon_rate=muon_rate), 10)
+    state = optimizer.init(weights)
+    updates, state = optimizer.update({"w": jnp.full((4, 4), 1e-3)}, state, weights)
+    dtypes = {
+      ".".join(str(k) for k in path): x.dtype
+      for path, x in jax.tree_util.tree_leaves_with_path(state)
+      if x.shape == (4, 4)
+    }
+    assert sorted(map(str, dtypes.values())) == ["bfloat16", "float32"], dtypes
+    assert updates["w"].dtype == jnp.float32
