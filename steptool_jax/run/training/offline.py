@@ -1,16 +1,19 @@
 """Stored trajectories in the place of rollouts: what --mode=train reads with data.path.
 
-The paper's set-up: trajectories that were annotated once are trained on for several passes. Rewards
-are those of the file, from --mode=annotate or the official rows. An algorithm with outcome rewards
-sees IsSolved alone; one that compares samples of a task gets all its trajectories in one batch; sft
-imitates every step, of official SFT and RFT instances ("dialogues") the last one.
+The paper's set-up: trajectories that were annotated once, trained on for several passes. Rewards
+are those of the file. (--mode=annotate put rewards.alpha and rewards.normalization into them;
+official rows come with theirs.) An algorithm with outcome rewards sees IsSolved alone; one that
+compares samples of a task gets all its trajectories in one batch; sft imitates every step, of
+official SFT and RFT instances ("dialogues") the last one.
 
-Old log-probs, the denominator of PPO's ratio, are those that rollouts recorded, and where nobody
-did (official rows, trajectories of other models) those of the policy before its first update. They
-stay the same through all passes, so that the clipped ratio keeps the policy near the data's. The
-release takes the policy's own log-probs anew at every batch: the ratio is then 1 at the start of
-each, and nothing bounds the drift over a run; data.behaviour = "current" does that, for comparison.
-The KL penalty always compares today's policy with the one before training.
+Old log-probs, the denominator of PPO's ratio, are those of the policy that sampled the data: as
+recorded in rollouts, and where nobody recorded them (official rows, trajectories of other models)
+those of the policy before its first update. Either way they stay the same through all passes, so
+that the ratio corrects for how far the policy has moved from the data's, and its clip keeps it near
+them. The release takes the policy's own log-probs anew at every batch: the ratio is then 1 at the
+start of each, the data count as if today's policy had sampled them, and nothing bounds the drift
+over a run; data.behaviour = "current" does that, for comparison. The KL penalty always compares
+today's policy with the one before training.
 
 A trajectory that does not fit is left out whole, counted and named in summary.json.
 """
@@ -130,18 +133,21 @@ def load(config: Config, chat_format: ChatFormat, model: ModelConfig) -> Data:
   if algorithm.rewards == "outcome":
     kept = [shaping.shape(trajectory, outcome_only=True) for trajectory in kept]
   if algorithm.rewards == "none":  # imitation reads no log-probs: zeros, as in demonstrations
-    kept = [_with_logprobs(t, np.zeros(_sampled(t), np.float32)) for t in kept]
+    kept = [
+      _with_logprobs(t, np.zeros(sum(len(s.tokens) for s in t.steps), np.float32)) for t in kept
+    ]
   _check_algorithm(config, kept)
   units: dict[Any, list[int]] = {}
   for i, trajectory in enumerate(kept):
     units.setdefault(trajectory.task_id if algorithm.compares else i, []).append(i)
+  recorded = tuple(record.logprobs_known for record in records)
   return Data(
-    trajectories=tuple(kept),
-    recorded=tuple(record.logprobs_known for record in records),
-    units=tuple(map(tuple, units.values())),
-    size=config.data.batch,
-    seed=config.seed,
-    report=report,
+    tuple(kept),
+    recorded,
+    tuple(map(tuple, units.values())),
+    config.data.batch,
+    config.seed,
+    report,
   )
 
 
@@ -238,7 +244,7 @@ def with_behaviour(
 
 
 def restore_behaviour(data: Data, workdir: pathlib.Path) -> Data:
-  """Fills all log-probs from the file that `with_behaviour` left in an interrupted run.
+  """The same from the file of an interrupted run.
 
   ValueError when the data are no longer those that the run began with; OSError without a file.
   """
@@ -249,17 +255,14 @@ def restore_behaviour(data: Data, workdir: pathlib.Path) -> Data:
       f"config.data.path: the trajectories are not those that the run in {workdir} began with; "
       "put the old files back, or use another --workdir"
     )
-  parts = np.split(flat, np.cumsum([_sampled(t) for t in data.trajectories])[:-1])
+  counts = [sum(len(step.tokens) for step in t.steps) for t in data.trajectories]
+  parts = np.split(flat, np.cumsum(counts)[:-1])
   filled = tuple(map(_with_logprobs, data.trajectories, parts))
   return dataclasses.replace(data, trajectories=filled)
 
 
-def _sampled(trajectory: Trajectory) -> int:
-  return sum(len(step.tokens) for step in trajectory.steps)
-
-
 def _with_logprobs(trajectory: Trajectory, values: np.ndarray) -> Trajectory:
-  """The trajectory with these log-probs, float32 [sampled tokens], cut into its steps."""
+  """values: float32, of all sampled tokens one behind the other."""
   ends = np.cumsum([len(step.tokens) for step in trajectory.steps])[:-1]
   steps = tuple(
     dataclasses.replace(step, logprobs=part)
@@ -269,7 +272,7 @@ def _with_logprobs(trajectory: Trajectory, values: np.ndarray) -> Trajectory:
 
 
 def _digest(data: Data) -> str:
-  """A digest of everything that is trained on: order, tokens, rewards and endings."""
+  """Of everything that is trained on: order, tokens, rewards and endings."""
   digest = hashlib.sha256()
   for trajectory in data.trajectories:
     rewards = [step.reward for step in trajectory.steps]
