@@ -238,12 +238,12 @@ def get_algorithm(name: str) -> Algorithm:
 
 
 def adapt_kl(
-  kl_coef: jax.Array, kl: jax.Array, loss: config_lib.Loss, trajectories: int
+  kl_coef: jax.Array, kl: jax.Array, target: float, horizon: float, trajectories: int
 ) -> jax.Array:
   """Adaptive KL controller (Ziegler et al. 2019, section 2.2).
 
-  coef *= 1 + clip(kl / kl_target - 1, -0.2, 0.2) * trajectories / kl_horizon, where kl is the mean
-  over trajectories of the summed log(pi / ref).
+  coef *= 1 + clip(kl / target - 1, -0.2, 0.2) * trajectories / horizon, where kl is the mean over
+  trajectories of the summed log(pi / ref), and horizon counts trajectories.
   """
-  error = jnp.clip(kl / loss.kl_target - 1.0, -0.2, 0.2)
-  return kl_coef * (1.0 + error * trajectories / loss.kl_horizon)
+  error = jnp.clip(kl / target - 1.0, -0.2, 0.2)
+  return kl_coef * (1.0 + error * trajectories / horizon)

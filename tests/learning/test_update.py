@@ -282,9 +282,7 @@ def test_masked_infinities_do_not_become_nan():
 
 
 def test_adaptive_kl_literals():
-  adapt = functools.partial(
-    algorithms.adapt_kl, loss=Loss(kl_target=6.0, kl_horizon=10_000.0), trajectories=500
-  )
+  adapt = functools.partial(algorithms.adapt_kl, target=6.0, horizon=10_000.0, trajectories=500)
   np.testing.assert_allclose(adapt(jnp.float32(0.3), jnp.float32(60.0)), 0.3 * 1.01, rtol=1e-6)
   np.testing.assert_allclose(adapt(jnp.float32(0.3), jnp.float32(0.0)), 0.3 * 0.99, rtol=1e-6)
   np.testing.assert_allclose(adapt(jnp.float32(0.3), jnp.float32(6.6)), 0.3 * 1.005, rtol=1e-6)

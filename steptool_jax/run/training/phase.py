@@ -1,6 +1,6 @@
-"""What learns in one phase of a run: its learner, its state, and what trajectories do to them.
+"""One phase of a run learns: its learner, the state, and what an iteration's trajectories do to it.
 
-Rollouts, evaluations and the order of the phases are run/train.py's.
+Book-keeping, rollouts and phases are run/train.py's.
 """
 
 import functools
@@ -25,8 +25,8 @@ from steptool_jax.types import TokenBatch, TrainState, Trajectory
 class Phase:
   """The learner of progress.phase and the state that its updates change.
 
-  iterations: those that the schedule spans. conversations: the most that an iteration has.
-  `progress` counts what was learnt and skipped. The state is None until `start` or a restore.
+  iterations: which the schedule spans; conversations: most of an iteration. `progress` counts what
+  was learnt and skipped. The state is None until `start` or a restore.
   """
 
   def __init__(
@@ -64,7 +64,7 @@ class Phase:
   def imitate(self, trajectories: Sequence[Trajectory], capacity: int) -> dict[str, float]:
     """One optimizer step of SFT; capacity: micro-batches of the largest batch."""
     batch = batching.pack(trajectories, self.config.train.row_tokens).batch
-    on_device = setup.to_device(batch, self.config.sft.micro_rows, capacity, self.mesh)
+    on_device = self._to_device(batch, self.config.sft.micro_rows, capacity)
     return self.update(on_device, batch.tokens.shape[0])
 
   def learn(self, trajectories: Sequence[Trajectory]) -> dict[str, float]:
@@ -78,8 +78,7 @@ class Phase:
     most = self.conversations * self.algorithm.select.rows
     if self.algorithm.critic == "double":
       most += self.config.archer.batch
-    capacity = -(-most // t.micro_rows)
-    device_batch = setup.to_device(packed.batch, t.micro_rows, capacity, self.mesh)
+    device_batch = self._to_device(packed.batch, t.micro_rows, -(-most // t.micro_rows))
     prepare, _ = self.programs
     prepared, prepare_metrics = prepare(
       self.state, device_batch, np.int32(-(-rows // t.micro_rows))
@@ -91,15 +90,27 @@ class Phase:
       self.recorder.training(done, trajectories, packed, advantages)
     per_update: list[dict[str, Any]] = []
     for epoch in range(t.epochs):
-      together, seed = self.algorithm.select.rows, (self.config.seed, done, epoch)
-      for part, used in setup.minibatches(prepared, rows, t.minibatches, together, seed):
-        per_update.append(self.update(part, used))
+      parts = setup.minibatches(
+        prepared,
+        rows,
+        t.minibatches,
+        self.algorithm.select.rows,
+        (self.config.seed, done, epoch),
+      )
+      for minibatch, count in parts:
+        per_update.append(self.update(minibatch, count))
     figures = {k: float(v) for k, v in jax.device_get(prepare_metrics).items()}
-    loss = self.config.loss
-    if loss.kl_adaptive and math.isfinite(figures["kl"]):  # a NaN would stay in it for good
-      kl, before = prepare_metrics["kl"], self.state.kl_coef
-      adapted = algorithms.adapt_kl(before, kl, loss, len(trajectories))
-      self.state = self.state._replace(kl_coef=adapted)
+    # A NaN would stay in the coefficient for good.
+    if self.config.loss.kl_adaptive and math.isfinite(figures["kl"]):
+      self.state = self.state._replace(
+        kl_coef=algorithms.adapt_kl(
+          self.state.kl_coef,
+          prepare_metrics["kl"],
+          self.config.loss.kl_target,
+          self.config.loss.kl_horizon,
+          len(trajectories),
+        )
+      )
     names = per_update[0]
     figures |= {k: float(np.mean([m[k] for m in per_update])) for k in names if k != "entropy"}
     return figures | {
@@ -132,11 +143,13 @@ class Phase:
     """Today's log-probs of the sampled tokens of a packed batch, float32 [R, T]."""
     rows, length = batch.tokens.shape
     micro_rows = self.config.train.micro_rows
-    capacity = -(-self.conversations // micro_rows)
-    on_device = setup.to_device(batch, micro_rows, capacity, self.mesh)
+    on_device = self._to_device(batch, micro_rows, -(-self.conversations // micro_rows))
     values = self._logprobs(self.variables(), on_device, np.int32(-(-rows // micro_rows)))
     return sharding.to_host(values).reshape(-1, length)[:rows]
 
   @functools.cached_property
   def _logprobs(self):
     return sharding.jit(functools.partial(update.action_logprobs, self.learner))
+
+  def _to_device(self, batch: TokenBatch, micro_rows: int, capacity: int) -> TokenBatch:
+    return setup.to_device(batch, micro_rows, capacity, self.mesh)
