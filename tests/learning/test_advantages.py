@@ -183,10 +183,10 @@ def test_hand_computed_literal():
 def test_the_advantage_of_every_algorithm_by_hand(name, level, expected):
   """The trajectory of the literal above, gamma = lambda = .5."""
   row = algorithms.get_algorithm(name)
-  hp = algorithms.resolve(row, Config(advantage=Advantage(gamma=0.5, lam=0.5, level=level)))
+  config = algorithms.resolve(row, Config(advantage=Advantage(gamma=0.5, lam=0.5, level=level)))
   batch = batching.pack([literal_trajectory(Status.ANSWERED)], 8).batch
   values = jnp.array([[9, 0.5, 0.1, 9, 0.2, 9, 9, 9]], jnp.float32)
-  adv = row.advantage(batch, jnp.asarray(batch.rewards), values, hp)["advantages"]
+  adv = row.advantage(batch, jnp.asarray(batch.rewards), values, config)["advantages"]
   np.testing.assert_allclose(adv[0, [1, 2, 4]], expected, atol=1e-6)
 
 
