@@ -10,7 +10,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from steptool_jax import config as config_lib
+from steptool_jax.config import Config
 from steptool_jax.learning import advantages, critic, groups, losses, segments
 from steptool_jax.learning.outputs import Outputs
 from steptool_jax.learning.selection import EVERYTHING, PAIRS, SOLVED, Selection
@@ -20,26 +20,13 @@ Terms = dict[str, losses.SumAndDenominator]
 
 
 @dataclasses.dataclass(frozen=True)
-class Hyperparameters:
-  """The config's groups that advantages and losses read, `resolve`d for an algorithm.
-
-  Static under jit. A new number is its definition in config.py and its use in learning/.
-  """
-
-  advantage: config_lib.Advantage
-  loss: config_lib.Loss
-  dpo: config_lib.Dpo
-  archer: config_lib.Archer
-
-
-@dataclasses.dataclass(frozen=True)
 class Algorithm:
   """One row.
 
   rewards: what the rollout's steps are paid: "step" (every call), "outcome" (the last step only),
     "none" (it learns from demonstrations).
-  loss: (outputs, batch, hyperparameters) -> (terms to add up, metrics), (sum, denominator) each.
-  advantage: (batch, rewards, critic's values, hyperparameters) -> fields of the batch; None: the
+  loss: (outputs, batch, config) -> (terms to add up, metrics), (sum, denominator) each.
+  advantage: (batch, rewards, critic's values, config) -> fields of the batch; None: the
     loss reads none. Whitened where there is a critic; without one the baseline sets the scale.
   select: which trajectories are learnt from, and which of them stay together.
   critic: "value" (the policy's value head), "double" (ArCHer's, with replay) or "none".
@@ -49,7 +36,7 @@ class Algorithm:
   """
 
   rewards: Literal["step", "outcome", "none"]
-  loss: Callable[[Outputs, TokenBatch, Hyperparameters], tuple[Terms, Terms]]
+  loss: Callable[[Outputs, TokenBatch, Config], tuple[Terms, Terms]]
   advantage: Callable[..., dict[str, jax.Array]] | None = None
   select: Selection = EVERYTHING
   critic: Literal["none", "value", "double"] = "none"
@@ -64,15 +51,15 @@ class Algorithm:
 
 
 def _gae(step_episodes: bool = False) -> Callable:
-  def advantage(batch, rewards_BT, values_BT, hp: Hyperparameters):
+  def advantage(batch, rewards_BT, values_BT, c: Config):
     advantages_BT, returns_BT = advantages.gae(
       batch,
       rewards_BT,
       values_BT,
-      gamma=hp.advantage.gamma,
-      lam=hp.advantage.lam,
-      level=hp.advantage.level,
-      broadcast=hp.advantage.broadcast,
+      gamma=c.advantage.gamma,
+      lam=c.advantage.lam,
+      level=c.advantage.level,
+      broadcast=c.advantage.broadcast,
       step_episodes=step_episodes,
     )
     return {"advantages": advantages_BT, "values": values_BT, "returns": returns_BT}
@@ -83,23 +70,23 @@ def _gae(step_episodes: bool = False) -> Callable:
 def _baseline(function: Callable, discounted: bool = False) -> Callable:
   """An advantage without a critic; `discounted`: over steps, with gamma."""
 
-  def advantage(batch, rewards_BT, values: None, hp: Hyperparameters):
-    gamma = (hp.advantage.gamma,) if discounted else ()
+  def advantage(batch, rewards_BT, values: None, c: Config):
+    gamma = (c.advantage.gamma,) if discounted else ()
     return {"advantages": function(batch, rewards_BT, *gamma)}
 
   return advantage
 
 
-def _gigpo(batch, rewards_BT, values: None, hp: Hyperparameters):
+def _gigpo(batch, rewards_BT, values: None, c: Config):
   """Feng et al. 2025: episode-relative + omega step-relative."""
   episode_BT = groups.group_relative(batch, rewards_BT)
-  step_BT = groups.anchor_relative(batch, rewards_BT, hp.advantage.gamma)
-  return {"advantages": episode_BT + hp.advantage.omega * step_BT}
+  step_BT = groups.anchor_relative(batch, rewards_BT, c.advantage.gamma)
+  return {"advantages": episode_BT + c.advantage.omega * step_BT}
 
 
-def _archer(batch, rewards_BT, values: tuple, hp: Hyperparameters):
+def _archer(batch, rewards_BT, values: tuple, c: Config):
   online, target = values
-  returns_BT, value_targets_BT = critic.targets(batch, rewards_BT, target, hp.advantage.gamma)
+  returns_BT, value_targets_BT = critic.targets(batch, rewards_BT, target, c.advantage.gamma)
   return {
     "advantages": critic.utterance_advantages(batch, online),
     "values": online.q,
@@ -111,56 +98,56 @@ def _archer(batch, rewards_BT, values: tuple, hp: Hyperparameters):
 # --- losses ----------------------------------------------------------------------------------
 
 
-def _sft_loss(outputs: Outputs, batch: TokenBatch, hp: Hyperparameters) -> tuple[Terms, Terms]:
-  weights_BT = losses.action_weights(batch, hp.loss.aggregation)
+def _sft_loss(outputs: Outputs, batch: TokenBatch, c: Config) -> tuple[Terms, Terms]:
+  weights_BT = losses.action_weights(batch, c.loss.aggregation)
   loss = losses.cross_entropy(outputs.logprobs, weights_BT)
   return {"loss": loss}, {"entropy": losses.weighted(outputs.entropy, weights_BT)}
 
 
-def _policy_loss(outputs: Outputs, batch: TokenBatch, hp: Hyperparameters) -> tuple[Terms, Terms]:
+def _policy_loss(outputs: Outputs, batch: TokenBatch, c: Config) -> tuple[Terms, Terms]:
   """Clipped surrogate and entropy bonus.
 
   At the policy that sampled, the surrogate's gradient is REINFORCE's, - A grad log pi; after the
   first minibatch its ratio makes up for how far the policy has moved.
   """
-  weights_BT = losses.action_weights(batch, hp.loss.aggregation)
+  weights_BT = losses.action_weights(batch, c.loss.aggregation)
   policy, metrics = losses.ppo_policy(
     outputs.logprobs,
     batch.old_logprobs,
     batch.advantages,
     weights_BT,
-    hp.loss.clip_low,
-    hp.loss.clip_high,
+    c.loss.clip_low,
+    c.loss.clip_high,
   )
   entropy = losses.weighted(outputs.entropy, weights_BT)
-  terms = {"policy_loss": policy, "entropy_loss": _scale(entropy, -hp.loss.entropy_coef)}
+  terms = {"policy_loss": policy, "entropy_loss": _scale(entropy, -c.loss.entropy_coef)}
   return terms, metrics | {"entropy": entropy}
 
 
-def _ppo_loss(outputs: Outputs, batch: TokenBatch, hp: Hyperparameters) -> tuple[Terms, Terms]:
+def _ppo_loss(outputs: Outputs, batch: TokenBatch, c: Config) -> tuple[Terms, Terms]:
   # A broadcast advantage reads V at step starts only, so only those values are fitted.
   value_mask_BT = batch.action_mask
-  if hp.advantage.level == "step" and hp.advantage.broadcast:
+  if c.advantage.level == "step" and c.advantage.broadcast:
     value_mask_BT = segments.step_starts(batch)
   value = losses.clipped_value(
-    outputs.values, batch.values, batch.returns, value_mask_BT, hp.loss.value_clip
+    outputs.values, batch.values, batch.returns, value_mask_BT, c.loss.value_clip
   )
-  terms, metrics = _policy_loss(outputs, batch, hp)
-  terms |= {"value_loss": _scale(value, hp.loss.value_coef)}
+  terms, metrics = _policy_loss(outputs, batch, c)
+  terms |= {"value_loss": _scale(value, c.loss.value_coef)}
   return terms, metrics | {"value_error": value}
 
 
-def _archer_loss(outputs: Outputs, batch: TokenBatch, hp: Hyperparameters) -> tuple[Terms, Terms]:
+def _archer_loss(outputs: Outputs, batch: TokenBatch, c: Config) -> tuple[Terms, Terms]:
   (online,) = outputs.values
   q, v = critic.q_loss(online, batch), critic.v_loss(online, batch)
-  terms, metrics = _policy_loss(outputs, batch, hp)
-  terms |= {"q_loss": _scale(q, hp.loss.value_coef), "v_loss": _scale(v, hp.loss.value_coef)}
+  terms, metrics = _policy_loss(outputs, batch, c)
+  terms |= {"q_loss": _scale(q, c.loss.value_coef), "v_loss": _scale(v, c.loss.value_coef)}
   return terms, metrics | {"q_error": q, "v_error": v}
 
 
-def _dpo_loss(outputs: Outputs, batch: TokenBatch, hp: Hyperparameters) -> tuple[Terms, Terms]:
-  loss, metrics = losses.dpo(outputs.logprobs, batch.ref_logprobs, batch, hp.dpo.beta)
-  weights_BT = losses.action_weights(batch, hp.loss.aggregation)
+def _dpo_loss(outputs: Outputs, batch: TokenBatch, c: Config) -> tuple[Terms, Terms]:
+  loss, metrics = losses.dpo(outputs.logprobs, batch.ref_logprobs, batch, c.dpo.beta)
+  weights_BT = losses.action_weights(batch, c.loss.aggregation)
   return {"loss": loss}, metrics | {"entropy": losses.weighted(outputs.entropy, weights_BT)}
 
 
@@ -207,23 +194,20 @@ ALGORITHMS: dict[str, Algorithm] = {
 }
 
 
-def resolve(algorithm: Algorithm, config: config_lib.Config) -> Hyperparameters:
-  """The config's hyper-parameters, with the row's words where the config's are empty.
+def resolve(algorithm: Algorithm, config: Config) -> Config:
+  """The config with the row's words where its own are empty.
 
   loss.kl is the config's word on RL: where demonstrations are imitated, the row's stands.
   """
-  groups = {f.name: getattr(config, f.name) for f in dataclasses.fields(Hyperparameters)}
-  hp = Hyperparameters(**groups)
+  a, c = config.advantage, config.loss
   imitates = algorithm.rewards == "none"
-  level = hp.advantage.level or algorithm.level
   loss = dataclasses.replace(
-    hp.loss,
-    kl=algorithm.kl if imitates else hp.loss.kl or algorithm.kl,
-    aggregation=hp.loss.aggregation or algorithm.aggregation,
+    c,
+    kl=algorithm.kl if imitates else c.kl or algorithm.kl,
+    aggregation=c.aggregation or algorithm.aggregation,
   )
-  return dataclasses.replace(
-    hp, advantage=dataclasses.replace(hp.advantage, level=level), loss=loss
-  )
+  advantage = dataclasses.replace(a, level=a.level or algorithm.level)
+  return dataclasses.replace(config, advantage=advantage, loss=loss)
 
 
 def get_algorithm(name: str) -> Algorithm:
@@ -238,12 +222,12 @@ def get_algorithm(name: str) -> Algorithm:
 
 
 def adapt_kl(
-  kl_coef: jax.Array, kl: jax.Array, loss: config_lib.Loss, trajectories: int
+  kl_coef: jax.Array, kl: jax.Array, target: float, horizon: float, trajectories: int
 ) -> jax.Array:
   """Adaptive KL controller (Ziegler et al. 2019, section 2.2).
 
-  coef *= 1 + clip(kl / kl_target - 1, -0.2, 0.2) * trajectories / kl_horizon, where kl is the mean
-  over trajectories of the summed log(pi / ref).
+  coef *= 1 + clip(kl / target - 1, -0.2, 0.2) * trajectories / horizon, where kl is the mean over
+  trajectories of the summed log(pi / ref), and horizon counts trajectories.
   """
-  error = jnp.clip(kl / loss.kl_target - 1.0, -0.2, 0.2)
-  return kl_coef * (1.0 + error * trajectories / loss.kl_horizon)
+  error = jnp.clip(kl / target - 1.0, -0.2, 0.2)
+  return kl_coef * (1.0 + error * trajectories / horizon)

@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from steptool_jax.config import Config
 from steptool_jax.learning import advantages, critic, losses, segments
-from steptool_jax.learning.algorithms import Algorithm, Hyperparameters
+from steptool_jax.learning.algorithms import Algorithm
 from steptool_jax.learning.outputs import Outputs, policy_outputs
 from steptool_jax.policy import lora, model, sharding
 from steptool_jax.types import TokenBatch, TrainState
@@ -24,25 +25,33 @@ Metrics = dict[str, jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class Learner:
-  """What the two programs close over; all static.
-
-  hyperparameters: `algorithms.resolve`d. temperature: of the behaviour policy. fixed_behaviour: old
-  log-probs are the batch's behaviour_logprobs, not those of today's policy (stored data).
-  critic_steps: first optimizer steps, which train ArCHer's critic alone.
-  """
+  """What the two programs close over; all static. config: `algorithms.resolve`d for the row."""
 
   model: model.ModelConfig
   algorithm: Algorithm
-  hyperparameters: Hyperparameters
+  config: Config
   optimizer: optax.GradientTransformation
-  temperature: float = 1.0
-  fixed_behaviour: bool = False
-  critic_steps: int = 0
 
   @property
   def with_reference(self) -> bool:
     """Whether a reference policy is evaluated: for a KL penalty, or because the loss reads it."""
-    return self.algorithm.reference or self.hyperparameters.loss.kl != "none"
+    return self.algorithm.reference or self.config.loss.kl != "none"
+
+  @property
+  def temperature(self) -> float:
+    """The behaviour policy's temperature, which all log-probs take; demonstrations have none."""
+    return 1.0 if self.algorithm.rewards == "none" else self.config.rollout.temperature
+
+  @property
+  def fixed_behaviour(self) -> bool:
+    """Whether old log-probs are the batch's behaviour_logprobs, and not those of today's policy."""
+    return bool(self.config.data.path) and self.config.data.behaviour == "start"
+
+  @property
+  def critic_steps(self) -> int:
+    """First optimizer steps, which train ArCHer's critic alone."""
+    t = self.config.train
+    return self.config.archer.warmup * t.epochs * t.minibatches
 
 
 def init_state(learner: Learner, trainable: Any, frozen: Any, seed: int = 0) -> TrainState:
@@ -63,7 +72,7 @@ def init_state(learner: Learner, trainable: Any, frozen: Any, seed: int = 0) -> 
     frozen=frozen,
     reference=reference,
     opt_state=learner.optimizer.init(trainable),
-    kl_coef=jnp.asarray(learner.hyperparameters.loss.kl_coef, jnp.float32),
+    kl_coef=jnp.asarray(learner.config.loss.kl_coef, jnp.float32),
     target=target,
   )
 
@@ -96,7 +105,7 @@ def prepare(
   Advantages are whitened here, over the global batch, because whitening per minibatch would erase
   the signal between trajectories.
   """
-  hp = learner.hyperparameters
+  c = learner.config
   variables = lora.join_variables(state.trainable, state.frozen)
   critics = (state.trainable.get("critic"), state.target)
 
@@ -118,13 +127,13 @@ def prepare(
   old_BT, mask_BT = now.logprobs, flat.action_mask
   log_ratio_BT = jnp.where(mask_BT, old_BT - ref_BT, 0.0)  # k1
   rewards_BT = flat.rewards
-  if hp.loss.kl == "reward":
+  if c.loss.kl == "reward":
     rewards_BT = rewards_BT - state.kl_coef * log_ratio_BT
   signal = {}
   if learner.algorithm.advantage is not None:
-    signal = learner.algorithm.advantage(flat, rewards_BT, now.values, hp)
+    signal = learner.algorithm.advantage(flat, rewards_BT, now.values, c)
   metrics = _signal_metrics(flat, signal)
-  if learner.algorithm.critic != "none" and hp.advantage.whiten:
+  if learner.algorithm.critic != "none" and c.advantage.whiten:
     signal |= {"advantages": advantages.whiten(signal["advantages"], mask_BT)}
   if learner.algorithm.critic == "double":
     # What an untaught critic says would only lead the actor astray.
@@ -221,7 +230,7 @@ def update(
   trainable = optax.apply_updates(state.trainable, updates)
   target = state.target
   if learner.algorithm.critic == "double":
-    target = critic.polyak(target, trainable["critic"], learner.hyperparameters.archer.tau)
+    target = critic.polyak(target, trainable["critic"], learner.config.archer.tau)
   trainable, opt_state, target = jax.tree.map(
     lambda new, old: jnp.where(finite, new, old),
     (trainable, opt_state, target),
@@ -245,7 +254,7 @@ def _outputs(learner, variables, micro, critics) -> Outputs:
     variables,
     micro,
     temperature=learner.temperature,
-    chunk=learner.hyperparameters.loss.logprob_chunk,
+    chunk=learner.config.loss.logprob_chunk,
     heads=heads,
   )
 
@@ -262,10 +271,10 @@ def _zero_outputs(learner: Learner, shape: tuple[int, ...], critics: int) -> Out
 
 
 def _terms(learner, outputs, micro, kl_coef):
-  hp = learner.hyperparameters
-  terms, metrics = learner.algorithm.loss(outputs, micro, hp)
-  if hp.loss.kl == "loss":
-    weights_BT = losses.action_weights(micro, hp.loss.aggregation)
+  c = learner.config
+  terms, metrics = learner.algorithm.loss(outputs, micro, c)
+  if c.loss.kl == "loss":
+    weights_BT = losses.action_weights(micro, c.loss.aggregation)
     total, denominator = losses.kl_to_reference(outputs.logprobs, micro.ref_logprobs, weights_BT)
     terms = terms | {"kl_loss": (kl_coef * total, denominator)}
   return terms, metrics

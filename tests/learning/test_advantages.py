@@ -183,10 +183,10 @@ def test_hand_computed_literal():
 def test_the_advantage_of_every_algorithm_by_hand(name, level, expected):
   """The trajectory of the literal above, gamma = lambda = .5."""
   row = algorithms.get_algorithm(name)
-  hp = algorithms.resolve(row, Config(advantage=Advantage(gamma=0.5, lam=0.5, level=level)))
+  config = algorithms.resolve(row, Config(advantage=Advantage(gamma=0.5, lam=0.5, level=level)))
   batch = batching.pack([literal_trajectory(Status.ANSWERED)], 8).batch
   values = jnp.array([[9, 0.5, 0.1, 9, 0.2, 9, 9, 9]], jnp.float32)
-  adv = row.advantage(batch, jnp.asarray(batch.rewards), values, hp)["advantages"]
+  adv = row.advantage(batch, jnp.asarray(batch.rewards), values, config)["advantages"]
   np.testing.assert_allclose(adv[0, [1, 2, 4]], expected, atol=1e-6)
 
 
@@ -243,45 +243,34 @@ def test_aggregation_weights(seed):
       np.testing.assert_allclose(total["step"][row, inside].sum(), 1.0, atol=1e-5)
 
 
-def test_packing_keeps_ids_and_counts():
-  rng = np.random.default_rng(1)
-  trajectories = [fakes.random_trajectory(rng) for _ in range(40)]
-  batch = batching.pack(trajectories, 80).batch
-  seen = sorted(tuple(batch.tokens[row, at].tolist()) for row, at in segments_of(batch))
-  expected = []
-  for t in trajectories:
-    ids = np.concatenate(
-      [t.prompt_tokens, *(p for s in t.steps for p in (s.tokens, s.observation_tokens))]
-    )
-    expected.append(tuple(ids[: batching.packed_length(t)].tolist()))
-  assert seen == sorted(expected)
-  assert batch.action_mask.sum() == sum(len(s.tokens) for t in trajectories for s in t.steps)
-  assert batching.padding_share(batch) < 0.1
-
-
-def test_what_was_sampled_stands_at_its_targets():
-  """Ids, log-probs and rewards are the recorded ones, token by token, where packing says."""
+def test_packing_says_where_everything_lies():
+  """Ids, log-probs and rewards are the recorded ones, token by token, and rows are full."""
   rng = np.random.default_rng(2)
-  trajectories = [fakes.random_trajectory(rng) for _ in range(12)]
+  trajectories = [fakes.random_trajectory(rng) for _ in range(40)]
   trajectories.append(trajectories[3])  # sampled the same, and lies elsewhere all the same
-  packed = batching.pack(trajectories, 64)
-  batch, (rows, columns) = packed.batch, np.indices(packed.batch.tokens.shape)
+  packed = batching.pack(trajectories, 80)
+  batch, columns = packed.batch, np.indices(packed.batch.tokens.shape)[1]
   assert packed.trajectories == tuple(trajectories)
-  places = [batching.unpack(packed, at) for at in (rows, columns)]
-  assert len({(int(row[0]), int(act[0])) for row, act in zip(*places, strict=True)}) == 13
-  for t, row, act in zip(trajectories, *places, strict=True):
-    tokens = np.concatenate([s.tokens for s in t.steps])
+  assert len(set(packed.places)) == 41
+  at = batching.unpack(packed, columns)
+  for t, (row, start, stop), act in zip(trajectories, packed.places, at, strict=True):
+    parts = [t.prompt_tokens, *(p for s in t.steps for p in (s.tokens, s.observation_tokens))]
+    expected = np.concatenate(parts)[: batching.packed_length(t)]
+    np.testing.assert_array_equal(batch.tokens[row, start:stop], expected)
+    tokens, logprobs = (
+      np.concatenate([getattr(s, name) for s in t.steps]) for name in ("tokens", "logprobs")
+    )
     np.testing.assert_array_equal(batch.targets[row, act], tokens)
-    logprobs = np.concatenate([s.logprobs for s in t.steps])
     np.testing.assert_array_equal(batch.behaviour_logprobs[row, act], logprobs)
     ids = np.repeat(np.arange(len(t.steps)), [len(s.tokens) for s in t.steps])
     np.testing.assert_array_equal(batch.step_ids[row, act], ids)
-    ends = act[batch.step_end[row, act]]
     rewards = np.array([s.reward for s in t.steps], np.float32)
-    np.testing.assert_array_equal(batch.rewards[row[0], ends], rewards)
+    np.testing.assert_array_equal(batch.rewards[row, act[batch.step_end[row, act]]], rewards)
+  assert batch.action_mask.sum() == sum(map(len, at))
   assert np.count_nonzero(batch.rewards) == sum(len(t.steps) for t in trajectories)
   for name in ("behaviour_logprobs", "rewards", "step_end"):
     assert not getattr(batch, name)[~batch.action_mask].any(), name
+  assert batching.padding_share(batch) < 0.1
 
 
 def test_what_is_there_for_a_critic_only_has_no_place():

@@ -118,10 +118,10 @@ class LossWithMargin(Loss):
 def test_a_new_number_is_its_definition_and_its_use(monkeypatch):
   """A field of a config's group reaches the loss that reads it; nothing in between names it."""
 
-  def loss(outputs, batch, hp):
-    terms, metrics = algorithms.ALGORITHMS["sft"].loss(outputs, batch, hp)
+  def loss(outputs, batch, config):
+    terms, metrics = algorithms.ALGORITHMS["sft"].loss(outputs, batch, config)
     total, count = terms["loss"]
-    return {"loss": (total + hp.loss.margin * count, count)}, metrics
+    return {"loss": (total + config.loss.margin * count, count)}, metrics
 
   row = algorithms.Algorithm("outcome", loss, kl="none")
   monkeypatch.setitem(algorithms.ALGORITHMS, "toy", row)

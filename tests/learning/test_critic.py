@@ -131,7 +131,7 @@ ROW = algorithms.get_algorithm("archer")
 LEARNER = update.Learner(
   model=CONFIG,
   algorithm=ROW,
-  hyperparameters=algorithms.resolve(ROW, SETTINGS),
+  config=algorithms.resolve(ROW, SETTINGS),
   optimizer=optax.sgd(1.0),
 )
 
@@ -221,7 +221,9 @@ def test_the_update_equals_a_direct_loss(state, programs):
 
 
 def test_the_actor_waits_for_the_critic(state):
-  learner = update.dataclasses.replace(LEARNER, critic_steps=5)
+  settings = update.dataclasses.replace(SETTINGS, archer=Archer(warmup=5))
+  config = algorithms.resolve(ROW, settings)
+  learner = update.dataclasses.replace(LEARNER, config=config)
   prepare = jax.jit(functools.partial(update.prepare, learner))
   batch = jax.tree.map(lambda x: jnp.asarray(x)[None], packed(trajectories(4)))
   early, late = (prepare(state._replace(step=jnp.int32(n)), batch, 1)[0] for n in (4, 5))

@@ -16,17 +16,17 @@ from steptool_jax.learning import algorithms, batching, groups, losses
 from steptool_jax.learning.algorithms import ALGORITHMS
 
 GAMMA = 0.9
-HP = Config(advantage=Advantage(gamma=GAMMA, omega=0.5))
+CONFIG = Config(advantage=Advantage(gamma=GAMMA, omega=0.5))
 WITHOUT_CRITIC = ("reinforce", "rloo", "grpo", "grpo_step", "gigpo")
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
-def jitted(name, batch, rewards, hp=HP):
-  return ALGORITHMS[name].advantage(batch, rewards, None, hp)["advantages"]
+def jitted(name, batch, rewards, config=CONFIG):
+  return ALGORITHMS[name].advantage(batch, rewards, None, config)["advantages"]
 
 
-def advantages_of(name, batch, hp=HP):
-  return np.asarray(jitted(name, batch, jnp.asarray(batch.rewards), hp))
+def advantages_of(name, batch, config=CONFIG):
+  return np.asarray(jitted(name, batch, jnp.asarray(batch.rewards), config))
 
 
 def expected_of(name, group):
@@ -154,8 +154,8 @@ def test_long_trajectories_do_not_weigh_more_in_a_baseline(name):
     # Six steps of return 1 count as much as one: mean 1 / 3.
     many = [samples.sample(0, [*[0.0] * 5, 1.0], [1] * 6, seed=0), *short[1:]]
     batch = samples.pack(many)
-    hp = Config(advantage=Advantage(gamma=1.0))
-    got = samples.found(batch, advantages_of(name, batch, hp), many)
+    config = Config(advantage=Advantage(gamma=1.0))
+    got = samples.found(batch, advantages_of(name, batch, config), many)
     np.testing.assert_allclose(got[0], results[0][0], atol=1e-5)
     np.testing.assert_allclose(got[1], results[0][1], atol=1e-5)
 
@@ -165,8 +165,8 @@ def test_long_trajectories_do_not_weigh_more_in_the_loss(name):
   """The rows' own aggregation: all tokens of a trajectory together weigh 1."""
   made = [samples.sample(0, [1.0], [9], seed=0), samples.sample(0, [0.0], [1], seed=1)]
   batch = samples.pack(made)
-  hp = algorithms.resolve(ALGORITHMS[name], HP)
-  weights = losses.action_weights(batch, hp.loss.aggregation)
+  config = algorithms.resolve(ALGORITHMS[name], CONFIG)
+  weights = losses.action_weights(batch, config.loss.aggregation)
   long, short = samples.found(batch, weights, made)
   np.testing.assert_allclose([long.sum(), short.sum()], [1, 1], rtol=1e-6)
 

@@ -133,7 +133,7 @@ def learner_of(name="eto"):
   return update.Learner(
     model=CONFIG,
     algorithm=row,
-    hyperparameters=algorithms.resolve(row, Config(dpo=Dpo(beta=0.5), loss=Loss(logprob_chunk=16))),
+    config=algorithms.resolve(row, Config(dpo=Dpo(beta=0.5), loss=Loss(logprob_chunk=16))),
     optimizer=optax.sgd(1.0),
   )
 

@@ -61,7 +61,7 @@ def _updated(name, mesh):
   learner = update.Learner(
     model=config,
     algorithm=row,
-    hyperparameters=algorithms.resolve(row, settings),
+    config=algorithms.resolve(row, settings),
     optimizer=optax.sgd(1.0),
   )
   with jax.set_mesh(mesh):

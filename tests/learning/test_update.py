@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 
-from steptool_jax.config import Advantage, Config, Loss
+from steptool_jax.config import Advantage, Config, Loss, Rollout
 from steptool_jax.learning import algorithms, batching, losses, update
 from steptool_jax.learning.outputs import policy_outputs
 from steptool_jax.policy import lora, model
@@ -19,8 +19,9 @@ LOSS = Loss(entropy_coef=0.01, kl="reward", kl_coef=0.3, logprob_chunk=16)
 
 def make_learner(name="steptool", advantage=ADVANTAGE, loss=LOSS, optimizer=None, temperature=1.0):
   row = algorithms.get_algorithm(name)
-  hp = algorithms.resolve(row, Config(advantage=advantage, loss=loss))
-  return update.Learner(CONFIG, row, hp, optimizer or optax.sgd(0.5), temperature)
+  config = Config(advantage=advantage, loss=loss, rollout=Rollout(temperature=temperature))
+  optimizer = optimizer or optax.sgd(0.5)
+  return update.Learner(CONFIG, row, algorithms.resolve(row, config), optimizer)
 
 
 @pytest.fixture(scope="module")
@@ -282,9 +283,7 @@ def test_masked_infinities_do_not_become_nan():
 
 
 def test_adaptive_kl_literals():
-  adapt = functools.partial(
-    algorithms.adapt_kl, loss=Loss(kl_target=6.0, kl_horizon=10_000.0), trajectories=500
-  )
+  adapt = functools.partial(algorithms.adapt_kl, target=6.0, horizon=10_000.0, trajectories=500)
   np.testing.assert_allclose(adapt(jnp.float32(0.3), jnp.float32(60.0)), 0.3 * 1.01, rtol=1e-6)
   np.testing.assert_allclose(adapt(jnp.float32(0.3), jnp.float32(0.0)), 0.3 * 0.99, rtol=1e-6)
   np.testing.assert_allclose(adapt(jnp.float32(0.3), jnp.float32(6.6)), 0.3 * 1.005, rtol=1e-6)
@@ -335,8 +334,8 @@ def test_what_is_not_read_may_be_anything(guarded):
 
 @pytest.mark.parametrize("part", ["term", "metric"])
 def test_a_nan_in_the_loss_with_a_finite_gradient_skips_the_update(params, part):
-  def loss(outputs, batch, hp):
-    terms, metrics = algorithms.ALGORITHMS["sft"].loss(outputs, batch, hp)
+  def loss(outputs, batch, config):
+    terms, metrics = algorithms.ALGORITHMS["sft"].loss(outputs, batch, config)
     hidden = {"hidden": (jnp.float32(jnp.nan) * jax.lax.stop_gradient(outputs.logprobs.sum()), 1.0)}
     return (terms | hidden, metrics) if part == "term" else (terms, metrics | hidden)
 

@@ -66,8 +66,8 @@ def test_every_algorithm_trains(name, some_solved, tmp_path, compiled):
 def test_a_toy_algorithm_takes_one_row(some_solved, tmp_path, compiled, monkeypatch):
   """REINFORCE without any baseline."""
 
-  def advantage(batch, rewards_BT, values, hp):
-    return {"advantages": algorithms.groups.step_returns(batch, rewards_BT, hp.gamma)}
+  def advantage(batch, rewards_BT, values, config):
+    return {"advantages": algorithms.groups.step_returns(batch, rewards_BT, config.advantage.gamma)}
 
   row = algorithms.Algorithm("step", algorithms._policy_loss, advantage)
   monkeypatch.setitem(algorithms.ALGORITHMS, "toy", row)

@@ -438,7 +438,7 @@ def test_sft_imitates_the_last_turn_of_official_dialogues(folder, compiled, tmp_
   assert summary["data"]["left_out_names"]["too_long"][0].startswith(f"{path}:3 (")
   assert summary["iterations"] == 6
   codec = build.build_chat_format(config, tmp_path / "run").codec
-  for batch in packed:
+  for batch, *_ in packed:
     learnt = [
       codec.decode(batch.targets[r, here][batch.action_mask[r, here]])
       for r, here in segments(batch)

@@ -8,22 +8,11 @@ from collections.abc import Iterator
 
 BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "bf16": 2, "f16": 2, "f32": 4, "f64": 8}
 BYTES |= {f"{kind}{bits}": bits // 8 for kind in "su" for bits in (8, 16, 32, 64)}
-# These move nothing: they name, pack or wait for something that is counted elsewhere.
-FREE = {
-  "parameter",
-  "constant",
-  "tuple",
-  "get-tuple-element",
-  "bitcast",
-  "partition-id",
-  "after-all",
-  "while",
-  "conditional",
-  "call",
-  "opt-barrier",
-  "replica-id",
-  "iota",
-}
+# Opcodes that move nothing: they name, pack or wait for something that is counted elsewhere.
+FREE = re.compile(
+  "parameter|constant|tuple|get-tuple-element|bitcast|partition-id|after-all|while|conditional|call|"
+  "opt-barrier|replica-id|iota|.*-done"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +99,7 @@ def largest_buffers(text: str, number: int) -> list[str]:
   found: dict[str, float] = {}
   for name, body in computations.items():
     for ins in body if name not in fused else ():
-      if ins.opcode in FREE or ins.opcode.endswith("-done"):
+      if FREE.fullmatch(ins.opcode):
         continue
       origin = re.search(r'op_name="([^"]*)"', ins.attributes)
       for array in ins.arrays:

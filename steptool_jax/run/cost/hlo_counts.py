@@ -15,13 +15,8 @@ from collections.abc import Set as AbstractSet
 from steptool_jax.run.cost import hlo
 from steptool_jax.run.cost.hlo import Instruction
 
-COLLECTIVES = (
-  "all-gather",
-  "all-reduce",
-  "reduce-scatter",
-  "all-to-all",
-  "collective-permute",
-  "ragged-all-to-all",
+COLLECTIVE = re.compile(
+  "(all-gather|all-reduce|reduce-scatter|(ragged-)?all-to-all|collective-permute)(-start)?"
 )
 SLICES = ("dynamic-slice", "slice", "gather")
 FREE_TARGETS = ("AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBound")
@@ -151,7 +146,7 @@ class _Counter:
     self, ins: Instruction, home: str, inner: dict[str, Instruction], seen: AbstractSet[str]
   ) -> float:
     target = (ins.attribute("custom_call_target") or "").strip('"')
-    if ins.opcode in hlo.FREE or ins.opcode.endswith("-done") or target in FREE_TARGETS:
+    if hlo.FREE.fullmatch(ins.opcode) or target in FREE_TARGETS:
       return 0.0
     operands = [self.named[home][x] for x in ins.operands if x in self.named[home]]
     if ins.opcode.endswith("-start"):  # (operands, results, contexts) in one tuple
@@ -254,9 +249,10 @@ def _flops(ins: Instruction, named: dict[str, Instruction]) -> float:
 def _collective(
   ins: Instruction, named: dict[str, Instruction], home: str, counts: Counts, seen: set
 ) -> None:
-  kind = ins.opcode.removesuffix("-start")
-  if kind not in COLLECTIVES or _goes_on(ins, seen):
+  found = COLLECTIVE.fullmatch(ins.opcode)
+  if not found or _goes_on(ins, seen):
     return
+  kind = found[1]
   seen.add(ins.attribute("channel_id"))
   size = hlo.group_size(ins)
   moved = sum(a.bytes for x in ins.operands for a in named[x].arrays)
@@ -275,8 +271,7 @@ def _goes_on(ins: Instruction, seen: AbstractSet[str]) -> bool:
   A fused asynchronous collective is written once in each fusion that it overlaps with.
   """
   channel = ins.attribute("channel_id")
-  collective = ins.opcode.removesuffix("-start") in COLLECTIVES
-  return collective and channel is not None and channel in seen
+  return channel is not None and channel in seen and bool(COLLECTIVE.fullmatch(ins.opcode))
 
 
 def _through(ins: Instruction, named: dict) -> Instruction:

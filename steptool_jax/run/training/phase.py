@@ -61,7 +61,7 @@ class Phase:
   def imitate(self, trajectories: Sequence[Trajectory], capacity: int) -> dict[str, float]:
     """One optimizer step of SFT; capacity: micro-batches of the largest batch."""
     batch = batching.pack(trajectories, self.config.train.row_tokens).batch
-    on_device = setup.to_device(batch, self.config.sft.micro_rows, capacity, self.mesh)
+    on_device = self._to_device(batch, self.config.sft.micro_rows, capacity)
     return self.update(on_device, batch.tokens.shape[0])
 
   def pack(self, trajectories: Sequence[Trajectory]) -> batching.Packed | None:
@@ -76,7 +76,7 @@ class Phase:
     most = self.conversations * self.algorithm.select.rows
     if self.algorithm.critic == "double":
       most += self.config.archer.batch
-    on_device = setup.to_device(batch, micro_rows, -(-most // micro_rows), self.mesh)
+    on_device = self._to_device(batch, micro_rows, -(-most // micro_rows))
     return self.programs[0](self.state, on_device, np.int32(-(-len(batch.tokens) // micro_rows)))
 
   def minibatches(
@@ -89,8 +89,9 @@ class Phase:
 
   def adapt_kl(self, kl: jax.Array, trajectories: int) -> None:
     """Moves the KL coefficient towards its target; a NaN would stay in it for good."""
+    c = self.config.loss
     if math.isfinite(kl):
-      kl_coef = algorithms.adapt_kl(self.state.kl_coef, kl, self.config.loss, trajectories)
+      kl_coef = algorithms.adapt_kl(self.state.kl_coef, kl, c.kl_target, c.kl_horizon, trajectories)
       self.state = self.state._replace(kl_coef=kl_coef)
 
   def update(self, batch: TokenBatch, rows: int) -> dict[str, float]:
@@ -117,11 +118,13 @@ class Phase:
     """Today's log-probs of the sampled tokens of a packed batch, float32 [R, T]."""
     rows, length = batch.tokens.shape
     micro_rows = self.config.train.micro_rows
-    capacity = -(-self.conversations // micro_rows)
-    on_device = setup.to_device(batch, micro_rows, capacity, self.mesh)
+    on_device = self._to_device(batch, micro_rows, -(-self.conversations // micro_rows))
     values = self._logprobs(self.variables(), on_device, np.int32(-(-rows // micro_rows)))
     return sharding.to_host(values).reshape(-1, length)[:rows]
 
   @functools.cached_property
   def _logprobs(self):
     return sharding.jit(functools.partial(update.action_logprobs, self.learner))
+
+  def _to_device(self, batch: TokenBatch, micro_rows: int, capacity: int) -> TokenBatch:
+    return setup.to_device(batch, micro_rows, capacity, self.mesh)

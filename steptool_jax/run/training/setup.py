@@ -92,20 +92,13 @@ def build_learner(
   """
   row, t = algorithms.get_algorithm(algorithm), config.train
   iterations = t.iterations if iterations is None else iterations
-  common = {"model": model_config, "algorithm": row}
-  common["hyperparameters"] = algorithms.resolve(row, config)
   if algorithm == "sft":
     # Without steps of its own, SFT runs through stored trajectories.
     optimizer = build_optimizer(config.sft.optimizer, config.sft.steps or iterations)
-    return update.Learner(**common, optimizer=optimizer)
-  updates = t.epochs * t.minibatches
-  return update.Learner(
-    **common,
-    optimizer=build_optimizer(t.optimizer, iterations * updates, t.critic_rate),
-    temperature=config.rollout.temperature,
-    fixed_behaviour=bool(config.data.path) and config.data.behaviour == "start",
-    critic_steps=config.archer.warmup * updates,
-  )
+  else:
+    steps = iterations * t.epochs * t.minibatches
+    optimizer = build_optimizer(t.optimizer, steps, t.critic_rate)
+  return update.Learner(model_config, row, algorithms.resolve(row, config), optimizer)
 
 
 def start_phase(config: Config, mesh: Mesh, learner: update.Learner, variables: dict) -> TrainState:
