@@ -53,3 +53,9 @@ def replacing(path: str | pathlib.Path, mode: str = "w", **arguments: Any) -> It
   except BaseException:
     os.unlink(temporary)
     raise
+
+
+def write_text(path: str | pathlib.Path, text: str, **arguments: Any) -> None:
+  """Puts a text file in the place of `path`, as `replacing` does."""
+  with replacing(path, **arguments) as file:
+    file.write(text)

@@ -1,6 +1,6 @@
 """python -m steptool_jax.main --config=FILE[:arg] --workdir=DIR [--mode=M] [--config.a.b=value]
 
-On several hosts the same command on each; see run/hosts/hosts.py and launch/.
+On several hosts the same command on each; see run/hosts/joining.py and launch/.
 """
 
 import importlib
@@ -14,11 +14,9 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from steptool_jax import validation
-from steptool_jax.run.hosts import hosts
+from steptool_jax.run.hosts import hosts, joining
 
-MODES = (
-  *("train", "evaluate", "annotate", "export", "bench", "serve", "report", "study", "compile"),
-)
+MODES = ("train", "evaluate", "annotate", "export", "bench", "serve", "report", "study", "compile")
 SEVERAL = ("train", "evaluate", "export")  # on several processes
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, FILE.py or FILE.py:arg.")
@@ -42,12 +40,8 @@ def main(argv: list[str]) -> None:
   logging.get_absl_logger().setLevel(logging.INFO)
   summary = _or_exit(_dispatch)
   if hosts.primary():
-    _show(summary)
-
-
-def _show(summary: dict[str, Any]) -> None:
-  for name, value in summary.items():
-    print(f"{name}: {value:.4g}" if isinstance(value, float) else f"{name}: {value}")
+    for name, value in summary.items():
+      print(f"{name}: {value:.4g}" if isinstance(value, float) else f"{name}: {value}")
 
 
 def _dispatch() -> dict[str, Any]:
@@ -57,7 +51,7 @@ def _dispatch() -> dict[str, Any]:
   options = {} if _TOPOLOGY.value is None else {"topology": _TOPOLOGY.value}
   workdir = pathlib.Path(_WORKDIR.value).absolute()
   workdir.mkdir(parents=True, exist_ok=True)
-  with hosts.joined(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value):
+  with joining.joined(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value):
     try:
       if hosts.peers().count > 1 and _MODE.value not in SEVERAL:
         raise ValueError(f"--mode={_MODE.value} runs in one process; start it without --processes")

@@ -19,7 +19,11 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
 # Files that take minutes come first, so that none of them is left over for one process in the end.
 LONG = (
-  *("test_multihost", "test_offline", "test_resume", "test_algorithm_runs", "test_export"),
+  "test_multihost",
+  "test_offline",
+  "test_resume",
+  "test_algorithm_runs",
+  "test_export",
   "test_devices",
 )
 

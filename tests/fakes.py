@@ -65,7 +65,7 @@ def padded(packed: batching.Packed, multiple: int) -> TokenBatch:
 
 
 def random_trajectory(rng, max_steps=4, status=None, prompt=5) -> Trajectory:
-  """Random ids, log-probs and fractional rewards; observations behind all steps but a final one."""
+  """Random ids, log-probs and fractional rewards; each step but a final one is observed."""
   if status is None:
     status = rng.choice([Status.ANSWERED, Status.STEP_BUDGET])
   count = int(rng.integers(1, max_steps + 1))
@@ -92,10 +92,8 @@ class ScriptedEngine:
   """What a real engine's slots would hold; a turn is what `policy(text of the slot)` says."""
 
   def __init__(self, chat_format, policy, slots=2, size=4000, chunk=7):
-    self.format, self.policy, self.slots, self.size, self.chunk = (
-      *(chat_format, policy),
-      *(slots, size, chunk),
-    )
+    self.format, self.policy = chat_format, policy
+    self.slots, self.size, self.chunk = slots, size, chunk
     self.seen = {n: [] for n in range(slots)}
     self.todo = {n: [] for n in range(slots)}
     self.turns = []  # (context, ids) of every turn

@@ -14,6 +14,7 @@ from typing import Any
 from steptool_jax.data import trajectories
 from steptool_jax.data.trajectories import AnnotatedTrajectory
 from steptool_jax.evaluation.analysis import Curve
+from steptool_jax.files import read_json
 
 AXES = {
   "llm_calls": "LLM calls (environment steps)",
@@ -92,10 +93,7 @@ def figures(run: Run) -> tuple[str, ...]:
 
 def _read_object(path: pathlib.Path, problems: list[str]) -> Mapping[str, Any]:
   try:
-    value = json.loads(path.read_text(encoding="utf-8"))
-    if isinstance(value, dict):
-      return value
-    problems.append(f"{path.name} holds no JSON object")
+    return read_json(path)
   except FileNotFoundError:
     problems.append(f"{path.name} is missing: the run has not ended, or is not one of training")
   except (OSError, ValueError) as error:

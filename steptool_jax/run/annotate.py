@@ -29,7 +29,7 @@ from steptool_jax.rewards.scores import apply
 from steptool_jax.run.parts import build, services
 from steptool_jax.run.parts.opening import Stop
 from steptool_jax.run.training.offline import files
-from steptool_jax.run.workdir import metrics_writer
+from steptool_jax.run.workdir import outputs
 from steptool_jax.toolbench import judging, rule_judge
 from steptool_jax.toolbench.formats import conversations, converted, judged
 from steptool_jax.types import Status, Trajectory
@@ -89,7 +89,7 @@ def run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
         "interrupted": False,
       }
       summary |= _means([record.trajectory for record in shaped]) | more
-  metrics_writer.write_summary(workdir, summary)
+  outputs.write_summary(workdir, summary)
   return summary
 
 

@@ -24,7 +24,7 @@ from steptool_jax.policy import lora, model
 from steptool_jax.rollout.demonstrations import demonstrate
 from steptool_jax.run.parts import opening
 from steptool_jax.run.training import setup
-from steptool_jax.run.workdir import metrics_writer
+from steptool_jax.run.workdir import outputs
 from steptool_jax.types import TRUNCATED, Finish, Status, Step, TokenBatch, Trajectory
 
 # The decoder that update and engine run.
@@ -54,8 +54,8 @@ def run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
   with jax.set_mesh(single):
     summary = {"mode": "bench", "device": jax.devices()[0].device_kind}
     summary |= _update(config) | _engine(config.bench.repeats)
-  summary |= {"padding_share": padding, "peak_rss_gib": metrics_writer.peak_rss_gib()}
-  metrics_writer.write_summary(workdir, summary)
+  summary |= {"padding_share": padding, "peak_rss_gib": outputs.peak_rss_gib()}
+  outputs.write_summary(workdir, summary)
   return summary
 
 

@@ -6,7 +6,6 @@ that the last study left behind ends before the next one begins.
 """
 
 import fcntl
-import json
 import os
 import pathlib
 import signal
@@ -18,6 +17,7 @@ import traceback
 from absl import logging
 
 from steptool_jax import validation
+from steptool_jax.files import read_json
 from steptool_jax.run import train
 
 
@@ -30,7 +30,7 @@ def main(folder: pathlib.Path, cores: list[int]) -> int:
   with (folder / "lock").open("w") as lock:
     fcntl.flock(lock, fcntl.LOCK_EX)
     try:
-      train.run(validation.validate(json.loads((folder / "cell_config.json").read_text())), folder)
+      train.run(validation.validate(read_json(folder / "cell_config.json")), folder)
     except Exception:
       (folder / "error.txt").write_text(traceback.format_exc())
       traceback.print_exc()

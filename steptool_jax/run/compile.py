@@ -27,7 +27,7 @@ from steptool_jax.run.cost import pricing, roofline
 from steptool_jax.run.cost.pricing import Program
 from steptool_jax.run.parts import build
 from steptool_jax.run.training import setup
-from steptool_jax.run.workdir import metrics_writer
+from steptool_jax.run.workdir import outputs
 from steptool_jax.types import TokenBatch, TrainState
 
 APPEND_TOKENS = 1024  # the chunk that append is compiled for, at most
@@ -52,7 +52,7 @@ def run(config: Config, workdir: pathlib.Path, topology: str) -> dict[str, Any]:
     for program in programs(config, policy, mesh):
       logging.info("compiling %s for %s", program.name, topology)
       reports[program.name] = pricing.report(program, chip, len(devices))
-      metrics_writer.write_summary(workdir, reports)
+      outputs.write_summary(workdir, reports)
   print(pricing.table(reports))
   misfits = [name for name, r in reports.items() if not r["fits"]]
   if misfits:

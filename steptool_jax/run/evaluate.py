@@ -12,7 +12,7 @@ from steptool_jax.config import Config
 from steptool_jax.run.evaluating import heldout
 from steptool_jax.run.parts import build, opening
 from steptool_jax.run.training import restore
-from steptool_jax.run.workdir import metrics_writer
+from steptool_jax.run.workdir import outputs
 from steptool_jax.toolbench.stored import stored_summary
 
 
@@ -23,7 +23,7 @@ def run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
     if not pathlib.Path(stored).is_dir():
       raise FileNotFoundError(f"config.evaluation.stored: there is no folder {stored}")
     summary = {"mode": "evaluate", "stored": stored} | stored_summary(stored)
-    metrics_writer.write_summary(workdir, summary)
+    outputs.write_summary(workdir, summary)
     return summary
   with opening.open_parts(config, workdir, opening.Stop()) as b:
     newest = restore.newest_variables(b)
@@ -35,5 +35,5 @@ def run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
       source = f"model: {config.model.path or 'random weights'}"
     logging.info("evaluating the %s", source)
     summary = {"mode": "evaluate", "source": source} | heldout.evaluate(b, variables)
-  metrics_writer.write_summary(workdir, summary)
+  outputs.write_summary(workdir, summary)
   return summary

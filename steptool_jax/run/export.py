@@ -10,7 +10,7 @@ from steptool_jax.run.hosts import hosts
 from steptool_jax.run.parts import opening
 from steptool_jax.run.parts.opening import Parts
 from steptool_jax.run.training import restore
-from steptool_jax.run.workdir import metrics_writer
+from steptool_jax.run.workdir import outputs
 
 
 def run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
@@ -26,9 +26,9 @@ def run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
     "directory": str(out),
     "phase": meta["phase"],
     "iterations": meta["done"],
-    "peak_rss_gib": metrics_writer.peak_rss_gib(),
+    "peak_rss_gib": outputs.peak_rss_gib(),
   }
-  metrics_writer.write_summary(workdir, summary)
+  outputs.write_summary(workdir, summary)
   return summary
 
 

@@ -9,7 +9,7 @@ import time
 from typing import Any
 
 from steptool_jax.config import Config
-from steptool_jax.evaluation.comparison import WAITING, Cell
+from steptool_jax.evaluation.comparison import WAITING
 from steptool_jax.run.studies import grid, pages
 
 
@@ -19,32 +19,13 @@ def run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
   FileNotFoundError for a folder that holds nothing of a run.
   """
   started = time.monotonic()
-  plan = grid.read_plan(workdir)
-  if plan is not None:
-    cells, notes = pages.read_cells(workdir, plan, config.report.trajectories)
-    title = f"Study {workdir.name}"
-  else:
-    if not any((workdir / name).exists() for name in _TRACES):
-      raise FileNotFoundError(
-        f"{workdir} holds no run (none of {', '.join(_TRACES)}); give --workdir of a run or a study"
-      )
-    cells, notes = [pages.single_cell(workdir)], []
-    title = _title(cells[0], workdir)
-  path = workdir / ("report.html" if plan is None else "results/report.html")
-  shown = pages.write(path, title, cells, config.report.trajectories, notes)
+  plan, most = grid.read_plan(workdir), config.report.trajectories
+  page = pages.write_study(workdir, plan, most) if plan else pages.write_run(workdir, most)
   return {
     "mode": "report",
-    "report": str(path),
-    "cells": len(cells),
-    "trajectories": shown,
-    "problems": sum(len(cell.run.problems) for cell in cells if cell.status != WAITING),
+    "report": str(page.path),
+    "cells": len(page.cells),
+    "trajectories": page.trajectories,
+    "problems": sum(len(cell.run.problems) for cell in page.cells if cell.status != WAITING),
     "seconds": time.monotonic() - started,
   }
-
-
-_TRACES = ("config.json", "summary.json", "metrics.jsonl", "moments", "trajectories.jsonl")
-
-
-def _title(cell: Cell, workdir: pathlib.Path) -> str:
-  parts = [cell.method, f"on {cell.environment}" if cell.environment else "", f"seed {cell.seed}"]
-  return f"{workdir.name}: {' '.join(part for part in parts if part)}"

@@ -9,7 +9,7 @@ from absl import logging
 from steptool_jax.config import Config
 from steptool_jax.run.parts import services
 from steptool_jax.run.parts.opening import Stop
-from steptool_jax.run.workdir import metrics_writer
+from steptool_jax.run.workdir import outputs
 from steptool_jax.toolbench.server import Server
 
 
@@ -25,12 +25,12 @@ def run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
   ):
     summary = {"mode": "serve", "url": f"http://{server.host}:{server.port}/virtual"}
     with Stop().listening() as stop:
-      metrics_writer.write_summary(workdir, summary | {"running": True})
+      outputs.write_summary(workdir, summary | {"running": True})
       logging.info("serving %s", summary["url"])
       while not stop():
         time.sleep(0.1)
     if not server.close():
       logging.warning("closed with requests still under way")
     summary |= {"running": False, "requests": server.requests} | answering.report()
-  metrics_writer.write_summary(workdir, summary)
+  outputs.write_summary(workdir, summary)
   return summary

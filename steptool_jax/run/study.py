@@ -25,11 +25,12 @@ from tqdm import tqdm
 from steptool_jax import validation
 from steptool_jax.config import Config
 from steptool_jax.evaluation.comparison import DONE, FAILED, STARTED, WAITING
+from steptool_jax.files import write_text
 from steptool_jax.run.parts import opening
 from steptool_jax.run.studies import grid, results
 from steptool_jax.run.studies.grid import Planned, State
 from steptool_jax.run.training import restore
-from steptool_jax.run.workdir import metrics_writer
+from steptool_jax.run.workdir import outputs
 
 _ENDED = (DONE, FAILED)
 COMMAND = (sys.executable, "-m", "steptool_jax.run.cell")
@@ -58,10 +59,10 @@ def run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
   for cell in chosen:
     _refuse_other_config(grid.folder(workdir, cell.name), configs[cell.name])
   grid.write_plan(workdir, cells)
-  metrics_writer.write_atomically(workdir / "config.json", validation.to_json(config))
+  write_text(workdir / "config.json", validation.to_json(config))
   for name, cell_config in configs.items():
     path = grid.folder(workdir, name) / "cell_config.json"
-    metrics_writer.write_atomically(path, validation.to_json(cell_config))
+    write_text(path, validation.to_json(cell_config))
   with opening.Stop().listening() as stop:
     _run_cells(config, workdir, chosen, slots, stop, started)
   return _finish(config, workdir, cells, chosen, time.monotonic() - started)
@@ -99,7 +100,7 @@ def _run_cells(
   stop: opening.Stop,
   started: float,
 ) -> None:
-  """Until all have ended, or until it is time to stop."""
+  """Runs the chosen cells until all have ended, or until it is time to stop."""
   waiting = [c for c in chosen if _state(workdir, c).status not in _ENDED]
   free, running = list(slots), []
   budget = config.study.hours * 3600
@@ -196,5 +197,5 @@ def _finish(
     "results": str(workdir / "results"),
     "table": found,
   }
-  metrics_writer.write_summary(workdir, summary)
+  outputs.write_summary(workdir, summary)
   return {key: value for key, value in summary.items() if key != "table"}

@@ -1,6 +1,8 @@
 """--mode=train: SFT warm-up on demonstrations, then RL with step rewards, on rollouts or, with
 data.path, on stored trajectories (run/training/offline.py).
 
+run/training/iteration.py is one iteration of RL, top to bottom; here are the phases around it.
+
 Run the same command again to go on: a checkpoint holds the state, and everything random follows
 from (seed, iteration), so a resumed run is bit-equal to one that was never stopped.
 """
@@ -11,40 +13,40 @@ import time
 from typing import Any
 
 from absl import logging
+from jax.sharding import Mesh
 from tqdm import tqdm
 
 from steptool_jax.config import Config
-from steptool_jax.evaluation.metrics import rollout_metrics
 from steptool_jax.learning import algorithms
 from steptool_jax.policy import sharding
-from steptool_jax.rewards import orchestra
 from steptool_jax.rollout.chain import Interrupted
-from steptool_jax.rollout.conversation import NonFiniteLogprobs
 from steptool_jax.run import export
 from steptool_jax.run.hosts import hosts, maintenance
 from steptool_jax.run.parts import build, opening, rollouts
 from steptool_jax.run.parts.opening import Parts
-from steptool_jax.run.training import offline, progress, record, replay, restore
-from steptool_jax.run.training.demonstrations import Demonstrations
-from steptool_jax.run.training.order import jobs
+from steptool_jax.run.training import iteration, offline, record, replay, restore
 from steptool_jax.run.training.phase import Phase
-from steptool_jax.run.training.progress import Progress
-from steptool_jax.run.workdir import metrics_writer
+from steptool_jax.run.training.progress import Progress, plot, shown, summarise
+from steptool_jax.run.training.sft_batches import SftBatches
 from steptool_jax.run.workdir.checkpoint import Checkpoints
-from steptool_jax.types import Status, TrainState
+from steptool_jax.run.workdir.outputs import MetricsWriter
+from steptool_jax.types import TrainState
 
 # Fields that may change between a start and a resume: they do not change what was learnt so far.
 MAY_CHANGE = (
-  *(
-    "evaluation.",
-    "record.",
-    "checkpoint.",
-    "compilation_cache",
-    "train.export",
-    "bench.",
-    "mesh.",
-  ),
-  *("simulator.", "judge.endpoint.", "serve.", "annotate.", "report.", "study."),
+  "evaluation.",
+  "record.",
+  "checkpoint.",
+  "compilation_cache",
+  "train.export",
+  "bench.",
+  "mesh.",
+  "simulator.",
+  "judge.endpoint.",
+  "serve.",
+  "annotate.",
+  "report.",
+  "study.",
 )
 
 
@@ -63,298 +65,245 @@ def run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
   if r.strategy != "chain":
     raise ValueError(
       f"config.rollout.strategy: {r.strategy!r} is for --mode=evaluate; its siblings are sampled "
-      "behind prompts that a trajectory does not hold, so RL trains on 'chain'"
+      "after prompts that a trajectory does not hold, so RL trains on 'chain'"
     )
   restore.refuse_other_config(config, workdir, MAY_CHANGE)
   c = config.checkpoint
   with (
     opening.Stop().listening() as stop,
     maintenance.watched(stop.request),
-    opening.open_parts(config, workdir, stop) as b,
+    opening.open_parts(config, workdir, stop) as parts,
     Checkpoints(workdir, c.keep, c.keep_best) as checkpoints,
   ):
-    return _Trainer(b, checkpoints).run()
+    return _train(Run(parts, checkpoints))
 
 
-class _Trainer:
-  """The run's moving parts: phases, progress, clock. What learns is run/training/phase.py's."""
+class Run:
+  """What a training run works with, how far it is, and where that is written down."""
 
   def __init__(self, parts: Parts, checkpoints: Checkpoints):
-    self.parts, self.config, self.checkpoints = parts, parts.config, checkpoints
-    self.started = time.monotonic()
-    self.progress = Progress()
-    self.algorithm = algorithms.get_algorithm(self.config.algorithm)
+    """Goes on from the newest whole checkpoint, or starts anew.
+
+    ValueError for input that does not fit; only then is the workdir bound to this config.
+    """
+    config = parts.config
+    self.parts, self.config, self.checkpoints = parts, config, checkpoints
+    self.algorithm = algorithms.get_algorithm(config.algorithm)
+    started = time.monotonic()
     self.data: offline.Data | None = None  # stored trajectories in the place of rollouts
-    if self.config.data.path:
-      self.data = offline.load(self.config, parts.policy.chat_format, parts.policy.model)
-    self.conversations, self.iterations = self._sizes()
+    self.most = config.rollout.tasks * config.rollout.samples  # conversations of an iteration
+    self.iterations = config.train.iterations  # of RL, or of any training on stored data
+    if config.data.path:
+      self.data = offline.load(config, parts.policy.chat_format, parts.policy.model)
+      self.most = self.data.most
+      self.iterations = config.data.passes * self.data.batches_per_pass
+    check_rows(config, parts.mesh)
     self.recorder = record.Recorder(
-      self.config,
-      parts.workdir,
-      parts.policy.chat_format.codec,
-      parts.environment,
-      self.iterations,
+      config, parts.workdir, parts.policy.chat_format.codec, parts.environment, self.iterations
     )
+    self.phase = self._restored_phase()
+    self.progress = self.phase.progress
+    self._began = started - self.progress.seconds
+    restore.claim(config, parts.workdir)
+    self.writer = MetricsWriter(parts.workdir, self.progress.records, self.number)
 
-  def _sizes(self) -> tuple[int, int]:
-    """(most conversations of an iteration, iterations of RL or of any training on stored data)."""
-    if self.data is not None:
-      return self.data.most, self.config.data.passes * self.data.batches_per_pass
-    r = self.config.rollout
-    return r.tasks * r.samples, self.config.train.iterations
-
-  # --- phases ---
-
-  def run(self) -> dict[str, Any]:
-    self._enter()
-    self.before = self.progress.seconds
-    # Only now: a start that fails on its input must not bind the folder to that input.
-    restore.claim(self.config, self.parts.workdir)
-    self.writer = metrics_writer.MetricsWriter(
-      self.parts.workdir, self.progress.records, self._number()
-    )
-    try:
-      if self.progress.phase == "sft":
-        if "pass_rate_base" not in self.progress.results:
-          self._evaluate("pass_rate_base", "before training")
-        self._sft()
-        self._evaluate("pass_rate_sft", "after SFT")
-        if self.algorithm.rewards != "none":
-          self._to_rl()
-      if self.progress.phase == "rl":
-        self._rl()
-        self._evaluate("pass_rate_rl", "after RL")
-      if self.config.evaluation.greedy and self.config.evaluation.temperature:
-        self._evaluate("pass_rate_greedy", "at the end, greedily", temperature=0.0)
-      return self._finish()
-    except Interrupted:
-      self._save()
-      self.checkpoints.wait()
-      logging.warning("stopped on request; saved. Run the same command to go on.")
-      return self._summary(interrupted=True)
-    finally:
-      self.writer.close()
-
-  def _enter(self) -> None:
-    """State and progress: fresh, or of the newest whole checkpoint."""
-    for name, rows in (
-      ("sft.micro_rows", self.config.sft.micro_rows),
-      ("train.micro_rows", self.config.train.micro_rows),
-    ):
-      sharding.check_rows(name, rows, self.parts.mesh)
-
+  def _restored_phase(self) -> Phase:
     def abstract_of(meta: dict[str, Any]) -> TrainState:
-      self.progress = Progress(**meta)
-      self._set_learning()
-      return self.learning.abstract_state()
+      nonlocal phase
+      phase = self.new_phase(Progress(**meta))
+      return phase.abstract_state()
 
+    phase: Phase | None = None
     found = self.checkpoints.newest(abstract_of)
-    if found is not None:
-      self.learning.state = found.state
-      self.learning.past = replay.from_documents(found.replay)
-      logging.info("resuming: %s, iteration %d", self.progress.phase, self.progress.done)
-      return
-    self._set_learning()
-    self.learning.start(build.initial_variables(self.config, self.parts.policy, self.parts.mesh))
+    if found is None:
+      phase = self.new_phase(Progress())
+      phase.start(build.initial_variables(self.config, self.parts.policy, self.parts.mesh))
+    else:
+      phase.state, phase.past = found.state, replay.from_documents(found.replay)
+      logging.info("resuming: %s, iteration %d", phase.progress.phase, phase.progress.done)
+    return phase
 
-  def _set_learning(self) -> None:
-    """Of the phase that `progress` is in."""
-    self.learning = Phase(
-      self.config,
-      self.parts.policy,
-      self.parts.mesh,
-      self.recorder,
-      self.progress,
-      self.iterations,
-      self.conversations,
-    )
+  def new_phase(self, progress: Progress) -> Phase:
+    """What learns in progress.phase; without a state yet."""
+    policy, mesh = self.parts.policy, self.parts.mesh
+    return Phase(self.config, policy, mesh, progress, self.iterations, self.most)
 
-  def _sft(self) -> None:
-    stored = self.data if self.algorithm.rewards == "none" else None
-    steps = self.config.sft.steps if stored is None else self.iterations
-    if not steps:
-      return
-    source = Demonstrations(self.parts) if stored is None else stored
-    size = self.config.sft.batch if stored is None else stored.size
-    capacity = -(-size // self.config.sft.micro_rows)
-    with self._bar(steps, "SFT") as bar:
-      while self.progress.done < steps:
-        self._check_stop()
-        metrics = self.learning.imitate(source.batch(self.progress.done), capacity)
-        self._advance()
-        self.writer.write(self._number(), "sft", metrics)
-        bar.update()
-        bar.set_postfix_str(f"loss {metrics['loss']:.3f}", refresh=False)
-        every = self.config.sft.checkpoint_every
-        if (every and self.progress.done % every == 0) or self.progress.done == steps:
-          self._save()
-    if stored is None:
-      source.report()
-
-  def _to_rl(self) -> None:
-    variables = build.fold_adapters(
-      self.config, self.parts.policy, self.parts.mesh, self.learning.variables()
-    )
-    self.progress.phase, self.progress.done = "rl", 0
-    self._set_learning()
-    self.learning.start(variables)
-    self._save()
-
-  def _rl(self) -> None:
-    if self.data is not None:
-      self._fill_behaviour()
-    with self._bar(self.iterations, self.config.algorithm) as bar:
-      while self.progress.done < self.iterations:
-        self._evaluate_between()
-        self._check_stop()
-        started = time.monotonic()
-        figures = self._iteration() if self.data is None else self._offline_iteration()
-        self.progress.rl_seconds += time.monotonic() - started
-        self._advance()
-        self.writer.write(self._number(), "train", figures | self.progress.spent())
-        bar.update()
-        bar.set_postfix_str(progress.shown(figures), refresh=False)
-        done = self.progress.done
-        if done % self.config.checkpoint.every == 0 or done == self.iterations:
-          self._save()
-    if self.iterations and not self.progress.learnt and not self.progress.skipped:
-      raise RuntimeError(
-        f"algorithm {self.config.algorithm!r} learns from {self.algorithm.select.needs}, and none "
-        f"of {self.iterations} iterations had one: raise rollout.samples, rollout.tasks or "
-        "sft.steps, loosen rewards.filters, or use algorithm 'steptool', which learns from every "
-        "trajectory"
-      )
-
-  def _evaluate_between(self) -> None:
-    """Held-out figures every few iterations; behind the checkpoint, so that a resume makes up for
-    an evaluation that was cut off."""
-    done, every = self.progress.done, self.config.evaluation.every
-    if every and done % every == 0 and done > self.progress.evaluated:
-      self._evaluate("", f"iteration {done}", self.config.evaluation.curve_tasks)
-      self.progress.evaluated = done
-
-  # --- one RL iteration ---
-
-  def _iteration(self) -> dict[str, float]:
-    started = time.monotonic()
-    try:
-      trajectories, stats = rollouts.collect(
-        self.parts,
-        self.learning.variables(),
-        jobs(self.config, self.parts.environment.tasks("train"), self.progress.done),
-        self.progress.done,
-        self.config.rollout.temperature,
-        "rollout",
-      )
-    except NonFiniteLogprobs as error:
-      self.learning.count_skipped(True, str(error))
-      return {"skipped": 1.0}
-    figures = rollout_metrics(trajectories)
-    usable = [t for t in trajectories if t.steps and t.status is not Status.INFRASTRUCTURE_ERROR]
-    if not usable:
-      raise RuntimeError(
-        "no conversation of this iteration can be trained on: all ended in infrastructure errors "
-        "or before the first call; look at the tools and at rollout.max_tokens"
-      )
-    f = self.config.rewards.filters
-    filters = orchestra.Filters(f.min_deviation, f.malformed, f.unfinished)
-    kept, dropped = orchestra.keep(usable, filters)
-    figures |= dropped
-    update_started = time.monotonic()
-    figures |= self.learning.learn(kept)
-    now = time.monotonic()
-    tokens = sum(t.num_tokens for t in kept)
-    self.progress.count(trajectories, tokens)
-    self.progress.train_curve.append((self.progress.conversations, figures["pass_rate"]))
-    return figures | progress.shares(stats, now - update_started, now - started, tokens)
-
-  def _offline_iteration(self) -> dict[str, float]:
-    started = time.monotonic()
-    trajectories = self.data.batch(self.progress.done)
-    figures = rollout_metrics(trajectories) | self.learning.learn(trajectories)
-    tokens = sum(t.num_tokens for t in trajectories)
-    self.progress.count(trajectories, tokens)
-    return figures | {"tokens_per_second": tokens / (time.monotonic() - started)}
-
-  def _fill_behaviour(self) -> None:
-    """Old log-probs of the data: of the present policy before its first update, else as kept."""
-    if self.progress.done:
-      self.data = offline.restore_behaviour(self.data, self.parts.workdir)
-      return
-    self.data = offline.with_behaviour(
-      self.data, self.config.train.row_tokens, self.learning.logprobs, self.parts.workdir
-    )
-
-  # --- book-keeping ---
-
-  def _bar(self, total: int, label: str) -> tqdm:
-    return hosts.bar(total=total, initial=self.progress.done, desc=label)
-
-  def _number(self) -> int:
+  @property
+  def number(self) -> int:
     """Iterations of both phases so far: the step of a metrics record."""
     return self.progress.done + (self.config.sft.steps if self.progress.phase == "rl" else 0)
 
-  def _advance(self) -> None:
-    self.progress.done += 1
+  @property
+  def checkpoint_number(self) -> int:
+    return self.number + (1 if self.progress.phase == "rl" else 0)
 
-  def _check_stop(self) -> None:
+  def bar(self, total: int, label: str) -> tqdm:
+    return hosts.bar(total=total, initial=self.progress.done, desc=label)
+
+  def check_stop(self) -> None:
+    """Raises Interrupted, in all processes at the same point, where one is asked to stop."""
     if any(hosts.gather(self.parts.stop())):
       raise Interrupted
 
-  def _save(self) -> None:
+  def save(self) -> None:
     self._clock()
     self.progress.records = self.writer.records
-    past = replay.to_documents(self.learning.past)
+    past = replay.to_documents(self.phase.past)
     self.checkpoints.save(
-      self._checkpoint_number(), self.learning.state, dataclasses.asdict(self.progress), past
+      self.checkpoint_number, self.phase.state, dataclasses.asdict(self.progress), past
     )
 
-  def _checkpoint_number(self) -> int:
-    return self._number() + (1 if self.progress.phase == "rl" else 0)
-
-  def _clock(self) -> float:
-    self.progress.seconds = self.before + time.monotonic() - self.started
-    return self.progress.seconds
-
-  def _evaluate(
-    self, name: str, label: str, num_tasks: int = 0, temperature: float | None = None
-  ) -> None:
-    """Held-out figures; a name puts the pass rate into the results.
-
-    temperature: None for that of the config; another one's pass rate is no part of the curve.
-    """
-    e = self.config.evaluation
-    if not e.tasks:
-      return
-    figures, trajectories = rollouts.evaluate_policy(
-      self.parts,
-      self.learning.variables(),
-      num_tasks or e.tasks,
-      label,
-      e.temperature if temperature is None else temperature,
-    )
-    if name:
-      self.recorder.heldout(name.removeprefix("pass_rate_"), trajectories)
-    if temperature is not None:
-      self.progress.results[name] = figures["pass_rate"]
-      return
-    self.writer.write(self._number(), "heldout", figures | self.progress.spent())
-    self.checkpoints.score(self._checkpoint_number(), figures["pass_rate"])
-    figure = f"{label}: held-out pass rate {figures['pass_rate']:.1%}"
-    hosts.say(self.parts.services.beside(figure))
-    if name:
-      self.progress.results[name] = figures["pass_rate"]
-    if self.progress.phase == "rl" or name == "pass_rate_sft":
-      self.progress.heldout_curve.append((self.progress.conversations, figures["pass_rate"]))
-
-  def _finish(self) -> dict[str, Any]:
-    if self.config.train.export:
-      folded = self.progress.phase == "rl" and self.config.sft.steps > 0
-      export.write(self.parts, self.learning.variables(), folded)
-    if hosts.primary() and (self.progress.train_curve or self.progress.heldout_curve):
-      progress.plot(self.config, self.parts.workdir, self.progress)
-    return self._summary(interrupted=False)
-
-  def _summary(self, interrupted: bool) -> dict[str, Any]:
+  def summary(self, interrupted: bool) -> dict[str, Any]:
+    """Writes summary.json and returns it."""
     self._clock()
-    return progress.summarise(self.parts, self.progress, self.data, interrupted)
+    return summarise(self.parts, self.progress, self.data, interrupted)
+
+  def _clock(self) -> None:
+    self.progress.seconds = time.monotonic() - self._began
+
+
+def check_rows(config: Config, mesh: Mesh) -> None:
+  """ValueError for micro-batches that the mesh cannot share out."""
+  sharding.check_rows("sft.micro_rows", config.sft.micro_rows, mesh)
+  sharding.check_rows("train.micro_rows", config.train.micro_rows, mesh)
+
+
+def _train(run: Run) -> dict[str, Any]:
+  """The phases, from wherever the run is; each ends with held-out figures."""
+  try:
+    if run.progress.phase == "sft":
+      if "pass_rate_base" not in run.progress.results:
+        _evaluate(run, "pass_rate_base", "before training")
+      warm_up(run)
+      _evaluate(run, "pass_rate_sft", "after SFT")
+      if run.algorithm.rewards != "none":
+        enter_rl(run)
+    if run.progress.phase == "rl":
+      _reinforce(run)
+      _evaluate(run, "pass_rate_rl", "after RL")
+    if run.config.evaluation.greedy and run.config.evaluation.temperature:
+      _evaluate(run, "pass_rate_greedy", "at the end, greedily", temperature=0.0)
+    if run.config.train.export:
+      folded = run.progress.phase == "rl" and run.config.sft.steps > 0
+      export.write(run.parts, run.phase.variables(), folded)
+    if hosts.primary() and (run.progress.train_curve or run.progress.heldout_curve):
+      plot(run.config, run.parts.workdir, run.progress)
+    return run.summary(interrupted=False)
+  except Interrupted:
+    run.save()
+    run.checkpoints.wait()
+    logging.warning("stopped on request; saved. Run the same command to go on.")
+    return run.summary(interrupted=True)
+  finally:
+    run.writer.close()
+
+
+def warm_up(run: Run) -> None:
+  """SFT, on demonstrations; of an algorithm that only imitates, on stored trajectories."""
+  config = run.config
+  stored = run.data if run.algorithm.rewards == "none" else None
+  steps = config.sft.steps if stored is None else run.iterations
+  if not steps:
+    return
+  source = SftBatches(run.parts) if stored is None else stored
+  size = config.sft.batch if stored is None else stored.size
+  capacity = -(-size // config.sft.micro_rows)
+  with run.bar(steps, "SFT") as bar:
+    while run.progress.done < steps:
+      run.check_stop()
+      metrics = run.phase.imitate(source.batch(run.progress.done), capacity)
+      run.progress.done += 1
+      run.writer.write(run.number, "sft", metrics)
+      bar.update()
+      bar.set_postfix_str(f"loss {metrics['loss']:.3f}", refresh=False)
+      every = config.sft.checkpoint_every
+      if (every and run.progress.done % every == 0) or run.progress.done == steps:
+        run.save()
+  if stored is None:
+    source.report()
+
+
+def enter_rl(run: Run) -> None:
+  """RL starts from the policy after SFT, with adapters of its own."""
+  parts = run.parts
+  variables = build.fold_adapters(run.config, parts.policy, parts.mesh, run.phase.variables())
+  run.progress.phase, run.progress.done = "rl", 0
+  run.phase = run.new_phase(run.progress)
+  run.phase.start(variables)
+  run.save()
+
+
+def _reinforce(run: Run) -> None:
+  """RL: an iteration, its record, a checkpoint every few of them."""
+  if run.data is not None:
+    _fill_behaviour(run)
+  with run.bar(run.iterations, run.config.algorithm) as bar:
+    while run.progress.done < run.iterations:
+      _evaluate_between(run)
+      run.check_stop()
+      started = time.monotonic()
+      figures = iteration.run_iteration(run.parts, run.phase, run.recorder, run.data)
+      run.progress.rl_seconds += time.monotonic() - started
+      run.progress.done += 1
+      run.writer.write(run.number, "train", figures | run.progress.spent())
+      bar.update()
+      bar.set_postfix_str(shown(figures), refresh=False)
+      done = run.progress.done
+      if done % run.config.checkpoint.every == 0 or done == run.iterations:
+        run.save()
+  if run.iterations and not run.progress.learnt and not run.progress.skipped:
+    raise RuntimeError(
+      f"algorithm {run.config.algorithm!r} learns from {run.algorithm.select.needs}, and none "
+      f"of {run.iterations} iterations had one: raise rollout.samples, rollout.tasks or "
+      "sft.steps, loosen rewards.filters, or use algorithm 'steptool', which learns from every "
+      "trajectory"
+    )
+
+
+def _fill_behaviour(run: Run) -> None:
+  """Old log-probs of the data: of the present policy before its first update, else as kept."""
+  if run.progress.done:
+    run.data = offline.restore_behaviour(run.data, run.parts.workdir)
+  else:
+    run.data = offline.with_behaviour(
+      run.data, run.config.train.row_tokens, run.phase.logprobs, run.parts.workdir
+    )
+
+
+def _evaluate_between(run: Run) -> None:
+  """Held-out figures every few iterations; after the checkpoint, so that a resume makes up for
+  an evaluation that was cut off."""
+  done, every = run.progress.done, run.config.evaluation.every
+  if every and done % every == 0 and done > run.progress.evaluated:
+    _evaluate(run, "", f"iteration {done}", run.config.evaluation.curve_tasks)
+    run.progress.evaluated = done
+
+
+def _evaluate(
+  run: Run, name: str, label: str, num_tasks: int = 0, temperature: float | None = None
+) -> None:
+  """Held-out figures; a name puts the pass rate into the results.
+
+  temperature: None for that of the config; another one's pass rate is no part of the curve.
+  """
+  e = run.config.evaluation
+  if not e.tasks:
+    return
+  figures, trajectories = rollouts.evaluate_policy(
+    run.parts,
+    run.phase.variables(),
+    num_tasks or e.tasks,
+    label,
+    e.temperature if temperature is None else temperature,
+  )
+  pass_rate = figures["pass_rate"]
+  if name:
+    run.recorder.heldout(name.removeprefix("pass_rate_"), trajectories)
+  if temperature is None:
+    run.writer.write(run.number, "heldout", figures | run.progress.spent())
+    run.checkpoints.score(run.checkpoint_number, pass_rate)
+    hosts.say(run.parts.services.beside(f"{label}: held-out pass rate {pass_rate:.1%}"))
+    if run.progress.phase == "rl" or name == "pass_rate_sft":
+      run.progress.heldout_curve.append((run.progress.conversations, pass_rate))
+  if name:
+    run.progress.results[name] = pass_rate

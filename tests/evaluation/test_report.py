@@ -324,6 +324,6 @@ def test_a_folder_without_a_run_is_refused(tmp_path):
 
 def test_what_is_left_out_is_said(tmp_path):
   folder = workdir(tmp_path / "run", moments())
-  cells = [pages.single_cell(folder)]
-  assert pages.write(tmp_path / "page.html", "x", cells, 4) == 4  # one of each moment
-  assert "4 of 8 trajectories are left out" in (tmp_path / "page.html").read_text()
+  page = pages.write_run(folder, 4)
+  assert page.trajectories == 4, "one of each moment"
+  assert "4 of 8 trajectories are left out" in page.path.read_text()

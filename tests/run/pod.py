@@ -50,7 +50,9 @@ class Pod:
     commands = [
       [
         *tiny.command(workdir, *flags, config=f"{tiny.ROOT}/tests/run/tiny.py:calls")[2:],
-        *(f"--coordinator={where}", f"--processes={len(each)}", f"--process={n}"),
+        f"--coordinator={where}",
+        f"--processes={len(each)}",
+        f"--process={n}",
         *own,
       ]
       for n, own in enumerate(each)
@@ -130,9 +132,9 @@ def _run(argv, log) -> None:
 
 
 def _exchange(coordinator, count, index, failing) -> None:
-  from steptool_jax.run.hosts import hosts
+  from steptool_jax.run.hosts import hosts, joining
 
-  with hosts.joined(coordinator, int(count), int(index)):
+  with joining.joined(coordinator, int(count), int(index)):
     for number in range(2000):
       hosts.gather(number)
       print("exchanged", number, flush=True)
@@ -148,16 +150,16 @@ def _main(argv) -> None:
   from steptool_jax.run.hosts import hosts
   from steptool_jax.run.parts import rollouts
 
-  collect = rollouts.collect
+  reward = rollouts.reward
 
   def recording(parts, *args):
-    trajectories, stats = collect(parts, *args)
+    trajectories = reward(parts, *args)
     name = f"rolled_{hosts.peers().index}.jsonl"
     with pathlib.Path(parts.workdir, name).open("a") as file:
       file.writelines(dump(AnnotatedTrajectory(t)) + "\n" for t in trajectories)
-    return trajectories, stats
+    return trajectories
 
-  rollouts.collect = recording
+  rollouts.reward = recording
   sys.argv = argv
   main.run()
 

@@ -5,12 +5,12 @@ import dataclasses
 import numpy as np
 import pytest
 import tiny
-from test_resume import crash_and_go_on, saved
+from resuming import crash_and_go_on, saved
 
 from steptool_jax.learning import algorithms
 from steptool_jax.run import train
 from steptool_jax.run.parts import rollouts
-from steptool_jax.run.workdir.metrics_writer import read_jsonl
+from steptool_jax.run.workdir.outputs import read_jsonl
 
 SHORT = {
   "sft__steps": 0,
@@ -27,13 +27,12 @@ SHORT = {
 @pytest.fixture
 def some_solved(monkeypatch):
   """Random weights solve nothing: every first sample is called solved, and paid."""
-  collect = rollouts.collect
+  reward = rollouts.reward
 
-  def paid(*args, **kwargs):
-    trajectories, stats = collect(*args, **kwargs)
-    return [with_outcome(t, float(t.sample == 0)) for t in trajectories], stats
+  def paid(*args):
+    return [with_outcome(t, float(t.sample == 0)) for t in reward(*args)]
 
-  monkeypatch.setattr(rollouts, "collect", paid)
+  monkeypatch.setattr(rollouts, "reward", paid)
 
 
 def with_outcome(trajectory, solved):
@@ -87,14 +86,13 @@ def test_archer_resumes_bit_equal_with_its_replay(some_solved, tmp_path, compile
 def test_iterations_without_a_pair_are_skipped_and_a_run_without_any_is_an_error(
   tmp_path, compiled, monkeypatch
 ):
-  collect, calls = rollouts.collect, []
+  reward, calls = rollouts.reward, []
 
-  def second_only(*args, **kwargs):
-    trajectories, stats = collect(*args, **kwargs)
+  def second_only(*args):
     calls.append(1)
-    return [with_outcome(t, float(len(calls) == 2 and t.sample == 0)) for t in trajectories], stats
+    return [with_outcome(t, float(len(calls) == 2 and t.sample == 0)) for t in reward(*args)]
 
-  monkeypatch.setattr(rollouts, "collect", second_only)
+  monkeypatch.setattr(rollouts, "reward", second_only)
   train.run(make("eto", compiled), tmp_path / "one")
   records = read_jsonl(tmp_path / "one" / "metrics.jsonl")
   assert [r["train/nothing_to_learn"] for r in records] == [1.0, 0.0]
@@ -108,24 +106,15 @@ def test_iterations_without_a_pair_are_skipped_and_a_run_without_any_is_an_error
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
-    (
-      {"algorithm": "grpo", "rollout__samples": 1},
-      r"samples: 1.*'grpo'.*'reinforce'",
-    ),
-    (
-      {"algorithm": "rloo", "rollout__samples": 1},
-      r"samples: 1.*'rloo'.*'reinforce'",
-    ),
+    ({"algorithm": "grpo", "rollout__samples": 1}, r"samples: 1.*'grpo'.*'reinforce'"),
+    ({"algorithm": "rloo", "rollout__samples": 1}, r"samples: 1.*'rloo'.*'reinforce'"),
     ({"algorithm": "gigpo", "rollout__samples": 1}, r"samples: 1.*'reinforce'"),
     ({"algorithm": "grpo_step", "rollout__samples": 1}, r"samples: 1.*'steptool'"),
     ({"algorithm": "eto", "rollout__samples": 1}, r"samples: 1.*'rft'"),
     ({"algorithm": "eto", "train__micro_rows": 3}, r"micro_rows: 3.*pairs of rows; use 4"),
     ({"algorithm": "eto", "loss__kl": "reward"}, r"loss\.kl: 'reward'.*leave it empty"),
     ({"algorithm": "grpo", "advantage__level": "step"}, r"advantage\.level: 'step'.*no GAE"),
-    (
-      {"algorithm": "archer", "archer__replay": 50},
-      r"archer\.replay: keeps 50.*96",
-    ),
+    ({"algorithm": "archer", "archer__replay": 50}, r"archer\.replay: keeps 50.*96"),
     ({"algorithm": "archer", "archer__tau": 0.0}, r"archer\.tau: must be above 0"),
     ({"dpo__beta": 0.0}, r"dpo\.beta: must be above 0"),
   ],

@@ -8,6 +8,7 @@ import resource
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from steptool_jax.run.hosts import hosts
@@ -132,11 +133,11 @@ def test_the_one_before_takes_the_place_of_a_corrupt_one(tmp_path, damage, caplo
 def test_what_is_the_machines_fault_is_no_damage(tmp_path, monkeypatch, error):
   write(tmp_path, 1, 2)
 
-  def fail(directory):
+  def fail(self, directory):
     raise error
 
   with monkeypatch.context() as patched:
-    patched.setattr(checkpoint, "_read_json", fail)
+    patched.setattr(ocp.JsonCheckpointHandler, "restore", fail)
     with pytest.raises(type(error)):
       Checkpoints(tmp_path, 9).newest(abstract_of)
   assert checkpoint.numbers(tmp_path) == [2, 1]
@@ -176,7 +177,7 @@ def test_a_full_disk_keeps_the_old_one_and_says_so(tmp_path):
 def test_nobody_waits_for_the_part_of_a_process_that_is_gone(tmp_path, monkeypatch):
   checkpoints, closed = Checkpoints(tmp_path, 1), []
   monkeypatch.setattr(checkpoints, "close", lambda: closed.append(True))
-  monkeypatch.setattr(hosts, "_peers", type("Two", (), {"index": 0, "count": 2}))
+  monkeypatch.setattr(hosts, "peers", lambda: hosts.Joined(0, 2))
   for error, expected in (
     (RuntimeError("Gloo AllGather failed: Connection closed by peer"), 0),
     (TimeoutError("Timed out while waiting for async_commit_complete barrier."), 0),
@@ -191,9 +192,9 @@ def test_fingerprints_do_not_depend_on_the_layout_and_see_order():
   x = jnp.asarray(np.random.default_rng(0).normal(size=(8, 6)), jnp.float32)
   bits = np.asarray(x).view(np.uint32).astype(np.uint64).ravel()
   expected = int((bits * (2 * np.arange(48, dtype=np.uint64) + 1)).sum() % 2**32)
-  assert checkpoint._fingerprints({"x": x}) == [expected]
-  assert checkpoint._fingerprints({"x": x[::-1]}) != [expected]
-  assert checkpoint._fingerprints({"x": x.at[3, 3].set(np.nextafter(x[3, 3], 9))}) != [expected]
+  assert checkpoint.fingerprints({"x": x}) == [expected]
+  assert checkpoint.fingerprints({"x": x[::-1]}) != [expected]
+  assert checkpoint.fingerprints({"x": x.at[3, 3].set(np.nextafter(x[3, 3], 9))}) != [expected]
 
 
 def test_scores_are_a_small_json_file(tmp_path):

@@ -20,42 +20,39 @@ def test_eight_devices_equal_one(kind, compiled):
 
 
 def _run(config, workdir, mesh):
-  """(parameters and moments after each phase, sampled ids, trainer) of one SFT step and one RL
+  """(parameters and moments after each phase, sampled ids, state, cache) of one SFT step and one RL
   iteration."""
   import jax
 
   from steptool_jax.run import train
   from steptool_jax.run.parts import build, opening, rollouts
+  from steptool_jax.run.training import iteration
   from steptool_jax.run.workdir.checkpoint import Checkpoints
-  from steptool_jax.run.workdir.metrics_writer import MetricsWriter
 
   build.build_mesh = lambda config: mesh
-  collect, sampled = rollouts.collect, []
+  reward, sampled = rollouts.reward, []
 
-  def recording(*args, **kwargs):
-    trajectories, stats = collect(*args, **kwargs)
+  def recording(parts, tasks, trajectories, scheme="steptool"):
     sampled.extend(step.tokens for t in trajectories for step in t.steps)
-    return [_paid(t) for t in trajectories], stats
+    return [_paid(t) for t in reward(parts, tasks, trajectories, scheme)]
 
-  rollouts.collect = recording
+  rollouts.reward = recording
   workdir.mkdir()
   try:
     with opening.open_parts(config, workdir, opening.Stop()) as parts:
-      trainer = train._Trainer(parts, Checkpoints(workdir, 1))
-      trainer.writer, trainer.before = MetricsWriter(workdir), 0.0
-      trainer._enter()
-      trainer._sft()
-      after_sft = jax.device_get(trainer.learning.state.trainable)
-      trainer._to_rl()
-      before_rl = jax.device_get(trainer.learning.state.trainable)
-      trainer._iteration()
-      trainer.checkpoints.close()
-      trainer.writer.close()
+      run = train.Run(parts, Checkpoints(workdir, 1))
+      train.warm_up(run)
+      after_sft = jax.device_get(run.phase.state.trainable)
+      train.enter_rl(run)
+      before_rl = jax.device_get(run.phase.state.trainable)
+      iteration.run_iteration(parts, run.phase, run.recorder)
+      run.checkpoints.close()
+      run.writer.close()
       cache = parts.engine.init().cache
-      after_rl = jax.device_get(trainer.learning.state.trainable)
-      return after_sft, before_rl, after_rl, sampled, trainer.learning.state, cache
+      after_rl = jax.device_get(run.phase.state.trainable)
+      return after_sft, before_rl, after_rl, sampled, run.phase.state, cache
   finally:
-    rollouts.collect = collect
+    rollouts.reward = reward
 
 
 def _paid(trajectory):

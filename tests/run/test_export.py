@@ -181,10 +181,7 @@ def test_export_and_evaluate_without_what_they_need(tmp_path):
   assert not (tmp_path / "config.json").exists(), "a failed start does not bind the folder"
 
 
-def test_rows_that_do_not_divide_the_mesh(tmp_path, monkeypatch):
+def test_rows_that_do_not_divide_the_mesh():
   mesh = jax.sharding.AbstractMesh((2, 2, 1), ("data", "fsdp", "tensor"))
-  trainer = object.__new__(train._Trainer)
-  trainer.config = tiny.make(train__micro_rows=6)
-  trainer.parts = type("Bench", (), {"mesh": mesh})()
   with pytest.raises(ValueError, match=r"train\.micro_rows: 6 is not a multiple .*valid: 4 or 8"):
-    trainer._enter()
+    train.check_rows(tiny.make(train__micro_rows=6), mesh)

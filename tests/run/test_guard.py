@@ -1,56 +1,42 @@
-"""Non-finite numbers from the sampler, Eq. 2 in the trainer, and groups that are left out."""
+"""Non-finite numbers from the sampler, Eq. 2 in training, and groups that are left out."""
 
 import dataclasses
-import types
 
-import fakes
 import numpy as np
 import pytest
 import tiny
-from test_train import scripted
+from scripted import bare_phase, scripted
 
 from steptool_jax.run.parts import rollouts
-from steptool_jax.run.training import phase
-from steptool_jax.run.training.progress import Progress
 from steptool_jax.types import Status
 
 PRICES = {"environment__market__prices": True}
 
 
 def test_log_probs_of_the_sampler_that_are_not_finite_skip_the_update(tmp_path):
-  config = tiny.make(train__max_skipped=3)
-  trainer, runner = scripted(config, tmp_path, broken=())
-  guard = counting(config, trainer.progress)
-  trainer.learning.count_skipped = guard.count_skipped
-  decode = trainer.parts.engine.decode
+  with scripted(tiny.make(train__max_skipped=3), tmp_path) as iterations:
+    decode = iterations.parts.engine.decode
 
-  def broken(*args):
-    state, decoded = decode(*args)
-    decoded.logprobs[0, 1] = np.nan
-    return state, decoded
+    def broken(*args):
+      state, decoded = decode(*args)
+      decoded.logprobs[0, 1] = np.nan
+      return state, decoded
 
-  trainer.parts.engine.decode = broken
-  with runner:
-    assert trainer._iteration() == trainer._iteration() == {"skipped": 1.0}
+    iterations.parts.engine.decode = broken
+    assert iterations.run() == iterations.run() == {"skipped": 1.0}
     with pytest.raises(
       RuntimeError, match=r"3 updates .* because of .*sampler's log-probs are not"
     ):
-      trainer._iteration()
-    assert trainer.learnt == []
-    assert trainer.progress.skipped == 3
-    trainer.parts.engine.decode = decode
-    trainer._iteration()
-  assert len(trainer.learnt) == 8
-
-
-def counting(config, progress):
-  """A Phase that only counts: without a mesh, a recorder or a state."""
-  policy = types.SimpleNamespace(model=fakes.tiny_config())
-  return phase.Phase(config, policy, None, None, progress, 1, 8)
+      iterations.run()
+    assert iterations.learnt == []
+    assert iterations.phase.progress.skipped == 3
+    iterations.parts.engine.decode = decode
+    iterations.run()
+  assert len(iterations.learnt) == 8
 
 
 def test_a_finite_update_ends_a_row_of_skipped_ones():
-  guard = counting(tiny.make(train__max_skipped=2), Progress())
+  guard = bare_phase(tiny.make(train__max_skipped=2))
   for skipped in (True, False, True, False):
     guard.count_skipped(skipped, "x")
   guard.count_skipped(True, "x")
@@ -59,23 +45,7 @@ def test_a_finite_update_ends_a_row_of_skipped_ones():
     guard.count_skipped(True, "x")
 
 
-# --- Eq. 2 and filters behind the rollout ---
-
-
-def costs(trainer, by_sample):
-  """Each call of a sample costs and takes what `by_sample` says."""
-  inner = trainer.parts.environment
-
-  class Priced:
-    name, tasks = inner.name, inner.tasks
-
-    def open(self, task, sample):
-      session = inner.open(task, sample)
-      call, (cost, latency) = session.call, by_sample[sample]
-      session.call = lambda c: dataclasses.replace(call(c), cost=cost, latency=latency)
-      return session
-
-  trainer.parts = dataclasses.replace(trainer.parts, environment=Priced())
+# --- Eq. 2 and filters after the rollout ---
 
 
 @pytest.mark.parametrize(
@@ -86,16 +56,13 @@ def test_eq_2_is_paid_for_the_last_step_in_training(algorithm, scheme, tmp_path)
   config = tiny.make(
     algorithm=algorithm, rewards__scheme=scheme, rewards__orchestra__latency=0.8, **PRICES
   )
-  trainer, runner = scripted(config, tmp_path, broken=())
-  costs(trainer, {0: (0.5, 10.0), 1: (0.5, 20.0)})
-  with runner:
-    figures = trainer._iteration()
-    task = trainer.parts.environment.tasks("train")[0]
-    evaluated, _ = rollouts.collect(
-      trainer.parts, {}, [(task, 0), (task, 1)], rollouts.EVALUATION, 1.0, ""
-    )
-  assert [t.steps[-1].reward for t in trainer.learnt] == pytest.approx([0.8, 0.0] * 4)
-  assert all((t.steps[0].reward > 0) == (algorithm == "steptool") for t in trainer.learnt)
+  costs = {0: (0.5, 10.0), 1: (0.5, 20.0)}
+  with scripted(config, tmp_path, costs=costs) as iterations:
+    figures = iterations.run()
+    _, evaluated = rollouts.evaluate_policy(iterations.parts, {}, 2, "", 1.0)
+  learnt = iterations.learnt
+  assert [t.steps[-1].reward for t in learnt] == pytest.approx([0.8, 0.0] * 4)
+  assert all((t.steps[0].reward > 0) == (algorithm == "steptool") for t in learnt)
   assert figures["reward_latency"] == pytest.approx(0.4)
   assert figures["reward_outcome"] == figures["reward_cost"] == 0.0
   assert figures["latency_per_task"] == 15.0
@@ -112,55 +79,51 @@ def test_a_group_with_a_missing_rollout_keeps_its_scale(tmp_path):
     rollout__samples=3,
     **PRICES,
   )
-  trainer, runner = scripted(config, tmp_path, broken={1})
-  costs(trainer, {0: (0.0, 10.0), 1: (9.0, 90.0), 2: (0.0, 20.0)})
-  with runner:
-    trainer._iteration()
-  assert [(t.sample, t.steps[-1].reward) for t in trainer.learnt] == [(0, 1.0), (2, 0.0)] * 4
+  costs = {0: (0.0, 10.0), 1: (9.0, 90.0), 2: (0.0, 20.0)}
+  with scripted(config, tmp_path, {1}, costs) as iterations:
+    iterations.run()
+  rewards = [(t.sample, t.steps[-1].reward) for t in iterations.learnt]
+  assert rewards == [(0, 1.0), (2, 0.0)] * 4
 
 
 def test_the_users_wish_stands_in_place_of_the_configured_weights(tmp_path):
   config = tiny.make(algorithm="ppo", rewards__scheme="orchestra", **PRICES)
-  trainer, runner = scripted(config, tmp_path, broken=())
-  costs(trainer, {0: (0.0, 20.0), 1: (1.0, 10.0)})
-  tasks = [
-    dataclasses.replace(t, metadata={**t.metadata, "preference": {"cost": 1.0, "latency": 0.5}})
-    for t in trainer.parts.environment.tasks("train")
-  ]
-  trainer.parts.environment.tasks = lambda split: tasks
-  with runner:
-    trainer._iteration()
-  assert [t.steps[-1].reward for t in trainer.learnt] == pytest.approx([1.0, 0.5] * 4)
+  costs = {0: (0.0, 20.0), 1: (1.0, 10.0)}
+  with scripted(config, tmp_path, costs=costs) as iterations:
+    tasks = [
+      dataclasses.replace(t, metadata={**t.metadata, "preference": {"cost": 1.0, "latency": 0.5}})
+      for t in iterations.parts.environment.tasks("train")
+    ]
+    iterations.parts.environment.tasks = lambda split: tasks
+    iterations.run()
+  assert [t.steps[-1].reward for t in iterations.learnt] == pytest.approx([1.0, 0.5] * 4)
 
 
 def test_groups_that_do_not_deviate_reach_no_update(tmp_path):
   config = tiny.make(algorithm="ppo", rewards__filters__min_deviation=0.1)
-  trainer, runner = scripted(config, tmp_path, broken=())
-  with runner:
-    figures = trainer._iteration()
-  assert trainer.learnt == []
+  with scripted(config, tmp_path) as iterations:
+    figures = iterations.run()
+  assert iterations.learnt == []
   assert (figures["dropped_even"], figures["pass_rate"]) == (8.0, 1.0)
-  assert trainer.progress.tokens == 0
-  assert trainer.progress.conversations == 8
+  assert iterations.phase.progress.tokens == 0
+  assert iterations.phase.progress.conversations == 8
 
 
 def test_the_deviation_is_that_of_eq_2(tmp_path):
   config = tiny.make(
     algorithm="ppo", rewards__scheme="orchestra", rewards__filters__min_deviation=0.1, **PRICES
   )
-  trainer, runner = scripted(config, tmp_path, broken=())
-  costs(trainer, {0: (0.0, 10.0), 1: (0.0, 20.0)})
-  with runner:
-    figures = trainer._iteration()
-  assert len(trainer.learnt) == 8
-  assert all(t.status is Status.ANSWERED for t in trainer.learnt)
+  costs = {0: (0.0, 10.0), 1: (0.0, 20.0)}
+  with scripted(config, tmp_path, costs=costs) as iterations:
+    figures = iterations.run()
+  assert len(iterations.learnt) == 8
+  assert all(t.status is Status.ANSWERED for t in iterations.learnt)
   assert figures["dropped_even"] == 0.0
 
 
 def test_shares_of_an_iterations_time_add_up(tmp_path):
-  trainer, runner = scripted(tiny.make(), tmp_path, broken=())
-  with runner:
-    figures = trainer._iteration()
+  with scripted(tiny.make(), tmp_path) as iterations:
+    figures = iterations.run()
   shares = [figures[f"{name}_share"] for name in ("host", "device", "tool")]
   assert sum(shares) == pytest.approx(1.0)
   assert min(shares) >= 0

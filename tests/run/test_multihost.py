@@ -16,17 +16,19 @@ import orbax.checkpoint as ocp
 import pytest
 import tiny
 from pod import Pod
-from test_resume import records
+from resuming import records
 
 from steptool_jax.data.trajectories import AnnotatedTrajectory, read_trajectories, to_document
 from steptool_jax.learning import batching
 from steptool_jax.run import train
-from steptool_jax.run.hosts import hosts
+from steptool_jax.run.hosts import agreement, ending, hosts, joining
+from steptool_jax.run.parts import rollouts
 from steptool_jax.run.workdir import checkpoint
 
 ITERATIONS = 2
 FLAGS = (
-  *("--config.mesh.data=2", "--config.mesh.fsdp=2"),
+  "--config.mesh.data=2",
+  "--config.mesh.fsdp=2",
   f"--config.train.iterations={ITERATIONS}",
 )
 PROCESSES = int(os.environ.get("STEPTOOL_PROCESSES", "2"))
@@ -61,15 +63,15 @@ def whole(pod, flags, tmp_path_factory):
 def alone(compiled, tmp_path_factory):
   """Workdir of the same run in this process, and its trajectories."""
   workdir = tmp_path_factory.mktemp("alone")
-  collect, rolled = train.rollouts.collect, []
+  reward, rolled = rollouts.reward, []
 
   def recording(*args):
-    trajectories, stats = collect(*args)
+    trajectories = reward(*args)
     rolled.extend(trajectories)
-    return trajectories, stats
+    return trajectories
 
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(train.rollouts, "collect", recording)
+    patch.setattr(rollouts, "reward", recording)
     train.run(one_process(compiled), workdir)
   return workdir, rolled
 
@@ -213,12 +215,12 @@ def test_all_of_four_end_with_the_error_of_one(pod, tmp_path):
 
 def test_one_that_ends_without_a_word_has_left_one(capfd):
   for last, expected in (("farewell", "\nfarewell\n"), ("", "")):
-    will = hosts._Will()
+    will = ending.Will()
     will.write("unheard")
     will.write(last)
-    will._process.send_signal(signal.SIGTERM)  # of a scheduler, to all
-    will._process.stdin.close()
-    will._process.wait(60)
+    will.process.send_signal(signal.SIGTERM)  # of a scheduler, to all
+    will.process.stdin.close()
+    will.process.wait(60)
     assert capfd.readouterr().err == expected
 
 
@@ -268,11 +270,11 @@ class Others:
   ],
 )
 def test_other_code_and_another_disk_are_refused(changes, message, tmp_path, monkeypatch):
-  monkeypatch.setattr(hosts, "_peers", Others(changes))
+  monkeypatch.setattr(hosts, "peers", lambda: Others(changes))
   monkeypatch.setattr(hosts, "lead", lambda work: work())
-  monkeypatch.setattr(hosts.jax, "process_count", lambda: 2)
+  monkeypatch.setattr(agreement.jax, "process_count", lambda: 2)
   with pytest.raises(ValueError, match=message):
-    hosts.refuse_differences(tiny.make(), tmp_path)
+    agreement.refuse_differences(tiny.make(), tmp_path)
   assert not list(tmp_path.iterdir())
 
 
@@ -281,9 +283,9 @@ def test_different_batches_are_refused(monkeypatch):
     def gather(self, document):
       return [document, document + 1]
 
-  monkeypatch.setattr(hosts, "_peers", Different({}))
+  monkeypatch.setattr(hosts, "peers", lambda: Different({}))
   with pytest.raises(RuntimeError, match="the processes have different batches"):
-    hosts.refuse_different_batches(batching.empty_batch(2, 8))
+    agreement.refuse_different_batches(batching.empty_batch(2, 8))
 
 
 @pytest.mark.parametrize(
@@ -292,18 +294,18 @@ def test_different_batches_are_refused(monkeypatch):
 )
 def test_an_incomplete_description_of_the_processes_is_refused(coordinator, count, index):
   with pytest.raises(ValueError, match="several processes need all three"):
-    hosts.joined(coordinator, count, index).__enter__()
+    joining.joined(coordinator, count, index).__enter__()
 
 
 def test_one_process_joins_nothing(monkeypatch):
   monkeypatch.setenv("JAX_NUM_PROCESSES", "1")
   monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "nobody:1")
-  with hosts.joined("", -1, -1):
+  with joining.joined("", -1, -1):
     assert hosts.primary()
     assert hosts.gather(5) == [5]
   monkeypatch.setenv("JAX_NUM_PROCESSES", "many")
   with pytest.raises(ValueError, match="JAX_NUM_PROCESSES: 'many' is no number"):
-    hosts.joined("", -1, -1).__enter__()
+    joining.joined("", -1, -1).__enter__()
 
 
 def test_long_messages_take_a_second_exchange(monkeypatch):
@@ -314,8 +316,7 @@ def test_long_messages_take_a_second_exchange(monkeypatch):
     sent.setdefault(len(buffer), []).append(buffer)
     return np.stack([buffer, other[len(buffer)]])
 
-  joined = object.__new__(hosts._Joined)
-  joined.index, joined.count = 1, 2
+  joined = hosts.Joined(1, 2)
   text = json.dumps([0, "x" * 10_000]).encode()
   other = {}
   for size in (4096, 16384):

@@ -12,7 +12,7 @@ from steptool_jax.policy import lora, model, sharding
 from steptool_jax.run.parts import build
 
 
-def test_the_reference_of_rl_is_the_policy_behind_sft():
+def test_the_reference_of_rl_is_the_policy_after_sft():
   """Adapters of SFT are merged, so that "adapters off" is what RL starts from."""
   settings = lora.LoraConfig(rank=2, alpha=8.0, targets=("q", "down"))
   config = lora.with_lora(fakes.tiny_config(), settings)

@@ -52,9 +52,8 @@ def test_held_out_trajectories_are_bounded_and_have_queries(tmp_path):
   found = [trajectory(f"t{n}", 0, [n]) for n in range(5)]
   recorder(tmp_path, record__heldout=3).heldout("rl", found)
   kept = list(read_trajectories(tmp_path / "moments" / "heldout_rl.jsonl"))
-  assert [(r.trajectory.task_id, r.query) for r in kept] == [
-    *(("t0", "heldout 0"), ("t1", "heldout 1"), ("t2", "heldout 2"))
-  ]
+  found = [(r.trajectory.task_id, r.query) for r in kept]
+  assert found == [(f"t{n}", f"heldout {n}") for n in range(3)]
   recorder(tmp_path, record__heldout=0).heldout("sft", found)
   assert not (tmp_path / "moments" / "heldout_sft.jsonl").exists()
 
@@ -79,14 +78,12 @@ def test_advantages_find_their_trajectory_wherever_it_was_packed(tmp_path):
   keeper = recorder(tmp_path, record__train=4, train__row_tokens=320)
   keeper.training(10, found, packed, values)
   kept = list(read_trajectories(tmp_path / "moments" / "train_000010.jsonl"))
-  assert [(r.trajectory.task_id, r.trajectory.sample) for r in kept] == [
-    *(("t0", 0), ("t0", 1), ("t5", 0), ("t5", 1))
-  ]
+  groups = [(r.trajectory.task_id, r.trajectory.sample) for r in kept]
+  assert groups == [("t0", 0), ("t0", 1), ("t5", 0), ("t5", 1)]
   assert kept[2].query == "train 5"
-  assert [r.metadata["advantages"] for r in kept] == [
-    *([[0, 0], [51]], [[0, 10], [51]]),
-    *([[50, 0], [51] * 6], [[50, 10], [51] * 6]),
-  ]
+  first, last = [51], [51] * 6
+  wanted = [[[0, 0], first], [[0, 10], first], [[50, 0], last], [[50, 10], last]]
+  assert [r.metadata["advantages"] for r in kept] == wanted
 
 
 @pytest.mark.parametrize("values", [None, np.nan])

@@ -1,3 +1,5 @@
+"""A run that was stopped, killed or cut off ends as one that was left alone."""
+
 import json
 import signal
 import subprocess
@@ -6,14 +8,14 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 import tiny
+from resuming import assert_same_run, crash_and_go_on, records, saved
 
 from steptool_jax.run import train
-from steptool_jax.run.training import phase
+from steptool_jax.run.training import iteration, phase
 from steptool_jax.run.workdir.checkpoint import Checkpoints
-from steptool_jax.run.workdir.metrics_writer import read_jsonl
+from steptool_jax.run.workdir.outputs import read_jsonl
 from steptool_jax.types import TrainState
 
 # A checkpoint every second iteration, so that a kill throws work away.
@@ -23,39 +25,6 @@ FLAGS = (
   "--config.checkpoint.every=2",
   "--config.loss.kl_adaptive=True",
 )
-# Parts of what depends on the clock. The sampler's log-probs do in their last bits: tools decide by
-# their speed which conversations share an append, and its width. Nothing is trained on them.
-CLOCK = ("tokens_per_second", "share", "rl_seconds", "sampler_gap")
-
-
-def saved(workdir):
-  """(arrays by path, meta) of the newest checkpoint."""
-  with ocp.CheckpointManager(workdir / "checkpoints") as manager:
-    args = ocp.args.Composite(state=ocp.args.StandardRestore(), meta=ocp.args.JsonRestore())
-    found = manager.restore(manager.latest_step(), args=args)
-  leaves = jax.tree_util.tree_leaves_with_path(found["state"])
-  return {jax.tree_util.keystr(p): np.asarray(x) for p, x in leaves}, found["meta"]
-
-
-def records(workdir):
-  return [
-    {k: v for k, v in r.items() if not any(word in k for word in CLOCK)}
-    for r in read_jsonl(workdir / "metrics.jsonl")
-  ]
-
-
-def assert_same_run(workdir, other):
-  mine, meta = saved(workdir)
-  theirs, other_meta = saved(other)
-  assert mine.keys() == theirs.keys()
-  assert {p.split("'")[1] for p in mine} >= {"trainable", "opt_state", "step", "kl_coef"}
-  moments = [x for path, x in mine.items() if "opt_state" in path and "mu" in path]
-  assert any(np.any(x) for x in moments), "RL learnt nothing: the comparison would be empty"
-  for path, array in mine.items():
-    np.testing.assert_array_equal(array, theirs[path], err_msg=path)
-  for name in ("phase", "done", "conversations", "tokens", "train_curve", "heldout_curve"):
-    assert meta[name] == other_meta[name], name
-  assert records(workdir) == records(other)
 
 
 def start(workdir, *flags):
@@ -69,7 +38,7 @@ def start(workdir, *flags):
 
 
 def wait_for(process, workdir, word, step):
-  """Until metrics.jsonl has a record of `step` with `word`."""
+  """Waits until metrics.jsonl has a record of `step` with `word`."""
   limit = time.monotonic() + 200
   while time.monotonic() < limit:
     assert process.poll() is None, process.communicate()[1][-3000:]
@@ -108,7 +77,7 @@ def test_terminated_and_killed_runs_go_on_bit_equal(reference, tmp_path):
   assert meta["phase"] == "sft"
   assert meta["done"] < 4
 
-  # kill -9 in RL, one iteration behind the checkpoint.
+  # kill -9 in RL, one iteration after the checkpoint.
   process = start(tmp_path, *flags)
   wait_for(process, tmp_path, "train", 7)
   process.kill()
@@ -173,33 +142,6 @@ def test_another_config_is_refused_by_name(reference):
   assert "Traceback" not in done.stderr
 
 
-class Crash(BaseException):
-  pass
-
-
-def crash_and_go_on(config, folder, done):
-  """A run that nobody stopped and one that crashed in RL iteration `done` end the same.
-
-  (meta that the crash left behind, arrays in the end).
-  """
-  train.run(config, folder / "whole")
-  whole = train._Trainer._iteration
-
-  def crash(self):
-    if self.progress.done == done:
-      raise Crash
-    return whole(self)
-
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(train._Trainer, "_iteration", crash)
-    with pytest.raises(Crash):
-      train.run(config, folder / "cut")
-  _, meta = saved(folder / "cut")
-  train.run(config, folder / "cut")
-  assert_same_run(folder / "cut", folder / "whole")
-  return meta, saved(folder / "cut")[0]
-
-
 def test_lora_with_folded_sft_adapters_resumes_bit_equal(tmp_path, compiled):
   config = tiny.make("lora", compilation_cache=compiled, evaluation__every=0)
   meta, arrays = crash_and_go_on(config, tmp_path, 1)
@@ -221,11 +163,11 @@ def test_an_evaluation_that_is_cut_off_is_made_up_for(cut, tmp_path, compiled, m
   # Rollouts and updates are beside the point here.
   fake = {"reward": 0.0, "pass_rate": 0.0, "kl": 0.0, "tokens_per_second": 0.0}
 
-  def iteration(self):
-    self.progress.learnt += 1
+  def run_iteration(parts, learner, recorder, data):
+    learner.progress.learnt += 1
     return dict(fake)
 
-  monkeypatch.setattr(train._Trainer, "_iteration", iteration)
+  monkeypatch.setattr(iteration, "run_iteration", run_iteration)
   monkeypatch.setattr(phase.Phase, "update", lambda self, batch, rows: {"loss": 0.0})
   first = train.run(config, tmp_path)
   assert first["interrupted"] is True

@@ -1,4 +1,5 @@
-import dataclasses
+"""What a run leaves behind; iterations, updates, warm-up, order and keys."""
+
 import json
 import types
 
@@ -8,27 +9,24 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from scripted import bare_phase, scripted
 
 from steptool_jax.learning import batching
-from steptool_jax.policy.engine import Decoded
 from steptool_jax.run import train
-from steptool_jax.run.parts import build, opening, rollouts, services
-from steptool_jax.run.training import demonstrations, phase, setup
+from steptool_jax.run.parts import build, opening, rollouts
+from steptool_jax.run.training import iteration, setup, sft_batches
 from steptool_jax.run.training.order import jobs
 from steptool_jax.run.workdir import checkpoint
-from steptool_jax.run.workdir.metrics_writer import read_jsonl
-from steptool_jax.simulators.errors import InfrastructureError
-from steptool_jax.types import Code, Finish, Observation, Status, ToolCall, TrainState
+from steptool_jax.run.workdir.outputs import read_jsonl
+from steptool_jax.types import Status, TrainState
 
 
 def test_what_a_run_leaves_behind(tmp_path, compiled):
   summary = train.run(tiny.make(compilation_cache=compiled), tmp_path)
   assert json.loads((tmp_path / "summary.json").read_text()) == summary
-  numbers = (
-    *("pass_rate_base", "pass_rate_sft", "pass_rate_rl"),
-    *("seconds", "peak_rss_gib", "tokens_per_second"),
-  )
-  assert all(isinstance(summary[name], float) for name in numbers)
+  rates = [summary[f"pass_rate_{moment}"] for moment in ("base", "sft", "rl")]
+  costs = [summary[name] for name in ("seconds", "peak_rss_gib", "tokens_per_second")]
+  assert all(isinstance(number, float) for number in rates + costs)
   assert 0.1 < summary["peak_rss_gib"] < 8
   assert summary["seconds"] > 0.1
   assert summary["tokens_per_second"] > 1
@@ -39,10 +37,8 @@ def test_what_a_run_leaves_behind(tmp_path, compiled):
   assert list((tmp_path / "tensorboard").glob("events.out.tfevents.*"))
   records = read_jsonl(tmp_path / "metrics.jsonl")
   kinds = [(r["step"], next(k for k in r if k != "step").split("/")[0]) for r in records]
-  assert kinds == [
-    *((0, "heldout"), (1, "sft"), (2, "sft"), (2, "heldout")),
-    *((3, "train"), (4, "train"), (4, "heldout"), (5, "train"), (5, "heldout")),
-  ]
+  wanted = "0 heldout, 1 sft, 2 sft, 2 heldout, 3 train, 4 train, 4 heldout, 5 train, 5 heldout"
+  assert ", ".join(f"{step} {kind}" for step, kind in kinds) == wanted
   rl = next(r for r in records if "train/kl" in r)
   assert {"train/reward", "train/pass_rate", "train/policy_loss", "train/grad_norm"} <= rl.keys()
   assert rl["train/sampler_gap"] < 1e-3, "log-probs of sampler and trainer agree"
@@ -51,111 +47,21 @@ def test_what_a_run_leaves_behind(tmp_path, compiled):
 # --- one iteration with scripted conversations ---
 
 
-class Script:
-  """An engine whose slots say the given turns, one after the other."""
-
-  def __init__(self, slots, turns):
-    self.slots, self.turns, self.said = slots, turns, np.zeros(slots, int)
-
-  def init(self):
-    return None
-
-  def append(self, variables, state, pieces):
-    return state
-
-  def rewind(self, state, lengths):
-    for slot, length in lengths.items():
-      if length == 0:
-        self.said[slot] = 0
-    return state
-
-  def fork(self, state, sources):
-    return state
-
-  def decode(self, variables, state, limits, seeds, stop_ids, temperature):
-    tokens = np.zeros((self.slots, max(map(len, self.turns))), np.int32)
-    count = np.zeros(self.slots, int)
-    for slot in limits:
-      ids = self.turns[self.said[slot]]
-      tokens[slot, : len(ids)], count[slot] = ids, len(ids)
-      self.said[slot] += 1
-    return state, Decoded(tokens, np.full(tokens.shape, -1.0, np.float32), count, count > 0)
-
-
-class Session:
-  def __init__(self, broken):
-    self.broken = broken
-
-  def call(self, call):
-    if self.broken:
-      raise InfrastructureError("the simulator is down")
-    return Observation('{"id": 1}', Code.OK, value={"id": 1})
-
-  def grade(self, answer):
-    return 1.0
-
-  def close(self):
-    pass
-
-
-class Half:
-  """Every sample of `broken` ends in an infrastructure error."""
-
-  def __init__(self, environment, broken):
-    self.name, self.tasks, self.broken = environment.name, environment.tasks, broken
-
-  def open(self, task, sample):
-    return Session(sample in self.broken)
-
-
-def scripted(config, folder, broken):
-  """A trainer whose conversations are scripted; `learnt` collects what reaches the update."""
-  config = tiny.replace(config, rollout__max_steps=3, rollout__tool_retries=0)
-  environment = build.build_environment(config)
-  policy = build.build_policy(config, environment, folder)
-  call = ToolCall(environment.tasks("train")[0].tools[0].name, {})
-  turns = [policy.chat_format.render_action(a) for a in (call, Finish("1"))]
-  trainer = object.__new__(train._Trainer)
-  trainer.recorder = types.SimpleNamespace(wants=lambda done: False)
-  trainer.data = None
-  trainer.config, trainer.progress = config, train.Progress()
-  trainer.learnt = []
-
-  def learn(trajectories):
-    trainer.learnt += trajectories
-    return {}
-
-  trainer.learning = types.SimpleNamespace(learn=learn, variables=lambda: {})
-  runner = build.build_runner(config)
-  trainer.parts = opening.Parts(
-    config=config,
-    workdir=folder,
-    mesh=None,
-    environment=Half(environment, broken),
-    services=services.NO_SERVICES,
-    policy=policy,
-    engine=Script(config.rollout.slots, turns),
-    limits=build.build_limits(config),
-    runner=runner,
-    stop=opening.Stop(),
-  )
-  return trainer, runner
-
-
 def test_infrastructure_errors_never_reach_the_update(tmp_path):
-  trainer, runner = scripted(tiny.make(), tmp_path, broken={1})
-  with runner:
-    figures = trainer._iteration()
+  with scripted(tiny.make(), tmp_path, broken={1}) as iterations:
+    figures = iterations.run()
   assert figures["infrastructure_errors"] == 4
-  assert [(t.sample, t.status) for t in trainer.learnt] == [(0, Status.ANSWERED)] * 4
-  assert trainer.progress.tokens == sum(t.num_tokens for t in trainer.learnt)
+  assert [(t.sample, t.status) for t in iterations.learnt] == [(0, Status.ANSWERED)] * 4
+  assert iterations.phase.progress.tokens == sum(t.num_tokens for t in iterations.learnt)
 
 
 def test_an_iteration_of_infrastructure_errors_only_ends_the_run(tmp_path):
-  trainer, runner = scripted(tiny.make(), tmp_path, broken={0, 1})
-  with runner, pytest.raises(RuntimeError, match="all ended in infrastructure errors"):
-    trainer._iteration()
-  assert trainer.learnt == []
+  with (
+    scripted(tiny.make(), tmp_path, broken={0, 1}) as iterations,
+    pytest.raises(RuntimeError, match="all ended in infrastructure errors"),
+  ):
+    iterations.run()
+  assert iterations.learnt == []
 
 
 @pytest.mark.parametrize(
@@ -163,10 +69,9 @@ def test_an_iteration_of_infrastructure_errors_only_ends_the_run(tmp_path):
   [("ppo", False), ("steptool", True), ("steptool_no_step_rewards", False)],
 )
 def test_which_algorithm_is_paid_for_a_step(algorithm, intermediate, tmp_path):
-  trainer, runner = scripted(tiny.make(algorithm=algorithm), tmp_path, broken=())
-  with runner:
-    trainer._iteration()
-  batch = batching.pack(trainer.learnt, 320).batch
+  with scripted(tiny.make(algorithm=algorithm), tmp_path) as iterations:
+    iterations.run()
+  batch = batching.pack(iterations.learnt, 320).batch
   first = batch.step_end & (batch.step_ids == 0)
   last = batch.step_end & (batch.step_ids == 1)
   assert first.sum() == last.sum() == 8
@@ -207,30 +112,15 @@ def test_non_finite_updates_stop_the_run_and_reach_no_checkpoint(tmp_path, compi
   assert all(np.isfinite(x).all() for x in jax.tree.leaves(state))
 
 
-def learning_from(monkeypatch, batch, **changes):
-  """What learns from `batch`, whatever was rolled out."""
-  recorder = types.SimpleNamespace(wants=lambda done: False)
-  policy = types.SimpleNamespace(model=fakes.tiny_config())
-  found = phase.Phase(
-    tiny.make(**changes), policy, None, recorder, train.Progress(phase="rl"), 1, 8
-  )
-  monkeypatch.setattr(setup, "to_device", lambda batch, *rest: batch)
-  monkeypatch.setattr(setup, "pack", lambda *args: (batching.Packed(batch, (), ()), []))
-  return found
-
-
 @pytest.mark.parametrize(
   ("kl", "expected"),
   [(jnp.nan, 0.05), (60.0, 0.05 * 1.01), (0.0, 0.05 * 0.99)],  # 500 of 10,000 trajectories
 )
-def test_the_kl_coefficient_follows_its_target_and_no_nan(kl, expected, monkeypatch):
-  batch = batching.empty_batch(4, 320)
-  learns = learning_from(monkeypatch, batch, loss__kl_adaptive=True, train__minibatches=1)
-  learns.state = TrainState(0, {}, {}, {}, (), kl_coef=jnp.float32(0.05))
-  metrics = {"kl": jnp.float32(kl)}
-  learns.programs = (lambda state, batch, count: (batch, metrics), None)
-  learns.update = lambda batch, rows: {"skipped": 1.0}
-  assert learns.learn([None] * 500)["kl_coef"] == pytest.approx(expected)
+def test_the_kl_coefficient_follows_its_target_and_no_nan(kl, expected):
+  learner = bare_phase(tiny.make(loss__kl_adaptive=True))
+  learner.state = TrainState(0, {}, {}, {}, (), kl_coef=jnp.float32(0.05))
+  learner.adapt_kl(jnp.float32(kl), 500)
+  assert learner.state.kl_coef == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("part", [{"rollout__top_k": 5}, {"rollout__top_p": 0.9}])
@@ -242,36 +132,38 @@ def test_rl_on_a_part_of_the_distribution_is_refused(part, tmp_path):
 
 
 def test_one_temperature_for_the_sampler_and_all_log_probs_of_the_update():
-  """Peers' defect 2, where the parts are put together; demonstrations have none."""
+  """Ratios and KL compare one distribution with itself; demonstrations have no temperature."""
   config = tiny.make(rollout__temperature=0.6)
   assert setup.build_learner(config, fakes.tiny_config(), "steptool").temperature == 0.6
   assert setup.build_learner(config, fakes.tiny_config(), "sft").temperature == 1.0
 
 
-def test_demonstrations_whose_tools_are_down_are_not_learnt(monkeypatch):
-  """Peers' defect 14, in SFT."""
-  statuses = [Status.ANSWERED, Status.INFRASTRUCTURE_ERROR, Status.ANSWERED, Status.STEP_BUDGET]
-  drawn = [types.SimpleNamespace(status=status) for status in statuses]
-  source = object.__new__(demonstrations.Demonstrations)
-  source._tasks, source._sft = [None], types.SimpleNamespace(batch=4)
-  source._bench = types.SimpleNamespace(config=types.SimpleNamespace(seed=0))
-  source._dropped = source._seen = 0
-  monkeypatch.setattr(source, "_draw", lambda index, position: drawn[position])
-  assert source.batch(0) == [drawn[0], drawn[2]]
-  assert (source._dropped, source._seen) == (2, 4)
-
-
-def test_mistakes_begin_behind_the_clean_steps(monkeypatch):
-  config = tiny.make(sft__mistakes=1.0, sft__clean_steps=3, sft__batch=2)
+def batches_of(config, demonstrate, monkeypatch):
+  """What SFT is fed with where `demonstrate` stands for the replay of a demonstration."""
   environment = build.build_environment(config)
   parts = {"config": config, "environment": environment, "limits": None}
   parts = types.SimpleNamespace(**parts, policy=types.SimpleNamespace(chat_format=None))
-  source = demonstrations.Demonstrations(parts)
+  monkeypatch.setattr(sft_batches, "demonstrate", demonstrate)
+  return sft_batches.SftBatches(parts)
 
+
+def test_demonstrations_whose_tools_are_down_are_not_learnt(monkeypatch, caplog):
+  """An observation "the simulator is down" must not become something to imitate."""
+  statuses = [Status.ANSWERED, Status.INFRASTRUCTURE_ERROR, Status.ANSWERED, Status.STEP_BUDGET]
+  drawn = [types.SimpleNamespace(status=status) for status in statuses]
+  left = iter(drawn)
+  source = batches_of(tiny.make(sft__batch=4), lambda *_: next(left), monkeypatch)
+  assert source.batch(0) == [drawn[0], drawn[2]]
+  source.report()
+  assert "2 of 4 demonstrations did not fit, or their tools were down" in caplog.text
+
+
+def test_mistakes_begin_after_the_clean_steps(monkeypatch):
   def flawless(env, task, actions, *_):
     return types.SimpleNamespace(status=Status.ANSWERED, flawless=actions == task.demonstration)
 
-  monkeypatch.setattr(demonstrations, "demonstrate", flawless)
+  config = tiny.make(sft__mistakes=1.0, sft__clean_steps=3, sft__batch=2)
+  source = batches_of(config, flawless, monkeypatch)
   drawn = [[t.flawless for t in source.batch(step)] for step in range(5)]
   assert drawn == [[True, True]] * 3 + [[False, False]] * 2
 
@@ -323,7 +215,7 @@ def test_the_same_task_gives_new_samples_in_every_iteration(tmp_path, compiled):
     task = parts.environment.tasks("train")[0]
 
     def ids(version, jobs):
-      found, _ = rollouts.collect(parts, variables, jobs, version, 1.0, "test")
+      found, _ = rollouts.roll(parts, variables, jobs, version, 1.0, "test")
       return [t.steps[0].tokens.tolist() for t in found]
 
     both = [(task, 0), (task, 1)]
@@ -381,15 +273,18 @@ def test_rows_of_a_pair_stay_together():
 
 
 def test_epochs_and_minibatches_make_optimizer_steps(monkeypatch):
-  packed = dataclasses.make_dataclass("Packed", ["tokens", "segment_ids"])
-  batch = packed(np.zeros((4, 5)), np.zeros((4, 5)))
-  learns = learning_from(monkeypatch, batch, train__minibatches=2, train__epochs=3)
-  calls = []
-  learns.state = types.SimpleNamespace(kl_coef=jnp.float32(0.0))
-  learns.programs = (lambda state, batch, count: (batch, {"kl": jnp.float32(0)}), None)
+  """Each epoch deals the rows out anew, and every part of them is one update."""
+  config = tiny.make(train__minibatches=2, train__epochs=3)
+  learner, calls = bare_phase(config), []
+  learner.state = TrainState(0, {}, {}, {}, (), kl_coef=jnp.float32(0.0))
+  learner.pack = lambda trajectories: batching.Packed(batching.empty_batch(4, 5), (), ())
+  learner.prepare = lambda batch: (batch, {"kl": jnp.float32(0)})
+  learner.update = lambda batch, rows: calls.append(batch) or {"skipped": 0.0}
   monkeypatch.setattr(
     setup, "minibatches", lambda *args: [((args[-1][-1], k), 1) for k in range(2)]
   )
-  learns.update = lambda batch, rows: calls.append(batch) or {"skipped": 0.0}
-  learns.learn([])
+  rolled = [fakes.random_trajectory(np.random.default_rng(0))]
+  data = types.SimpleNamespace(batch=lambda done: rolled)
+  recorder = types.SimpleNamespace(wants=lambda done: False)
+  iteration.run_iteration(types.SimpleNamespace(config=config), learner, recorder, data)
   assert calls == [(e, k) for e in range(3) for k in range(2)]

@@ -74,10 +74,8 @@ def replace(config, **changes):
 
 def command(workdir, *flags, config=f"{ROOT}/tests/run/tiny.py") -> list[str]:
   """main in a process of its own."""
-  return [
-    *(sys.executable, "-m", "steptool_jax.main"),
-    *(f"--config={config}", f"--workdir={workdir}", *flags),
-  ]
+  main_module = (sys.executable, "-m", "steptool_jax.main")
+  return [*main_module, f"--config={config}", f"--workdir={workdir}", *flags]
 
 
 def environment() -> dict[str, str]:

@@ -13,7 +13,7 @@ from steptool_jax.config import Config
 from steptool_jax.environments.base import Environment
 from steptool_jax.policy.engine import Engine
 from steptool_jax.rollout.conversation import Limits
-from steptool_jax.run.hosts import allocator, hosts
+from steptool_jax.run.hosts import agreement, allocator
 from steptool_jax.run.parts import build
 from steptool_jax.run.parts.services import Services, open_services
 from steptool_jax.simulators.runner import ToolRunner
@@ -70,7 +70,7 @@ class Parts:
 @contextlib.contextmanager
 def open_parts(config: Config, workdir: pathlib.Path, stop: Stop) -> Iterator[Parts]:
   """Builds all parts; everything that can be wrong with the input is found here."""
-  hosts.refuse_differences(config, workdir)
+  agreement.refuse_differences(config, workdir)
   if config.compilation_cache:
     jax.config.update("jax_compilation_cache_dir", config.compilation_cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

@@ -18,42 +18,6 @@ from steptool_jax.types import Status, Task, Trajectory
 EVALUATION = -1  # the policy version of evaluation rollouts: the same keys at every evaluation
 
 
-def collect(
-  parts: Parts,
-  variables: dict,
-  jobs: Sequence[tuple[Task, int]],
-  version: int,
-  temperature: float,
-  label: str,
-) -> tuple[list[Trajectory], chain.Stats]:
-  """Rolls out (task, sample) jobs and puts rewards on the trajectories.
-
-  Evaluations are always rewarded as scheme 'steptool': Eq. 2 compares a task's samples and says
-  nothing about a single one, and so the figures of all schemes are the same.
-  """
-  trajectories, stats = roll(parts, variables, jobs, version, temperature, label)
-  tasks = [task for task, _ in jobs]
-  if parts.services.judging is not None:
-    trajectories = judge(parts, tasks, trajectories)
-  scheme = "steptool" if version == EVALUATION else parts.config.rewards.scheme
-  return reward(parts, tasks, trajectories, scheme), stats
-
-
-def judge(
-  parts: Parts, tasks: Sequence[Task], trajectories: Sequence[Trajectory]
-) -> list[Trajectory]:
-  """The same trajectories with the judge's verdicts; process 0 asks it, once for all."""
-
-  def verdicts() -> list[list[Any]]:
-    _, marked = parts.services.judging.judge(tasks, trajectories)
-    return [[t.solved, t.status] for t in marked]
-
-  return [
-    dataclasses.replace(t, solved=solved, status=Status(status))
-    for t, (solved, status) in zip(trajectories, hosts.lead(verdicts), strict=True)
-  ]
-
-
 def roll(
   parts: Parts,
   variables: dict,
@@ -66,8 +30,12 @@ def roll(
 ) -> tuple[list[Any], chain.Stats]:
   """Trajectories of (task, sample) jobs, or SearchResults with a strategy; without rewards.
 
-  limits: instead of the workbench's. Where verdicts come later (services.judging), `solved` says
+  limits: in the place of those of the parts. Where a judge gives the verdicts later, `solved` says
   no more than that there is an answer.
+
+  Raises:
+    RuntimeError: what tools need is down.
+    Interrupted, NonFiniteLogprobs: as rollout.chain.
   """
   word = "pass" if parts.services.judging is None else "answered"
   with hosts.bar(total=len(jobs), desc=label, leave=False, unit="task") as bar:
@@ -79,8 +47,13 @@ def roll(
       bar.set_postfix_str(f"{word} {sum(solved) / len(solved):.0%}", refresh=False)
 
     arguments = (
-      *(parts.engine, variables, parts.environment, jobs, parts.policy.chat_format),
-      *(limits or parts.limits, parts.runner),
+      parts.engine,
+      variables,
+      parts.environment,
+      jobs,
+      parts.policy.chat_format,
+      limits or parts.limits,
+      parts.runner,
       chain.Sampling(parts.config.seed, version, temperature),
     )
     keywords = {
@@ -97,6 +70,26 @@ def roll(
       raise RuntimeError(f"{label}: {error}") from error
 
 
+def judge(
+  parts: Parts, tasks: Sequence[Task], trajectories: Sequence[Trajectory]
+) -> list[Trajectory]:
+  """The same trajectories with the judge's verdicts, where the run has a judge.
+
+  Process 0 asks it, once for all.
+  """
+  if parts.services.judging is None:
+    return list(trajectories)
+
+  def verdicts() -> list[list[Any]]:
+    _, marked = parts.services.judging.judge(tasks, trajectories)
+    return [[t.solved, t.status] for t in marked]
+
+  return [
+    dataclasses.replace(t, solved=solved, status=Status(status))
+    for t, (solved, status) in zip(trajectories, hosts.lead(verdicts), strict=True)
+  ]
+
+
 def reward(
   parts: Parts,
   tasks: Sequence[Task],
@@ -105,8 +98,8 @@ def reward(
 ) -> list[Trajectory]:
   """The same trajectories with SC, Con and r on every step; `scheme` as config.rewards.scheme.
 
-  By comparison with the demonstration and the final answer where answers are checked by rule; by
-  the text rule "evidence" where they are free text.
+  Where answers are checked by rule, calls are compared with the demonstration and the final answer;
+  where they are free text, the text rule "evidence" scores them.
   """
   outcome_only = get_algorithm(parts.config.algorithm).rewards == "outcome"
   c = parts.config.rewards
@@ -128,21 +121,20 @@ def reward(
 def evaluate_policy(
   parts: Parts, variables: dict, num_tasks: int, label: str, temperature: float
 ) -> tuple[dict[str, float], list[Trajectory]]:
-  """Figures on the first `num_tasks` held-out tasks, one conversation each."""
+  """(figures, trajectories) of the first `num_tasks` held-out tasks, one conversation each.
+
+  They are always paid by scheme 'steptool': Eq. 2 compares a task's samples and says nothing about
+  a single one, and so the figures of all schemes are the same.
+  """
   tasks = parts.environment.tasks("heldout")[:num_tasks]
   if not tasks:
     raise ValueError(
       "no held-out tasks: the environment has none, or config.evaluation.tasks is 0; evaluation "
       "needs at least one"
     )
-  trajectories, _ = collect(
-    parts,
-    variables,
-    [(task, 0) for task in tasks],
-    EVALUATION,
-    temperature,
-    label,
-  )
+  jobs = [(task, 0) for task in tasks]
+  trajectories, _ = roll(parts, variables, jobs, EVALUATION, temperature, label)
+  trajectories = reward(parts, tasks, judge(parts, tasks, trajectories))
   if all(t.status is Status.INFRASTRUCTURE_ERROR for t in trajectories):
     raise RuntimeError("evaluation: every conversation ended in an infrastructure error")
   return rollout_metrics(trajectories), trajectories

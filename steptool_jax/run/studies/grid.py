@@ -19,12 +19,20 @@ from typing import Any
 from steptool_jax import validation
 from steptool_jax.config import Config, Study
 from steptool_jax.evaluation.comparison import WAITING
-from steptool_jax.files import replacing
+from steptool_jax.files import read_json, write_text
 
 # Fields that the methods of one environment of one group must share: an equal budget.
 BUDGET = (
-  *("model.", "environment.", "rollout.", "sft.", "evaluation."),
-  *("train.iterations", "train.epochs", "train.minibatches", "lora.", "data."),
+  "model.",
+  "environment.",
+  "rollout.",
+  "sft.",
+  "evaluation.",
+  "train.iterations",
+  "train.epochs",
+  "train.minibatches",
+  "lora.",
+  "data.",
 )
 
 
@@ -117,7 +125,7 @@ def cell_config(config: Config, cell: Planned) -> Config:
 
 
 def cell_fields(config: Config, cell: Planned) -> dict[str, Any]:
-  """The same as nested mappings, not validated yet."""
+  """The fields of a cell's config as nested mappings, not validated yet."""
   tree = json.loads(validation.to_json(dataclasses.replace(config, study=Study(), seed=cell.seed)))
   for name, text in cell.overrides.items():
     validation.check_name(name)
@@ -134,20 +142,20 @@ def folder(workdir: pathlib.Path, name: str) -> pathlib.Path:
 
 
 def read_state(cell_folder: pathlib.Path) -> State:
+  """What cell.json says; the state of a cell that waits where there is none or a damaged one."""
   try:
-    return State(**json.loads((cell_folder / "cell.json").read_text()))
-  except (FileNotFoundError, json.JSONDecodeError, TypeError):
+    return State(**read_json(cell_folder / "cell.json"))
+  except (FileNotFoundError, ValueError, TypeError):
     return State()
 
 
 def write_state(cell_folder: pathlib.Path, state: State) -> None:
-  with replacing(cell_folder / "cell.json") as file:
-    json.dump(dataclasses.asdict(state), file)
+  write_text(cell_folder / "cell.json", json.dumps(dataclasses.asdict(state)))
 
 
 def write_plan(workdir: pathlib.Path, cells: Sequence[Planned]) -> None:
-  with replacing(workdir / "study.json") as file:
-    json.dump({"cells": [dataclasses.asdict(cell) for cell in cells]}, file, indent=1)
+  plan_ = {"cells": [dataclasses.asdict(cell) for cell in cells]}
+  write_text(workdir / "study.json", json.dumps(plan_, indent=1))
 
 
 def read_plan(workdir: pathlib.Path) -> list[Planned] | None:
@@ -156,8 +164,8 @@ def read_plan(workdir: pathlib.Path) -> list[Planned] | None:
   if not path.exists():
     return None
   try:
-    return [Planned(**cell) for cell in json.loads(path.read_text())["cells"]]
-  except (json.JSONDecodeError, KeyError, TypeError) as error:
+    return [Planned(**cell) for cell in read_json(path)["cells"]]
+  except (ValueError, KeyError, TypeError) as error:
     raise ValueError(
       f"{path} is damaged ({error}); start the study's command again, it writes the file anew"
     ) from error

@@ -6,21 +6,46 @@ from collections.abc import Mapping, Sequence
 
 from steptool_jax.evaluation import behaviour, comparison, records, report
 from steptool_jax.evaluation.comparison import DONE, STARTED, Cell
-from steptool_jax.files import replacing
+from steptool_jax.files import write_text
 from steptool_jax.run.studies import grid
 
-
-def write(
-  path: pathlib.Path, title: str, cells: Sequence[Cell], most: int, problems: Sequence[str] = ()
-) -> int:
-  """Writes the page of these cells; returns the number of trajectories in it."""
-  page, shown = report.write(title, cells, problems, most)
-  with replacing(path, errors="replace") as file:
-    file.write(page)
-  return shown
+_TRACES = ("config.json", "summary.json", "metrics.jsonl", "moments", "trajectories.jsonl")
 
 
-def single_cell(workdir: pathlib.Path) -> Cell:
+@dataclasses.dataclass(frozen=True)
+class Page:
+  path: pathlib.Path
+  cells: Sequence[Cell]
+  trajectories: int  # that are on it
+
+
+def write_study(workdir: pathlib.Path, plan: Sequence[grid.Planned], most: int) -> Page:
+  """WORKDIR/results/report.html of a study, with at most about `most` trajectories."""
+  cells, notes = _read_cells(workdir, plan, most)
+  return _write(workdir / "results/report.html", f"Study {workdir.name}", cells, most, notes)
+
+
+def write_run(workdir: pathlib.Path, most: int) -> Page:
+  """WORKDIR/report.html of a run; FileNotFoundError for a folder that holds nothing of one."""
+  if not any((workdir / name).exists() for name in _TRACES):
+    raise FileNotFoundError(
+      f"{workdir} holds no run (none of {', '.join(_TRACES)}); give --workdir of a run or a study"
+    )
+  cell = _single_cell(workdir)
+  parts = (cell.method, f"on {cell.environment}" if cell.environment else "", f"seed {cell.seed}")
+  title = f"{workdir.name}: {' '.join(part for part in parts if part)}"
+  return _write(workdir / "report.html", title, [cell], most, [])
+
+
+def _write(
+  path: pathlib.Path, title: str, cells: Sequence[Cell], most: int, notes: Sequence[str]
+) -> Page:
+  text, shown = report.write(title, cells, notes, most)
+  write_text(path, text, errors="replace")
+  return Page(path, cells, shown)
+
+
+def _single_cell(workdir: pathlib.Path) -> Cell:
   run_ = records.read_run(workdir)
   c = run_.config
   environment = c.get("environment", {})
@@ -37,7 +62,7 @@ def single_cell(workdir: pathlib.Path) -> Cell:
   )
 
 
-def read_cells(
+def _read_cells(
   workdir: pathlib.Path, plan: Sequence[grid.Planned], most: int
 ) -> tuple[list[Cell], list[str]]:
   """(the cells of a study, what to say of them), with at most about `most` trajectories in all.

@@ -10,32 +10,31 @@ from collections.abc import Sequence
 from typing import Any
 
 from steptool_jax.evaluation import comparison, records
-from steptool_jax.evaluation.comparison import Cell, Row
+from steptool_jax.evaluation.comparison import Cell
+from steptool_jax.files import read_json, write_text
 from steptool_jax.run.studies import pages
 from steptool_jax.run.studies.grid import Planned
-from steptool_jax.run.workdir import metrics_writer
 
 _CURVES = ("heldout/pass_rate", "heldout/reward", "heldout/calls_per_task", "train/pass_rate")
 
 
 def write(workdir: pathlib.Path, plan: Sequence[Planned], most: int) -> list[dict[str, Any]]:
-  """Writes curves, cells and differences.csv, table.json, report.html; returns the table."""
-  cells, notes = pages.read_cells(workdir, plan, most)
-  folder = workdir / "results"
-  metrics_writer.write_atomically(folder / "curves.csv", _curves(cells))
-  metrics_writer.write_atomically(folder / "cells.csv", _cells(cells))
-  metrics_writer.write_atomically(folder / "differences.csv", _differences(cells))
-  table = [_plain(row) for row in comparison.rows(cells)]
-  metrics_writer.write_atomically(folder / "table.json", json.dumps(table, indent=1) + "\n")
-  pages.write(folder / "report.html", f"Study {workdir.name}", cells, most, notes)
+  """Writes report.html, curves, cells and differences.csv, and table.json; returns the table."""
+  page = pages.write_study(workdir, plan, most)
+  cells, folder = page.cells, page.path.parent
+  write_text(folder / "curves.csv", _curves(cells))
+  write_text(folder / "cells.csv", _cells(cells))
+  write_text(folder / "differences.csv", _differences(cells))
+  table = [_json(dataclasses.asdict(row)) for row in comparison.rows(cells)]
+  write_text(folder / "table.json", json.dumps(table, indent=1) + "\n")
   return table
 
 
 def interrupted(cell_folder: pathlib.Path) -> bool:
-  """Whether a cell's summary says so, or is not there."""
+  """Whether a cell's run was stopped: its summary says so, or there is none."""
   try:
-    return bool(json.loads((cell_folder / "summary.json").read_text()).get("interrupted", True))
-  except (OSError, ValueError, AttributeError):
+    return bool(read_json(cell_folder / "summary.json").get("interrupted", True))
+  except (OSError, ValueError):
     return True
 
 
@@ -91,12 +90,8 @@ def _csv(lines: Sequence[Sequence[Any]]) -> str:
   return out.getvalue()
 
 
-def _plain(row: Row) -> dict[str, Any]:
-  """A row as JSON: no NaN; "never" for a level that the mean curve does not reach."""
-  return _json(dataclasses.asdict(row))
-
-
 def _json(value: Any) -> Any:
+  """Without NaN; infinity is "never", of a level that the mean curve does not reach."""
   if isinstance(value, dict):
     return {str(key): _json(entry) for key, entry in value.items()}
   if isinstance(value, list | tuple):

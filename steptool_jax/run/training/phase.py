@@ -1,12 +1,11 @@
-"""One phase of a run learns: its learner, the state, and what an iteration's trajectories do to it.
+"""What learns in one phase of a run: its learner, its state, and the steps that change it.
 
-Book-keeping, rollouts and phases are run/train.py's.
+iteration.py puts the steps of RL in order; run/train.py puts the phases in order.
 """
 
 import functools
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
@@ -18,7 +17,6 @@ from steptool_jax.policy import lora, sharding
 from steptool_jax.run.parts.build import Policy
 from steptool_jax.run.training import setup
 from steptool_jax.run.training.progress import Progress
-from steptool_jax.run.training.record import Recorder
 from steptool_jax.types import TokenBatch, TrainState, Trajectory
 
 
@@ -34,13 +32,12 @@ class Phase:
     config: Config,
     policy: Policy,
     mesh: Mesh,
-    recorder: Recorder,
     progress: Progress,
     iterations: int,
     conversations: int,
   ):
     self.config, self.policy, self.mesh = config, policy, mesh
-    self.recorder, self.progress, self.conversations = recorder, progress, conversations
+    self.progress, self.conversations = progress, conversations
     self.algorithm = algorithms.get_algorithm(config.algorithm)
     name = "sft" if progress.phase == "sft" else config.algorithm
     self.learner = setup.build_learner(config, policy.model, name, iterations)
@@ -67,57 +64,35 @@ class Phase:
     on_device = self._to_device(batch, self.config.sft.micro_rows, capacity)
     return self.update(on_device, batch.tokens.shape[0])
 
-  def learn(self, trajectories: Sequence[Trajectory]) -> dict[str, float]:
-    """prepare, then epochs x minibatches of update: one iteration's figures."""
-    t, done = self.config.train, self.progress.done
-    packed, self.past = setup.pack(self.config, trajectories, self.past, done)
-    if packed is None:
-      return {"nothing_to_learn": 1.0}
-    self.progress.learnt += 1
-    rows = packed.batch.tokens.shape[0]
+  def pack(self, trajectories: Sequence[Trajectory]) -> batching.Packed | None:
+    """What an iteration of RL learns from, [R, T] (NumPy); None where there is nothing to learn."""
+    packed, self.past = setup.pack(self.config, trajectories, self.past, self.progress.done)
+    self.progress.learnt += packed is not None
+    return packed
+
+  def prepare(self, batch: TokenBatch) -> tuple[TokenBatch, dict[str, jax.Array]]:
+    """(the batch on the devices [N, B, T] with log-probs, values and advantages, figures)."""
+    micro_rows = self.config.train.micro_rows
     most = self.conversations * self.algorithm.select.rows
     if self.algorithm.critic == "double":
       most += self.config.archer.batch
-    device_batch = self._to_device(packed.batch, t.micro_rows, -(-most // t.micro_rows))
-    prepare, _ = self.programs
-    prepared, prepare_metrics = prepare(
-      self.state, device_batch, np.int32(-(-rows // t.micro_rows))
-    )
-    if self.recorder.wants(done):
-      advantages = prepared.advantages
-      if advantages is not None:
-        advantages = sharding.to_host(advantages).reshape(-1, t.row_tokens)
-      self.recorder.training(done, trajectories, packed, advantages)
-    per_update: list[dict[str, Any]] = []
-    for epoch in range(t.epochs):
-      parts = setup.minibatches(
-        prepared,
-        rows,
-        t.minibatches,
-        self.algorithm.select.rows,
-        (self.config.seed, done, epoch),
-      )
-      for minibatch, count in parts:
-        per_update.append(self.update(minibatch, count))
-    figures = {k: float(v) for k, v in jax.device_get(prepare_metrics).items()}
-    # A NaN would stay in the coefficient for good.
-    if self.config.loss.kl_adaptive and math.isfinite(figures["kl"]):
-      self.state = self.state._replace(
-        kl_coef=algorithms.adapt_kl(
-          self.state.kl_coef,
-          prepare_metrics["kl"],
-          self.config.loss.kl_target,
-          self.config.loss.kl_horizon,
-          len(trajectories),
-        )
-      )
-    names = per_update[0]
-    figures |= {k: float(np.mean([m[k] for m in per_update])) for k in names if k != "entropy"}
-    return figures | {
-      "kl_coef": float(self.state.kl_coef),
-      "padding": batching.padding_share(packed.batch),
-      "nothing_to_learn": 0.0,
-    }
+    on_device = self._to_device(batch, micro_rows, -(-most // micro_rows))
+    return self.programs[0](self.state, on_device, np.int32(-(-len(batch.tokens) // micro_rows)))
+
+  def minibatches(
+    self, prepared: TokenBatch, rows: int, epoch: int
+  ) -> Iterator[tuple[TokenBatch, int]]:
+    """(batch, used rows) of each optimizer step of an epoch, in an order of its own."""
+    seed = (self.config.seed, self.progress.done, epoch)
+    together = self.algorithm.select.rows
+    return setup.minibatches(prepared, rows, self.config.train.minibatches, together, seed)
+
+  def adapt_kl(self, kl: jax.Array, trajectories: int) -> None:
+    """Moves the KL coefficient towards its target; a NaN would stay in it for good."""
+    c = self.config.loss
+    if math.isfinite(kl):
+      kl_coef = algorithms.adapt_kl(self.state.kl_coef, kl, c.kl_target, c.kl_horizon, trajectories)
+      self.state = self.state._replace(kl_coef=kl_coef)
 
   def update(self, batch: TokenBatch, rows: int) -> dict[str, float]:
     """One optimizer step on a batch [N, B, T] on the devices, `rows` rows of which are used."""

@@ -10,7 +10,7 @@ from steptool_jax.learning.algorithms import get_algorithm
 from steptool_jax.rollout.chain import Stats
 from steptool_jax.run.parts.opening import Parts
 from steptool_jax.run.training import offline
-from steptool_jax.run.workdir import metrics_writer
+from steptool_jax.run.workdir import outputs
 from steptool_jax.types import Trajectory
 
 
@@ -44,20 +44,18 @@ class Progress:
     return {name: getattr(self, name) for name in names}
 
 
-# What the progress bar shows of an iteration's figures: (label, name, format).
-_SHOWN = (
-  ("reward", "reward", ".2f"),
-  ("pass", "pass_rate", ".0%"),
-  ("KL", "kl", ".2f"),
-  ("tok/s", "tokens_per_second", ".0f"),
-)
+# What the progress bar shows of an iteration: figure -> format.
+_SHOWN = {
+  "reward": "reward {:.2f}",
+  "pass_rate": "pass {:.0%}",
+  "kl": "KL {:.2f}",
+  "tokens_per_second": "tok/s {:.0f}",
+}
 
 
 def shown(figures: Mapping[str, float]) -> str:
   """What the progress bar shows of an iteration."""
-  return ", ".join(
-    f"{label} {figures[name]:{form}}" for label, name, form in _SHOWN if name in figures
-  )
+  return ", ".join(form.format(figures[name]) for name, form in _SHOWN.items() if name in figures)
 
 
 def shares(stats: Stats, update_seconds: float, seconds: float, tokens: int) -> dict[str, float]:
@@ -78,16 +76,35 @@ def shares(stats: Stats, update_seconds: float, seconds: float, tokens: int) -> 
 
 
 def plot(config: Config, workdir: pathlib.Path, progress: Progress) -> None:
-  """WORKDIR/learning_curve.png."""
-  names = {"pass_rate_base": "start", "pass_rate_sft": "after SFT"}
-  metrics_writer.plot_learning_curve(
-    workdir / "learning_curve.png",
-    progress.train_curve,
-    progress.heldout_curve,
-    {label: progress.results[k] for k, label in names.items() if k in progress.results},
-    f"{config.algorithm} on {config.environment.name}, seed {config.seed}",
-    f"held-out tasks, {'sampled' if config.evaluation.temperature else 'greedy'}",
-  )
+  """WORKDIR/learning_curve.png: pass rates (%) over conversations; dashed: before RL."""
+  import matplotlib
+
+  matplotlib.use("Agg")
+  from matplotlib import pyplot
+
+  figure, axes = pyplot.subplots(figsize=(7, 4.2), dpi=120)
+  heldout = f"held-out tasks, {'sampled' if config.evaluation.temperature else 'greedy'}"
+  for curve, style, color, width, label in (
+    (progress.train_curve, "-", "#9db8d9", 1.2, "training tasks, sampled"),
+    (progress.heldout_curve, "o-", "#1f4e8c", 2, heldout),
+  ):
+    if curve:
+      x, y = zip(*curve, strict=True)
+      axes.plot(x, [100 * v for v in y], style, color=color, lw=width, label=label)
+  for name, label, color in (
+    ("pass_rate_base", "start", "#b0b0b0"),
+    ("pass_rate_sft", "after SFT", "#d9822b"),
+  ):
+    if name in progress.results:
+      level = 100 * progress.results[name]
+      axes.axhline(level, ls="--", color=color, lw=1.2, label=f"{label}: {level:.1f} %")
+  title = f"{config.algorithm} on {config.environment.name}, seed {config.seed}"
+  axes.set(xlabel="conversations rolled out", ylabel="pass rate (%)", ylim=(0, 100), title=title)
+  axes.grid(alpha=0.25)
+  axes.legend(loc="lower right", fontsize=8)
+  figure.tight_layout()
+  figure.savefig(workdir / "learning_curve.png")
+  pyplot.close(figure)
 
 
 def summarise(
@@ -104,7 +121,7 @@ def summarise(
     "conversations": p.conversations,
     "skipped_updates": p.skipped,
     "seconds": p.seconds,
-    "peak_rss_gib": metrics_writer.peak_rss_gib(),
+    "peak_rss_gib": outputs.peak_rss_gib(),
     "tokens_per_second": p.tokens / p.rl_seconds if p.rl_seconds else 0.0,
     "interrupted": interrupted,
   }
@@ -114,5 +131,5 @@ def summarise(
     summary["data"] = data.report | {"passes": config.data.passes}
   if parts.services.judging is not None:
     summary["judge"] = parts.services.judging.report()
-  metrics_writer.write_summary(parts.workdir, summary)
+  outputs.write_summary(parts.workdir, summary)
   return summary

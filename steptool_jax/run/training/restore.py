@@ -1,16 +1,16 @@
 """What a workdir holds: whose run it is, and the policy of its newest checkpoint."""
 
-import json
 import pathlib
 from typing import Any
 
 from steptool_jax import validation
 from steptool_jax.config import Config
+from steptool_jax.files import read_json, write_text
 from steptool_jax.policy import lora
 from steptool_jax.run.hosts import hosts
 from steptool_jax.run.parts.opening import Parts
 from steptool_jax.run.training import setup
-from steptool_jax.run.workdir import checkpoint, metrics_writer
+from steptool_jax.run.workdir import checkpoint
 from steptool_jax.types import TrainState
 
 # What decides how a checkpoint is read: the other fields may differ in modes that only read.
@@ -41,7 +41,7 @@ def other_fields(
   """Names of the fields that have another value in this file; none where there is no file."""
   if not path.exists():
     return []
-  names = validation.differences(config, json.loads(path.read_text()))
+  names = validation.differences(config, read_json(path))
   return [name for name in names if name.startswith(only) and not name.startswith(may_change)]
 
 
@@ -49,7 +49,7 @@ def claim(config: Config, workdir: pathlib.Path) -> None:
   """Writes config.json where there is none."""
   path = workdir / "config.json"
   if hosts.primary() and not path.exists():
-    metrics_writer.write_atomically(path, validation.to_json(config))
+    write_text(path, validation.to_json(config))
 
 
 def newest_variables(parts: Parts) -> tuple[dict, dict[str, Any]] | None:

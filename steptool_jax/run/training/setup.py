@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from steptool_jax.config import Config, Optimizer
 from steptool_jax.learning import algorithms, batching, update
 from steptool_jax.policy import lora, model, sharding
-from steptool_jax.run.hosts import hosts
+from steptool_jax.run.hosts import agreement
 from steptool_jax.run.parts.build import Policy
 from steptool_jax.run.training import replay
 from steptool_jax.types import TokenBatch, TrainState, Trajectory
@@ -152,7 +152,7 @@ def to_device(batch: TokenBatch, micro_rows: int, capacity: int, mesh: Mesh) -> 
   whole = jax.tree.map(
     lambda x, pad: np.concatenate([x, pad]).reshape(capacity, micro_rows, length), batch, padding
   )
-  hosts.refuse_different_batches(whole)
+  agreement.refuse_different_batches(whole)
   return jax.tree.map(lambda x: sharding.place(x, placement), whole)
 
 

@@ -19,9 +19,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 
-from steptool_jax.files import replacing
+from steptool_jax.files import read_json, write_text
 from steptool_jax.policy import sharding
-from steptool_jax.run.hosts import hosts
+from steptool_jax.run.hosts import ending, hosts
 from steptool_jax.types import TrainState
 
 SCORES = "scores.json"  # in WORKDIR: {number of a checkpoint: held-out pass rate}
@@ -93,7 +93,7 @@ class Checkpoints:
     if number in self._manager.all_steps():
       return
     arrays = _without_empty(state)
-    marks = zip(_layout(arrays).items(), _fingerprints(arrays), strict=True)
+    marks = zip(_layout(arrays).items(), fingerprints(arrays), strict=True)
     items = {
       "state": ocp.args.StandardSave(arrays),
       "meta": ocp.args.JsonSave(dict(meta)),
@@ -112,11 +112,10 @@ class Checkpoints:
       return
     self._scores[number] = value
     if hosts.primary():
-      with replacing(self._workdir / SCORES) as file:
-        json.dump(self._scores, file)
+      write_text(self._workdir / SCORES, json.dumps(self._scores))
 
   def newest(self, abstract_of: Callable[[dict[str, Any]], TrainState]) -> Restored | None:
-    """As `newest`; corrupt checkpoints are moved to WORKDIR/corrupt, out of the way of new ones."""
+    """The newest whole checkpoint; corrupt ones are moved to WORKDIR/corrupt, out of the way."""
     return newest(self._workdir, abstract_of, set_aside=self._set_aside)
 
   def _set_aside(self, number: int) -> None:
@@ -142,7 +141,7 @@ class Checkpoints:
     return self
 
   def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-    if not hosts.is_lost(error):  # a process that is gone writes its part no more
+    if not ending.is_lost(error):  # a process that is gone writes its part no more
       self.close()
 
   @contextlib.contextmanager
@@ -150,7 +149,7 @@ class Checkpoints:
     try:
       yield
     except (OSError, ValueError, RuntimeError) as error:
-      if hosts.is_lost(error):
+      if ending.is_lost(error):
         raise
       whole = numbers(self._workdir)
       raise OSError(
@@ -161,14 +160,15 @@ class Checkpoints:
 
 
 def numbers(workdir: pathlib.Path) -> list[int]:
-  """Of the finished checkpoints, the newest first."""
+  """The numbers of the finished checkpoints, the newest first."""
   directory = workdir / "checkpoints"
   return sorted(ocp.utils.checkpoint_steps(directory), reverse=True) if directory.is_dir() else []
 
 
 def read_scores(workdir: pathlib.Path) -> dict[int, float]:
+  """{number of a checkpoint: its held-out pass rate}, of those that were evaluated."""
   path = workdir / SCORES
-  scores = json.loads(path.read_text()) if path.exists() else {}
+  scores = read_json(path) if path.exists() else {}
   return {int(number): value for number, value in scores.items()}
 
 
@@ -232,7 +232,7 @@ def _restore(
   )
   if problem:
     return None, problem
-  marks = zip(saved.items(), _fingerprints(arrays), strict=True)
+  marks = zip(saved.items(), fingerprints(arrays), strict=True)
   wrong = [path for (path, (_, mark)), now in marks if mark != now]
   if wrong:
     return None, f"{len(wrong)} arrays are not as they were saved, {wrong[0]} among them"
@@ -283,7 +283,7 @@ def _layout(arrays: dict[str, Any]) -> dict[str, str]:
   }
 
 
-def _fingerprints(arrays: dict[str, Any]) -> list[int]:
+def fingerprints(arrays: dict[str, Any]) -> list[int]:
   """A 32-bit number for each array, in the order of `_layout`."""
   return np.asarray(jax.jit(_marks)(jax.tree.leaves(arrays))).tolist()
 

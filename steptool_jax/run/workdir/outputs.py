@@ -1,14 +1,14 @@
-"""Metrics as JSONL and TensorBoard, the learning curve as PNG, summary.json."""
+"""What a run writes to be read: metrics.jsonl, tensorboard/ and summary.json."""
 
 import json
 import pathlib
 import resource
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import tensorboardX
 
-from steptool_jax.files import replacing
+from steptool_jax.files import write_text
 from steptool_jax.run.hosts import hosts
 
 
@@ -26,7 +26,7 @@ class MetricsWriter:
       return
     path = workdir / "metrics.jsonl"
     kept = read_jsonl(path)[:keep]
-    write_atomically(path, "".join(json.dumps(r) + "\n" for r in kept))
+    write_text(path, "".join(json.dumps(r) + "\n" for r in kept))
     self.records = len(kept)
     self._file = path.open("a")
     self._board = tensorboardX.SummaryWriter(
@@ -62,48 +62,12 @@ def read_jsonl(path: pathlib.Path) -> list[dict[str, Any]]:
   return records
 
 
-def write_atomically(path: pathlib.Path, text: str) -> None:
-  """Readers see the old file or the new one, never half of it."""
-  with replacing(path) as file:
-    file.write(text)
-
-
 def write_summary(workdir: pathlib.Path, summary: Mapping[str, Any]) -> None:
+  """WORKDIR/summary.json, from process 0 alone."""
   if hosts.primary():
-    write_atomically(workdir / "summary.json", json.dumps(summary, indent=2) + "\n")
+    write_text(workdir / "summary.json", json.dumps(summary, indent=2) + "\n")
 
 
 def peak_rss_gib() -> float:
   """Largest resident set of this process so far, GiB."""
   return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-def plot_learning_curve(
-  path: pathlib.Path,
-  train: Sequence[tuple[float, float]],
-  heldout: Sequence[tuple[float, float]],
-  levels: Mapping[str, float],
-  title: str,
-  heldout_label: str,
-) -> None:
-  """PNG: pass rate (%) over conversations rolled out; `levels` are dashed lines."""
-  import matplotlib
-
-  matplotlib.use("Agg")
-  from matplotlib import pyplot
-
-  figure, axes = pyplot.subplots(figsize=(7, 4.2), dpi=120)
-  if train:
-    x, y = zip(*train, strict=True)
-    axes.plot(x, [100 * v for v in y], color="#9db8d9", lw=1.2, label="training tasks, sampled")
-  if heldout:
-    x, y = zip(*heldout, strict=True)
-    axes.plot(x, [100 * v for v in y], "o-", color="#1f4e8c", lw=2, label=heldout_label)
-  for (name, level), color in zip(levels.items(), ("#b0b0b0", "#d9822b"), strict=False):
-    axes.axhline(100 * level, ls="--", color=color, lw=1.2, label=f"{name}: {100 * level:.1f} %")
-  axes.set(xlabel="conversations rolled out", ylabel="pass rate (%)", ylim=(0, 100), title=title)
-  axes.grid(alpha=0.25)
-  axes.legend(loc="lower right", fontsize=8)
-  figure.tight_layout()
-  figure.savefig(path)
-  pyplot.close(figure)

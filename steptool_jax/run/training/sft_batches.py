@@ -1,4 +1,4 @@
-"""Batches of demonstrations for the supervised warm-up."""
+"""Batches of demonstrated trajectories for the supervised warm-up (SFT)."""
 
 from typing import Any
 
@@ -15,11 +15,11 @@ from steptool_jax.run.training.order import Order
 from steptool_jax.types import TRUNCATED, Status, Trajectory
 
 
-class Demonstrations:
-  """Batches of demonstrated trajectories, a function of the step number alone."""
+class SftBatches:
+  """batch(step): demonstrated trajectories, decided by the step's number alone."""
 
   def __init__(self, parts: Parts):
-    self._bench, self._sft = parts, parts.config.sft
+    self._parts, self._sft = parts, parts.config.sft
     tasks = parts.environment.tasks("train")
     tasks = [task for task in tasks if task.demonstration]
     if self._sft.steps and not tasks:
@@ -30,13 +30,14 @@ class Demonstrations:
     self._dropped = self._seen = 0
 
   def batch(self, step: int) -> list[Trajectory]:
+    """Those that fit; ValueError where none does."""
     size = self._sft.batch
-    order = Order(len(self._tasks), self._bench.config.seed)
+    order = Order(len(self._tasks), self._parts.config.seed)
     peers = hosts.peers()
 
     def share() -> list[Any]:
       numbers = range(step * size + peers.index, (step + 1) * size, peers.count)
-      return [[k, _document(self._draw(order[k], k))] for k in numbers]
+      return [[k, to_document(AnnotatedTrajectory(self._draw(order[k], k)))] for k in numbers]
 
     if peers.count == 1:
       drawn = [self._draw(order[k], k) for k in range(step * size, (step + 1) * size)]
@@ -53,6 +54,7 @@ class Demonstrations:
     return kept
 
   def report(self) -> None:
+    """Warns of those that were left out."""
     if self._dropped:
       logging.warning(
         "%d of %d demonstrations did not fit, or their tools were down", self._dropped, self._seen
@@ -62,17 +64,13 @@ class Demonstrations:
     task = self._tasks[index]
     actions = task.demonstration
     if self._sft.mistakes and position >= self._sft.clean_steps * self._sft.batch:
-      rng = np.random.default_rng((self._bench.config.seed, position))
-      actions = imperfect(self._bench.environment, task, rng, self._sft.mistakes)
+      rng = np.random.default_rng((self._parts.config.seed, position))
+      actions = imperfect(self._parts.environment, task, rng, self._sft.mistakes)
     return demonstrate(
-      self._bench.environment,
+      self._parts.environment,
       task,
       actions,
-      self._bench.policy.chat_format,
-      self._bench.limits,
-      self._bench.config.model.system or None,
+      self._parts.policy.chat_format,
+      self._parts.limits,
+      self._parts.config.model.system or None,
     )
-
-
-def _document(trajectory: Trajectory) -> dict[str, Any]:
-  return to_document(AnnotatedTrajectory(trajectory))

@@ -1,7 +1,7 @@
-"""What a naive reward teaches: the quickstart, once with it and once with ours. No test, minutes.
+"""What a naive reward teaches: the quickstart, once with it and once with ours; takes minutes.
 
-    python tests/run/naive_reward.py --reward=naive --workdir=/tmp/naive
-    python tests/run/naive_reward.py --reward=ours --workdir=/tmp/ours
+    python results/naive_reward.py --reward=naive --workdir=/tmp/naive
+    python results/naive_reward.py --reward=ours --workdir=/tmp/ours
 
 The naive reward pays 1 for every call that was executed, whatever it was good for, and IsSolved at
 the end. Prints means over the first and over the last iterations' rollouts: training tasks, each
@@ -18,13 +18,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
-ROOT = pathlib.Path(__file__).parents[2]
+ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from steptool_jax import validation  # noqa: E402
 from steptool_jax.run import train  # noqa: E402
 from steptool_jax.run.parts import opening, rollouts  # noqa: E402
-from steptool_jax.run.workdir.metrics_writer import read_jsonl  # noqa: E402
+from steptool_jax.run.workdir.outputs import read_jsonl  # noqa: E402
 from steptool_jax.types import Code, Task, Trajectory  # noqa: E402
 
 SHOWN = ("pass_rate", "calls_per_task", "repeated_calls", "truncated", "reward")

@@ -1,0 +1,122 @@
+"""One iteration of RL, from tasks to updated weights."""
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from steptool_jax.config import Config
+from steptool_jax.evaluation.metrics import rollout_metrics
+from steptool_jax.learning import batching
+from steptool_jax.policy import sharding
+from steptool_jax.rewards import orchestra
+from steptool_jax.rollout.conversation import NonFiniteLogprobs
+from steptool_jax.run.parts import rollouts
+from steptool_jax.run.parts.opening import Parts
+from steptool_jax.run.training import offline, order
+from steptool_jax.run.training.phase import Phase
+from steptool_jax.run.training.progress import shares
+from steptool_jax.run.training.record import Recorder
+from steptool_jax.types import Status, Trajectory
+
+
+def run_iteration(
+  parts: Parts, phase: Phase, recorder: Recorder, data: offline.Data | None = None
+) -> dict[str, float]:
+  """Learns once from rollouts, or from stored trajectories (`data`); returns the figures.
+
+      Task ──► rollout ──► Trajectory ──► rewards ──► TokenBatch ──► prepare ──► update ──► figures
+               ▲    ▲                    (per step)   (packed)      (log-probs,  (PPO)        │
+        policy engine  environment                                   values, GAE)             │
+        (KV slots)     (tools, checker)                                                       │
+               └──────────────────────────── new weights ◄────────────────────────────────────┘
+
+  Everything random follows from (seed, progress.done). `phase` and its progress change.
+
+  Raises:
+    RuntimeError: no conversation can be trained on; too many skipped updates in a row.
+    Interrupted: the run is asked to stop.
+  """
+  config, progress = parts.config, phase.progress
+  done = progress.done
+  started = time.monotonic()
+
+  # Task -> rollout -> Trajectory -> rewards. Stored trajectories come with theirs.
+  if data is None:
+    work = order.jobs(config, parts.environment.tasks("train"), done)
+    tasks = [task for task, _ in work]
+    try:
+      trajectories, stats = rollouts.roll(
+        parts, phase.variables(), work, done, config.rollout.temperature, "rollout"
+      )
+    except NonFiniteLogprobs as error:
+      phase.count_skipped(True, str(error))
+      return {"skipped": 1.0}
+    trajectories = rollouts.judge(parts, tasks, trajectories)
+    trajectories = rollouts.reward(parts, tasks, trajectories, config.rewards.scheme)
+    kept, dropped = _trainable(config, trajectories)
+    figures = rollout_metrics(trajectories) | dropped
+  else:
+    trajectories = kept = data.batch(done)
+    figures = rollout_metrics(trajectories)
+
+  # Trajectory -> TokenBatch -> prepare -> update.
+  update_started = time.monotonic()
+  packed = phase.pack(kept)
+  if packed is None:
+    figures["nothing_to_learn"] = 1.0
+  else:
+    rows = len(packed.batch.tokens)
+    prepared, prepare_figures = phase.prepare(packed.batch)
+    if recorder.wants(done):
+      advantages = prepared.advantages
+      if advantages is not None:
+        advantages = sharding.to_host(advantages).reshape(-1, config.train.row_tokens)
+      recorder.training(done, kept, packed, advantages)
+    updates = [
+      phase.update(minibatch, count)
+      for epoch in range(config.train.epochs)
+      for minibatch, count in phase.minibatches(prepared, rows, epoch)
+    ]
+    if config.loss.kl_adaptive:
+      phase.adapt_kl(prepare_figures["kl"], len(kept))
+    figures |= _learning_figures(prepare_figures, updates)
+    figures |= {
+      "kl_coef": float(phase.state.kl_coef),
+      "padding": batching.padding_share(packed.batch),
+      "nothing_to_learn": 0.0,
+    }
+
+  # What the run has used so far, and where the time went.
+  now = time.monotonic()
+  tokens = sum(t.num_tokens for t in kept)
+  progress.count(trajectories, tokens)
+  if data is not None:
+    return figures | {"tokens_per_second": tokens / (time.monotonic() - started)}
+  progress.train_curve.append((progress.conversations, figures["pass_rate"]))
+  return figures | shares(stats, now - update_started, now - started, tokens)
+
+
+def _trainable(
+  config: Config, trajectories: Sequence[Trajectory]
+) -> tuple[list[Trajectory], dict[str, float]]:
+  """(trajectories that may reach the update, how many each filter dropped)."""
+  usable = [t for t in trajectories if t.steps and t.status is not Status.INFRASTRUCTURE_ERROR]
+  if not usable:
+    raise RuntimeError(
+      "no conversation of this iteration can be trained on: all ended in infrastructure errors "
+      "or before the first call; look at the tools and at rollout.max_tokens"
+    )
+  f = config.rewards.filters
+  return orchestra.keep(usable, orchestra.Filters(f.min_deviation, f.malformed, f.unfinished))
+
+
+def _learning_figures(
+  prepared: Mapping[str, Any], updates: Sequence[Mapping[str, float]]
+) -> dict[str, float]:
+  """Figures of prepare, and means over the optimizer steps (the entropy is that of prepare)."""
+  figures = {name: float(value) for name, value in jax.device_get(prepared).items()}
+  means = {n: float(np.mean([u[n] for u in updates])) for n in updates[0] if n != "entropy"}
+  return figures | means
