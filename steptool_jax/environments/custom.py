@@ -192,7 +192,7 @@ class Custom:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class CustomSession:
-  """Calls are not serialised here: a hung function must not block the ones behind it."""
+  """Calls are not serialised here: a hung function must not block the calls after it."""
 
   task: Task
   box: Toolbox

@@ -266,7 +266,6 @@ class ShopTools:
     return {"products": [row[0] for row in rows]}
 
 
-DISTRACTORS = ("find_employee", "get_weather", "search_help", "list_products")
 _NAMES = tuple(name for name in vars(ShopTools) if not name.startswith("_") and name != "db")
 SPECS = {name: tool(getattr(ShopTools(None), name)).spec for name in _NAMES}
 
@@ -279,7 +278,7 @@ def tools(db: sqlite3.Connection) -> list[Tool]:
 
 
 class ShopSession:
-  """A private  Answers are checked by value or by the whole database state."""
+  """A private database. Answers are checked by value or by the whole database state."""
 
   def __init__(self, task: Task, tables: Tables, db: sqlite3.Connection, max_chars: int):
     self._task, self._tables, self._db = task, tables, db
