@@ -8,17 +8,15 @@ import collections
 import dataclasses
 import itertools
 import random
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from steptool_jax.environments import names, tables
 from steptool_jax.environments.base import Split
 from steptool_jax.environments.checkers import same_table
-from steptool_jax.environments.generated import Draw, Generated, Stale
+from steptool_jax.environments.generated import Draw, Generated, SerialSession, Stale
 from steptool_jax.environments.tables import Table
-from steptool_jax.simulators.functions import Toolbox
-from steptool_jax.types import Finish, Observation, Task, ToolCall
+from steptool_jax.types import Finish, Task, ToolCall
 
 # Each: files to join (or one), numeric columns, text columns to group or filter by. The text
 # columns of a join come from the second file, so that no task can be solved without joining.
@@ -235,19 +233,12 @@ def _condition(
   return f"{name} {rng.choice(('=', '!='))} {rng.choice(sorted(counts))}"
 
 
-class PipelineSession:
+class PipelineSession(SerialSession):
   """Private tables by handle; the table written under the asked name is what counts."""
 
   def __init__(self, task: Task, files: Mapping[str, str], max_chars: int):
-    self._checker = task.checker
     self._owner = tables.PipelineTools(files)
-    self._lock = threading.Lock()
-    offered = {spec.name for spec in task.tools}
-    self._box = Toolbox([t for t in tables.tools(self._owner) if t.spec.name in offered], max_chars)
-
-  def call(self, call: ToolCall) -> Observation:
-    with self._lock:
-      return self._box.call(call)
+    super().__init__(task, tables.tools(self._owner), max_chars)
 
   def file(self, name: str) -> Table:
     """A file as a table, which gets no handle; raises NotFound."""
@@ -261,7 +252,7 @@ class PipelineSession:
 
   def grade(self, answer: str | None) -> float:
     """1 when the table is there with the right content and the agent finished, else 0."""
-    checker = self._checker
+    checker = self._task.checker
     with self._lock:
       written = self._owner.written.get(checker["name"])
     if answer is None or written is None:

@@ -8,11 +8,12 @@ import abc
 import dataclasses
 import random
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 from steptool_jax.environments.base import Split, check_split
-from steptool_jax.types import Action, Task, ToolCall, ToolSpec
+from steptool_jax.simulators.functions import Tool, Toolbox
+from steptool_jax.types import Action, Observation, Task, ToolCall, ToolSpec
 
 _TASKS_PER_WORLD = 16
 
@@ -45,6 +46,20 @@ class Draw:
   last: Action
   checker: Mapping[str, Any]
   metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+class SerialSession:
+  """Answers calls one after the other, by those of `tools` that the task offers."""
+
+  def __init__(self, task: Task, tools: Iterable[Tool], max_chars: int):
+    self._task = task
+    self._lock = threading.Lock()
+    offered = {spec.name for spec in task.tools}
+    self._box = Toolbox([tool for tool in tools if tool.spec.name in offered], max_chars)
+
+  def call(self, call: ToolCall) -> Observation:
+    with self._lock:
+      return self._box.call(call)
 
 
 class Generated(abc.ABC, Generic[W, C]):

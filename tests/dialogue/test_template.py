@@ -132,11 +132,11 @@ def test_prompt_observation_and_action_are_the_literal_layout(kind, codecs, dire
   if kind == "toolllama":
     whole = whole.replace("<s> ", "<s>", 1)
     raw = raw_ids(directories[kind], whole)
-    # … but for the spaces that Llama-2's tokenizer adds behind <s> (as we do) and </s> (we do not).
+    # … but for the spaces that Llama-2's tokenizer adds after <s> (as we do) and </s> (we do not).
     space = fmt.codec.encode(" ")[0]
-    behind = raw.index(2) + 1
-    assert raw[behind] == space
-    del raw[behind]
+    after = raw.index(2) + 1
+    assert raw[after] == space
+    del raw[after]
     assert joined == raw
   else:
     assert joined == raw_ids(directories[kind], whole)

@@ -127,7 +127,7 @@ def test_every_step_is_needed():
     for k, call in enumerate(calls[:-1]):
       if call.name in ("load_csv", "join"):
         continue
-      # Handles behind the hole move up by one.
+      # Handles after the hole move up by one.
       shorter = [c for i, c in enumerate(calls) if i != k]
       moved = [
         ToolCall(
