@@ -23,14 +23,9 @@ from steptool_jax.dialogue import parser
 from steptool_jax.dialogue.codec import Control, Piece
 from steptool_jax.types import Malformed, Task, ToolSpec
 
-PAD, END, TASK, TOOLS, CALL, RESULT = SPECIALS = (
-  "<|pad|>",
-  "<|end|>",
-  "<|task|>",
-  "<|tools|>",
-  "<|call|>",
-  "<|result|>",
-)
+PAD, END, TASK, TOOLS = "<|pad|>", "<|end|>", "<|task|>", "<|tools|>"
+CALL, RESULT = "<|call|>", "<|result|>"
+SPECIALS = (PAD, END, TASK, TOOLS, CALL, RESULT)
 
 # Spaces stand alone, except in front of punctuation (' {"' is one token).
 _WORDS = (
@@ -72,14 +67,11 @@ def signature(tool: ToolSpec) -> str:
   return f"{tool.name}({','.join(n if n in required else n + '?' for n in names)})"
 
 
-def prompt_pieces(system: str | None, tools: tuple[ToolSpec, ...], query: str) -> list[Piece]:
+def opening(system: str | None, tools: tuple[ToolSpec, ...], query: str) -> list[Piece]:
+  """What stands in front of the first assistant turn."""
   task = query if system is None else f"{system}\n{query}"
   listed = "\n".join(signature(tool) for tool in tools)
-  return [Control(TASK), task, Control(TOOLS), listed, Control(CALL)]
-
-
-def observation_pieces(text: str) -> list[Piece]:
-  return [Control(RESULT), text, Control(CALL)]
+  return [Control(TASK), task, Control(TOOLS), listed]
 
 
 def task_texts(task: Task) -> Iterator[str]:

@@ -4,10 +4,11 @@ A reason is written for the model: it says what was wrong and what to write inst
 is inverted exactly by its reader; what could not be read back is refused with ValueError.
 """
 
+import functools
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from steptool_jax.types import Action, Finish, Malformed, ToolCall, ToolSpec
@@ -39,6 +40,19 @@ class _Refused(Exception):
   """Carries the reason of a Malformed."""
 
 
+def _refusing(parse: Callable[[str], Action]) -> Callable[[str], Action]:
+  """A parser that gives a Malformed where it raises _Refused."""
+
+  @functools.wraps(parse)
+  def answer(text: str) -> Action:
+    try:
+      return parse(text)
+    except _Refused as refused:
+      return Malformed(str(refused))
+
+  return answer
+
+
 def load_json(text: str, what: str = "the arguments") -> Any:
   """Strict JSON: no duplicate keys, NaN, infinities, lone surrogates or trailing text.
 
@@ -68,17 +82,6 @@ def dump_json(value: Any, compact: bool = False) -> str:
 # --- ReAct: Thought / Action / Action Input --------------------------------------------------
 
 
-def parse_react(text: str) -> Action:
-  """`[Thought: …\\n]Action: <name>\\nAction Input: <json object>`; Finish ends the task.
-
-  The thought may be missing (the released ToolLLaMA data often has none).
-  """
-  try:
-    return _react(text)
-  except _Refused as refused:
-    return Malformed(str(refused))
-
-
 def write_react(action: Action) -> str:
   """The text that `parse_react` reads back; ValueError where there is none."""
   name, arguments, thought = _call_of(action)
@@ -88,7 +91,12 @@ def write_react(action: Action) -> str:
   return f"Thought: {thought}\nAction: {name}\nAction Input: {dump_json(arguments)}"
 
 
-def _react(text: str) -> Action:
+@_refusing
+def parse_react(text: str) -> Action:
+  """`[Thought: …\\n]Action: <name>\\nAction Input: <json object>`; Finish ends the task.
+
+  The thought may be missing (the released ToolLLaMA data often has none).
+  """
   if text.startswith("Thought:"):
     thought, found, rest = text.removeprefix("Thought:").partition("\nAction:")
     if not found:
@@ -118,17 +126,6 @@ _OPEN, _CLOSE = "<tool_call>", "</tool_call>"
 _THINK, _UNTHINK = "<think>", "</think>"
 
 
-def parse_tool_call(text: str) -> Action:
-  """`<tool_call>\\n{"name": …, "arguments": {…}}\\n</tool_call>`, one a turn.
-
-  The thought is the `<think>` block where there is one, else the text in front of the call.
-  """
-  try:
-    return _tool_call(text)
-  except _Refused as refused:
-    return Malformed(str(refused))
-
-
 def write_tool_call(action: Action, think: bool) -> str:
   """The text that `parse_tool_call` reads back. think: the thought goes into a `<think>` block."""
   name, arguments, thought = _call_of(action)
@@ -142,7 +139,12 @@ def write_tool_call(action: Action, think: bool) -> str:
   return f"{thought}\n{call}" if thought else call
 
 
-def _tool_call(text: str) -> Action:
+@_refusing
+def parse_tool_call(text: str) -> Action:
+  """`<tool_call>\\n{"name": …, "arguments": {…}}\\n</tool_call>`, one a turn.
+
+  The thought is the `<think>` block where there is one, else the text in front of the call.
+  """
   thought, block = "", text.lstrip(_BLANK)
   if block.startswith(_THINK):
     inner, found, rest = block.removeprefix(_THINK).partition(_UNTHINK)
@@ -187,14 +189,6 @@ ANSWER_WORD = "answer"
 GIVE_UP_WORD = "give_up"
 
 
-def parse_compact(text: str) -> Action:
-  """`<name> <json object>`, `answer <text>` or `give_up[ <text>]`; no thoughts in this format."""
-  try:
-    return _compact(text)
-  except _Refused as refused:
-    return Malformed(str(refused))
-
-
 def write_compact(action: Action) -> str:
   """The text that `parse_compact` reads back, without the thought."""
   if isinstance(action, Finish):
@@ -213,7 +207,9 @@ def check_compact_name(name: str) -> None:
     raise ValueError(f"tool name {name!r}: the compact format needs one word that is not reserved")
 
 
-def _compact(text: str) -> Action:
+@_refusing
+def parse_compact(text: str) -> Action:
+  """`<name> <json object>`, `answer <text>` or `give_up[ <text>]`; no thoughts in this format."""
   name, found, rest = text.partition(" ")
   if name == GIVE_UP_WORD:
     return Finish(answer=rest, gave_up=True)

@@ -11,12 +11,15 @@ kept as they are, and what follows them is appended. So the ids that the model s
     compact        the quickstart's model      name {json}       <|result|>
 
 In every format but compact the task ends with a call of the tool `Finish`, which the prompt lists
-behind the task's own tools; plain text without a call is malformed, not an answer.
+after the task's own tools; plain text without a call is malformed, not an answer.
+
+A new format is one row of FORMATS: how its turns are spelled, and which tokenizers it fits.
 """
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -25,14 +28,6 @@ from steptool_jax.dialogue.codec import Codec, Control, Piece
 from steptool_jax.types import Action, Malformed, ToolSpec
 
 Tools = tuple[ToolSpec, ...]
-
-
-class _Whole(str):
-  """A system text that lists the tools and the output format itself."""
-
-
-FORMATS = ("toolllama", "chatml_react", "llama31", "hermes", "compact")
-_REACT_FORMATS = ("toolllama", "chatml_react", "llama31")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -45,13 +40,20 @@ class ChatFormat:
   name: str
   codec: Codec
   stop_ids: tuple[int, ...]
-  open_pieces: Callable[[str | None, Tools, str], list[Piece]]
-  observation_pieces: Callable[[str], list[Piece]]
-  user_pieces: Callable[[str], list[Piece]]  # a user's turn behind an observation, no header
+  turn: Callable[[str, str], list[Piece]]  # (role, text) -> a turn of anyone but the model
   header: tuple[Piece, ...]  # opens an assistant turn; ends every prompt and observation
-  write: Callable[[Action], str]
-  read: Callable[[str], Action]
+  start: tuple[Piece, ...] = ()  # stands in front of the first turn
+  after_stop: str = ""  # between a stop token and the next turn
+  # (system, tools, query) -> the first turns; None: those of a ReAct format.
+  opening: Callable[[str | None, Tools, str], list[Piece]] | None = None
+  write: Callable[[Action], str] = parser.write_react
+  read: Callable[[str], Action] = parser.parse_react
   tags: tuple[str, ...] = ()  # control tokens that belong into a turn
+
+  @property
+  def react(self) -> bool:
+    """Whether the model writes Thought, Action, Action Input."""
+    return self.opening is None
 
   def prompt(
     self, system: str | None, tools: Tools, query: str, whole: str | None = None
@@ -66,13 +68,17 @@ class ChatFormat:
     names = [tool.name for tool in tools]
     if len(set(names)) != len(names):
       raise ValueError(f"tools: two tools share a name in {sorted(names)}")
-    if whole is not None and self.name in _REACT_FORMATS:
-      system = _Whole(whole)
-    return self.codec.join(self.open_pieces(system, tuple(tools), query))
+    if self.opening is not None:
+      turns = self.opening(system, tuple(tools), query)
+    else:
+      listed = react_system(system, tuple(tools))
+      turns = self.turn("system", listed if whole is None else whole)
+      turns += self.turn("user", f"\n{query}\nBegin!\n")
+    return self.codec.join([*self.start, *turns, *self.header])
 
   def observation(self, text: str) -> np.ndarray:
     """int32[M] that follow a turn's stop token: the observation and the next assistant header."""
-    return self.codec.join(self.observation_pieces(text))
+    return self.codec.join([self.after_stop, *self.turn("function", text), *self.header])
 
   def interject(self, shown: np.ndarray, text: str) -> tuple[int, np.ndarray]:
     """A user's turn between what was shown last (a prompt or an observation) and the model's turn.
@@ -82,7 +88,7 @@ class ChatFormat:
     in front of it leaves no such place: there the cut is 0 and an empty assistant turn is closed.
     """
     header = self.codec.join(self.header)
-    inserted = self.codec.join([*self.user_pieces(text), *self.header])
+    inserted = self.codec.join([*self.turn("user", text), *self.header])
     if len(header) < len(shown) and (shown[-len(header) :] == header).all():
       return len(header), inserted
     return 0, np.concatenate([np.asarray(self.stop_ids[:1], np.int32), inserted])
@@ -119,9 +125,9 @@ def get_format(name: str, codec: Codec) -> ChatFormat:
   """
   if name == "auto":
     name = _choose(codec)
-  if name not in _MAKERS:
+  if name not in FORMATS:
     raise ValueError(f"chat_format {name!r}: choose one of auto, {', '.join(FORMATS)}")
-  return _MAKERS[name](codec)
+  return FORMATS[name].make(codec)
 
 
 def _choose(codec: Codec) -> str:
@@ -131,14 +137,9 @@ def _choose(codec: Codec) -> str:
       f"chat_format 'auto': the tokenizer in {codec.directory} has no chat template; set "
       f"chat_format to one of {', '.join(FORMATS)}"
     )
-  if codec.has(compact.RESULT) and codec.has(compact.CALL):
-    return "compact"
-  if codec.has("<|start_header_id|>") and codec.has("<|eot_id|>"):
-    return "llama31"
-  if codec.has("<|im_start|>") and codec.has("<|im_end|>"):
-    return "hermes" if "<tool_call>" in template else "chatml_react"
-  if "Assistant:" in template and codec.eos_id is not None:
-    return "toolllama"
+  for name, row in reversed(FORMATS.items()):
+    if row.fits(codec, template):
+      return name
   raise ValueError(
     f"chat_format 'auto': the chat template in {codec.directory} is of no known family; set "
     f"chat_format to one of {', '.join(FORMATS)}"
@@ -172,16 +173,10 @@ def _function(tool: ToolSpec) -> dict:
 def react_system(system: str | None, tools: Tools) -> str:
   """The system text of the ReAct formats: task, numbered tools, output format, JSON schemas."""
   tools = _with_finish(tools)
-  if isinstance(system, _Whole):
-    return str(system)
   numbered = "\n".join(f"{n}.{t.name}: {t.description}" for n, t in enumerate(tools, start=1))
   schemas = json.dumps([_function(t) for t in tools], ensure_ascii=False)
   task = _TASK if system is None else system
   return f"{task}\n\nTools:\n{numbered}\n\n{_REACT_RULES}\n\nTheir JSON schemas: {schemas}"
-
-
-def _react_user(query: str) -> str:
-  return f"\n{query}\nBegin!\n"
 
 
 def _stops(codec: Codec, first: str, *others: str) -> tuple[int, ...]:
@@ -217,24 +212,20 @@ def _toolllama(codec: Codec) -> ChatFormat:
       f"chat_format 'toolllama': the tokenizer in {codec.directory} names no bos_token or "
       "eos_token in tokenizer_config.json; this format fits Llama-2 tokenizers"
     )
-  bos = Control(codec.control_name(codec.bos_id))
-  # Llama-2's own tokenizer puts a space in front of a prompt, and only there.
-  lead = " " if codec.prefix_space else ""
 
-  def opening(system: str | None, tools: Tools, query: str) -> list[Piece]:
-    text = f"{lead}System: {react_system(system, tools)}\nUser: {_react_user(query)}\nAssistant:\n"
-    return [bos, text]
+  def turn(role: str, text: str) -> list[Piece]:
+    # A system turn is the first one: it stands on the first line.
+    line = f"{role.capitalize()}: {text}"
+    return [line if role == "system" else f"\n{line}"]
 
   return ChatFormat(
     name="toolllama",
     codec=codec,
     stop_ids=(codec.eos_id,),
-    open_pieces=opening,
-    observation_pieces=lambda text: [f"\nFunction: {text}\nAssistant:\n"],
-    user_pieces=lambda text: [f"\nUser: {text}"],
+    turn=turn,
     header=("\nAssistant:\n",),
-    write=parser.write_react,
-    read=parser.parse_react,
+    # Llama-2's own tokenizer puts a space in front of a prompt, and only there.
+    start=(Control(codec.control_name(codec.bos_id)), " " if codec.prefix_space else ""),
   )
 
 
@@ -245,29 +236,15 @@ def _chatml_turn(role: str, *content: Piece) -> list[Piece]:
   return [_IM_START, f"{role}\n", *content, _IM_END, "\n"]
 
 
-_CHATML_ASSISTANT: list[Piece] = [_IM_START, "assistant\n"]
-
-
 def _chatml_react(codec: Codec) -> ChatFormat:
   codec.token_id(_IM_START.name)
-
-  def opening(system: str | None, tools: Tools, query: str) -> list[Piece]:
-    return [
-      *_chatml_turn("system", react_system(system, tools)),
-      *_chatml_turn("user", _react_user(query)),
-      *_CHATML_ASSISTANT,
-    ]
-
   return ChatFormat(
     name="chatml_react",
     codec=codec,
     stop_ids=_stops(codec, _IM_END.name, "<|endoftext|>"),
-    open_pieces=opening,
-    observation_pieces=lambda text: ["\n", *_chatml_turn("function", text), *_CHATML_ASSISTANT],
-    user_pieces=lambda text: _chatml_turn("user", text),
-    header=tuple(_CHATML_ASSISTANT),
-    write=parser.write_react,
-    read=parser.parse_react,
+    turn=_chatml_turn,
+    header=(_IM_START, "assistant\n"),
+    after_stop="\n",
   )
 
 
@@ -276,32 +253,14 @@ def _llama31(codec: Codec) -> ChatFormat:
   begin = Control("<|begin_of_text|>")
   for needed in (start, end, eot, begin):
     codec.token_id(needed.name)
-
-  def header(role: str) -> list[Piece]:
-    return [start, role, end, "\n\n"]
-
-  def opening(system: str | None, tools: Tools, query: str) -> list[Piece]:
-    return [
-      begin,
-      *[*header("system"), react_system(system, tools), eot],
-      *[*header("user"), _react_user(query), eot],
-      *header("assistant"),
-    ]
-
   return ChatFormat(
     name="llama31",
     codec=codec,
     stop_ids=_stops(codec, eot.name, "<|eom_id|>", "<|end_of_text|>"),
-    open_pieces=opening,
-    observation_pieces=lambda text: [*header("function"), text, eot, *header("assistant")],
-    user_pieces=lambda text: [*header("user"), text, eot],
-    header=tuple(header("assistant")),
-    write=parser.write_react,
-    read=parser.parse_react,
+    turn=lambda role, text: [start, role, end, "\n\n", text, eot],
+    header=(start, "assistant", end, "\n\n"),
+    start=(begin,),
   )
-
-
-_HERMES_TAGS = ("<tool_call>", "</tool_call>", "<think>", "</think>")
 
 
 def _hermes(codec: Codec) -> ChatFormat:
@@ -322,28 +281,33 @@ def _hermes(codec: Codec) -> ChatFormat:
       f"provided with function signatures within <tools></tools> XML tags:\n<tools>{listed}\n"
       "</tools>\n\nFor each function call, return a json object with function name and arguments "
       "within ",
-      *(tag("<tool_call>"), tag("</tool_call>"), " XML tags:\n", tag("<tool_call>")),
+      tag("<tool_call>"),
+      tag("</tool_call>"),
+      " XML tags:\n",
+      tag("<tool_call>"),
       '\n{"name": <function-name>, "arguments": <args-json-object>}\n',
       tag("</tool_call>"),
     ]
-    return [*_chatml_turn("system", *content), *_chatml_turn("user", query), *_CHATML_ASSISTANT]
+    return [*_chatml_turn("system", *content), *_chatml_turn("user", query)]
 
-  def observation(text: str) -> list[Piece]:
-    response = [tag("<tool_response>"), f"\n{text}\n", tag("</tool_response>")]
-    return ["\n", *_chatml_turn("user", *response), *_CHATML_ASSISTANT]
+  def turn(role: str, text: str) -> list[Piece]:
+    if role != "function":
+      return _chatml_turn(role, text)
+    response = (tag("<tool_response>"), f"\n{text}\n", tag("</tool_response>"))
+    return _chatml_turn("user", *response)
 
   think = codec.has("<think>")
   return ChatFormat(
     name="hermes",
     codec=codec,
     stop_ids=_stops(codec, _IM_END.name, "<|endoftext|>"),
-    open_pieces=opening,
-    observation_pieces=observation,
-    user_pieces=lambda text: _chatml_turn("user", text),
-    header=tuple(_CHATML_ASSISTANT),
+    turn=turn,
+    header=(_IM_START, "assistant\n"),
+    after_stop="\n",
+    opening=opening,
     write=lambda action: parser.write_tool_call(action, think),
     read=parser.parse_tool_call,
-    tags=_HERMES_TAGS,
+    tags=("<tool_call>", "</tool_call>", "<think>", "</think>"),
   )
 
 
@@ -354,19 +318,42 @@ def _compact(codec: Codec) -> ChatFormat:
     name="compact",
     codec=codec,
     stop_ids=(codec.token_id(compact.END),),
-    open_pieces=compact.prompt_pieces,
-    observation_pieces=compact.observation_pieces,
-    user_pieces=lambda text: compact.observation_pieces(text)[:-1],  # it has no user's turn
+    turn=lambda role, text: [Control(compact.RESULT), text],  # a user's turn looks the same
     header=(Control(compact.CALL),),
+    opening=compact.opening,
     write=parser.write_compact,
     read=parser.parse_compact,
   )
 
 
-_MAKERS: dict[str, Callable[[Codec], ChatFormat]] = {
-  "toolllama": _toolllama,
-  "chatml_react": _chatml_react,
-  "llama31": _llama31,
-  "hermes": _hermes,
-  "compact": _compact,
+class Row(NamedTuple):
+  """make: the format over a tokenizer, ValueError where a token is missing. fits: whether it is the
+  one of a tokenizer with this chat template.
+  """
+
+  make: Callable[[Codec], ChatFormat]
+  fits: Callable[[Codec, str], bool]
+
+
+def _has(*names: str) -> Callable[[Codec, str], bool]:
+  return lambda codec, template: all(codec.has(name) for name in names)
+
+
+_is_chatml = _has("<|im_start|>", "<|im_end|>")
+_is_llama31 = _has("<|start_header_id|>", "<|eot_id|>")
+
+
+def _is_hermes(codec: Codec, template: str) -> bool:
+  # A Llama-3 tokenizer with ChatML tokens added is still Llama's.
+  is_llama = _is_llama31(codec, template)
+  return _is_chatml(codec, template) and "<tool_call>" in template and not is_llama
+
+
+# "auto" takes the last one that fits: a format stands after those that are more general.
+FORMATS: Mapping[str, Row] = {
+  "toolllama": Row(_toolllama, lambda c, text: "Assistant:" in text and c.eos_id is not None),
+  "chatml_react": Row(_chatml_react, _is_chatml),
+  "llama31": Row(_llama31, _is_llama31),
+  "hermes": Row(_hermes, _is_hermes),
+  "compact": Row(_compact, _has(compact.RESULT, compact.CALL)),
 }

@@ -4,11 +4,10 @@ Everything here is host side. A session belongs to one conversation and shares n
 other, so that the result of a rollout never depends on its neighbours.
 """
 
-import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Literal, Protocol, runtime_checkable
 
-from steptool_jax.types import Observation, Task, ToolCall, ToolSpec
+from steptool_jax.types import Observation, Task, ToolCall
 
 Split = Literal["train", "heldout"]
 SPLITS: tuple[Split, ...] = ("train", "heldout")
@@ -48,30 +47,3 @@ def check_split(split: str) -> Split:
   if split not in SPLITS:
     raise ValueError(f"split {split!r} does not exist: use one of {', '.join(SPLITS)}")
   return split
-
-
-def offer_tools(
-  rng: random.Random, specs: Mapping[str, ToolSpec], calls: Sequence[ToolCall], count: int | None
-) -> tuple[ToolSpec, ...]:
-  """The tools of these calls and random others, `count` in all (None = all), in a fixed order."""
-  if count is None:
-    return tuple(specs.values())
-  chosen = dict.fromkeys(call.name for call in calls)
-  others = [name for name in specs if name not in chosen]
-  chosen |= dict.fromkeys(rng.sample(others, count - len(chosen)))
-  return tuple(spec for name, spec in specs.items() if name in chosen)
-
-
-def check_depths(depths: tuple[int, int], lowest: int, highest: int) -> range:
-  """The numbers of gold calls asked for that exist; ValueError when there are none."""
-  low, high = depths
-  inside = range(max(low, lowest), min(high, highest) + 1)
-  if not inside:
-    raise ValueError(f"depths is {low} to {high}: tasks have {lowest} to {highest} gold calls")
-  return inside
-
-
-def check_tools_per_task(count: int | None, lowest: int, highest: int) -> int | None:
-  if count is not None and not lowest <= count <= highest:
-    raise ValueError(f"tools_per_task is {count}: must be {lowest} to {highest}, or None for all")
-  return count

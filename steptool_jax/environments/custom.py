@@ -50,20 +50,19 @@ class Custom:
 
   functions: a list of functions that share nothing, or of Tools (an MCP server's); or a function
   without parameters that makes the list anew for every session (shared state lives there); or a
-  module ("pkg.mod" or "file.py") that has either TOOLS (a list) or make_tools (a function).
-  tasks_path: the JSONL file. checkers:
-  further functions by name (those of the module are known anyway). heldout_share: share of the
-  tasks without a split field that are held out. All errors in tools and tasks are found here, as
+  module ("pkg.mod" or "file.py") that has either TOOLS (a list) or make_tools (a function); its
+  other functions are checkers. tasks_path: the JSONL file. heldout_share: share of the tasks
+  without a split field that are held out. All errors in tools and tasks are found here, as
   ValueError, in tasks with "file:line: reason".
   """
+
+  name = "custom"
 
   def __init__(
     self,
     functions: Functions | Callable[[], Functions] | str | Path,
     tasks_path: str | Path,
-    checkers: Mapping[str, Callable[..., Any]] | None = None,
     heldout_share: float = 0.2,
-    name: str = "custom",
     max_observation_chars: int = 1024,
   ):
     if not 0 <= heldout_share <= 1:
@@ -73,8 +72,7 @@ class Custom:
       module = _load_module(str(functions))
       known = {n: f for n, f in vars(module).items() if inspect.isfunction(f) and n[0] != "_"}
       functions = _tools_of(module, str(functions))
-    self.name = name
-    self._checkers = known | dict(checkers or {})
+    self._checkers = known
     self._max_chars = max_observation_chars
     if callable(functions):
       self._make = functions
@@ -192,7 +190,7 @@ class Custom:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class CustomSession:
-  """Calls are not serialised here: a hung function must not block the ones behind it."""
+  """Calls are not serialised here: a hung function must not block the calls after it."""
 
   task: Task
   box: Toolbox

@@ -8,22 +8,15 @@ import collections
 import dataclasses
 import itertools
 import random
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from steptool_jax.environments import names, tables
-from steptool_jax.environments.base import (
-  Split,
-  check_depths,
-  check_split,
-  check_tools_per_task,
-  offer_tools,
-)
+from steptool_jax.environments.base import Split
 from steptool_jax.environments.checkers import same_table
+from steptool_jax.environments.generated import Draw, Generated, SerialSession, Stale
 from steptool_jax.environments.tables import Table
-from steptool_jax.simulators.functions import Toolbox
-from steptool_jax.types import Finish, Observation, Task, ToolCall
+from steptool_jax.types import Finish, Task, ToolCall
 
 # Each: files to join (or one), numeric columns, text columns to group or filter by. The text
 # columns of a join come from the second file, so that no task can be solved without joining.
@@ -62,7 +55,29 @@ _HELDOUT_COMPOSITIONS = frozenset(
   {"sales+stores>aggregate>sort", "staff>filter>aggregate", "sales+items>filter>sort"}
 )
 _KINDS = ("lamp", "desk", "chair", "rug", "clock")
-_TASKS_PER_WORLD = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class _Composition:
+  """A row of _SOURCES, and the operations between loading and writing."""
+
+  source: tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]
+  plan: tuple[str, ...]
+
+  @property
+  def name(self) -> str:
+    return ">".join(["+".join(self.source[0]), *self.plan])
+
+  @property
+  def depth(self) -> int:
+    loading = 3 if len(self.source[0]) == 2 else 1
+    return loading + len(self.plan) + 1
+
+
+def _compositions() -> Iterator[_Composition]:
+  for source in _SOURCES:
+    for plan in (*_PLANS, ()) if len(source[0]) == 2 else _PLANS:
+      yield _Composition(source, plan)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,12 +113,8 @@ def _generate_world(rng: random.Random, split: Split) -> _World:
   )
 
 
-class _Stale(Exception):
-  """This draw makes no good task: an operation would change nothing or leave an order open."""
-
-
 class _Draft:
-  """Gold calls, their handles, and the tables behind them."""
+  """Gold calls, their handles, and the table that the last one gave."""
 
   def __init__(self, files: Mapping[str, str]):
     self.files = files
@@ -122,91 +133,27 @@ class _Draft:
     return self.add("load_csv", {"file": file}, table), table
 
 
-class DataPipeline:
-  """The environment. Tasks are a function of the arguments only.
-
-  num_train, num_heldout: numbers of tasks. depths: fewest and most gold calls of a task; tasks
-  have 3 to 6. tools_per_task: how many tools a task offers (its own and random others; None =
-  all 10). ValueError for numbers outside their range.
-  """
+class DataPipeline(Generated[_World, _Composition]):
+  """The environment: 3 to 6 gold calls a task, 10 tools."""
 
   name = "data_pipeline"
-
-  def __init__(
-    self,
-    num_train: int = 5000,
-    num_heldout: int = 400,
-    seed: int = 0,
-    depths: tuple[int, int] = (3, 6),
-    tools_per_task: int | None = None,
-    max_observation_chars: int = 512,
-  ):
-    if min(num_train, num_heldout) < 0:
-      raise ValueError("num_train and num_heldout must not be negative")
-    self._depths = check_depths(depths, 3, 6)
-    self._tools_per_task = check_tools_per_task(tools_per_task, 6, len(tables.SPECS))
-    self._counts = {"train": num_train, "heldout": num_heldout}
-    self._seed, self._max_chars = seed, max_observation_chars
-    self._lock = threading.RLock()
-    self._tasks: dict[str, tuple[Task, ...]] = {}
-    self._worlds: dict[tuple[str, int], _World] = {}
-
-  def tasks(self, split: Split) -> Sequence[Task]:
-    check_split(split)
-    with self._lock:
-      if split not in self._tasks:
-        self._tasks[split] = tuple(self._generate(split))
-      return self._tasks[split]
+  gold_calls = (3, 6)
+  specs = tables.SPECS
+  compositions = tuple(_compositions())
+  heldout_compositions = _HELDOUT_COMPOSITIONS
 
   def open(self, task: Task, sample: int) -> "PipelineSession":
     """A session without tables; `sample` changes nothing here."""
-    world = self._world(task.metadata["split"], task.metadata["world"])
+    world = self.world(task.metadata["split"], task.metadata["world"])
     return PipelineSession(task, world.files, self._max_chars)
 
-  def _world(self, split: Split, index: int) -> _World:
-    with self._lock:
-      if (split, index) not in self._worlds:
-        rng = random.Random(f"{self._seed}/{split}/{index}")
-        self._worlds[split, index] = _generate_world(rng, split)
-      return self._worlds[split, index]
+  def make_world(self, rng: random.Random, split: Split) -> _World:
+    return _generate_world(rng, split)
 
-  def _generate(self, split: Split) -> Iterator[Task]:
-    rng = random.Random(f"{self._seed}/{split}/tasks")
-    count = self._counts[split]
-    worlds = max(8, count // _TASKS_PER_WORLD)
-    by_length: dict[int, list[tuple]] = {}
-    for source in _SOURCES:
-      joined = len(source[0]) == 2
-      for plan in (*_PLANS, ()) if joined else _PLANS:
-        length = (3 if joined else 1) + len(plan) + 1
-        composition = ">".join(["+".join(source[0]), *plan])
-        allowed = split == "heldout" or composition not in _HELDOUT_COMPOSITIONS
-        if allowed and length in self._depths:
-          by_length.setdefault(length, []).append((composition, source, plan))
-    lengths = sorted(by_length)
-    seen: set[tuple[int, str]] = set()
-    while len(seen) < count:
-      composition, source, plan = rng.choice(by_length[rng.choice(lengths)])
-      index = rng.randrange(worlds)
-      try:
-        task = self._task(rng, split, index, composition, source, plan)
-      except _Stale:
-        continue
-      if (index, task.query) not in seen:
-        yield dataclasses.replace(task, id=f"data_pipeline/{split}/{len(seen):05d}")
-        seen.add((index, task.query))
-
-  def _task(
-    self,
-    rng: random.Random,
-    split: Split,
-    index: int,
-    composition: str,
-    source: tuple,
-    plan: tuple[str, ...],
-  ) -> Task:
-    world = self._world(split, index)
-    files, numbers, texts = source
+  def draw(
+    self, rng: random.Random, split: Split, world: _World, composition: _Composition
+  ) -> Draw:
+    (files, numbers, texts), plan = composition.source, composition.plan
     draft, words = _Draft(world.files), []
     handle, table = draft.load(files[0])
     if len(files) == 2:
@@ -232,7 +179,7 @@ class DataPipeline:
         result = tables.aggregate_table(before, what)
         unfiltered = tables.aggregate_table(unfiltered, what)
         if len(result.rows) < 2 or len(result.rows) == len(before.rows):
-          raise _Stale
+          raise Stale
         handle = draft.add("aggregate", {"table": handle, "what": what}, result)
       else:
         words.append(f"sort {by}")
@@ -240,22 +187,22 @@ class DataPipeline:
         unfiltered = tables.sort_table(unfiltered, by)
         keys = [row[result.column(column)] for row in result.rows]
         if result == before or len(set(keys)) < len(keys):
-          raise _Stale
+          raise Stale
         handle = draft.add("sort", {"table": handle, "by": by}, result)
     if "filter" in plan and sorted(unfiltered.rows) == sorted(draft.table.rows):
-      raise _Stale
+      raise Stale
     if not draft.table.rows:
-      raise _Stale
+      raise Stale
     name = rng.choice(world.names)
     draft.calls.append(ToolCall("write_table", {"table": handle, "name": name}))
     frame = rng.choice(_FRAMES[split])
     if len(files) == 2:
       words.insert(0, f"join {files[1]}")
-    return Task(
-      id="",
-      environment=self.name,
+    return Draw(
       query=frame.format(x=files[0], ops=", ".join(words), name=name),
-      tools=offer_tools(rng, tables.SPECS, draft.calls, self._tools_per_task),
+      frame=frame,
+      calls=draft.calls,
+      last=Finish("done"),
       checker={
         "type": "table",
         "name": name,
@@ -263,15 +210,7 @@ class DataPipeline:
         "rows": [list(row) for row in draft.table.rows],
         "ordered": "sort" in plan,
       },
-      demonstration=(*draft.calls, Finish("done")),
-      metadata={
-        "split": split,
-        "world": index,
-        "composition": composition,
-        "template": f"{composition} | {frame}",
-        "depth": len(draft.calls),
-        "handles": (*draft.handles, ""),
-      },
+      metadata={"handles": (*draft.handles, "")},
     )
 
 
@@ -285,28 +224,21 @@ def _condition(
     # A threshold between two cells: > and >= mean the same.
     low, high = rng.choice(list(itertools.pairwise(cells)) or [(0, 0)])
     if high - low < 2:
-      raise _Stale
+      raise Stale
     return f"{name} {rng.choice('<>')} {rng.randint(low + 1, high - 1)}"
   name = rng.choice(texts)
   counts = collections.Counter(row[table.column(name)] for row in table.rows)
   if len(counts) < 2:
-    raise _Stale
+    raise Stale
   return f"{name} {rng.choice(('=', '!='))} {rng.choice(sorted(counts))}"
 
 
-class PipelineSession:
+class PipelineSession(SerialSession):
   """Private tables by handle; the table written under the asked name is what counts."""
 
   def __init__(self, task: Task, files: Mapping[str, str], max_chars: int):
-    self._checker = task.checker
     self._owner = tables.PipelineTools(files)
-    self._lock = threading.Lock()
-    offered = {spec.name for spec in task.tools}
-    self._box = Toolbox([t for t in tables.tools(self._owner) if t.spec.name in offered], max_chars)
-
-  def call(self, call: ToolCall) -> Observation:
-    with self._lock:
-      return self._box.call(call)
+    super().__init__(task, tables.tools(self._owner), max_chars)
 
   def file(self, name: str) -> Table:
     """A file as a table, which gets no handle; raises NotFound."""
@@ -320,7 +252,7 @@ class PipelineSession:
 
   def grade(self, answer: str | None) -> float:
     """1 when the table is there with the right content and the agent finished, else 0."""
-    checker = self._checker
+    checker = self._task.checker
     with self._lock:
       written = self._owner.written.get(checker["name"])
     if answer is None or written is None:

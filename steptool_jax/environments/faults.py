@@ -9,22 +9,9 @@ import dataclasses
 import random
 import threading
 from collections.abc import Sequence
-from typing import Any, Protocol
 
+from steptool_jax.environments.base import Environment, Session, Split
 from steptool_jax.types import Code, Observation, Task, ToolCall
-
-
-class _Session(Protocol):
-  def call(self, call: ToolCall) -> Observation: ...
-  def grade(self, answer: str | None) -> float: ...
-  def close(self) -> None: ...
-
-
-class _Environment(Protocol):
-  name: str
-
-  def tasks(self, split: Any) -> Sequence[Task]: ...
-  def open(self, task: Task, sample: int) -> _Session: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +42,7 @@ class Faults:
 class FaultInjector:
   """A session around a session."""
 
-  def __init__(self, session: _Session, faults: Faults, task: Task, sample: int):
+  def __init__(self, session: Session, faults: Faults, task: Task, sample: int):
     self._session, self._faults = session, faults
     self._task, self._sample = task, sample
     self._lock = threading.Lock()
@@ -110,14 +97,14 @@ class FaultInjector:
 class FaultyEnvironment:
   """An environment whose sessions inject faults; tasks and checkers stay as they are."""
 
-  def __init__(self, environment: _Environment, faults: Faults):
+  def __init__(self, environment: Environment, faults: Faults):
     self._environment, self._faults = environment, faults
     self.name = environment.name
 
-  def tasks(self, split: Any) -> Sequence[Task]:
+  def tasks(self, split: Split) -> Sequence[Task]:
     return self._environment.tasks(split)
 
-  def open(self, task: Task, sample: int) -> _Session:
+  def open(self, task: Task, sample: int) -> Session:
     session = self._environment.open(task, sample)
     if self._faults.total == 0:
       return session

@@ -132,7 +132,7 @@ class MarketEnvironment:
     return {name: (draw(cents), draw(seconds)) for name, (cents, seconds) in usual.items()}
 
   def _ask(self, task: Task, tiers: Sequence[str]) -> Task:
-    """With a demonstration that asks the first of these specialists that is right."""
+    """The task with a demonstration that asks the first of these specialists that is right."""
     question = self._specialty.question_of(task) if tiers else None
     for tier in tiers if question else ():
       session = self.open(task, 0)

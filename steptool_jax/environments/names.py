@@ -9,10 +9,8 @@ import zlib
 
 from steptool_jax.environments.base import Split
 
-SYLLABLES = (
-  *("ba", "be", "do", "du", "fa", "fi", "go", "ka", "ki", "lo", "lu", "ma"),
-  *("mi", "na", "ne", "pa", "po", "ra", "ri", "sa", "so", "ta", "ti", "vo"),
-)
+_SYLLABLES = "ba be do du fa fi go ka ki lo lu ma mi na ne pa po ra ri sa so ta ti vo"
+SYLLABLES = tuple(_SYLLABLES.split())
 # Share of all whole names and ids that only held-out tasks use.
 _HELDOUT_SHARE = 0.3
 

@@ -7,21 +7,16 @@ compositions, and all names and ids are disjoint.
 
 import collections
 import dataclasses
+import functools
 import random
 import sqlite3
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 from steptool_jax.environments import shop
-from steptool_jax.environments.base import (
-  Split,
-  check_depths,
-  check_split,
-  check_tools_per_task,
-  offer_tools,
-)
-from steptool_jax.types import Action, Finish, Task, ToolCall
+from steptool_jax.environments.base import Split
+from steptool_jax.environments.generated import Draw, Generated, Stale
+from steptool_jax.types import Finish, Task, ToolCall
 
 # kind -> (tool that finds it, its argument, words in front of the name)
 STARTS = {
@@ -67,8 +62,13 @@ _WRITES = (
   ("product", "set_price", "price", "products", "price", "set the price of {0} to {1}", "price"),
   ("customer", "set_city", "city", "customers", "city", "set the city of {0} to {1}", "supplier"),
   (
-    *("shipment", "move_shipment", "warehouse", "shipments", "warehouse"),
-    *("move {0} to the warehouse in {1}", "warehouse"),
+    "shipment",
+    "move_shipment",
+    "warehouse",
+    "shipments",
+    "warehouse",
+    "move {0} to the warehouse in {1}",
+    "warehouse",
   ),
 )
 # Held-out frames put words together anew that train frames have as well.
@@ -99,7 +99,6 @@ _HELDOUT_COMPOSITIONS = frozenset(
     "supplier>product!set_stock:number",
   }
 )
-_TASKS_PER_WORLD = 16
 _TEMPLATES_KEPT = 256
 
 
@@ -151,9 +150,6 @@ def _compositions() -> Iterator[_Composition]:
           yield _Composition(start, hops, write=write)
 
 
-_COMPOSITIONS = tuple(_compositions())
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class _World:
   tables: shop.Tables
@@ -184,10 +180,6 @@ class _World:
     return {c: t[table][key][c] for c in columns}
 
 
-class _Stale(Exception):
-  """This draw makes no good task: a needed value is already known, or nothing would change."""
-
-
 class _Draft:
   """Gold calls being collected; refuses values that were known before the call that gives them."""
 
@@ -200,56 +192,31 @@ class _Draft:
     self.seen.add(str(key))
     row = self.world.look(tool, key)
     if str(row[field]) in self.seen:
-      raise _Stale
+      raise Stale
     self.seen.update(map(str, row.values()))
     return row[field]
 
 
-class NestedApi:
-  """The environment. Tasks are generated once per split and are a function of the arguments only.
-
-  num_train, num_heldout: numbers of tasks. depths: fewest and most gold calls of a task; tasks
-  have 2 to 5. tools_per_task: how many tools a task offers (its own and random others; None =
-  all 23). ValueError for numbers outside their range.
-  """
+class NestedApi(Generated[_World, _Composition]):
+  """The environment: 2 to 5 gold calls a task, 23 tools."""
 
   name = "nested_api"
+  gold_calls = (2, 5)
+  specs = shop.SPECS
+  compositions = tuple(_compositions())
+  heldout_compositions = _HELDOUT_COMPOSITIONS
 
-  def __init__(
-    self,
-    num_train: int = 5000,
-    num_heldout: int = 400,
-    seed: int = 0,
-    depths: tuple[int, int] = (2, 5),
-    tools_per_task: int | None = None,
-    max_observation_chars: int = 512,
-  ):
-    if min(num_train, num_heldout) < 0:
-      raise ValueError("num_train and num_heldout must not be negative")
-    self._depths = check_depths(depths, 2, 5)
-    self._tools_per_task = check_tools_per_task(tools_per_task, 5, len(shop.SPECS))
-    self._counts = {"train": num_train, "heldout": num_heldout}
-    self._seed, self._max_chars = seed, max_observation_chars
-    self._lock = threading.RLock()
-    self._tasks: dict[str, tuple[Task, ...]] = {}
-    self._worlds: dict[tuple[str, int], _World] = {}
-    self._templates: collections.OrderedDict[tuple[str, int], sqlite3.Connection] = (
-      collections.OrderedDict()
-    )
-
-  def tasks(self, split: Split) -> Sequence[Task]:
-    check_split(split)
-    with self._lock:
-      if split not in self._tasks:
-        self._tasks[split] = tuple(self._generate(split))
-      return self._tasks[split]
+  @functools.cached_property
+  def _templates(self) -> collections.OrderedDict[tuple[str, int], sqlite3.Connection]:
+    """Loaded databases, those used last at the end."""
+    return collections.OrderedDict()
 
   def open(self, task: Task, sample: int) -> shop.ShopSession:
     """A private copy of the task's database; `sample` changes nothing here."""
     where = (task.metadata["split"], task.metadata["world"])
     db = sqlite3.connect(":memory:", check_same_thread=False, isolation_level=None)
     with self._lock:
-      tables = self._world(*where).tables
+      tables = self.world(*where).tables
       if where not in self._templates:
         self._templates[where] = shop.load(tables)
         if len(self._templates) > _TEMPLATES_KEPT:
@@ -258,74 +225,36 @@ class NestedApi:
       self._templates[where].backup(db)
     return shop.ShopSession(task, tables, db, self._max_chars)
 
-  def _world(self, split: Split, index: int) -> _World:
-    if (split, index) not in self._worlds:
-      tables = shop.generate(random.Random(f"{self._seed}/{split}/{index}"), split)
-      cities = dict.fromkeys(row["city"] for row in tables["customers"].values())
-      self._worlds[split, index] = _World(tables, shop.last_orders(tables), tuple(cities))
-    return self._worlds[split, index]
+  def make_world(self, rng: random.Random, split: Split) -> _World:
+    tables = shop.generate(rng, split)
+    cities = dict.fromkeys(row["city"] for row in tables["customers"].values())
+    return _World(tables, shop.last_orders(tables), tuple(cities))
 
-  def _generate(self, split: Split) -> Iterator[Task]:
-    rng = random.Random(f"{self._seed}/{split}/tasks")
-    count = self._counts[split]
-    worlds = max(8, count // _TASKS_PER_WORLD)
-    by_depth: dict[int, list[_Composition]] = {}
-    for composition in _COMPOSITIONS:
-      inside = composition.depth in self._depths
-      if inside and (split == "heldout" or composition.name not in _HELDOUT_COMPOSITIONS):
-        by_depth.setdefault(composition.depth, []).append(composition)
-    depths = sorted(by_depth)
-    seen: set[tuple[int, str]] = set()
-    while len(seen) < count:
-      composition = rng.choice(by_depth[rng.choice(depths)])
-      index = rng.randrange(worlds)
-      try:
-        draft = self._task(rng, split, index, composition)
-      except _Stale:
-        continue
-      if (index, draft.query) not in seen:
-        yield dataclasses.replace(draft, id=f"nested_api/{split}/{len(seen):05d}")
-        seen.add((index, draft.query))
-
-  def _task(self, rng: random.Random, split: Split, index: int, path: _Composition) -> Task:
-    world = self._world(split, index)
+  def draw(
+    self, rng: random.Random, split: Split, world: _World, composition: _Composition
+  ) -> Draw:
     draft = _Draft(world)
     value: Any = None  # of the change
     shown = ""  # how the query says it
-    if path.write is not None:
-      value, shown = _new_value(rng, draft, path.write[6])
-    phrase, key = _walk(rng, draft, path)
-    if path.read is not None:
-      tool, field, word = path.read
+    if composition.write is not None:
+      value, shown = _new_value(rng, draft, composition.write[6])
+    phrase, key = _walk(rng, draft, composition)
+    if composition.read is not None:
+      tool, field, word = composition.read
       answer = draft.read(tool, "id", key, field)
       frame = rng.choice(_READ_FRAMES[split])
       query = frame.format(f=word, x=phrase)
-      checker = {"type": "value", "answer": answer}
-      last: Action = Finish(str(answer))
-    else:
-      _, tool, argument, table, column, verb, _ = path.write
-      if world.tables[table][key][column] == value or value == key:
-        raise _Stale
-      draft.calls.append(ToolCall(tool, {"id": key} | ({argument: value} if argument else {})))
-      frame = rng.choice(_WRITE_FRAMES[split])
-      query = frame.format(v=verb.format(phrase, shown))
-      checker = {"type": "state", "changes": [[table, key, column, value]]}
-      last = Finish("done")
-    return Task(
-      id="",
-      environment=self.name,
-      query=query,
-      tools=offer_tools(rng, shop.SPECS, draft.calls, self._tools_per_task),
-      checker=checker,
-      demonstration=(*draft.calls, last),
-      metadata={
-        "split": split,
-        "world": index,
-        "composition": path.name,
-        "template": f"{path.name} | {frame}",
-        "depth": path.depth,
-      },
-    )
+      return Draw(
+        query, frame, draft.calls, Finish(str(answer)), {"type": "value", "answer": answer}
+      )
+    _, tool, argument, table, column, verb, _ = composition.write
+    if world.tables[table][key][column] == value or value == key:
+      raise Stale
+    draft.calls.append(ToolCall(tool, {"id": key} | ({argument: value} if argument else {})))
+    frame = rng.choice(_WRITE_FRAMES[split])
+    query = frame.format(v=verb.format(phrase, shown))
+    checker = {"type": "state", "changes": [[table, key, column, value]]}
+    return Draw(query, frame, draft.calls, Finish("done"), checker)
 
 
 def _new_value(rng: random.Random, draft: _Draft, source: str) -> tuple[Any, str]:

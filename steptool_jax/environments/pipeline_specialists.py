@@ -72,16 +72,17 @@ def _step(session: PipelineSession, table: Table, operation: str) -> tuple[str, 
       ordered = tables.sort_table(table, words)
       return "sort", ordered, lambda rng: iter((Table(ordered.columns, ordered.rows[::-1]),))
     grouped = tables.aggregate_table(table, operation)
-    return (
-      *("aggregate", grouped),
-      lambda rng: (tables.aggregate_table(t, operation) for t in _shorter(table, rng)),
-    )
+
+    def mistakes(rng: random.Random) -> Iterator[Table]:
+      return (tables.aggregate_table(t, operation) for t in _shorter(table, rng))
+
+    return "aggregate", grouped, mistakes
   except ValueError as error:
     raise NotFound(f"I do not understand {operation!r}; ask like: {_EXAMPLE}") from error
 
 
 def _shorter(table: Table, rng: random.Random) -> Iterator[Table]:
-  """Without one of its rows."""
+  """The tables that lack one of its rows."""
   for i in rng.sample(range(len(table.rows)), len(table.rows)):
     yield Table(table.columns, table.rows[:i] + table.rows[i + 1 :])
 

@@ -3,15 +3,15 @@
 import dataclasses
 import random
 import sqlite3
-import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from steptool_jax.environments import names
 from steptool_jax.environments.base import Split
 from steptool_jax.environments.checkers import same_value
-from steptool_jax.simulators.functions import NotFound, Result, Tool, Toolbox, tool
-from steptool_jax.types import Observation, Task, ToolCall
+from steptool_jax.environments.generated import SerialSession
+from steptool_jax.simulators.functions import NotFound, Result, Tool, tool
+from steptool_jax.types import Task
 
 Row = dict[str, Any]
 Tables = dict[str, dict[str, Row]]  # table -> id -> column -> value
@@ -266,7 +266,6 @@ class ShopTools:
     return {"products": [row[0] for row in rows]}
 
 
-DISTRACTORS = ("find_employee", "get_weather", "search_help", "list_products")
 _NAMES = tuple(name for name in vars(ShopTools) if not name.startswith("_") and name != "db")
 SPECS = {name: tool(getattr(ShopTools(None), name)).spec for name in _NAMES}
 
@@ -278,18 +277,12 @@ def tools(db: sqlite3.Connection) -> list[Tool]:
   return [Tool(SPECS[name], method) for name, method in methods.items()]
 
 
-class ShopSession:
-  """A private  Answers are checked by value or by the whole database state."""
+class ShopSession(SerialSession):
+  """A private database. Answers are checked by value or by the whole database state."""
 
   def __init__(self, task: Task, tables: Tables, db: sqlite3.Connection, max_chars: int):
-    self._task, self._tables, self._db = task, tables, db
-    self._lock = threading.Lock()
-    offered = {spec.name for spec in task.tools}
-    self._box = Toolbox([t for t in tools(db) if t.spec.name in offered], max_chars)
-
-  def call(self, call: ToolCall) -> Observation:
-    with self._lock:
-      return self._box.call(call)
+    super().__init__(task, tools(db), max_chars)
+    self._tables, self._db = tables, db
 
   def look(self, tool: str, key: str) -> Row:
     """What a reading tool of one argument answers now, offered or not; raises NotFound."""

@@ -28,7 +28,7 @@ def ask(
   Args:
     chat: (messages, number of the attempt, accept) -> anything; hands each reply to `accept` and
       lets its ValueError through, as Endpoint.chat does, which then does not keep the reply.
-    correction: (text of the refused reply, reason) -> messages behind `messages` in the next
+    correction: (text of the refused reply, reason) -> messages that follow `messages` in the next
       attempt, instead of those of the attempt before.
 
   Raises:
@@ -36,7 +36,7 @@ def ask(
     ValueError: of `chat` itself, about no reply.
   """
   reasons: list[str] = []
-  behind: Sequence[dict] = ()
+  added: Sequence[dict] = ()
   for attempt in range(attempts):
     replies: list[Reply] = []
     values: list[T] = []
@@ -46,11 +46,11 @@ def ask(
       values.append(read(reply))
 
     try:
-      chat([*messages, *behind], attempt, accept)
+      chat([*messages, *added], attempt, accept)
       return values[-1]
     except ValueError as error:
       if not replies:
         raise
       reasons.append(str(error))
-      behind = correction(replies[-1].text, reasons[-1])
+      added = correction(replies[-1].text, reasons[-1])
   raise InfrastructureError(f"{failure}: {'; '.join(reasons)}")

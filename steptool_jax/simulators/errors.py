@@ -19,14 +19,14 @@ class InfrastructureError(Exception):
   """The simulator itself failed: not the policy's doing, never trained on."""
 
 
+_CODES = {
+  NotFound: Code.NOT_FOUND,
+  Unavailable: Code.UNAVAILABLE,
+  RateLimited: Code.RATE_LIMIT,
+  InfrastructureError: Code.INFRASTRUCTURE,
+}
+
+
 def code_of(error: BaseException) -> Code:
   """The observation code of an exception that a tool raised; TOOL_ERROR for foreign ones."""
-  if isinstance(error, NotFound):
-    return Code.NOT_FOUND
-  if isinstance(error, Unavailable):
-    return Code.UNAVAILABLE
-  if isinstance(error, RateLimited):
-    return Code.RATE_LIMIT
-  if isinstance(error, InfrastructureError):
-    return Code.INFRASTRUCTURE
-  return Code.TOOL_ERROR
+  return next((code for kind, code in _CODES.items() if isinstance(error, kind)), Code.TOOL_ERROR)

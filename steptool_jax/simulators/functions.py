@@ -167,8 +167,7 @@ def tool(function: Callable[..., Any]) -> Tool:
 
 def _reason(error: jsonschema.ValidationError) -> str:
   path = ".".join(str(p) for p in error.absolute_path)
-  # The message quotes the argument itself, which may be huge.
-  message = error.message if len(error.message) <= 160 else error.message[:157] + "..."
+  message = clean_text(error.message, 160)  # it quotes the argument itself, which may be huge
   return f"{path}: {message}" if path else message
 
 

@@ -39,7 +39,7 @@ class Reply:
 
   @property
   def start(self) -> str:
-    """Of the body, for error texts."""
+    """The start of the body, for error texts."""
     text = self.body[:200].decode(errors="replace")
     return repr(text) + ("..." if len(self.body) > 200 else "")
 

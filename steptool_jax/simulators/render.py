@@ -20,7 +20,7 @@ def shorten(text: str, limit: int) -> str:
 def clean_text(text: str, limit: int) -> str:
   """At most `limit` printable characters, cut with "..."; newline and tab survive."""
   if len(text) > limit:
-    text = text[: limit - len(_CUT)] + _CUT
+    text = shorten(text, limit - len(_CUT))
   if text.isprintable():
     return text
   # Lone surrogates and control characters would break a tokenizer or a terminal.

@@ -28,7 +28,7 @@ def test_controls_come_first_and_pad_is_zero(codec):
 
 
 def test_names_and_digits_have_the_same_ids_wherever_they_stand(codec):
-  # What a tiny model must copy has one spelling: behind a space, a quote or at the start.
+  # What a tiny model must copy has one spelling: after a space, a quote or at the start.
   for word in ("Mira", "orders", "zq"):
     ids = codec.encode(word)
     for before in (" ", '"', "(", "x ", "\n", "7"):

@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 
 from steptool_jax.dialogue import compact, template
 from steptool_jax.dialogue.codec import Codec
+from steptool_jax.toolbench.formats.scaffolding import tokenise
+from steptool_jax.toolbench.formats.training_rows import Message
 from steptool_jax.types import Finish, Malformed, ToolCall, ToolSpec
 
 KINDS = ("toolllama", "chatml_react", "llama31", "hermes", "hermes3", "compact")
@@ -130,11 +132,11 @@ def test_prompt_observation_and_action_are_the_literal_layout(kind, codecs, dire
   if kind == "toolllama":
     whole = whole.replace("<s> ", "<s>", 1)
     raw = raw_ids(directories[kind], whole)
-    # … but for the spaces that Llama-2's tokenizer adds behind <s> (as we do) and </s> (we do not).
+    # … but for the spaces that Llama-2's tokenizer adds after <s> (as we do) and </s> (we do not).
     space = fmt.codec.encode(" ")[0]
-    behind = raw.index(2) + 1
-    assert raw[behind] == space
-    del raw[behind]
+    after = raw.index(2) + 1
+    assert raw[after] == space
+    del raw[after]
     assert joined == raw
   else:
     assert joined == raw_ids(directories[kind], whole)
@@ -295,3 +297,36 @@ def test_observation_follows_the_stop_token_without_bos_or_prefix(codecs):
   assert ids[0] == fmt.codec.encode("\n")[0]
   assert fmt.prompt(None, (), "q").tolist().count(fmt.codec.bos_id) == 1
   assert compact.END not in fmt.codec.decode(ids)
+
+
+def test_a_new_format_is_one_row(codecs, monkeypatch):
+  """Prompt, observation, a user's turn, "auto" and ToolBench's rows follow from its turns."""
+
+  def toy(codec):
+    return template.ChatFormat(
+      name="toy",
+      codec=codec,
+      stop_ids=(codec.token_id("<|im_end|>"),),
+      turn=lambda role, text: [f"[{role}] {text}\n"],
+      header=(template.Control("<|im_start|>"),),
+      after_stop="\n",
+    )
+
+  row = template.Row(toy, lambda codec, text: codec.has("<|im_start|>"))
+  monkeypatch.setattr(template, "FORMATS", {**template.FORMATS, "toy": row})
+  fmt = template.get_format("auto", codecs["chatml_react"])
+  assert (fmt.name, fmt.react) == ("toy", True)
+  prompt = fmt.prompt("s", (WEATHER,), "q", whole="All of it.")
+  assert fmt.codec.decode(prompt) == "[system] All of it.\n[user] \nq\nBegin!\n\n<|im_start|>"
+  shown = fmt.observation("seen")
+  assert fmt.codec.decode(shown) == "\n[function] seen\n<|im_start|>"
+  cut, ids = fmt.interject(shown, "again")
+  assert (cut, fmt.codec.decode(ids)) == (1, "[user] again\n<|im_start|>")
+  messages = [
+    Message("system", "All of it."),
+    Message("user", "q\nBegin!"),
+    Message("assistant", "a"),
+  ]
+  ids, (answer,) = tokenise(messages[:2], messages[2:], fmt)
+  assert ids.tolist() == prompt.tolist()
+  assert fmt.codec.decode(answer) == "a<|im_end|>"

@@ -37,6 +37,10 @@ def broken(answer, tools):
   return tools["nothing"]()
 
 
+def half(answer, tools):
+  return 0.5
+
+
 def odd(answer, tools):
   return 0.7
 '''
@@ -63,8 +67,8 @@ def one(checker, **fields):
   return {"id": "t", "query": "q", "checker": checker, "split": "train"} | fields
 
 
-def grade(tmp_path, checker, answer, tools=(add,), **options):
-  env = Custom(list(tools), write(tmp_path, one(checker)), **options)
+def grade(tmp_path, checker, answer, tools=(add,)):
+  env = Custom(list(tools), write(tmp_path, one(checker)))
   return env.open(env.tasks("train")[0], 0).grade(answer)
 
 
@@ -142,11 +146,9 @@ def test_checker_that_fails_names_itself(tmp_path, module):
       env.open(env.tasks("train")[0], 0).grade("x")
 
 
-def test_half_solved_and_checkers_by_argument(tmp_path):
-  def half(answer, tools):
-    return 0.5
-
-  assert grade(tmp_path, {"type": "half"}, "x", checkers={"half": half}) == 0.5
+def test_half_solved(tmp_path, module):
+  env = Custom(module, write(tmp_path, one({"type": "half"})))
+  assert env.open(env.tasks("train")[0], 0).grade("x") == 0.5
 
 
 GOOD = one({"type": "exact", "value": "x"})

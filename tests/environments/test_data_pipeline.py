@@ -33,7 +33,7 @@ def test_demonstration_solves_every_task_and_its_handles_are_right(split):
 
 def oracle(task):
   """The expected rows once more, in another way: plain loops over the parsed query."""
-  world = ENV._world(task.metadata["split"], task.metadata["world"])
+  world = ENV.world(task.metadata["split"], task.metadata["world"])
 
   def rows_of(file):
     header, *lines = world.files[file].strip().split("\n")
@@ -103,7 +103,7 @@ def test_splits_are_disjoint_in_templates_and_entities():
   def entities(split):
     out = set()
     for task in tasks[split]:
-      world = ENV._world(split, task.metadata["world"])
+      world = ENV.world(split, task.metadata["world"])
       out |= set(world.names)
       for text in world.files.values():
         out |= {
@@ -127,7 +127,7 @@ def test_every_step_is_needed():
     for k, call in enumerate(calls[:-1]):
       if call.name in ("load_csv", "join"):
         continue
-      # Handles behind the hole move up by one.
+      # Handles after the hole move up by one.
       shorter = [c for i, c in enumerate(calls) if i != k]
       moved = [
         ToolCall(
@@ -152,7 +152,8 @@ def test_row_order_counts_only_where_sorting_was_asked():
     )
     session = ENV.open(task, 0)
     rows = tuple(tuple(row) for row in reversed(task.checker["rows"]))
-    session._owner.written[task.checker["name"]] = Table(tuple(task.checker["columns"]), rows)
+    handle = session.keep(Table(tuple(task.checker["columns"]), rows))["table"]
+    session.call(ToolCall("write_table", {"table": handle, "name": task.checker["name"]}))
     assert session.grade("done") == (0.0 if ordered else 1.0)
 
 

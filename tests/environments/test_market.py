@@ -9,11 +9,11 @@ from rewards.replays import replay
 from steptool_jax.environments import market, pipeline_specialists
 from steptool_jax.environments import shop_specialists as specialists
 from steptool_jax.environments.base import Environment, Session
-from steptool_jax.environments.data_pipeline import DataPipeline, PipelineSession
+from steptool_jax.environments.data_pipeline import DataPipeline
 from steptool_jax.environments.faults import Faults, FaultyEnvironment
 from steptool_jax.environments.market import Market, MarketEnvironment
 from steptool_jax.environments.nested_api import NestedApi
-from steptool_jax.environments.tables import Table
+from steptool_jax.environments.tables import PipelineTools, Table
 from steptool_jax.rewards import rules
 from steptool_jax.simulators.errors import NotFound
 from steptool_jax.types import Code, Finish, ToolCall
@@ -172,7 +172,7 @@ def test_accuracy_by_skill_of_single_relations():
   env = MarketEnvironment(PLAIN, Market(tiers=("small",)))
   found = {"people": [], "goods": [], "orders": []}
   for task in env.tasks("train")[:150]:
-    tables = PLAIN._world("train", task.metadata["world"]).tables
+    tables = PLAIN.world("train", task.metadata["world"]).tables
     session = env.open(task, 0)
     key, row = next(iter(tables["orders"].items()))
     value = session.call(ToolCall("ask_small", {"question": f"count of order {key}"})).value
@@ -210,7 +210,7 @@ def test_a_specialist_sees_the_present_state():
     call = task.demonstration[-2]
     if call.name != "set_stock":
       continue
-    name = PLAIN._world("train", task.metadata["world"]).tables["products"][call.arguments["id"]]
+    name = PLAIN.world("train", task.metadata["world"]).tables["products"][call.arguments["id"]]
     ask = ToolCall("ask_large", {"question": f"stock of product {name['name']}"})
     before, _, after = run(task, [ask, call, ask], env)
     changed += after.value == {"answer": call.arguments["count"]} != before.value
@@ -332,11 +332,11 @@ class Certain:
 
 
 def table_of(question, *wrong):
-  session = PipelineSession(PIPELINE.tasks("train")[0], {"sales": CSV, "stores": STORES}, 512)
+  session = PipelineTools({"sales": CSV, "stores": STORES})
   session.keep(Table((), ()))  # handles go on where the agent's own end
   value = pipeline_specialists.ask(session, Certain(*wrong), question)
   assert value["table"] == "t2"
-  table = session._owner.tables["t2"]
+  table = session.tables["t2"]
   assert value["rows"] == len(table.rows)
   return table.rows
 

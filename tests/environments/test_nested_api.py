@@ -93,7 +93,7 @@ def test_splits_are_disjoint_in_templates_and_entities():
   compositions = [{t.metadata["composition"] for t in tasks} for tasks in (train, heldout)]
   assert len(compositions[1] - compositions[0]) == 4
   worlds = [
-    [ENV._world(split, w).tables for w in {t.metadata["world"] for t in tasks}]
+    [ENV.world(split, w).tables for w in {t.metadata["world"] for t in tasks}]
     for split, tasks in zip(SPLITS, (train, heldout), strict=True)
   ]
   found = [set().union(*map(entities, tables)) for tables in worlds]
@@ -178,7 +178,7 @@ def test_agents_without_skill_fail():
 
 def test_a_question_with_a_side_effect_fails():
   task = next(t for t in ENV.tasks("train") if t.checker["type"] == "value")
-  tables = ENV._world("train", task.metadata["world"]).tables
+  tables = ENV.world("train", task.metadata["world"]).tables
   order = next(iter(tables["orders"]))
   session, _ = run(task, [*gold(task), ToolCall("cancel_order", {"id": order})])
   assert session.grade(str(task.checker["answer"])) == 0
@@ -196,7 +196,7 @@ def test_a_change_must_be_right_whole_and_alone():
   assert session.grade(None) == 0  # did not finish
   again = session.call(write)
   assert (again.code, again.changed, again.text) == (Code.OK, False, '{"changed":[]}')
-  tables = ENV._world("train", task.metadata["world"]).tables
+  tables = ENV.world("train", task.metadata["world"]).tables
   other = next(p for p in tables["products"] if p != write.arguments["id"])
   session.call(ToolCall("set_stock", {"id": other, "count": 5}))
   assert session.grade("done") == 0  # one more change
@@ -244,7 +244,7 @@ def test_bad_calls_are_observations():
 
 
 def _any(task, table):
-  return next(iter(ENV._world("train", task.metadata["world"]).tables[table]))
+  return next(iter(ENV.world("train", task.metadata["world"]).tables[table]))
 
 
 def test_tools_per_task_offers_the_needed_ones_and_refuses_the_rest():

@@ -70,7 +70,7 @@ def test_a_list_of_ids_does_not_rob_the_call_that_singles_one_out():
     for t in SHOP.tasks("train")
     if t.metadata["composition"] == "customer>order>product.price"
     and t.demonstration[3].arguments["id"]
-    in list(SHOP._world("train", t.metadata["world"]).tables["products"])[:6]
+    in list(SHOP.world("train", t.metadata["world"]).tables["products"])[:6]
   )
   listed = ToolCall("list_products", {})
   marks, _ = annotated(SHOP, task, [listed, *task.demonstration])
@@ -114,7 +114,7 @@ def test_another_way_to_the_goal_counts_by_provenance():
   task = pick(SHOP, "order>product.stock")  # get_order, get_stock
   order, stock = task.demonstration[:2]
   # A customer is asked for first, needlessly; then the same order by way of get_order.
-  name = next(iter(SHOP._world("train", task.metadata["world"]).tables["customers"].values()))
+  name = next(iter(SHOP.world("train", task.metadata["world"]).tables["customers"].values()))
   extra = [ToolCall("find_customer", {"name": name["name"]})]
   marks, _ = annotated(SHOP, task, [*extra, order, stock, task.demonstration[-1]])
   assert marks == [(1, 0), FULL, FULL, LAST]
@@ -139,7 +139,7 @@ def test_changes_count_once_and_only_the_required_one():
   # Writing what is there already changes nothing, even when it is no repeat.
   again = [find, write, ToolCall("get_product", {"id": write.arguments["id"]}), write, done]
   assert annotated(SHOP, WRITE, again)[0] == [FULL, FULL, (1, 0), (0, 0), LAST]
-  old = SHOP._world("train", WRITE.metadata["world"]).tables["products"][write.arguments["id"]]
+  old = SHOP.world("train", WRITE.metadata["world"]).tables["products"][write.arguments["id"]]
   noop = ToolCall("set_price", {**write.arguments, "price": old["price"]})
   assert annotated(SHOP, WRITE, [find, noop, write, done])[0] == [FULL, (0, 0), FULL, LAST]
 

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from rewards.replays import replay, step, trajectory
 
 from steptool_jax.environments.data_pipeline import DataPipeline
-from steptool_jax.environments.demonstrations import imperfect
 from steptool_jax.environments.faults import Faults, FaultyEnvironment
+from steptool_jax.environments.mistakes import imperfect
 from steptool_jax.environments.nested_api import NestedApi
 from steptool_jax.rewards.rules import annotate
 from steptool_jax.rewards.shaping import shape

@@ -31,7 +31,7 @@ def test_hung_call_times_out_and_its_worker_is_replaced():
   with ToolRunner(timeout_s=0.1, workers=1) as runner:
     started = time.monotonic()
     first = runner.submit(hung, CALL)
-    second = runner.submit(Scripted(lambda _: OK), CALL)  # behind it, with one worker
+    second = runner.submit(Scripted(lambda _: OK), CALL)  # after it, with one worker
     assert first.result(5).code == Code.TIMEOUT
     assert "0.1 s" in first.result().text
     assert second.result(5).code == Code.OK

@@ -6,7 +6,7 @@ import numpy as np
 from absl import logging
 
 from steptool_jax.data.trajectories import AnnotatedTrajectory, from_document, to_document
-from steptool_jax.environments.demonstrations import imperfect
+from steptool_jax.environments.mistakes import imperfect
 from steptool_jax.rollout.demonstrations import demonstrate
 from steptool_jax.rollout.peers import together
 from steptool_jax.run.hosts import hosts

@@ -4,13 +4,12 @@ Official rows spell one model family's scaffolding, which is taken off here; `to
 a chat format around the messages, with control tokens as control ids and texts as plain text.
 """
 
-import dataclasses
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
-from steptool_jax.dialogue.codec import Control, Piece
+from steptool_jax.dialogue.codec import Piece
 from steptool_jax.dialogue.template import ChatFormat
 from steptool_jax.toolbench.formats.training_rows import Message, StepRow
 
@@ -61,90 +60,31 @@ def split_row(row: StepRow, where: str) -> list[Message]:
   return messages
 
 
-_TURN = re.compile(r"^(System|User|Assistant|Function):[ \n]?", re.MULTILINE)
-
-
-def split_react(prompt: str, where: str) -> list[Message]:
-  """A prompt of `Role: text` lines that ends in an empty `Assistant:` -> its messages.
-
-  ValueError when the roles are not system, user, (assistant, function)*.
-  """
-  parts = _TURN.split(prompt)
-  messages = [
-    Message(role.lower(), text.removesuffix("\n"))
-    for role, text in zip(parts[1::2], parts[2::2], strict=True)
-  ]
-  expected = ["system", "user", "assistant"] + ["function", "assistant"] * (len(messages) // 2 - 1)
-  if parts[0].strip() or [m.role for m in messages] != expected or messages[-1].text.strip():
-    raise ValueError(
-      f"{where}: the prompt must hold System, User, then Assistant and Function in turn, and end "
-      f"in an empty Assistant; found {[m.role for m in messages]}"
-    )
-  return messages[:-1]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Layout:
-  """How a format spells a turn. `between` stands between two turns, not in front of the first."""
-
-  start: list[Piece]
-  between: str
-  turn: Callable[[str, str], list[Piece]]  # of (role, text)
-  header: list[Piece]  # of the assistant's turn
-
-
-def _layout(chat_format: ChatFormat) -> _Layout:
-  codec = chat_format.codec
-  if chat_format.name == "toolllama":
-    # Llama-2's own tokenizer puts a space in front of a prompt, and only there.
-    start: list[Piece] = [Control(codec.control_name(codec.bos_id))]
-    start += [" "] if codec.prefix_space else []
-    return _Layout(
-      start, "\n", lambda role, text: [f"{role.capitalize()}: {text}"], ["Assistant:\n"]
-    )
-  if chat_format.name == "chatml_react":
-    begin, end = Control("<|im_start|>"), Control("<|im_end|>")
-    return _Layout(
-      [], "\n", lambda role, text: [begin, f"{role}\n", text, end], [begin, "assistant\n"]
-    )
-  if chat_format.name == "llama31":
-    names = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
-    first, last, eot = (Control(name) for name in names)
-    return _Layout(
-      [Control("<|begin_of_text|>")],
-      "",
-      lambda role, text: [first, role, last, "\n\n", text, eot],
-      [first, "assistant", last, "\n\n"],
-    )
-  raise ValueError(
-    f"chat_format {chat_format.name!r}: the official rows are ReAct text (Thought, Action, Action "
-    "Input); choose toolllama, chatml_react or llama31"
-  )
-
-
 def tokenise(
   prompt: Sequence[Message], rest: Sequence[Message], chat_format: ChatFormat
 ) -> tuple[np.ndarray, list[np.ndarray]]:
   """(int32[P] of the prompt, int32 ids of every message of `rest`), which starts with a response.
 
-  Each response ends in the stop token; every other message carries the assistant header behind it.
+  Each response ends in the stop token; every other message carries the assistant header after it.
+  ValueError for a chat format that is not a ReAct one.
   """
-  layout = _layout(chat_format)
-  stop = np.int32(chat_format.stop_ids[0])
+  if not chat_format.react:
+    raise ValueError(
+      f"chat_format {chat_format.name!r}: the official rows are ReAct text (Thought, Action, "
+      "Action Input); choose toolllama, chatml_react or llama31"
+    )
+  codec, stop = chat_format.codec, np.int32(chat_format.stop_ids[0])
   parts: list[np.ndarray] = []
-  pending: list[Piece] = list(layout.start)
+  pending: list[Piece] = list(chat_format.start)
   for number, message in enumerate((*prompt, *rest)):
-    if number:
-      pending.append(layout.between)
     if message.role == "assistant":
-      parts.append(chat_format.codec.join([*pending, *layout.header]))
+      parts.append(codec.join([*pending, *chat_format.header]))
       # Outer newlines belong to the scaffolding, which the files spell with and without.
-      parts.append(np.append(chat_format.codec.join([message.text.strip("\n")]), stop))
-      pending = []
+      parts.append(np.append(codec.join([message.text.strip("\n")]), stop))
+      pending = [chat_format.after_stop]
     else:
-      text = message.text
-      if number == 1:  # the query, as the formats spell it
-        text = "\n" + text.strip("\n") + "\n"
-      pending += layout.turn(message.role, text)
+      # The second message is the query, as the formats spell it.
+      text = "\n" + message.text.strip("\n") + "\n" if number == 1 else message.text
+      pending += chat_format.turn(message.role, text)
   split = len(parts) - len(rest)
   return np.concatenate(parts[:split]), parts[split:]

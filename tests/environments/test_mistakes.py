@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from steptool_jax.environments.data_pipeline import DataPipeline
-from steptool_jax.environments.demonstrations import imperfect
+from steptool_jax.environments.mistakes import imperfect
 from steptool_jax.environments.nested_api import NestedApi
 from steptool_jax.types import Finish, ToolCall
 
