@@ -24,7 +24,7 @@ from steptool_jax.run import export
 from steptool_jax.run.hosts import hosts, maintenance
 from steptool_jax.run.parts import build, opening, rollouts
 from steptool_jax.run.parts.opening import Parts
-from steptool_jax.run.training import offline, progress, record, replay, restore
+from steptool_jax.run.training import behaviour, offline, progress, record, replay, restore
 from steptool_jax.run.training.demonstrations import Demonstrations
 from steptool_jax.run.training.order import jobs
 from steptool_jax.run.training.phase import Phase
@@ -279,9 +279,9 @@ class _Trainer:
   def _fill_behaviour(self) -> None:
     """Old log-probs of the data: of the present policy before its first update, else as kept."""
     if self.progress.done:
-      self.data = offline.restore_behaviour(self.data, self.parts.workdir)
+      self.data = behaviour.restore(self.data, self.parts.workdir)
       return
-    self.data = offline.with_behaviour(
+    self.data = behaviour.fill(
       self.data, self.config.train.row_tokens, self.learning.logprobs, self.parts.workdir
     )
 

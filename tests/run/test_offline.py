@@ -248,7 +248,7 @@ def test_what_cannot_be_trained_on_is_counted_and_nothing_is_cut(
     assert report["left_out"] == {"too_long": long, "infrastructure_error": 1, "no_steps": 1}
     assert len(report["left_out_names"]["too_long"]) == long
     fitting = [r.trajectory for r in recorded if r.trajectory.num_tokens <= limit]
-    assert [ids(t) for t in data.trajectories] == [ids(t) for t in fitting]
+    assert [ids(t) for t in data] == [ids(t) for t in fitting]
 
 
 def test_official_rows_that_are_too_long_are_named(rows, folder, offline_config, tmp_path):
@@ -261,10 +261,10 @@ def test_official_rows_that_are_too_long_are_named(rows, folder, offline_config,
 
 def test_an_outcome_algorithm_sees_the_last_reward_only(rows, folder, offline_config):
   data = load(offline_config(algorithm="ppo"), folder)
-  found = [[step.reward for step in t.steps] for t in data.trajectories]
+  found = [[step.reward for step in t.steps] for t in data]
   assert found == [[0.0] * (len(r.rewards) - 1) + [r.rewards[-1]] for r in rows]
   data = load(offline_config(), folder)
-  found = [[step.reward for step in t.steps] for t in data.trajectories]
+  found = [[step.reward for step in t.steps] for t in data]
   assert found == [list(r.rewards) for r in rows]
 
 
@@ -304,9 +304,11 @@ def test_other_data_are_refused_at_a_resume(rows, folder, offline_config, monkey
 
 def test_every_pass_visits_all_once_in_its_own_order():
   nothing = Trajectory("t", 0, np.zeros(1, np.int32), (), Status.ANSWERED)
-  made = tuple(dataclasses.replace(nothing, sample=n) for n in range(10))
-  alone = tuple((n,) for n in range(10))
-  data = offline.Data(made, (True,) * 10, alone, size=4, seed=3, report={})
+  made = [AnnotatedTrajectory(dataclasses.replace(nothing, sample=n)) for n in range(10)]
+  index = offline.Index(lambda trajectory: trajectory, by_task=False)
+  for n, record in enumerate(made):
+    index.add(n, record)
+  data = index.data(made, size=4, seed=3, report={})
   assert data.batches_per_pass == 3
   orders = [[t.sample for k in range(3) for t in data.batch(3 * p + k)] for p in range(2)]
   assert [len(data.batch(k)) for k in range(3)] == [4, 4, 2]
