@@ -392,7 +392,7 @@ class Data:
   format: str = _is(
     "jsonl",
     "jsonl (annotated.jsonl), tfds (folder of annotate.output=tfds, read by random access), tsv "
-    "(official step-grained rows) or dialogues (official SFT and RFT instances; algorithm sft only)",
+    "(official step-grained rows) or dialogues (official SFT, RFT instances; algorithm sft only)",
   )
   passes: int = _is(5, "passes over the data; with data.batch they decide the iterations")
   batch: int = _is(

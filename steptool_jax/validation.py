@@ -15,6 +15,7 @@ from steptool_jax.environments.specialists import TIERS
 from steptool_jax.learning.advantages import LEVELS
 from steptool_jax.learning.algorithms import Algorithm, get_algorithm
 from steptool_jax.learning.losses import AGGREGATIONS
+from steptool_jax.rewards.assembly import SCHEMES
 
 
 def validate(config: ml_collections.ConfigDict | Mapping[str, Any]) -> Config:
@@ -143,7 +144,7 @@ _CHOICES = {
   "simulator.llm_style": ("gpt", "mirror"),
   "rollout.strategy": ("chain", "dfsdt"),
   "rewards.normalization": ("mean", "none"),
-  "rewards.scheme": ("steptool", "orchestra", "orchestra_steps"),
+  "rewards.scheme": tuple(SCHEMES),
   "advantage.level": ("", *LEVELS),
   "loss.kl": ("", "reward", "loss", "none"),
   "loss.aggregation": ("", *AGGREGATIONS),

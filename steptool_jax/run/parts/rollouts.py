@@ -6,7 +6,7 @@ from typing import Any
 
 from steptool_jax.evaluation.metrics import rollout_metrics
 from steptool_jax.learning.algorithms import get_algorithm
-from steptool_jax.rewards import orchestra, responses, rules, shaping
+from steptool_jax.rewards import assembly
 from steptool_jax.rollout import chain, tree
 from steptool_jax.rollout.conversation import Limits
 from steptool_jax.rollout.strategy import Search
@@ -103,26 +103,15 @@ def reward(
   trajectories: Sequence[Trajectory],
   scheme: str = "steptool",
 ) -> list[Trajectory]:
-  """The same trajectories with SC, Con and r on every step; `scheme` as config.rewards.scheme.
-
-  By comparison with the demonstration and the final answer where answers are checked by rule; by
-  the text rule "evidence" where they are free text.
-  """
-  outcome_only = get_algorithm(parts.config.algorithm).rewards == "outcome"
-  c = parts.config.rewards
-  finals: Sequence[dict[str, float] | None] = [None] * len(tasks)
-  if scheme != "steptool":
-    usual = orchestra.Preference(c.orchestra.outcome, c.orchestra.cost, c.orchestra.latency)
-    preferences = [usual.of(task.metadata.get("preference", {})) for task in tasks]
-    finals = orchestra.final_rewards(trajectories, preferences)
-  shaped = []
-  for task, trajectory, final in zip(tasks, trajectories, finals, strict=True):
-    if parts.services.judging is None:
-      marked = rules.annotate(task, trajectory)
-    else:
-      marked = responses.score(task.query, trajectory)
-    shaped.append(shaping.shape(marked, c.alpha, c.normalization, outcome_only, final))
-  return shaped
+  """The same trajectories with SC, Con and r on every step; `scheme` as config.rewards.scheme."""
+  return assembly.pay(
+    tasks,
+    trajectories,
+    parts.config.rewards,
+    source="rules" if parts.services.judging is None else "evidence",
+    scheme=scheme,
+    outcome_only=get_algorithm(parts.config.algorithm).rewards == "outcome",
+  )
 
 
 def evaluate_policy(

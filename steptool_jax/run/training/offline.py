@@ -217,7 +217,7 @@ class Index:
     self._counts.append(sum(len(step.tokens) for step in trajectory.steps))
     # Of everything that is trained on: order, tokens, rewards and endings.
     self._digest.update(f"{trajectory.status} {trajectory.solved} {rewards}".encode())
-    for ids in _token_arrays(trajectory):
+    for ids in token_arrays(trajectory):
       self._digest.update(f" {len(ids)} ".encode() + ids.tobytes())
 
   def data(
@@ -285,7 +285,7 @@ def _name(trajectory: Trajectory) -> str:
 
 
 def _check_ids(trajectory: Trajectory, vocab_size: int, path: pathlib.Path) -> None:
-  ids = np.concatenate(list(_token_arrays(trajectory)))
+  ids = np.concatenate(list(token_arrays(trajectory)))
   if ids.min() < 0 or ids.max() >= vocab_size:
     raise ValueError(
       f"{path}, {_name(trajectory)}: holds the token id {ids.max()}, but the model has "
@@ -293,7 +293,7 @@ def _check_ids(trajectory: Trajectory, vocab_size: int, path: pathlib.Path) -> N
     )
 
 
-def _token_arrays(trajectory: Trajectory):
+def token_arrays(trajectory: Trajectory):
   yield trajectory.prompt_tokens
   for step in trajectory.steps:
     yield step.tokens
