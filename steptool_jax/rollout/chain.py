@@ -152,7 +152,7 @@ class Loop:
     results: dict[int, Trajectory] = {}
     while waiting or self.seats:
       for slot, verdict in sorted(self._exchange(should_stop).items()):
-        trajectory = self._stand(slot, verdict)
+        trajectory = self._release(slot, verdict)
         results[order.pop(slot)] = trajectory
         on_done(trajectory)
       fresh = self._fill(waiting, order, results, on_done)
@@ -170,18 +170,18 @@ class Loop:
       for slot in range(self.engine.slots):
         if slot not in self.seats and waiting:
           order[slot], (task, sample) = waiting.popleft()
-          self._sit(slot, task, sample)
+          self._seat(slot, task, sample)
           seated.append(slot)
-      unopened = together(self.peers, functools.partial(self._unopened, seated))
+      unopened = together(self.peers, functools.partial(self._unopened_slots, seated))
       for slot in sorted(slot for theirs in unopened for slot in theirs):
         conversation = self.seats.pop(slot).conversation
         index = order.pop(slot)
-        results[index] = self._lost(conversation.task, conversation.sample)
+        results[index] = self._unopened(conversation.task, conversation.sample)
         on_done(results[index])
       fresh += [slot for slot in seated if slot in self.seats]
     return fresh
 
-  def _unopened(self, seated: list[int]) -> list[int]:
+  def _unopened_slots(self, seated: list[int]) -> list[int]:
     """This process's slots whose session could not be opened."""
     if self.trouble is not None:
       raise self.trouble
@@ -196,8 +196,8 @@ class Loop:
     """Whether this process runs the slot's tools."""
     return slot * self.peers.count // self.engine.slots == self.peers.index
 
-  def _own(self, work: Callable[[], Any]) -> Any:
-    """Work of this process alone; where there are others, an error waits for the next exchange."""
+  def _defer_error(self, work: Callable[[], Any]) -> Any:
+    """What `work` of this process returns; with others, an error waits for the next exchange."""
     try:
       return work()
     except Exception as error:
@@ -239,7 +239,7 @@ class Loop:
       verdicts |= {int(slot): verdict for slot, verdict in theirs["verdicts"].items()}
     return verdicts
 
-  def _sit(self, slot: int, task: Task, sample: int) -> None:
+  def _seat(self, slot: int, task: Task, sample: int) -> None:
     conversation = Conversation(task, sample, self.format, self.limits, self.system)
     self.seats[slot] = Seat(conversation, None)
     if self._mine(slot):
@@ -256,10 +256,10 @@ class Loop:
       except InfrastructureError:
         return None
 
-    return self._own(within)
+    return self._defer_error(within)
 
-  def _lost(self, task: Task, sample: int) -> Trajectory:
-    """Of a conversation whose session could not be opened."""
+  def _unopened(self, task: Task, sample: int) -> Trajectory:
+    """The empty trajectory of a conversation whose session never opened."""
     nothing = np.zeros(0, np.int32)
     return Trajectory(
       task.id,
@@ -282,7 +282,7 @@ class Loop:
       trajectory, lambda: self._within("grading", lambda: seat.session.grade(answer))
     )
 
-  def _stand(self, slot: int, verdict: dict[str, Any]) -> Trajectory:
+  def _release(self, slot: int, verdict: dict[str, Any]) -> Trajectory:
     """Frees a slot whose conversation is finished and graded."""
     seat = self.seats.pop(slot)
     if seat.session is not None:
@@ -403,7 +403,7 @@ class Loop:
         decoded.tokens[slot, :count], decoded.logprobs[slot, :count], bool(decoded.stopped[slot])
       )
       if state is State.CALLING and self._mine(slot):
-        seat.future = self._own(functools.partial(self._submit, seat))
+        seat.future = self._defer_error(functools.partial(self._submit, seat))
 
   def _submit(self, seat: Seat) -> Future:
     """A tool call in a thread."""

@@ -298,7 +298,7 @@ class _TreeLoop(Loop):
     self.stats = TreeStats()
     self.results: dict[tuple[str, int], SearchResult] = {}
 
-  def _sit(self, slot: int, task: Task, sample: int) -> None:
+  def _seat(self, slot: int, task: Task, sample: int) -> None:
     branches = None
     if self._mine(slot):
       branches = self._opened(lambda: Branches(self.environment, task, sample))
@@ -316,7 +316,7 @@ class _TreeLoop(Loop):
     )
     return verdict | {"replayed_calls": branches.replayed_calls}
 
-  def _stand(self, slot: int, verdict: dict[str, Any]) -> Trajectory:
+  def _release(self, slot: int, verdict: dict[str, Any]) -> Trajectory:
     seat = self.seats.pop(slot)
     tree = seat.conversation
     if seat.session is not None:
@@ -329,8 +329,8 @@ class _TreeLoop(Loop):
     self.results[tree.task.id, tree.sample] = SearchResult(tuple(tree.nodes), leaf, trajectory)
     return trajectory
 
-  def _lost(self, task: Task, sample: int) -> Trajectory:
-    trajectory = super()._lost(task, sample)
+  def _unopened(self, task: Task, sample: int) -> Trajectory:
+    trajectory = super()._unopened(task, sample)
     self.results[task.id, sample] = SearchResult((), ROOT, trajectory)
     return trajectory
 
