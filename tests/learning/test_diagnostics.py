@@ -15,7 +15,7 @@ from steptool_jax.evaluation import metrics
 from steptool_jax.learning import algorithms, batching, update
 from steptool_jax.policy import model
 from steptool_jax.rewards import orchestra
-from steptool_jax.rollout.chain import Stats
+from steptool_jax.rollout.setting import Stats
 from steptool_jax.run.training import progress, setup
 
 ROWS = sorted(algorithms.ALGORITHMS)

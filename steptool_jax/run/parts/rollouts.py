@@ -9,6 +9,7 @@ from steptool_jax.learning.algorithms import get_algorithm
 from steptool_jax.rewards import assembly
 from steptool_jax.rollout import chain, tree
 from steptool_jax.rollout.conversation import Limits
+from steptool_jax.rollout.setting import Sampling, Setting, Stats
 from steptool_jax.rollout.strategy import Search
 from steptool_jax.run.hosts import hosts
 from steptool_jax.run.parts.opening import Parts
@@ -25,7 +26,7 @@ def collect(
   version: int,
   temperature: float,
   label: str,
-) -> tuple[list[Trajectory], chain.Stats]:
+) -> tuple[list[Trajectory], Stats]:
   """Rolls out (task, sample) jobs and puts rewards on the trajectories.
 
   Evaluations are always rewarded as scheme 'steptool': Eq. 2 compares a task's samples and says
@@ -63,7 +64,7 @@ def roll(
   label: str,
   limits: Limits | None = None,
   strategy: Search | None = None,
-) -> tuple[list[Any], chain.Stats]:
+) -> tuple[list[Any], Stats]:
   """Trajectories of (task, sample) jobs, or SearchResults with a strategy; without rewards.
 
   limits: instead of the workbench's. Where verdicts come later (services.judging), `solved` says
@@ -78,21 +79,21 @@ def roll(
       bar.update()
       bar.set_postfix_str(f"{word} {sum(solved) / len(solved):.0%}", refresh=False)
 
-    arguments = (
-      *(parts.engine, variables, parts.environment, jobs, parts.policy.chat_format),
-      *(limits or parts.limits, parts.runner),
-      chain.Sampling(parts.config.seed, version, temperature),
+    setting = Setting(
+      parts.engine,
+      variables,
+      parts.environment,
+      parts.policy.chat_format,
+      limits or parts.limits,
+      parts.runner,
+      Sampling(parts.config.seed, version, temperature),
+      parts.config.model.system or None,
+      hosts.peers(),
     )
-    keywords = {
-      "system": parts.config.model.system or None,
-      "peers": hosts.peers(),
-      "should_stop": parts.stop,
-      "on_done": on_done,
-    }
     try:
       if strategy is not None:
-        return tree.search(*arguments, strategy, **keywords)
-      return chain.rollout(*arguments, **keywords)
+        return tree.search(setting, jobs, strategy, parts.stop, on_done)
+      return chain.rollout(setting, jobs, parts.stop, on_done)
     except InfrastructureError as error:
       raise RuntimeError(f"{label}: {error}") from error
 

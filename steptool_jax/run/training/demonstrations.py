@@ -7,8 +7,8 @@ from absl import logging
 
 from steptool_jax.data.trajectories import AnnotatedTrajectory, from_document, to_document
 from steptool_jax.environments.demonstrations import imperfect
-from steptool_jax.rollout.demonstrations import demonstrate
 from steptool_jax.rollout.peers import together
+from steptool_jax.rollout.replaying import replay_actions
 from steptool_jax.run.hosts import hosts
 from steptool_jax.run.parts.opening import Parts
 from steptool_jax.run.training.order import Order
@@ -64,7 +64,7 @@ class Demonstrations:
     if self._sft.mistakes and position >= self._sft.clean_steps * self._sft.batch:
       rng = np.random.default_rng((self._bench.config.seed, position))
       actions = imperfect(self._bench.environment, task, rng, self._sft.mistakes)
-    return demonstrate(
+    return replay_actions(
       self._bench.environment,
       task,
       actions,
