@@ -248,7 +248,7 @@ def _reaction(trajectory: Trajectory, k: int) -> str:
 
 
 def _answered_later(trajectory: Trajectory, k: int) -> int | None:
-  """The step at which the tool of step k (any tool behind a malformed one) answers OK."""
+  """The step at which the tool of step k (any tool after a malformed one) answers OK."""
   failed = trajectory.steps[k].action
   for later in range(k + 1, len(trajectory.steps)):
     step = trajectory.steps[later]

@@ -80,7 +80,7 @@ def write(title: str, cells: Sequence[Cell], problems: Sequence[str], most: int)
 
 
 def _wrapping(name: str) -> markupsafe.Markup:
-  """A long_name that may go on in the next line behind an underscore."""
+  """A long_name that may go on in the next line after an underscore."""
   return markupsafe.Markup("_<wbr>").join(name.split("_"))
 
 
@@ -259,7 +259,7 @@ def _difference(found: comparison.Difference) -> dict[str, Any]:
     "against": found.against,
     "seeds": found.seeds,
     "figures": [
-      # Means of tenths leave 1e-17 behind where they should be 0.
+      # Means of tenths leave 1e-17 where they should be 0.
       interval(f, points) | {"sure": f is not None and (f[1] > 1e-9 or f[2] < -1e-9)}
       for f in figures
     ],

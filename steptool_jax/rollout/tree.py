@@ -69,7 +69,7 @@ class _Visit:
   parent: "_Visit | None"
   conversation: Conversation
   shown: np.ndarray  # what the model saw last: the prompt, or this node's observation
-  diverse: bool = False  # its turn stands behind a diversity prompt in the slot
+  diverse: bool = False  # its turn follows a diversity prompt in the slot
   tried: int = 0
   children: list["_Visit"] = dataclasses.field(default_factory=list)
   cut: int = 0  # of `shown`, taken back in front of a diversity prompt
@@ -128,7 +128,7 @@ class _Tree:
 
   @property
   def holds_prompt(self) -> bool:
-    """A diversity prompt behind the root overwrites the prompt's assistant header for a while."""
+    """A diversity prompt after the root overwrites the prompt's assistant header for a while."""
     return not (self._at is self._root and len(self._diversity)) and not (
       self._at.parent is self._root and self._at.diverse and self.state is State.NEEDS_APPEND
     )

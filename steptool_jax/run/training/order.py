@@ -17,7 +17,7 @@ def permutation(size: int, seed: int, number: int) -> np.ndarray:
 
 
 class Order:
-  """order[i] = the thing at position i of all passes, one behind the other."""
+  """order[i] = the thing at position i of all passes, one after the other."""
 
   def __init__(self, size: int, seed: int):
     self._size, self._seed = size, seed
