@@ -139,7 +139,7 @@ class Branch:
     return self._session.call(call)
 
   def take(self) -> Session | None:
-    """The session that the call ran in, the caller's from now on; None while it is being replayed."""
+    """The call's session, which the caller owns now; None while it is being replayed."""
     with self._lock:
       self._taken = True
       return self._session
