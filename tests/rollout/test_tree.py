@@ -373,10 +373,8 @@ def test_should_stop_interrupts_and_closes(chat_format):
   eng = fakes.ScriptedEngine(chat_format, script(echo(1), ANSWER))
   asked = iter([False, True])
   with pytest.raises(chain.Interrupted):
-    run(
-      *(eng, environment, chat_format, [(task(), 0)], tree.Search()),
-      should_stop=lambda: next(asked),
-    )
+    search = tree.Search()
+    run(eng, environment, chat_format, [(task(), 0)], search, should_stop=lambda: next(asked))
   assert environment.open_sessions == 0
 
 

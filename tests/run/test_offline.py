@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import dataclasses
+import itertools
 import json
 import tracemalloc
 import types
@@ -17,9 +18,8 @@ from toolbench.official_rows import CALL, FINISH, row
 
 from steptool_jax.data import annotated_trajectories
 from steptool_jax.data.trajectories import AnnotatedTrajectory, write_trajectories
-from steptool_jax.rollout.chain import Interrupted
 from steptool_jax.run import train
-from steptool_jax.run.parts import build
+from steptool_jax.run.parts import build, opening
 from steptool_jax.run.training import offline, phase
 from steptool_jax.run.workdir.metrics_writer import read_jsonl
 from steptool_jax.toolbench.formats import conversations, training_rows
@@ -272,17 +272,18 @@ def test_an_outcome_algorithm_sees_the_last_reward_only(rows, folder, offline_co
   assert found == [list(r.rewards) for r in rows]
 
 
+@contextlib.contextmanager
+def stopped_after(iterations, monkeypatch):
+  """A request to stop that comes with that iteration; it is looked for before each one."""
+  asked = itertools.count()
+  with monkeypatch.context() as patched:
+    patched.setattr(opening.Stop, "__call__", lambda self: next(asked) >= iterations)
+    yield
+
+
 def test_a_resumed_run_is_bit_equal(whole, offline_config, monkeypatch, tmp_path):
   config = offline_config(**ADAPTIVE)
-  check_stop = train._Trainer._check_stop
-
-  def stop_at_three(self):
-    if self.progress.done == 3:
-      raise Interrupted
-    check_stop(self)
-
-  with monkeypatch.context() as patched:
-    patched.setattr(train._Trainer, "_check_stop", stop_at_three)
+  with stopped_after(3, monkeypatch):
     assert train.run(config, tmp_path)["interrupted"] is True
   assert saved(tmp_path)[1]["done"] == 3
   assert train.run(config, tmp_path)["interrupted"] is False
@@ -292,13 +293,7 @@ def test_a_resumed_run_is_bit_equal(whole, offline_config, monkeypatch, tmp_path
 def test_other_data_are_refused_at_a_resume(rows, folder, offline_config, monkeypatch, tmp_path):
   path = stored.write_rows(tmp_path / "rows.csv", rows)
   config = offline_config(data__path=str(path))
-
-  def stop_at_one(self):
-    if self.progress.done == 1:
-      raise Interrupted
-
-  with monkeypatch.context() as patched:
-    patched.setattr(train._Trainer, "_check_stop", stop_at_one)
+  with stopped_after(1, monkeypatch):
     train.run(config, tmp_path)
   other = dataclasses.replace(rows[3], rewards=(0.125, *rows[3].rewards[1:]))
   stored.write_rows(path, [*rows[:3], other, *rows[4:]])
