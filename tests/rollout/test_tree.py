@@ -372,8 +372,8 @@ def test_should_stop_interrupts_and_closes(chat_format):
   environment = Counter()
   eng = fakes.ScriptedEngine(chat_format, script(echo(1), ANSWER))
   asked = iter([False, True])
+  search = tree.Search()
   with pytest.raises(chain.Interrupted):
-    search = tree.Search()
     run(eng, environment, chat_format, [(task(), 0)], search, should_stop=lambda: next(asked))
   assert environment.open_sessions == 0
 
