@@ -391,8 +391,8 @@ class Data:
   )
   format: str = _is(
     "jsonl",
-    "jsonl (annotated.jsonl), tsv (official step-grained rows) or dialogues (official SFT and RFT "
-    "instances; algorithm sft only)",
+    "jsonl (annotated.jsonl), tfds (folder of annotate.output=tfds, read by random access), tsv "
+    "(official step-grained rows) or dialogues (official SFT, RFT instances; algorithm sft only)",
   )
   passes: int = _is(5, "passes over the data; with data.batch they decide the iterations")
   batch: int = _is(
@@ -416,6 +416,10 @@ class Annotate:
     "evidence", "source rules: evidence or lcs (texts), environment (its tasks; jsonl only)"
   )
   table: str = _is("", "source table: official annotations; empty = the input's own")
+  output: str = _is(
+    "jsonl",
+    "jsonl (WORKDIR/annotated.jsonl) or tfds (WORKDIR/annotated_trajectories, array_record)",
+  )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -110,7 +110,7 @@ class Step:
   tokens: np.ndarray  # int32[L], the stop token included
   logprobs: np.ndarray  # float32[L], of the distribution sampled from
   action: Action
-  observation: Observation | None = None  # None behind Finish and behind a token budget
+  observation: Observation | None = None  # None after Finish and after a token budget
   observation_tokens: np.ndarray = dataclasses.field(
     default_factory=lambda: np.zeros(0, np.int32)
   )  # int32[M], forced after this step
@@ -167,7 +167,7 @@ class TokenBatch(NamedTuple):
   action_mask: Any  # bool, targets[t] was sampled by the policy that learns
   step_ids: Any  # int32, index of the step of targets[t] in its trajectory, -1 outside
   step_end: Any  # bool, targets[t] is the last sampled token of its step
-  bootstrap: Any  # bool, position behind the last target of a truncated trajectory: V of next state
+  bootstrap: Any  # bool, position after the last target of a truncated trajectory: V of next state
   rewards: Any  # float32, r_k on the last sampled token of step k, else 0
   behaviour_logprobs: Any  # float32, as sampled, 0 outside the action mask
   group_ids: Any  # int32, 1.. the task of the trajectory, one number over all rows; 0 = padding

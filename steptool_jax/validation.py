@@ -15,6 +15,7 @@ from steptool_jax.environments.specialists import TIERS
 from steptool_jax.learning.advantages import LEVELS
 from steptool_jax.learning.algorithms import Algorithm, get_algorithm
 from steptool_jax.learning.losses import AGGREGATIONS
+from steptool_jax.rewards.assembly import SCHEMES
 
 
 def validate(config: ml_collections.ConfigDict | Mapping[str, Any]) -> Config:
@@ -143,16 +144,17 @@ _CHOICES = {
   "simulator.llm_style": ("gpt", "mirror"),
   "rollout.strategy": ("chain", "dfsdt"),
   "rewards.normalization": ("mean", "none"),
-  "rewards.scheme": ("steptool", "orchestra", "orchestra_steps"),
+  "rewards.scheme": tuple(SCHEMES),
   "advantage.level": ("", *LEVELS),
   "loss.kl": ("", "reward", "loss", "none"),
   "loss.aggregation": ("", *AGGREGATIONS),
-  "data.format": ("jsonl", "tsv", "dialogues"),
+  "data.format": ("jsonl", "tfds", "tsv", "dialogues"),
   "data.behaviour": ("start", "current"),
   "checkpoint.use": ("newest", "best"),
   "annotate.format": ("jsonl", "converted", "annotations"),
   "annotate.source": ("rules", "judge", "table"),
   "annotate.rule": ("evidence", "lcs", "environment"),
+  "annotate.output": ("jsonl", "tfds"),
   "judge.kind": ("rule", "llm"),
   "train.optimizer.first_moment": ("", "float32", "bfloat16"),
   "sft.optimizer.first_moment": ("", "float32", "bfloat16"),

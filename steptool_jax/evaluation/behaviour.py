@@ -84,8 +84,9 @@ def kind(step: Step) -> str:
 class Recovery:
   """What a policy did after errors of one sort.
 
-  recovered: the same tool answered OK later in the trajectory. solved: tasks with such an error
-  that were solved. extra_calls: mean number of calls from the error to that OK.
+  recovered: share after which the same tool answered OK. solved: tasks with such an error that
+  were solved. (Of the injector's errors: recovered_from_fault, solved_after_fault in figures.py.)
+  extra_calls: mean number of calls from the error to that OK.
   """
 
   errors: int
@@ -106,7 +107,7 @@ def recovery(trajectories: Iterable[Trajectory], injected: bool = True) -> Recov
       solved.append(trajectory.solved)
     for k in errors:
       reactions[_reaction(trajectory, k)] += 1
-      later = _recovered_at(trajectory, k)
+      later = _answered_later(trajectory, k)
       recovered.append(later is not None)
       if later is not None:
         extra.append(later - k)
@@ -121,13 +122,8 @@ def recovery(trajectories: Iterable[Trajectory], injected: bool = True) -> Recov
   )
 
 
-def repeated_calls(trajectories: Iterable[Trajectory]) -> float:
-  """Share of tool calls that had been answered OK before, with the same arguments.
-
-  A call behind one that changed the environment's state is a new question. Other than in
-  rollout_metrics' repeated_calls, a retry behind an error does not count: where faults are injected
-  it is the right thing to do.
-  """
+def repeated_after_ok(trajectories: Iterable[Trajectory]) -> float:
+  """The figure of this name: where faults are injected, a retry is the right thing to do."""
   calls = repeats = 0
   for trajectory in _healthy(trajectories):
     answered: set[str] = set()
@@ -251,8 +247,8 @@ def _reaction(trajectory: Trajectory, k: int) -> str:
   return RETRIED if action_key(action) == action_key(failed) else CHANGED
 
 
-def _recovered_at(trajectory: Trajectory, k: int) -> int | None:
-  """The step at which the tool of step k (any tool behind a malformed one) answers OK."""
+def _answered_later(trajectory: Trajectory, k: int) -> int | None:
+  """The step at which the tool of step k (any tool after a malformed one) answers OK."""
   failed = trajectory.steps[k].action
   for later in range(k + 1, len(trajectory.steps)):
     step = trajectory.steps[later]

@@ -31,7 +31,7 @@ class Facts:
   transitions: Transitions
   injected: Recovery
   own: Recovery
-  repeated: float
+  repeated_after_ok: float
   spent: Spent
 
 
@@ -81,7 +81,7 @@ def facts_of(trajectories: Sequence[Trajectory]) -> Facts:
     transitions=behaviour.transitions(trajectories),
     injected=behaviour.recovery(trajectories, injected=True),
     own=behaviour.recovery(trajectories, injected=False),
-    repeated=behaviour.repeated_calls(trajectories),
+    repeated_after_ok=behaviour.repeated_after_ok(trajectories),
     spent=behaviour.spent_per_solved(trajectories),
   )
 
@@ -145,7 +145,7 @@ def curves(
 
 
 def cell_figures(cell: Cell) -> dict[str, float]:
-  """The figures of one finished cell, those that it has."""
+  """Those of figures.CELLS, and a few of ROLLOUTS, that one finished cell has."""
   s = cell.run.summary
   found = {
     "start": s.get("pass_rate_sft", s.get("pass_rate_base")),
@@ -162,9 +162,9 @@ def cell_figures(cell: Cell) -> dict[str, float]:
   if moment in cell.facts:
     facts = cell.facts[moment]
     found |= {
-      "recovered": facts.injected.recovered,
-      "solved_after_error": facts.injected.solved,
-      "repeated": facts.repeated,
+      "recovered_from_fault": facts.injected.recovered,
+      "solved_after_fault": facts.injected.solved,
+      "repeated_after_ok": facts.repeated_after_ok,
       "llm_calls_per_solved": facts.spent.llm_calls,
       "tokens_per_solved": facts.spent.tokens,
       "cost_per_solved": facts.spent.cost,

@@ -51,7 +51,7 @@ def bootstrap(
   Tasks are drawn with replacement, all scores of a task together. ValueError for no task, a score
   that is not finite, or a confidence outside (0, 1).
   """
-  values = _task_means(scores, "scores")
+  values = _task_means(scores)
   if not (0 < confidence < 1 and resamples >= 1):
     raise ValueError(
       f"confidence {confidence} must be between 0 and 1, resamples {resamples} at least 1"
@@ -67,23 +67,6 @@ def bootstrap(
     means[start : start + size] = values[drawn].mean(axis=1)
   low, high = np.percentile(means, [tail, 100 - tail])
   return Interval(float(values.mean()), float(low), float(high), confidence)
-
-
-def bootstrap_difference(
-  ours: np.ndarray,
-  theirs: np.ndarray,
-  confidence: float = 0.95,
-  resamples: int = 10_000,
-  seed: int = 0,
-) -> Interval:
-  """Interval of mean(ours) - mean(theirs), paired: row t of both is one task.
-
-  The further axes (rollouts, judge runs) may differ. ValueError for different numbers of tasks.
-  """
-  a, b = _task_means(ours, "ours"), _task_means(theirs, "theirs")
-  if len(a) != len(b):
-    raise ValueError(f"{len(a)} and {len(b)} tasks: a paired difference needs the same tasks")
-  return bootstrap(a - b, confidence, resamples, seed)
 
 
 def components(scores: np.ndarray) -> Components:
@@ -122,12 +105,12 @@ def components(scores: np.ndarray) -> Components:
   )
 
 
-def _task_means(scores: np.ndarray, name: str) -> np.ndarray:
+def _task_means(scores: np.ndarray) -> np.ndarray:
   scores = np.asarray(scores, np.float64)
   if scores.ndim == 0 or scores.size == 0:
-    raise ValueError(f"{name}: must hold at least one task, found shape {scores.shape}")
+    raise ValueError(f"scores: must hold at least one task, found shape {scores.shape}")
   if not np.isfinite(scores).all():
-    raise ValueError(f"{name}: all must be finite; leave tasks with infrastructure errors out")
+    raise ValueError("scores: all must be finite; leave tasks with infrastructure errors out")
   return scores.reshape(len(scores), -1).mean(axis=1)
 
 

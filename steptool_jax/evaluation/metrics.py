@@ -1,54 +1,4 @@
-"""Figures of a set of trajectories, and the table of everything that metrics.jsonl holds.
-
-Records are {"step": optimizer rounds so far, "<prefix>/<name>": float}; prefix sft, train (one RL
-iteration) or heldout (an evaluation). R: from rollouts (this module), so in train and heldout; U:
-from the update (learning/update.py), in sft and train; I: of an iteration (run/train.py), in train.
-
-    pass_rate               R  mean of IsSolved
-    reward                  R  mean of a trajectory's summed rewards
-    reward_<part>           R  what of it comes from success_calling, contribution and solved; under
-                               Eq. 2 from outcome, cost, latency and preference in place of solved
-    success_calling         R  mean SC of calls
-    contribution            R  mean Con of calls
-    calls_per_task          R  tool calls of a trajectory
-    tokens_per_task         R  its tokens, prompt and observations included
-    cost_per_task           R  USD of its calls; 0 without environment.market
-    latency_per_task        R  simulated seconds of its calls
-    invalid_call_rate       R  share of calls that were malformed, of an unknown tool or refused by
-                               the tool's schema
-    invocation_success      R  share of calls with code OK
-    repeated_calls          R  share of calls with tool and arguments of an earlier one and no
-                               change of state in between
-    recovery                R  share of failed calls (not OK) that the trajectory made good: a later
-                               call of the same tool was OK; where the failed one named no tool on
-                               offer, the next call was
-    solved_after_error      R  mean IsSolved of trajectories with a failed call
-    diversity               R  over tasks with several samples, distinct action sequences: 0 where
-                               all samples act the same, 1 where no two do
-    answered, gave_up, truncated   R  shares of trajectories by how they ended
-    infrastructure_errors   R  their number; they are left out of all other figures
-    loss, policy_loss, value_loss, q_loss, v_loss, entropy_loss, kl_loss   U  the loss's terms, as
-                               weighted in it; of those that the algorithm has
-    value_error, q_error, v_error   U  a critic's loss without its weight
-    pair_margin, pair_accuracy      U  DPO: margin of the success over the failure, share above 0
-    entropy                 U  nats per sampled token
-    clip_fraction           U  share of tokens whose ratio is clipped; old_kl: KL to the old policy
-    grad_norm               U  global norm of the gradient, before its clip
-    skipped                 U  share of updates that were skipped because something was not finite
-    kl                      U  log(pi / reference) summed over a trajectory, before the update
-    kl_coef                 U  coefficient of the KL penalty
-    advantage_std           U  before whitening
-    explained_variance      U  1 - Var(return - V) / Var(return) at step starts
-    sampler_gap             U  largest |log-prob of trainer - of sampler| of a sampled token
-    padding                 U  share of padded positions
-    nothing_to_learn        I  1 where no trajectory was left for the algorithm to learn from
-    dropped_malformed, dropped_unfinished, dropped_even   I  trajectories that rewards.filters took
-    tokens_per_second       I  trained on; sampled_tokens_per_second: of the rollout
-    device_share, tool_share, host_share   I  of the time: on the device (rollout and update), in
-                               wait for tools with nothing to decode, the rest
-    rollout_share, update_share   I  of the time
-    device_share_of_rollout, tool_wait_share_of_rollout   I  the same of the rollout alone
-"""
+"""The figures of a set of trajectories that evaluation/figures.py defines as ROLLOUTS."""
 
 import json
 from collections.abc import Sequence
@@ -60,7 +10,7 @@ from steptool_jax.types import Action, Code, Finish, Status, Step, ToolCall, Tra
 
 
 def rollout_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
-  """The figures R of the table above; 0 where there is nothing to take a mean of."""
+  """figures.ROLLOUTS, by name; 0 where there is nothing to take a mean of."""
   healthy = [t for t in trajectories if t.status is not Status.INFRASTRUCTURE_ERROR]
   steps = [step for t in healthy for step in t.steps]
   codes = [step.observation.code for step in steps if step.observation is not None]

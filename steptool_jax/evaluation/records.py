@@ -69,7 +69,7 @@ def read_run(folder: pathlib.Path, most: int = 0) -> Run:
 
 
 def curve(run: Run, axis: str, figure: str = "heldout/pass_rate") -> Curve | None:
-  """(spent, figure) over RL: from the policy behind SFT on, which has spent nothing.
+  """(spent, figure) over RL: from the policy after SFT on, which has spent nothing.
 
   None where the run has no such records.
   """

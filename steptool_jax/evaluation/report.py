@@ -10,7 +10,7 @@ import collections
 import hashlib
 import math
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jinja2
@@ -18,6 +18,7 @@ import markupsafe
 
 from steptool_jax.evaluation import behaviour, comparison, panels, viewer
 from steptool_jax.evaluation.comparison import DONE, Cell, Row
+from steptool_jax.evaluation.figures import FIGURES, SHARE
 from steptool_jax.evaluation.panels import percent, plain
 from steptool_jax.evaluation.viewer import Entry, Pair
 from steptool_jax.types import Trajectory
@@ -63,7 +64,7 @@ def write(title: str, cells: Sequence[Cell], problems: Sequence[str], most: int)
     recoveries=panels.recoveries(cells),
     reactions=behaviour.REACTIONS,
     levels=comparison.LEVELS,
-    more_titles=[title for _, title, _ in _MORE],
+    more_titles=[FIGURES[name].label for name in _MORE],
     cases=[_case(pair, entries) for pair in pairs[:_MOST_CASES]],
     more_cases=max(len(pairs) - _MOST_CASES, 0),
     config=_config(cells),
@@ -79,7 +80,7 @@ def write(title: str, cells: Sequence[Cell], problems: Sequence[str], most: int)
 
 
 def _wrapping(name: str) -> markupsafe.Markup:
-  """A long_name that may go on in the next line behind an underscore."""
+  """A long_name that may go on in the next line after an underscore."""
   return markupsafe.Markup("_<wbr>").join(name.split("_"))
 
 
@@ -243,7 +244,7 @@ def _row(row: Row) -> dict[str, Any]:
     "area": interval(f.get("area"), percent),
     "plateau": plateau,
     "crossings": [crossing(row.crossings.get(level)) for level in comparison.LEVELS],
-    "more": [interval(f.get(key), form) for key, _, form in _MORE],
+    "more": [interval(f.get(name), _form(name)) for name in _MORE],
   }
 
 
@@ -258,7 +259,7 @@ def _difference(found: comparison.Difference) -> dict[str, Any]:
     "against": found.against,
     "seeds": found.seeds,
     "figures": [
-      # Means of tenths leave 1e-17 behind where they should be 0.
+      # Means of tenths leave 1e-17 where they should be 0.
       interval(f, points) | {"sure": f is not None and (f[1] > 1e-9 or f[2] < -1e-9)}
       for f in figures
     ],
@@ -283,20 +284,24 @@ def crossing(value: tuple[float, float, float] | None) -> dict[str, str]:
   return {"mean": mean, "range": f"{low} to {high}" if told else ""}
 
 
-_MORE = (
-  ("calls_per_task", "calls per task", plain),
-  ("invalid_call_rate", "invalid calls", percent),
-  ("invocation_success", "calls answered OK", percent),
-  ("recovered", "injected errors recovered", percent),
-  ("solved_after_error", "solved after an injected error", percent),
-  ("repeated", "repeated calls", percent),
-  ("diversity", "diversity", plain),
-  ("llm_calls_per_solved", "LLM calls per solved task", plain),
-  ("tokens_per_solved", "tokens per solved task", plain),
-  ("cost_per_solved", "USD per solved task", plain),
-  ("latency_per_solved", "tool seconds per solved task", plain),
-  ("seconds", "seconds of a cell", plain),
+_MORE = (  # further columns of the table
+  "calls_per_task",
+  "invalid_call_rate",
+  "invocation_success",
+  "recovered_from_fault",
+  "solved_after_fault",
+  "repeated_after_ok",
+  "diversity",
+  "llm_calls_per_solved",
+  "tokens_per_solved",
+  "cost_per_solved",
+  "latency_per_solved",
+  "seconds",
 )
+
+
+def _form(name: str) -> Callable[[float], str]:
+  return percent if FIGURES[name].unit == SHARE else plain
 
 
 def _config(cells: Sequence[Cell]) -> dict[str, str]:

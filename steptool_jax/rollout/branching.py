@@ -41,7 +41,7 @@ class Branches:
     self.replayed_calls = 0
 
   def branch(self, node: int, path: Sequence[Step]) -> "Branch":
-    """What runs the next call behind `node`, whose steps are `path`; then comes `enter`."""
+    """What runs the next call after `node`, whose steps are `path`; then comes `enter`."""
     path = tuple(path)
     if self._forks:
       session = self._sessions[node].fork()
@@ -51,7 +51,7 @@ class Branches:
     return self._running
 
   def enter(self, node: int, parent: int, path: Sequence[Step]) -> None:
-    """The search has made `node` behind `parent`, by the call of `branch` or without a call."""
+    """The search has made `node` below `parent`, by the call of `branch` or without a call."""
     branch, self._running = self._running, None
     if self._forks:
       self._sessions[node] = self._sessions[parent] if branch is None else branch.take()
@@ -66,7 +66,7 @@ class Branches:
         self._live, self._live_path = session, tuple(path)
 
   def grade(self, node: int, path: Sequence[Step], answer: str | None) -> float:
-    """IsSolved behind `node`. InfrastructureError when the calls of its path cannot be repeated."""
+    """IsSolved after `node`. InfrastructureError when the calls of its path cannot be repeated."""
     if self._forks:
       return self._sessions[node].grade(answer)
     if self._live is None or self._live_path != tuple(path):
@@ -139,7 +139,7 @@ class Branch:
     return self._session.call(call)
 
   def take(self) -> Session | None:
-    """The session behind the call, the caller's from now on; None while it is being replayed."""
+    """The call's session, which the caller owns now; None while it is being replayed."""
     with self._lock:
       self._taken = True
       return self._session

@@ -8,24 +8,24 @@ On several processes (peers.py) all hold the same conversations and make the sam
 sessions of a slot live in one of them, which tells the others its observations and grades.
 """
 
+import contextlib
 import dataclasses
 import functools
-import hashlib
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import Any
 
 import numpy as np
 
 from steptool_jax.data.trajectories import observation_document, observation_of
-from steptool_jax.dialogue.template import ChatFormat
-from steptool_jax.environments.base import Environment, Session
-from steptool_jax.rollout.conversation import Conversation, Limits, State
-from steptool_jax.rollout.peers import ALONE, Peers, together
+from steptool_jax.environments.base import Session
+from steptool_jax.rollout.conversation import Conversation, State
+from steptool_jax.rollout.peers import together
+from steptool_jax.rollout.setting import Setting, Stats, step_seed
 from steptool_jax.simulators.errors import InfrastructureError
-from steptool_jax.simulators.runner import ToolRunner, TooManyStuck
+from steptool_jax.simulators.runner import TooManyStuck
 from steptool_jax.types import Observation, Status, Task, Trajectory
 
 # Several processes look at each other's tools so often while nothing can be decoded, seconds.
@@ -34,29 +34,6 @@ PATIENCE_S = 0.05
 
 class Interrupted(Exception):
   """`should_stop` asked for an end; no trajectory of this rollout was handed out."""
-
-
-@dataclasses.dataclass
-class Stats:
-  """What a rollout cost. Seconds are wall-clock of the main thread."""
-
-  seconds: float = 0.0
-  device_seconds: float = 0.0  # in append, decode, fork, rewind
-  tool_wait_seconds: float = 0.0  # nothing to decode, waiting for a tool
-  tool_seconds: float = 0.0  # in tools, summed over threads
-  sampled_tokens: int = 0
-  forced_tokens: int = 0
-  shared_prefills: int = 0  # prompts that were forked and not computed
-  shared_tokens: int = 0  # their tokens
-
-
-@dataclasses.dataclass(frozen=True)
-class Sampling:
-  """Seeds and temperature of one rollout; temperature 0 is greedy."""
-
-  seed: int
-  version: int  # of the policy: the same task gives new samples after every update
-  temperature: float
 
 
 @dataclasses.dataclass
@@ -69,47 +46,22 @@ class Seat:
   future: Future | None = None
 
 
-def step_seed(sampling: Sampling, task_id: str, sample: int, step: int) -> np.ndarray:
-  """uint32[2], the key of one (task, sample, step): stable across processes and runs."""
-  text = f"{sampling.seed}/{sampling.version}/{task_id}/{sample}/{step}"
-  return np.frombuffer(hashlib.blake2b(text.encode(), digest_size=8).digest(), np.uint32)
-
-
 def rollout(
-  engine: Any,
-  variables: Any,
-  environment: Environment,
+  setting: Setting,
   jobs: Sequence[tuple[Task, int]],
-  chat_format: ChatFormat,
-  limits: Limits,
-  runner: ToolRunner,
-  sampling: Sampling,
-  *,
-  system: str | None = None,
-  peers: Peers = ALONE,
   should_stop: Callable[[], bool] = lambda: False,
   on_done: Callable[[Trajectory], None] = lambda trajectory: None,
 ) -> tuple[list[Trajectory], Stats]:
   """Trajectories of all (task, sample) jobs, in their order, graded but not yet rewarded.
 
-  Args:
-    engine: policy/engine.py Engine, or a fake with its methods.
-    peers: the processes that make this very call together; all get all trajectories.
-    should_stop: asked between device calls.
-    on_done: called with each finished trajectory (progress bars).
+  should_stop is asked between device calls; on_done is called with each finished trajectory.
 
   Raises:
     Interrupted: should_stop answered True, in any process.
     TooManyStuck: tools hang beyond what the runner may leave behind.
   """
-  loop = Loop(engine, variables, environment, chat_format, limits, runner, sampling, system, peers)
-  started = time.monotonic()
-  try:
-    trajectories = loop.run(jobs, should_stop, on_done)
-  finally:
-    loop.close()
-  loop.stats.seconds = time.monotonic() - started
-  return trajectories, loop.stats
+  loop = Loop(setting)
+  return loop.run(jobs, should_stop, on_done), loop.stats
 
 
 def verdict_on(trajectory: Trajectory, grade: Callable[[], float]) -> dict[str, Any]:
@@ -135,31 +87,39 @@ def judged(trajectory: Trajectory, verdict: dict[str, Any]) -> Trajectory:
 class Loop:
   """The scheduler's state; lives for one rollout. Searches over trees (tree.py) extend it."""
 
-  def __init__(
-    self, engine, variables, environment, chat_format, limits, runner, sampling, system, peers
-  ):
-    self.engine, self.variables, self.environment = engine, variables, environment
-    self.format, self.limits, self.runner = chat_format, limits, runner
-    self.sampling, self.system, self.peers = sampling, system, peers
+  stats_class = Stats
+
+  def __init__(self, setting: Setting):
+    self.setting = setting
+    self.engine, self.environment, self.runner = setting.engine, setting.environment, setting.runner
+    self.sampling, self.peers = setting.sampling, setting.peers
     self.seats: dict[int, Seat] = {}
     self.trouble: Exception | None = None  # of this process, until all hear of it
-    self.state = engine.init()
-    self.stats = Stats()
+    self.state = self.engine.init()
+    self.stats = self.stats_class()
 
   def run(self, jobs, should_stop, on_done) -> list[Trajectory]:
+    """All jobs' trajectories, in their order; closes what is open."""
+    started = time.monotonic()
     waiting = deque(enumerate(jobs))
     order: dict[int, int] = {}  # slot -> index of its job
     results: dict[int, Trajectory] = {}
-    while waiting or self.seats:
-      for slot, verdict in sorted(self._exchange(should_stop).items()):
-        trajectory = self._stand(slot, verdict)
-        results[order.pop(slot)] = trajectory
-        on_done(trajectory)
-      fresh = self._fill(waiting, order, results, on_done)
-      if fresh:
-        self._start(fresh)
-      self._append()
-      self._decode()
+    try:
+      while waiting or self.seats:
+        for slot, verdict in sorted(self._exchange(should_stop).items()):
+          trajectory = self._release(slot, verdict)
+          results[order.pop(slot)] = trajectory
+          on_done(trajectory)
+        fresh = self._fill(waiting, order, results, on_done)
+        if fresh:
+          self._start(fresh)
+        self._append()
+        self._decode()
+    finally:
+      for seat in self.seats.values():
+        if seat.session is not None:
+          seat.session.close()
+    self.stats.seconds = time.monotonic() - started
     return [results[index] for index in range(len(jobs))]
 
   def _fill(self, waiting, order, results, on_done) -> list[int]:
@@ -170,34 +130,29 @@ class Loop:
       for slot in range(self.engine.slots):
         if slot not in self.seats and waiting:
           order[slot], (task, sample) = waiting.popleft()
-          self._sit(slot, task, sample)
+          self._seat(slot, task, sample)
           seated.append(slot)
-      unopened = together(self.peers, functools.partial(self._unopened, seated))
+      unopened = together(self.peers, functools.partial(self._unopened_slots, seated))
       for slot in sorted(slot for theirs in unopened for slot in theirs):
         conversation = self.seats.pop(slot).conversation
         index = order.pop(slot)
-        results[index] = self._lost(conversation.task, conversation.sample)
+        results[index] = self._unopened(conversation.task, conversation.sample)
         on_done(results[index])
       fresh += [slot for slot in seated if slot in self.seats]
     return fresh
 
-  def _unopened(self, seated: list[int]) -> list[int]:
+  def _unopened_slots(self, seated: list[int]) -> list[int]:
     """This process's slots whose session could not be opened."""
     if self.trouble is not None:
       raise self.trouble
     return [slot for slot in seated if self._mine(slot) and self.seats[slot].session is None]
 
-  def close(self) -> None:
-    for seat in self.seats.values():
-      if seat.session is not None:
-        seat.session.close()
-
   def _mine(self, slot: int) -> bool:
     """Whether this process runs the slot's tools."""
     return slot * self.peers.count // self.engine.slots == self.peers.index
 
-  def _own(self, work: Callable[[], Any]) -> Any:
-    """Work of this process alone; where there are others, an error waits for the next exchange."""
+  def _defer_error(self, work: Callable[[], Any]) -> Any:
+    """What `work` of this process returns; with others, an error waits for the next exchange."""
     try:
       return work()
     except Exception as error:
@@ -239,11 +194,14 @@ class Loop:
       verdicts |= {int(slot): verdict for slot, verdict in theirs["verdicts"].items()}
     return verdicts
 
-  def _sit(self, slot: int, task: Task, sample: int) -> None:
-    conversation = Conversation(task, sample, self.format, self.limits, self.system)
-    self.seats[slot] = Seat(conversation, None)
+  def _seat(self, slot: int, task: Task, sample: int) -> None:
+    self.seats[slot] = Seat(self._conversation(task, sample), None)
     if self._mine(slot):
       self.seats[slot].session = self._opened(lambda: self.environment.open(task, sample))
+
+  def _conversation(self, task: Task, sample: int) -> Conversation:
+    setting = self.setting
+    return Conversation(task, sample, setting.chat_format, setting.limits, setting.system)
 
   def _opened(self, opening: Callable[[], Any]) -> Any:
     """What `opening` returns; None where it cannot be had."""
@@ -256,10 +214,10 @@ class Loop:
       except InfrastructureError:
         return None
 
-    return self._own(within)
+    return self._defer_error(within)
 
-  def _lost(self, task: Task, sample: int) -> Trajectory:
-    """Of a conversation whose session could not be opened."""
+  def _unopened(self, task: Task, sample: int) -> Trajectory:
+    """The empty trajectory of a conversation whose session never opened."""
     nothing = np.zeros(0, np.int32)
     return Trajectory(
       task.id,
@@ -282,7 +240,7 @@ class Loop:
       trajectory, lambda: self._within("grading", lambda: seat.session.grade(answer))
     )
 
-  def _stand(self, slot: int, verdict: dict[str, Any]) -> Trajectory:
+  def _release(self, slot: int, verdict: dict[str, Any]) -> Trajectory:
     """Frees a slot whose conversation is finished and graded."""
     seat = self.seats.pop(slot)
     if seat.session is not None:
@@ -379,7 +337,7 @@ class Loop:
   def _append_pieces(self, pieces: dict[int, np.ndarray]) -> None:
     self.stats.forced_tokens += sum(map(len, pieces.values()))
     with self._device():
-      self.state = self.engine.append(self.variables, self.state, pieces)
+      self.state = self.engine.append(self.setting.variables, self.state, pieces)
 
   def _decode(self) -> None:
     decoding = {
@@ -389,11 +347,11 @@ class Loop:
       return
     with self._device():
       self.state, decoded = self.engine.decode(
-        self.variables,
+        self.setting.variables,
         self.state,
         {slot: seat.conversation.budget() for slot, seat in decoding.items()},
         {slot: seat.seed for slot, seat in decoding.items()},
-        self.format.stop_ids,
+        self.setting.chat_format.stop_ids,
         self.sampling.temperature,
       )
     for slot, seat in decoding.items():
@@ -403,25 +361,20 @@ class Loop:
         decoded.tokens[slot, :count], decoded.logprobs[slot, :count], bool(decoded.stopped[slot])
       )
       if state is State.CALLING and self._mine(slot):
-        seat.future = self._own(functools.partial(self._submit, seat))
+        seat.future = self._defer_error(functools.partial(self._submit, seat))
 
   def _submit(self, seat: Seat) -> Future:
     """A tool call in a thread."""
     return self.runner.submit(seat.session, seat.conversation.call)
 
-  def _device(self) -> "_Stopwatch":
-    return _Stopwatch(self.stats)
-
-
-class _Stopwatch:
-  def __init__(self, stats: Stats):
-    self.stats = stats
-
-  def __enter__(self):
-    self.started = time.monotonic()
-
-  def __exit__(self, *_):
-    self.stats.device_seconds += time.monotonic() - self.started
+  @contextlib.contextmanager
+  def _device(self) -> Iterator[None]:
+    """Time in here is time on the device."""
+    started = time.monotonic()
+    try:
+      yield
+    finally:
+      self.stats.device_seconds += time.monotonic() - started
 
 
 def _prompt_key(seat: Seat) -> bytes:

@@ -191,8 +191,8 @@ class Conversation:
 
   def trajectory(self, solved: float, policy_version: int) -> Trajectory:
     """The finished conversation. prompt_tokens and every step's tokens and observation_tokens, one
-    behind the other, are the ids that the engine saw; behind a budget, the last observation (the
-    state to bootstrap from) was not appended any more.
+    after the other, are the ids that the engine saw; where a budget was spent, the last observation
+    (the state to bootstrap from) was not appended any more.
     """
     self._expect(State.DONE)
     return Trajectory(

@@ -20,7 +20,7 @@ DIVERSITY = (
 class Search:
   """How to search. Limits.max_steps bounds the depth of a chain, max_calls the whole tree.
 
-  width: children of a node. answer_back, give_up_back: levels to go up behind an answer and behind
+  width: children of a node. answer_back, give_up_back: levels to go up after an answer and after
   giving up (any other end of a chain goes up 1). answers: the search ends with that many.
   diversity: the user's turn in front of a sibling; "{candidates}" becomes the earlier ones.
   """

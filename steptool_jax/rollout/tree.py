@@ -17,7 +17,6 @@ Everything is counted in LLM calls: one turn of the model is one call.
 import collections
 import dataclasses
 import json
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any
@@ -25,14 +24,12 @@ from typing import Any
 import numpy as np
 
 from steptool_jax.dialogue.template import ChatFormat
-from steptool_jax.environments.base import Environment
 from steptool_jax.rollout.branching import ROOT, Branches
-from steptool_jax.rollout.chain import Loop, Sampling, Seat, Stats, judged, verdict_on
+from steptool_jax.rollout.chain import Loop, Seat, judged, verdict_on
 from steptool_jax.rollout.conversation import Conversation, Limits, State
-from steptool_jax.rollout.peers import ALONE, Peers
+from steptool_jax.rollout.setting import Setting, Stats
 from steptool_jax.rollout.strategy import CANDIDATES, Node, Search, SearchResult
 from steptool_jax.simulators.render import shorten
-from steptool_jax.simulators.runner import ToolRunner
 from steptool_jax.types import Finish, Malformed, Observation, Status, Step, Task, Trajectory
 
 
@@ -48,48 +45,31 @@ class TreeStats(Stats):
 
 
 def search(
-  engine: Any,
-  variables: Any,
-  environment: Environment,
+  setting: Setting,
   jobs: Sequence[tuple[Task, int]],
-  chat_format: ChatFormat,
-  limits: Limits,
-  runner: ToolRunner,
-  sampling: Sampling,
   strategy: Search,
-  *,
-  system: str | None = None,
-  peers: Peers = ALONE,
   should_stop: Callable[[], bool] = lambda: False,
   on_done: Callable[[Trajectory], None] = lambda trajectory: None,
 ) -> tuple[list[SearchResult], TreeStats]:
   """Searches all (task, sample) jobs, results in their order, chosen chains graded.
 
-  The first chain of a search is the one that chain.rollout samples for the same arguments. A slot
+  The first chain of a search is the one that chain.rollout samples in the same setting. A slot
   that is larger than limits.max_tokens leaves room for diversity prompts. Else as chain.rollout.
   """
-  loop = _TreeLoop(
-    *(engine, variables, environment, chat_format, limits, runner, sampling, system, peers),
-    strategy=strategy,
-  )
-  started = time.monotonic()
-  try:
-    loop.run(jobs, should_stop, on_done)
-  finally:
-    loop.close()
-  loop.stats.seconds = time.monotonic() - started
+  loop = _TreeLoop(setting, strategy)
+  loop.run(jobs, should_stop, on_done)
   return [loop.results[task.id, sample] for task, sample in jobs], loop.stats
 
 
 @dataclasses.dataclass(eq=False)
 class _Visit:
-  """A node in work: the conversation behind its observation, and where its children begin."""
+  """A node in work: the conversation after its observation, and where its children begin."""
 
   index: int
   parent: "_Visit | None"
   conversation: Conversation
   shown: np.ndarray  # what the model saw last: the prompt, or this node's observation
-  diverse: bool = False  # its turn stands behind a diversity prompt in the slot
+  diverse: bool = False  # its turn follows a diversity prompt in the slot
   tried: int = 0
   children: list["_Visit"] = dataclasses.field(default_factory=list)
   cut: int = 0  # of `shown`, taken back in front of a diversity prompt
@@ -143,12 +123,12 @@ class _Tree:
 
   @property
   def node(self) -> int:
-    """The node behind which a call is made."""
+    """The node after which a call is made."""
     return self._at.index
 
   @property
   def holds_prompt(self) -> bool:
-    """A diversity prompt behind the root overwrites the prompt's assistant header for a while."""
+    """A diversity prompt after the root overwrites the prompt's assistant header for a while."""
     return not (self._at is self._root and len(self._diversity)) and not (
       self._at.parent is self._root and self._at.diverse and self.state is State.NEEDS_APPEND
     )
@@ -292,19 +272,21 @@ class _Tree:
 class _TreeLoop(Loop):
   """The chain's scheduler with a search in every seat."""
 
-  def __init__(self, engine, variables, environment, *parts, strategy: Search):
-    super().__init__(engine, variables, environment, *parts)
+  stats_class = TreeStats
+
+  def __init__(self, setting: Setting, strategy: Search):
+    super().__init__(setting)
     self.strategy = strategy
-    self.stats = TreeStats()
     self.results: dict[tuple[str, int], SearchResult] = {}
 
-  def _sit(self, slot: int, task: Task, sample: int) -> None:
+  def _seat(self, slot: int, task: Task, sample: int) -> None:
     branches = None
     if self._mine(slot):
       branches = self._opened(lambda: Branches(self.environment, task, sample))
-    start = Conversation(task, sample, self.format, self.limits, self.system)
+    start = self._conversation(task, sample)
     on_node = branches.enter if branches is not None else lambda *_: None
-    tree = _Tree(start, self.format, self.limits, self.strategy, self.engine.size, on_node)
+    shared = (self.setting.chat_format, self.setting.limits, self.strategy)
+    tree = _Tree(start, *shared, self.engine.size, on_node)
     self.seats[slot] = Seat(tree, branches)
 
   def _grade(self, seat: Seat) -> dict[str, Any]:
@@ -316,7 +298,7 @@ class _TreeLoop(Loop):
     )
     return verdict | {"replayed_calls": branches.replayed_calls}
 
-  def _stand(self, slot: int, verdict: dict[str, Any]) -> Trajectory:
+  def _release(self, slot: int, verdict: dict[str, Any]) -> Trajectory:
     seat = self.seats.pop(slot)
     tree = seat.conversation
     if seat.session is not None:
@@ -329,8 +311,8 @@ class _TreeLoop(Loop):
     self.results[tree.task.id, tree.sample] = SearchResult(tuple(tree.nodes), leaf, trajectory)
     return trajectory
 
-  def _lost(self, task: Task, sample: int) -> Trajectory:
-    trajectory = super()._lost(task, sample)
+  def _unopened(self, task: Task, sample: int) -> Trajectory:
+    trajectory = super()._unopened(task, sample)
     self.results[task.id, sample] = SearchResult((), ROOT, trajectory)
     return trajectory
 

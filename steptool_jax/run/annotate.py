@@ -1,4 +1,7 @@
-"""--mode=annotate: stored trajectories -> WORKDIR/annotated.jsonl with a reward on every step.
+"""--mode=annotate: stored trajectories -> the same with a reward on every step.
+
+They go to WORKDIR/annotated.jsonl, or with annotate.output = "tfds" to the array_record folder
+WORKDIR/annotated_trajectories (train on it with data.path=WORKDIR and data.format=tfds).
 
 SC, Con and IsSolved come from one of SOURCES: rules, an LLM judge (the mean over its runs) or a
 table of existing annotations. A new source is a function and its row there; the choices of
@@ -21,7 +24,7 @@ from absl import logging
 from tqdm import tqdm
 
 from steptool_jax.config import Config
-from steptool_jax.data import trajectories
+from steptool_jax.data import annotated_trajectories, trajectories
 from steptool_jax.data.trajectories import AnnotatedTrajectory
 from steptool_jax.rewards import responses, rules, shaping
 from steptool_jax.rewards.judge import StepJudge
@@ -67,6 +70,8 @@ def run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
   a = config.annotate
   if not a.input:
     raise ValueError("config.annotate.input: empty; name the trajectories to annotate")
+  if a.output == "tfds":
+    annotated_trajectories.refuse_existing(workdir)
   origin = {
     "source": a.source,
     "alpha": config.rewards.alpha,
@@ -81,7 +86,10 @@ def run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
       logging.warning("stopped on request; the same command goes on from the judge's kept replies")
     else:
       shaped = [_shaped(config, record, origin) for record in work.records]
-      trajectories.write_trajectories(workdir / "annotated.jsonl", shaped)
+      if a.output == "tfds":
+        annotated_trajectories.build({"train": shaped}, workdir)
+      else:
+        trajectories.write_trajectories(workdir / "annotated.jsonl", shaped)
       summary |= {
         "annotated": len(shaped),
         "left_out": {kind: len(names) for kind, names in work.left_out.items()},

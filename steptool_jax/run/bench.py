@@ -21,7 +21,7 @@ from steptool_jax.config import Config
 from steptool_jax.learning import batching, update
 from steptool_jax.policy import engine as engine_lib
 from steptool_jax.policy import lora, model
-from steptool_jax.rollout.demonstrations import demonstrate
+from steptool_jax.rollout.replaying import replay_actions
 from steptool_jax.run.parts import opening
 from steptool_jax.run.training import setup
 from steptool_jax.run.workdir import outputs
@@ -226,7 +226,9 @@ def _engine(repeats: int) -> dict[str, Any]:
 
 def _packing(parts: opening.Parts) -> float:
   trajectories = [
-    demonstrate(parts.environment, task, task.demonstration, parts.policy.chat_format, parts.limits)
+    replay_actions(
+      parts.environment, task, task.demonstration, parts.policy.chat_format, parts.limits
+    )
     for task in parts.environment.tasks("train")[:PACKED]
     if task.demonstration
   ]

@@ -24,7 +24,7 @@ from steptool_jax.run import export
 from steptool_jax.run.hosts import hosts, maintenance
 from steptool_jax.run.parts import build, opening, rollouts
 from steptool_jax.run.parts.opening import Parts
-from steptool_jax.run.training import iteration, offline, record, replay, restore
+from steptool_jax.run.training import behaviour, iteration, offline, record, replay, restore
 from steptool_jax.run.training.phase import Phase
 from steptool_jax.run.training.progress import Progress, plot, shown, summarise
 from steptool_jax.run.training.sft_batches import SftBatches
@@ -263,9 +263,9 @@ def _reinforce(run: Run) -> None:
 def _fill_behaviour(run: Run) -> None:
   """Old log-probs of the data: of the present policy before its first update, else as kept."""
   if run.progress.done:
-    run.data = offline.restore_behaviour(run.data, run.parts.workdir)
+    run.data = behaviour.restore(run.data, run.parts.workdir)
   else:
-    run.data = offline.with_behaviour(
+    run.data = behaviour.fill(
       run.data, run.config.train.row_tokens, run.phase.logprobs, run.parts.workdir
     )
 

@@ -4,7 +4,7 @@ import sys
 
 import numpy as np
 import pytest
-from test_trajectories import EMPTY, RECORD, exactly, unknown
+from exact_records import EMPTY, RECORD, exactly, unknown
 
 from steptool_jax.data import annotated_trajectories as dataset
 from steptool_jax.data.trajectories import write_trajectories

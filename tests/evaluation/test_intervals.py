@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from steptool_jax.evaluation.intervals import bootstrap, bootstrap_difference, components
+from steptool_jax.evaluation.intervals import bootstrap, components
 
 
 def simulate(rng, tasks, rollouts, runs, task, rollout, judge):
@@ -120,18 +120,6 @@ def test_seeded_and_independent_of_blocks(monkeypatch):
   interval = bootstrap(many, resamples=100)
   expected = 1.96 * scores.std() / np.sqrt(len(many))
   assert (interval.high - interval.low) / 2 == pytest.approx(expected, rel=0.4)
-
-
-def test_paired_differences():
-  rng = np.random.default_rng(6)
-  task = rng.normal(0, 1, 300)
-  ours, theirs = task + 0.1 + rng.normal(0, 0.1, 300), task + rng.normal(0, 0.1, 300)
-  paired = bootstrap_difference(ours, theirs[:, None, None])
-  assert paired.low > 0.05  # unpaired, the tasks' own spread would hide it
-  assert paired.mean == pytest.approx(0.1, abs=0.03)
-  assert bootstrap_difference(theirs, ours).mean == pytest.approx(-paired.mean)
-  with pytest.raises(ValueError, match="300 and 299 tasks"):
-    bootstrap_difference(ours, theirs[:-1])
 
 
 @pytest.mark.parametrize(

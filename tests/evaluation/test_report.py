@@ -95,7 +95,8 @@ def choose(b, name, text):
   b.run(
     "const s = byId(arguments[0]); s.value = [...s.options].find((o) => o.text === arguments[1])"
     ".value; s.dispatchEvent(new Event('change'))",
-    *(name, text),
+    name,
+    text,
   )
 
 

@@ -71,7 +71,10 @@ weight = st.floats(0, 1)
 
 
 @given(
-  *(st.lists(rollouts, min_size=1, max_size=6), weight, weight, weight),
+  st.lists(rollouts, min_size=1, max_size=6),
+  weight,
+  weight,
+  weight,
   st.dictionaries(st.sampled_from("fgh"), st.floats(-1, 1).filter(bool)),
 )
 def test_equals_the_oracle(group, outcome, cost, latency, tools):
@@ -82,7 +85,10 @@ def test_equals_the_oracle(group, outcome, cost, latency, tools):
     [t.cost for t in made_group],
     [t.latency for t in made_group],
     {t: [sum(name == t for name, *_ in calls) for _, calls in group] for t in "fgh"},
-    *(outcome, cost, latency, tools),
+    outcome,
+    cost,
+    latency,
+    tools,
   )
   np.testing.assert_allclose(got, expected, rtol=1e-12, atol=1e-12)
   most = outcome + cost + latency + sum(map(abs, tools.values()))
@@ -216,10 +222,7 @@ def test_filters_are_off_unless_asked_for():
 
 def test_groups_that_hardly_deviate_are_dropped_whole():
   # Deviations by hand: 0, 0.5, 0.0999…, 0.1.
-  group = [
-    *(*even("a", 1, 1), *even("b", 0, 1)),
-    *(*even("c", 0.5, 0.6998), *even("d", 0, 0.2)),
-  ]
+  group = even("a", 1, 1) + even("b", 0, 1) + even("c", 0.5, 0.6998) + even("d", 0, 0.2)
   assert kept(group, min_deviation=0.1) == ([2, 3, 6, 7], [0, 0, 4])
   # A missing rollout leaves a smaller group; of one nothing is left to compare with.
   assert kept([*even("a", 0, 1), *even("b", 1)], min_deviation=0.1) == ([0, 1], [0, 0, 1])

@@ -15,6 +15,7 @@ from steptool_jax.dialogue.template import get_format
 from steptool_jax.policy import engine, model
 from steptool_jax.rollout import chain
 from steptool_jax.rollout.conversation import Limits
+from steptool_jax.rollout.setting import Sampling, Setting, step_seed
 from steptool_jax.simulators.errors import InfrastructureError
 from steptool_jax.simulators.runner import ToolRunner
 from steptool_jax.types import Code, Observation, Status, Task, ToolSpec
@@ -77,17 +78,9 @@ def scripted(chat_format, *actions):
 def run(eng, variables, environment, chat_format, jobs, runner=None, limits=LIMITS, **kwargs):
   runner = runner or ToolRunner(timeout_s=5, workers=4, retries=0)
   with runner:
-    return chain.rollout(
-      eng,
-      variables,
-      environment,
-      jobs,
-      chat_format,
-      limits,
-      runner,
-      kwargs.pop("sampling", chain.Sampling(0, 0, 1.0)),
-      **kwargs,
-    )
+    sampling = kwargs.pop("sampling", Sampling(0, 0, 1.0))
+    setting = Setting(eng, variables, environment, chat_format, limits, runner, sampling)
+    return chain.rollout(setting, jobs, **kwargs)
 
 
 def task(name="t", query="say seven"):
@@ -311,21 +304,21 @@ def test_a_trajectory_depends_on_its_own_keys_only(chat_format, policy):
   assert len({str(v) for v in together.values()}) == 6
   assert ids(jobs[::-1]) == together
   assert ids(jobs[2:3])[("t1", 0)] == together[("t1", 0)]
-  assert ids(jobs, sampling=chain.Sampling(0, 1, 1.0)) != together
-  assert ids(jobs, sampling=chain.Sampling(1, 0, 1.0)) != together
+  assert ids(jobs, sampling=Sampling(0, 1, 1.0)) != together
+  assert ids(jobs, sampling=Sampling(1, 0, 1.0)) != together
 
 
 def test_every_step_of_every_conversation_has_its_own_key():
   """What a retry of the same step is sampled with, in any process."""
-  base = (chain.Sampling(0, 0, 1.0), "t", 0, 0)
+  base = (Sampling(0, 0, 1.0), "t", 0, 0)
   others = [
-    (chain.Sampling(1, 0, 1.0), "t", 0, 0),
-    (chain.Sampling(0, 1, 1.0), "t", 0, 0),
+    (Sampling(1, 0, 1.0), "t", 0, 0),
+    (Sampling(0, 1, 1.0), "t", 0, 0),
     (base[0], "u", 0, 0),
     (base[0], "t", 1, 0),
     (base[0], "t", 0, 1),
   ]
-  seeds = [tuple(chain.step_seed(*key).tolist()) for key in (base, *others)]
+  seeds = [tuple(step_seed(*key).tolist()) for key in (base, *others)]
   assert len(set(seeds)) == 6
   assert seeds[0] == (480973878, 200400714)
 

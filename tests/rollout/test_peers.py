@@ -13,6 +13,7 @@ from steptool_jax.dialogue.template import get_format
 from steptool_jax.rollout import chain, tree
 from steptool_jax.rollout.conversation import Limits
 from steptool_jax.rollout.peers import ALONE, together
+from steptool_jax.rollout.setting import Sampling, Setting
 from steptool_jax.rollout.strategy import Search
 from steptool_jax.simulators.errors import InfrastructureError
 from steptool_jax.simulators.runner import ToolRunner, TooManyStuck
@@ -111,13 +112,13 @@ def processes(count, work):
 
 def roll(chat_format, environment, peers, strategy=None, time_out=5, max_stuck=16, **keywords):
   eng = fakes.ScriptedEngine(chat_format, policy, slots=SLOTS, size=800)
-  sampling = chain.Sampling(0, 0, 1.0)
+  sampling = Sampling(0, 0, 1.0)
   with ToolRunner(timeout_s=time_out, workers=2, max_stuck=max_stuck, retries=0) as runner:
-    parts = (eng, None, environment, JOBS, chat_format, LIMITS, runner, sampling)
+    setting = Setting(eng, None, environment, chat_format, LIMITS, runner, sampling, peers=peers)
     if strategy is not None:
-      results, stats = tree.search(*parts, strategy, peers=peers, **keywords)
+      results, stats = tree.search(setting, JOBS, strategy, **keywords)
       return [r.trajectory for r in results], stats
-    return chain.rollout(*parts, peers=peers, **keywords)
+    return chain.rollout(setting, JOBS, **keywords)
 
 
 def documents(trajectories):

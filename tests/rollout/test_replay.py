@@ -12,7 +12,7 @@ from steptool_jax.environments.nested_api import NestedApi
 from steptool_jax.evaluation.metrics import rollout_metrics
 from steptool_jax.rewards import rules, shaping
 from steptool_jax.rollout.conversation import Limits
-from steptool_jax.rollout.demonstrations import demonstrate
+from steptool_jax.rollout.replaying import replay_actions
 from steptool_jax.types import Code, Observation, Status, ToolCall
 
 LIMITS = Limits(
@@ -32,7 +32,7 @@ def parts(tmp_path_factory):
 def test_a_demonstration_is_a_solved_trajectory_whose_turns_parse_back(parts):
   env, chat_format = parts
   for task in env.tasks("train"):
-    t = demonstrate(env, task, task.demonstration, chat_format, LIMITS)
+    t = replay_actions(env, task, task.demonstration, chat_format, LIMITS)
     assert (t.status, t.solved) == (Status.ANSWERED, 1.0)
     for step, action in zip(t.steps, task.demonstration, strict=True):
       assert step.action == action
@@ -45,11 +45,11 @@ def test_one_that_does_not_fit_ends_in_its_status(parts):
   env, chat_format = parts
   task = max(env.tasks("train"), key=lambda t: len(t.demonstration))
   short = dataclasses.replace(LIMITS, max_steps=2)
-  assert demonstrate(env, task, task.demonstration, chat_format, short).status is (
+  assert replay_actions(env, task, task.demonstration, chat_format, short).status is (
     Status.STEP_BUDGET
   )
   narrow = dataclasses.replace(LIMITS, max_tokens=120)
-  t = demonstrate(env, task, task.demonstration, chat_format, narrow)
+  t = replay_actions(env, task, task.demonstration, chat_format, narrow)
   assert t.status is Status.TOKEN_BUDGET
   assert t.num_tokens <= 120
 
@@ -60,7 +60,7 @@ def test_a_faulted_call_is_repeated_so_that_nothing_is_known_that_was_not_told(p
   limits = dataclasses.replace(LIMITS, max_steps=20)
   met = 0
   for task in env.tasks("train"):
-    t = demonstrate(faulty, task, task.demonstration, chat_format, limits)
+    t = replay_actions(faulty, task, task.demonstration, chat_format, limits)
     assert (t.status, t.solved) == (Status.ANSWERED, 1.0)
     healthy = [s.action for s in t.steps if s.observation is None or s.observation.code is Code.OK]
     assert tuple(healthy) == task.demonstration
@@ -84,7 +84,7 @@ def test_one_whose_tools_are_down_is_marked(parts):
       return session
 
   task = env.tasks("train")[0]
-  t = demonstrate(Down(), task, task.demonstration, chat_format, LIMITS)
+  t = replay_actions(Down(), task, task.demonstration, chat_format, LIMITS)
   assert t.status is Status.INFRASTRUCTURE_ERROR
   assert len(t.steps) == 1
 
@@ -93,16 +93,16 @@ def test_one_that_does_not_finish_is_refused(parts):
   env, chat_format = parts
   task = env.tasks("train")[0]
   with pytest.raises(ValueError, match=rf"{task.id}.*does not end in Finish"):
-    demonstrate(env, task, task.demonstration[:-1], chat_format, LIMITS)
+    replay_actions(env, task, task.demonstration[:-1], chat_format, LIMITS)
 
 
 def test_metrics_literals(parts):
   """Three trajectories: solved, unsolved behind a failed call, and an infrastructure error."""
   env, chat_format = parts
   task = env.tasks("train")[0]
-  good = demonstrate(env, task, task.demonstration, chat_format, LIMITS)
+  good = replay_actions(env, task, task.demonstration, chat_format, LIMITS)
   wrong = (ToolCall("no_such_tool", {}), task.demonstration[-1])
-  bad = demonstrate(env, task, wrong, chat_format, LIMITS)
+  bad = replay_actions(env, task, wrong, chat_format, LIMITS)
   broken = dataclasses.replace(bad, status=Status.INFRASTRUCTURE_ERROR)
   group = [shaping.shape(rules.annotate(task, t)) for t in (good, bad, broken)]
   calls = len(good.steps) - 1

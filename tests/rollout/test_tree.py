@@ -16,6 +16,7 @@ from steptool_jax.policy import engine, model
 from steptool_jax.rollout import chain, tree
 from steptool_jax.rollout.branching import ROOT
 from steptool_jax.rollout.conversation import Limits
+from steptool_jax.rollout.setting import Sampling, Setting
 from steptool_jax.simulators.errors import InfrastructureError
 from steptool_jax.simulators.runner import ToolRunner
 from steptool_jax.types import (
@@ -101,20 +102,10 @@ def script(*actions):
 
 
 def run(eng, environment, chat_format, jobs, strategy, limits=LIMITS, variables=None, **kwargs):
-  sampling = kwargs.pop("sampling", chain.Sampling(0, 0, 1.0))
+  sampling = kwargs.pop("sampling", Sampling(0, 0, 1.0))
   with ToolRunner(timeout_s=5, workers=4, retries=0) as runner:
-    return tree.search(
-      eng,
-      variables,
-      environment,
-      jobs,
-      chat_format,
-      limits,
-      runner,
-      sampling,
-      strategy,
-      **kwargs,
-    )
+    setting = Setting(eng, variables, environment, chat_format, limits, runner, sampling)
+    return tree.search(setting, jobs, strategy, **kwargs)
 
 
 def task(name="t", query="say seven"):
@@ -320,10 +311,8 @@ def test_a_judge_that_is_down_is_infrastructure(chat_format, monkeypatch, search
     trajectory = result.trajectory
   else:
     with ToolRunner(timeout_s=5, workers=4, retries=0) as runner:
-      (trajectory,), _ = chain.rollout(
-        *(eng, None, Counter(), [(task(), 0)], chat_format, LIMITS, runner),
-        chain.Sampling(0, 0, 1.0),
-      )
+      setting = Setting(eng, None, Counter(), chat_format, LIMITS, runner, Sampling(0, 0, 1.0))
+      (trajectory,), _ = chain.rollout(setting, [(task(), 0)])
   assert (trajectory.status, trajectory.solved) == (Status.INFRASTRUCTURE_ERROR, 0.0)
 
 
@@ -345,10 +334,8 @@ def test_an_environment_that_hangs_loses_one_search_in_time(chat_format, monkeyp
   jobs = [(task(), sample) for sample in range(2)]
   try:
     with ToolRunner(timeout_s=0.3, workers=4, retries=0) as runner:
-      results, _ = tree.search(
-        *(eng, None, Counter(), jobs, chat_format, LIMITS, runner),
-        *(chain.Sampling(0, 0, 1.0), tree.Search()),
-      )
+      setting = Setting(eng, None, Counter(), chat_format, LIMITS, runner, Sampling(0, 0, 1.0))
+      results, _ = tree.search(setting, jobs, tree.Search())
   finally:
     release.set()
   lost, found = (result.trajectory for result in results)
@@ -385,11 +372,9 @@ def test_should_stop_interrupts_and_closes(chat_format):
   environment = Counter()
   eng = fakes.ScriptedEngine(chat_format, script(echo(1), ANSWER))
   asked = iter([False, True])
+  search = tree.Search()
   with pytest.raises(chain.Interrupted):
-    run(
-      *(eng, environment, chat_format, [(task(), 0)], tree.Search()),
-      should_stop=lambda: next(asked),
-    )
+    run(eng, environment, chat_format, [(task(), 0)], search, should_stop=lambda: next(asked))
   assert environment.open_sessions == 0
 
 
@@ -445,9 +430,8 @@ def test_over_a_real_engine_sampler_logprobs_are_the_forward_pass(chat_format):
       np.testing.assert_allclose(n.step.logprobs, expected, atol=2e-5)
   # The first chain is the one that plain rollouts sample.
   with ToolRunner(timeout_s=5, workers=4, retries=0) as runner:
-    chains, _ = chain.rollout(
-      *(eng, variables, Counter(), jobs, chat_format, limits, runner), chain.Sampling(0, 0, 1.0)
-    )
+    setting = Setting(eng, variables, Counter(), chat_format, limits, runner, Sampling(0, 0, 1.0))
+    chains, _ = chain.rollout(setting, jobs)
   for r, c in zip(results, chains, strict=True):
     for n, step in zip(r.nodes[:2], c.steps, strict=True):
       assert n.step.tokens.tolist() == step.tokens.tolist()

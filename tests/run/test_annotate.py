@@ -12,11 +12,13 @@ from rewards.replays import replay
 from simulators.openai_server import Server, completion
 from toolbench.official_rows import OBSERVED
 
+from steptool_jax.data import annotated_trajectories
 from steptool_jax.data.trajectories import (
   AnnotatedTrajectory,
   read_trajectories,
   write_trajectories,
 )
+from steptool_jax.data.trajectories import dump as dump_record
 from steptool_jax.rewards import responses, rules, shaping
 from steptool_jax.rewards.scores import StepScores, apply
 from steptool_jax.run import annotate
@@ -420,6 +422,18 @@ def test_a_judge_needs_the_query(replayed, config, tmp_path):
   write_trajectories(path, records)
   with pytest.raises(ValueError, match=r"config\.annotate\.input: .* has no 'query'"):
     annotate.run(config("rules", annotate__input=path), tmp_path)
+
+
+def test_array_record_holds_the_same_and_is_not_written_twice(replayed, config, tmp_path):
+  """A second output of its own would drift from the first; an old folder is never mixed with."""
+  _, _, path = replayed
+  annotate.run(config("rules", annotate__input=path), tmp_path)
+  made = config("rules", annotate__input=path, annotate__output="tfds")
+  annotate.run(made, tmp_path)
+  found = annotated_trajectories.open_source(tmp_path, "train")
+  assert [dump_record(r) for r in found] == [dump_record(r) for r in annotated(tmp_path)]
+  with pytest.raises(ValueError, match=r"annotated_trajectories/1\.0\.0 exists: remove it"):
+    annotate.run(made, tmp_path)
 
 
 def test_by_the_command_line(config, tokenizer, tmp_path):

@@ -4,6 +4,7 @@ import collections
 import contextlib
 import dataclasses
 import json
+import tracemalloc
 import types
 
 import jax
@@ -14,6 +15,7 @@ import stored
 from resuming import assert_same_run, saved
 from toolbench.official_rows import CALL, FINISH, row
 
+from steptool_jax.data import annotated_trajectories
 from steptool_jax.data.trajectories import AnnotatedTrajectory, write_trajectories
 from steptool_jax.run import train
 from steptool_jax.run.parts import build
@@ -196,16 +198,18 @@ def recorded(folder, rows, compiled):
   return [with_logprobs(record) for record in result.records]
 
 
+def _unknown(record):
+  """The record as if nobody had recorded its log-probs."""
+  steps = tuple(
+    dataclasses.replace(s, logprobs=np.full(len(s.tokens), np.nan, np.float32))
+    for s in record.trajectory.steps
+  )
+  return AnnotatedTrajectory(dataclasses.replace(record.trajectory, steps=steps), False)
+
+
 def test_recorded_logprobs_stay(recorded, offline_config, prepared, tmp_path):
   path = tmp_path / "t.jsonl"
-  unknown = dataclasses.replace(
-    recorded[0].trajectory,
-    steps=tuple(
-      dataclasses.replace(s, logprobs=np.full(len(s.tokens), np.nan, np.float32))
-      for s in recorded[0].trajectory.steps
-    ),
-  )
-  write_trajectories(path, [AnnotatedTrajectory(unknown, False), *recorded[1:]])
+  write_trajectories(path, [_unknown(recorded[0]), *recorded[1:]])
   config = offline_config(data__path=str(path), data__format="jsonl", data__passes=1)
   summary = train.run(config, tmp_path)
   assert summary["data"]["recorded_logprobs"] == 9
@@ -247,7 +251,7 @@ def test_what_cannot_be_trained_on_is_counted_and_nothing_is_cut(
     assert report["left_out"] == {"too_long": long, "infrastructure_error": 1, "no_steps": 1}
     assert len(report["left_out_names"]["too_long"]) == long
     fitting = [r.trajectory for r in recorded if r.trajectory.num_tokens <= limit]
-    assert [ids(t) for t in data.trajectories] == [ids(t) for t in fitting]
+    assert [ids(t) for t in data] == [ids(t) for t in fitting]
 
 
 def test_official_rows_that_are_too_long_are_named(rows, folder, offline_config, tmp_path):
@@ -260,10 +264,10 @@ def test_official_rows_that_are_too_long_are_named(rows, folder, offline_config,
 
 def test_an_outcome_algorithm_sees_the_last_reward_only(rows, folder, offline_config):
   data = load(offline_config(algorithm="ppo"), folder)
-  found = [[step.reward for step in t.steps] for t in data.trajectories]
+  found = [[step.reward for step in t.steps] for t in data]
   assert found == [[0.0] * (len(r.rewards) - 1) + [r.rewards[-1]] for r in rows]
   data = load(offline_config(), folder)
-  found = [[step.reward for step in t.steps] for t in data.trajectories]
+  found = [[step.reward for step in t.steps] for t in data]
   assert found == [list(r.rewards) for r in rows]
 
 
@@ -304,9 +308,11 @@ def test_other_data_are_refused_at_a_resume(rows, folder, offline_config, tmp_pa
 
 def test_every_pass_visits_all_once_in_its_own_order():
   nothing = Trajectory("t", 0, np.zeros(1, np.int32), (), Status.ANSWERED)
-  made = tuple(dataclasses.replace(nothing, sample=n) for n in range(10))
-  alone = tuple((n,) for n in range(10))
-  data = offline.Data(made, (True,) * 10, alone, size=4, seed=3, report={})
+  made = [AnnotatedTrajectory(dataclasses.replace(nothing, sample=n)) for n in range(10)]
+  index = offline.Index(lambda trajectory: trajectory, by_task=False)
+  for n, record in enumerate(made):
+    index.add(n, record)
+  data = index.data(made, size=4, seed=3, report={})
   assert data.batches_per_pass == 3
   orders = [[t.sample for k in range(3) for t in data.batch(3 * p + k)] for p in range(2)]
   assert [len(data.batch(k)) for k in range(3)] == [4, 4, 2]
@@ -404,6 +410,67 @@ def test_ids_of_another_tokenizer_are_refused(offline_config, tmp_path):
   write_trajectories(path, [AnnotatedTrajectory(trajectory)])
   with pytest.raises(ValueError, match=r"t\.jsonl, t7, sample 2.*token id 700.*has 700"):
     train.run(offline_config(data__path=str(path), data__format="jsonl"), tmp_path)
+
+
+# --- array_record ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("algorithm", ["steptool", "grpo"])
+def test_training_from_array_record_is_bit_equal_to_training_from_json_lines(
+  algorithm, recorded, offline_config, tmp_path
+):
+  """A record that random access reads in another place, or less exactly, would change the run."""
+  unknown = [_unknown(r) for r in by_task(recorded, 4, lambda n: n % 3 / 2)]
+  records = [
+    AnnotatedTrajectory(dataclasses.replace(recorded[0].trajectory, steps=())),  # left out
+    *(r if n % 3 else u for n, (r, u) in enumerate(zip(recorded, unknown, strict=True))),
+  ]
+  if algorithm == "grpo":
+    records = by_task(records, 4, lambda n: n % 3 / 2)
+  write_trajectories(tmp_path / "t.jsonl", records)
+  annotated_trajectories.build({"train": records}, tmp_path)
+  common = {"algorithm": algorithm, "checkpoint__every": 2}
+  a = offline_config(data__path=str(tmp_path / "t.jsonl"), data__format="jsonl", **common)
+  b = offline_config(data__path=str(tmp_path), data__format="tfds", **common)
+  first, second = train.run(a, tmp_path / "a"), train.run(b, tmp_path / "b")
+  assert first["data"] == second["data"]
+  assert second["data"]["kept"] == 10
+  assert_same_run(tmp_path / "a", tmp_path / "b")
+  kept = [(tmp_path / run / "behaviour.npz") for run in "ab"]
+  with np.load(kept[0]) as mine, np.load(kept[1]) as theirs:
+    assert str(mine["digest"]) == str(theirs["digest"])
+    np.testing.assert_array_equal(mine["logprobs"], theirs["logprobs"])
+
+
+def test_memory_does_not_grow_with_an_array_record(recorded, offline_config, tmp_path):
+  """Records that somebody keeps (a list, a cache) would need the room of all of them."""
+
+  def held(count):
+    """Bytes that the data of `count` trajectories hold, and the most while they were read."""
+    folder = tmp_path / str(count)
+    annotated_trajectories.build({"train": [recorded[0]] * count}, folder)
+    config = offline_config(data__path=str(folder), data__format="tfds")
+    load(config, folder).batch(0)  # what is made once: imports, caches
+    tracemalloc.start()
+    try:
+      data = load(config, folder)
+      for number in range(5):
+        data.batch(number)
+      assert len(data) == count
+      return np.array(tracemalloc.get_traced_memory())
+    finally:
+      tracemalloc.stop()
+
+  size = sum(array.nbytes for array in offline.token_arrays(recorded[0].trajectory))
+  more = (held(600) - held(100)) / 500
+  assert (more < 100).all(), more
+  assert size > 200, "a trajectory is too small for this to show anything"
+
+
+def test_an_array_record_folder_that_is_not_there_is_named(offline_config, tmp_path):
+  config = offline_config(data__path=str(tmp_path), data__format="tfds")
+  with pytest.raises(FileNotFoundError, match=r"config\.data\.path: no dataset in .*build it"):
+    load(config, tmp_path)
 
 
 # --- SFT on stored trajectories --------------------------------------------------------------

@@ -1,6 +1,6 @@
 """Annotated trajectories as a TFDS dataset in array_record files, read without TensorFlow.
 
-    build({"train": "train.jsonl"}, data_dir)
+    build({"train": records}, data_dir)  # or a JSON lines file in the place of records
     source = open_source(data_dir, "train")  # random access: len(source), source[i]
 
 `open_source` gives AnnotatedTrajectory records; other programs read the same files with
@@ -9,7 +9,7 @@ Everything that TFDS does is imported when it is used, so the package works with
 """
 
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from steptool_jax.data.trajectories import AnnotatedTrajectory, read_trajectories
@@ -18,24 +18,38 @@ NAME = "annotated_trajectories"
 VERSION = "1.0.0"
 
 
-def build(files: Mapping[str, str | pathlib.Path], data_dir: str | pathlib.Path) -> pathlib.Path:
-  """Writes {split: JSON lines file} to data_dir/annotated_trajectories/1.0.0; returns that folder.
+Records = str | pathlib.Path | Sequence[AnnotatedTrajectory]  # of a split; or their JSON lines
 
-  ValueError for a broken line, an empty file or no split at all, and for a folder that is there
-  already: data are never mixed. A build that fails leaves no dataset behind.
+
+def build(splits: Mapping[str, Records], data_dir: str | pathlib.Path) -> pathlib.Path:
+  """Writes {split: records} to data_dir/annotated_trajectories/1.0.0; returns that folder.
+
+  ValueError for a broken line, an empty split or no split at all, and for a folder that is there
+  already: data are never mixed. A build that fails leaves no dataset.
   """
   builders = _import()
-  if not files:
-    raise ValueError("files: name at least one split")
+  if not splits:
+    raise ValueError("splits: name at least one split")
+  refuse_existing(data_dir)
+  for split, records in splits.items():
+    if next(iter(records_of(records)), None) is None:
+      origin = records if isinstance(records, (str, pathlib.Path)) else "the list of records"
+      raise ValueError(f"{origin} (split {split!r}) holds no trajectory")
+  builder = builders.Builder(splits=splits, data_dir=data_dir, file_format="array_record")
+  builder.download_and_prepare()
+  return pathlib.Path(builder.data_dir)
+
+
+def refuse_existing(data_dir: str | pathlib.Path) -> None:
+  """ValueError where a dataset is there already."""
   folder = pathlib.Path(data_dir) / NAME / VERSION
   if folder.exists():
     raise ValueError(f"{folder} exists: remove it, or build into another data_dir")
-  for split, path in files.items():
-    if next(iter(read_trajectories(path)), None) is None:
-      raise ValueError(f"{path} (split {split!r}) holds no trajectory")
-  builder = builders.Builder(files=files, data_dir=data_dir, file_format="array_record")
-  builder.download_and_prepare()
-  return pathlib.Path(builder.data_dir)
+
+
+def records_of(records: Records) -> Iterable[AnnotatedTrajectory]:
+  """The records themselves, or those of a JSON lines file, one by one."""
+  return read_trajectories(records) if isinstance(records, (str, pathlib.Path)) else records
 
 
 class Source(Sequence[AnnotatedTrajectory]):

@@ -1,12 +1,11 @@
 """The TFDS builder. TFDS wants it in a package folder of its own, under this name.
 
-A record's arrays are tensors, the steps' ones one behind the other with their counts; everything
+A record's arrays are tensors, the steps' ones one after the other with their counts; everything
 else (actions, observations, exact rewards, metadata) is one JSON text. TFDS holds floats in 32
 bits: `rewards` are there for other readers, the exact numbers are in `document`.
 """
 
 import json
-import pathlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +13,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from steptool_jax.data import trajectories
+from steptool_jax.data.annotated_trajectories import Records, records_of
 
 _ARRAYS = ("tokens", "logprobs", "observation_tokens")
 
@@ -65,12 +65,12 @@ def decode(example: Mapping[str, Any]) -> trajectories.AnnotatedTrajectory:
 
 
 class Builder(tfds.core.GeneratorBasedBuilder):
-  """Takes files={split: JSON lines of annotated trajectories}."""
+  """Takes splits={split: annotated trajectories, or their JSON lines}."""
 
   VERSION = tfds.core.Version("1.0.0")
 
-  def __init__(self, *, files: Mapping[str, str | pathlib.Path], **rest: Any):
-    self._files = dict(files)
+  def __init__(self, *, splits: Mapping[str, Records], **rest: Any):
+    self._records = dict(splits)
     super().__init__(**rest)
 
   def _info(self) -> tfds.core.DatasetInfo:
@@ -97,7 +97,7 @@ class Builder(tfds.core.GeneratorBasedBuilder):
     )
 
   def _split_generators(self, dl_manager):
-    return {split: self._generate_examples(path) for split, path in self._files.items()}
+    return {split: self._generate_examples(found) for split, found in self._records.items()}
 
-  def _generate_examples(self, path):
-    yield from enumerate(map(encode, trajectories.read_trajectories(path)))
+  def _generate_examples(self, records):
+    yield from enumerate(map(encode, records_of(records)))

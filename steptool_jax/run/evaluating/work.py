@@ -4,13 +4,13 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from steptool_jax.rollout.chain import Stats
+from steptool_jax.rollout.setting import Stats
 from steptool_jax.types import Step, Trajectory
 
 
 @dataclasses.dataclass
 class Work:
-  """Sums over rollouts; the names that rollout.chain.Stats and tree.TreeStats have are theirs."""
+  """Sums over rollouts; the names that rollout.setting.Stats and tree.TreeStats have are theirs."""
 
   seconds: float = 0.0
   device_seconds: float = 0.0

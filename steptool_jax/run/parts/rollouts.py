@@ -6,9 +6,10 @@ from typing import Any
 
 from steptool_jax.evaluation.metrics import rollout_metrics
 from steptool_jax.learning.algorithms import get_algorithm
-from steptool_jax.rewards import orchestra, responses, rules, shaping
+from steptool_jax.rewards import assembly
 from steptool_jax.rollout import chain, tree
 from steptool_jax.rollout.conversation import Limits
+from steptool_jax.rollout.setting import Sampling, Setting, Stats
 from steptool_jax.rollout.strategy import Search
 from steptool_jax.run.hosts import hosts
 from steptool_jax.run.parts.opening import Parts
@@ -27,7 +28,7 @@ def roll(
   label: str,
   limits: Limits | None = None,
   strategy: Search | None = None,
-) -> tuple[list[Any], chain.Stats]:
+) -> tuple[list[Any], Stats]:
   """Trajectories of (task, sample) jobs, or SearchResults with a strategy; without rewards.
 
   limits: in the place of those of the parts. Where a judge gives the verdicts later, `solved` says
@@ -46,26 +47,21 @@ def roll(
       bar.update()
       bar.set_postfix_str(f"{word} {sum(solved) / len(solved):.0%}", refresh=False)
 
-    arguments = (
+    setting = Setting(
       parts.engine,
       variables,
       parts.environment,
-      jobs,
       parts.policy.chat_format,
       limits or parts.limits,
       parts.runner,
-      chain.Sampling(parts.config.seed, version, temperature),
+      Sampling(parts.config.seed, version, temperature),
+      parts.config.model.system or None,
+      hosts.peers(),
     )
-    keywords = {
-      "system": parts.config.model.system or None,
-      "peers": hosts.peers(),
-      "should_stop": parts.stop,
-      "on_done": on_done,
-    }
     try:
       if strategy is not None:
-        return tree.search(*arguments, strategy, **keywords)
-      return chain.rollout(*arguments, **keywords)
+        return tree.search(setting, jobs, strategy, parts.stop, on_done)
+      return chain.rollout(setting, jobs, parts.stop, on_done)
     except InfrastructureError as error:
       raise RuntimeError(f"{label}: {error}") from error
 
@@ -96,26 +92,15 @@ def reward(
   trajectories: Sequence[Trajectory],
   scheme: str = "steptool",
 ) -> list[Trajectory]:
-  """The same trajectories with SC, Con and r on every step; `scheme` as config.rewards.scheme.
-
-  Where answers are checked by rule, calls are compared with the demonstration and the final answer;
-  where they are free text, the text rule "evidence" scores them.
-  """
-  outcome_only = get_algorithm(parts.config.algorithm).rewards == "outcome"
-  c = parts.config.rewards
-  finals: Sequence[dict[str, float] | None] = [None] * len(tasks)
-  if scheme != "steptool":
-    usual = orchestra.Preference(c.orchestra.outcome, c.orchestra.cost, c.orchestra.latency)
-    preferences = [usual.of(task.metadata.get("preference", {})) for task in tasks]
-    finals = orchestra.final_rewards(trajectories, preferences)
-  shaped = []
-  for task, trajectory, final in zip(tasks, trajectories, finals, strict=True):
-    if parts.services.judging is None:
-      marked = rules.annotate(task, trajectory)
-    else:
-      marked = responses.score(task.query, trajectory)
-    shaped.append(shaping.shape(marked, c.alpha, c.normalization, outcome_only, final))
-  return shaped
+  """The same trajectories with SC, Con and r on every step; `scheme` as config.rewards.scheme."""
+  return assembly.pay(
+    tasks,
+    trajectories,
+    parts.config.rewards,
+    source="rules" if parts.services.judging is None else "evidence",
+    scheme=scheme,
+    outcome_only=get_algorithm(parts.config.algorithm).rewards == "outcome",
+  )
 
 
 def evaluate_policy(

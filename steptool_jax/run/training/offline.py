@@ -6,73 +6,90 @@ official rows come with theirs.) An algorithm with outcome rewards sees IsSolved
 compares samples of a task gets all its trajectories in one batch; sft imitates every step, of
 official SFT and RFT instances ("dialogues") the last one.
 
-Old log-probs, the denominator of PPO's ratio, are those of the policy that sampled the data: as
-recorded in rollouts, and where nobody recorded them (official rows, trajectories of other models)
-those of the policy before its first update. Either way they stay the same through all passes, so
-that the ratio corrects for how far the policy has moved from the data's, and its clip keeps it near
-them. The release takes the policy's own log-probs anew at every batch: the ratio is then 1 at the
-start of each, the data count as if today's policy had sampled them, and nothing bounds the drift
-over a run; data.behaviour = "current" does that, for comparison. The KL penalty always compares
-today's policy with the one before training.
-
 A trajectory that does not fit is left out whole, counted and named in summary.json.
+
+What is known of all trajectories at once is a few numbers of each. With data.format = "tfds" the
+trajectories themselves stay in their array_record file and are read by random access when a batch
+needs them, log-probs from behaviour.npz; so memory does not grow with the data.
 """
 
+import array
 import dataclasses
 import glob
 import hashlib
 import os
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from absl import logging
 
 from steptool_jax.config import Config
-from steptool_jax.data import trajectories
+from steptool_jax.data import annotated_trajectories, trajectories
 from steptool_jax.data.trajectories import AnnotatedTrajectory
 from steptool_jax.dialogue.template import ChatFormat
-from steptool_jax.files import replacing
-from steptool_jax.learning import batching
 from steptool_jax.learning.algorithms import get_algorithm
 from steptool_jax.policy.model import ModelConfig
 from steptool_jax.rewards import shaping
-from steptool_jax.run.hosts import hosts
 from steptool_jax.run.training.order import permutation
 from steptool_jax.toolbench.formats import conversations, training_rows
-from steptool_jax.types import Status, TokenBatch, Trajectory
+from steptool_jax.types import Status, Trajectory
 
 _NAMED = 20  # of each kind that was left out, the report names this many
-_FILE = "behaviour.npz"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Data:
-  """The trajectories to train on. Log-probs that nobody recorded are NaN until `with_behaviour`."""
+  """The trajectories to train on, N in U units: data[i] reads one, with its log-probs.
 
-  trajectories: tuple[Trajectory, ...]
-  recorded: tuple[bool, ...]  # [i]: the log-probs of trajectory i were recorded when sampled
-  units: tuple[tuple[int, ...], ...]  # trajectories that are dealt together
+  Log-probs that nobody recorded are NaN until behaviour.fill.
+  """
+
+  source: Sequence[AnnotatedTrajectory]  # in memory, or a file by random access
+  ready: Callable[[Trajectory], Trajectory]  # a stored trajectory as the algorithm sees it
+  places: np.ndarray  # int64[N], index of trajectory i in `source`
+  recorded: np.ndarray  # bool[N], the log-probs of trajectory i were recorded when sampled
+  ends: np.ndarray  # int64[N], sampled tokens of trajectories 0 to i
+  units: np.ndarray  # int64[N], trajectories unit by unit: those of a unit are dealt together
+  unit_ends: np.ndarray  # int64[U], where in `units` each one ends
+  digest: str  # of everything that is trained on
   size: int  # units of one batch
   seed: int
   report: dict[str, Any]  # JSON data: what was read, what was left out
+  logprobs: np.ndarray | None = None  # float32[ends[-1]], on disk: of the policy at the start
+
+  def __len__(self) -> int:
+    return len(self.places)
+
+  def __getitem__(self, index: int) -> Trajectory:
+    trajectory = self.ready(self.source[int(self.places[index])].trajectory)
+    if self.logprobs is None:
+      return trajectory
+    counts = sum(len(step.tokens) for step in trajectory.steps)
+    end = int(self.ends[index])
+    return with_logprobs(trajectory, np.array(self.logprobs[end - counts : end]))
 
   @property
   def batches_per_pass(self) -> int:
-    return -(-len(self.units) // self.size)
+    return -(-len(self.unit_ends) // self.size)
 
   @property
   def most(self) -> int:
     """Trajectories of the largest batch that may come up."""
-    return sum(sorted(map(len, self.units))[-self.size :])
+    return int(np.sort(np.diff(self.unit_ends, prepend=0))[-self.size :].sum())
+
+  def unit(self, number: int) -> list[Trajectory]:
+    """The trajectories of one unit."""
+    start = self.unit_ends[number - 1] if number else 0
+    return [self[i] for i in self.units[start : self.unit_ends[number]]]
 
   def batch(self, number: int) -> list[Trajectory]:
     """Batch `number` of the run: a seeded permutation a pass, whose last batch may be short."""
     current, place = divmod(number, self.batches_per_pass)
-    order = permutation(len(self.units), self.seed, current)
+    order = permutation(len(self.unit_ends), self.seed, current)
     chosen = order[place * self.size : (place + 1) * self.size]
-    return [self.trajectories[i] for unit in chosen for i in self.units[unit]]
+    return [trajectory for unit in chosen for trajectory in self.unit(unit)]
 
 
 def files(pattern: str, field: str) -> list[pathlib.Path]:
@@ -85,86 +102,160 @@ def files(pattern: str, field: str) -> list[pathlib.Path]:
 
 
 def load(config: Config, chat_format: ChatFormat, model: ModelConfig) -> Data:
-  """Reads and checks what config.data names.
+  """Reads and checks what config.data names, one trajectory after the other.
 
   Raises:
     OSError, ValueError: a missing or broken file (named, with its line or row), token ids of
       another tokenizer, no trajectory that can be trained on, nothing that the algorithm needs.
   """
   limit = min(config.train.row_tokens, model.max_position_embeddings)
-  records: list[AnnotatedTrajectory] = []
-  left_out: dict[str, list[str]] = {"too_long": [], "infrastructure_error": [], "no_steps": []}
+  counts = dict.fromkeys(("too_long", "infrastructure_error", "no_steps"), 0)
+  names: dict[str, list[str]] = {kind: [] for kind in counts}
   total = 0
-  paths = files(config.data.path, "data.path")
+
+  def leave_out(kind: str, name: str) -> None:
+    counts[kind] += 1
+    if counts[kind] <= _NAMED:
+      names[kind].append(name)
+
+  if config.data.format == "tfds":
+    paths = [pathlib.Path(config.data.path)]
+    stored: Sequence[AnnotatedTrajectory] = _open(paths[0])
+  else:
+    paths = files(config.data.path, "data.path")
+    stored = ()
+  own: list[AnnotatedTrajectory] = []  # what is not in `stored`
+  index = Index(_ready(config), get_algorithm(config.algorithm).compares)
   for path in paths:
-    if config.data.format != "jsonl":
+    if config.data.format in ("tsv", "dialogues"):
       result = _official(config.data.format, path, chat_format, limit)
-      records += result.records
       total += result.total
-      left_out["too_long"] += [f"{path}:{row} ({tokens} tokens)" for row, tokens in result.too_long]
-    else:
-      for record in trajectories.read_trajectories(path):
-        total += 1
-        reason = _unfit(record.trajectory, limit)
-        if reason:
-          left_out[reason].append(_name(record.trajectory))
-        else:
-          _check_ids(record.trajectory, model.vocab_size, path)
-          records.append(record)
-  counts = {kind: len(names) for kind, names in left_out.items()}
-  if not records:
+      for row, tokens in result.too_long:
+        leave_out("too_long", f"{path}:{row} ({tokens} tokens)")
+      for record in result.records:
+        index.add(len(own), record)
+        own.append(record)
+      continue
+    for number, record in enumerate(stored or trajectories.read_trajectories(path)):
+      total += 1
+      reason = _unfit(record.trajectory, limit)
+      if reason:
+        leave_out(reason, _name(record.trajectory))
+        continue
+      _check_ids(record.trajectory, model.vocab_size, path)
+      index.add(number if stored else len(own), record)
+      if not stored:
+        own.append(record)
+  if not index.places:
     raise ValueError(
       f"config.data.path: none of the {total} trajectories of {config.data.path} can be trained on "
       f"(left out: {counts}); one may have {limit} tokens, set by train.row_tokens and the model"
     )
-  if len(records) < total:
-    logging.warning("data: %d of %d trajectories left out: %s", total - len(records), total, counts)
+  kept = len(index.places)
+  if kept < total:
+    logging.warning("data: %d of %d trajectories left out: %s", total - kept, total, counts)
   report = {
     "files": len(paths),
     "total": total,
-    "kept": len(records),
+    "kept": kept,
     "max_tokens": limit,
-    "recorded_logprobs": sum(record.logprobs_known for record in records),
+    "recorded_logprobs": sum(index.recorded),
     "left_out": counts,
-    "left_out_names": {kind: names[:_NAMED] for kind, names in left_out.items() if names},
+    "left_out_names": {kind: found for kind, found in names.items() if found},
   }
-  kept = [record.trajectory for record in records]
-  algorithm = get_algorithm(config.algorithm)
-  if algorithm.rewards == "outcome":
-    kept = [shaping.shape(trajectory, outcome_only=True) for trajectory in kept]
-  if algorithm.rewards == "none":  # imitation reads no log-probs: zeros, as in demonstrations
-    kept = [
-      _with_logprobs(t, np.zeros(sum(len(s.tokens) for s in t.steps), np.float32)) for t in kept
-    ]
-  _check_algorithm(config, kept)
-  units: dict[Any, list[int]] = {}
-  for i, trajectory in enumerate(kept):
-    units.setdefault(trajectory.task_id if algorithm.compares else i, []).append(i)
-  recorded = tuple(record.logprobs_known for record in records)
-  return Data(
-    tuple(kept),
-    recorded,
-    tuple(map(tuple, units.values())),
-    config.data.batch,
-    config.seed,
-    report,
-  )
+  data = index.data(stored or own, config.data.batch, config.seed, report)
+  _check_algorithm(config, data, index.between)
+  return data
 
 
-def _check_algorithm(config: Config, kept: list[Trajectory]) -> None:
+def _open(path: pathlib.Path) -> annotated_trajectories.Source:
+  try:
+    return annotated_trajectories.open_source(path, "train")
+  except (FileNotFoundError, ValueError) as error:
+    raise type(error)(f"config.data.path: {error}") from error
+
+
+def _ready(config: Config) -> Callable[[Trajectory], Trajectory]:
+  """What the algorithm makes of a stored trajectory."""
+  rewards = get_algorithm(config.algorithm).rewards
+
+  def ready(trajectory: Trajectory) -> Trajectory:
+    if rewards == "outcome":
+      return shaping.shape(trajectory, outcome_only=True)
+    if rewards == "none":  # imitation reads no log-probs: zeros, as in demonstrations
+      count = sum(len(step.tokens) for step in trajectory.steps)
+      return with_logprobs(trajectory, np.zeros(count, np.float32))
+    return trajectory
+
+  return ready
+
+
+class Index:
+  """Collects what has to be known of all trajectories, some 30 bytes of each."""
+
+  def __init__(self, ready: Callable[[Trajectory], Trajectory], by_task: bool):
+    self.between = False  # whether a step before the last one has a reward
+    self.places = array.array("q")
+    self.recorded = bytearray()
+    self._ready, self._by_task = ready, by_task
+    self._counts = array.array("q")  # sampled tokens
+    self._units = array.array("q")  # number of its unit
+    self._tasks: dict[str, int] = {}  # of algorithms that compare samples of a task
+    self._digest = hashlib.sha256()
+
+  def add(self, place: int, record: AnnotatedTrajectory) -> None:
+    """Takes the next trajectory, which is at `place` of its source."""
+    trajectory = self._ready(record.trajectory)
+    rewards = [step.reward for step in trajectory.steps]
+    self.between = self.between or any(rewards[:-1])
+    unit = len(self.places)
+    if self._by_task:
+      unit = self._tasks.setdefault(trajectory.task_id, len(self._tasks))
+    self._units.append(unit)
+    self.places.append(place)
+    self.recorded.append(record.logprobs_known)
+    self._counts.append(sum(len(step.tokens) for step in trajectory.steps))
+    # Of everything that is trained on: order, tokens, rewards and endings.
+    self._digest.update(f"{trajectory.status} {trajectory.solved} {rewards}".encode())
+    for ids in token_arrays(trajectory):
+      self._digest.update(f" {len(ids)} ".encode() + ids.tobytes())
+
+  def data(
+    self, source: Sequence[AnnotatedTrajectory], size: int, seed: int, report: dict[str, Any]
+  ) -> Data:
+    """The finished index over `source`."""
+    units = np.array(self._units)
+    return Data(
+      source=source,
+      ready=self._ready,
+      places=np.array(self.places),
+      recorded=np.array(self.recorded, bool),
+      ends=np.cumsum(self._counts),
+      units=np.argsort(units, kind="stable"),
+      unit_ends=np.cumsum(np.bincount(units)),
+      digest=self._digest.hexdigest(),
+      size=size,
+      seed=seed,
+      report=report,
+    )
+
+
+def _check_algorithm(config: Config, data: Data, between: bool) -> None:
+  """between: whether a step before the last one has a reward."""
   algorithm = get_algorithm(config.algorithm)
   where = f"config.data.path: algorithm {config.algorithm!r}"
-  if algorithm.compares and len({t.task_id for t in kept}) == len(kept):
+  if algorithm.compares and len(data.unit_ends) == len(data):
     raise ValueError(
-      f"{where} compares samples of a task, but no two of the {len(kept)} trajectories have the "
+      f"{where} compares samples of a task, but no two of the {len(data)} trajectories have the "
       "same task_id; use 'reinforce' or 'steptool', or store several samples of a task"
     )
-  if not algorithm.select.pick(kept):
+  # Unit by unit: no selection joins what may lie in different batches.
+  if not any(algorithm.select.pick(data.unit(u)) for u in range(len(data.unit_ends))):
     raise ValueError(
-      f"{where} learns from {algorithm.select.needs}, and the {len(kept)} trajectories give none; "
+      f"{where} learns from {algorithm.select.needs}, and the {len(data)} trajectories give none; "
       "use 'steptool' or 'ppo', which learn from every trajectory, or store what is missing"
     )
-  if algorithm.rewards == "step" and not any(s.reward for t in kept for s in t.steps[:-1]):
+  if algorithm.rewards == "step" and not between:
     raise ValueError(
       f"{where} learns from step rewards, but only last steps have one; use 'ppo' (final rewards), "
       "or annotate the trajectories with --mode=annotate"
@@ -194,7 +285,7 @@ def _name(trajectory: Trajectory) -> str:
 
 
 def _check_ids(trajectory: Trajectory, vocab_size: int, path: pathlib.Path) -> None:
-  ids = np.concatenate(list(_token_arrays(trajectory)))
+  ids = np.concatenate(list(token_arrays(trajectory)))
   if ids.min() < 0 or ids.max() >= vocab_size:
     raise ValueError(
       f"{path}, {_name(trajectory)}: holds the token id {ids.max()}, but the model has "
@@ -202,81 +293,18 @@ def _check_ids(trajectory: Trajectory, vocab_size: int, path: pathlib.Path) -> N
     )
 
 
-def _token_arrays(trajectory: Trajectory):
+def token_arrays(trajectory: Trajectory):
   yield trajectory.prompt_tokens
   for step in trajectory.steps:
     yield step.tokens
     yield step.observation_tokens
 
 
-# --- behaviour log-probs ---------------------------------------------------------------------
-
-
-def with_behaviour(
-  data: Data,
-  row_tokens: int,
-  logprobs: Callable[[TokenBatch], np.ndarray],
-  workdir: pathlib.Path,
-) -> Data:
-  """Fills log-probs that nobody recorded with those of the policy before its first update.
-
-  Keeps all of them in WORKDIR/behaviour.npz, since that policy is gone when a run is resumed.
-
-  Args:
-    data: as `load` gave it.
-    row_tokens: of a packed row.
-    logprobs: packed batch [R, T] -> today's log-probs, float32 [R, T].
-    workdir: of the run.
-  """
-  filled = list(data.trajectories)
-  missing = [i for i, recorded in enumerate(data.recorded) if not recorded]
-  for start in range(0, len(missing), data.size):
-    chosen = missing[start : start + data.size]
-    packed = batching.pack([data.trajectories[i] for i in chosen], row_tokens)
-    computed = batching.unpack(packed, logprobs(packed.batch))
-    for i, values in zip(chosen, computed, strict=True):
-      filled[i] = _with_logprobs(filled[i], values)
-  flat = np.concatenate([step.logprobs for t in filled for step in t.steps])
-  if hosts.primary():
-    with replacing(workdir / _FILE, "wb") as file:
-      np.savez(file, digest=_digest(data), logprobs=flat)
-  return dataclasses.replace(data, trajectories=tuple(filled))
-
-
-def restore_behaviour(data: Data, workdir: pathlib.Path) -> Data:
-  """The same from the file of an interrupted run.
-
-  ValueError when the data are no longer those that the run began with; OSError without a file.
-  """
-  with np.load(workdir / _FILE) as file:
-    digest, flat = str(file["digest"]), file["logprobs"]
-  if digest != _digest(data):
-    raise ValueError(
-      f"config.data.path: the trajectories are not those that the run in {workdir} began with; "
-      "put the old files back, or use another --workdir"
-    )
-  counts = [sum(len(step.tokens) for step in t.steps) for t in data.trajectories]
-  parts = np.split(flat, np.cumsum(counts)[:-1])
-  filled = tuple(map(_with_logprobs, data.trajectories, parts))
-  return dataclasses.replace(data, trajectories=filled)
-
-
-def _with_logprobs(trajectory: Trajectory, values: np.ndarray) -> Trajectory:
-  """values: float32, of all sampled tokens one behind the other."""
+def with_logprobs(trajectory: Trajectory, values: np.ndarray) -> Trajectory:
+  """values: float32, of all sampled tokens one after the other."""
   ends = np.cumsum([len(step.tokens) for step in trajectory.steps])[:-1]
   steps = tuple(
     dataclasses.replace(step, logprobs=part)
     for step, part in zip(trajectory.steps, np.split(values, ends), strict=True)
   )
   return dataclasses.replace(trajectory, steps=steps)
-
-
-def _digest(data: Data) -> str:
-  """Of everything that is trained on: order, tokens, rewards and endings."""
-  digest = hashlib.sha256()
-  for trajectory in data.trajectories:
-    rewards = [step.reward for step in trajectory.steps]
-    digest.update(f"{trajectory.status} {trajectory.solved} {rewards}".encode())
-    for array in _token_arrays(trajectory):
-      digest.update(f" {len(array)} ".encode() + array.tobytes())
-  return digest.hexdigest()

@@ -7,7 +7,7 @@ from typing import Any
 
 from steptool_jax.config import Config
 from steptool_jax.learning.algorithms import get_algorithm
-from steptool_jax.rollout.chain import Stats
+from steptool_jax.rollout.setting import Stats
 from steptool_jax.run.parts.opening import Parts
 from steptool_jax.run.training import offline
 from steptool_jax.run.workdir import outputs

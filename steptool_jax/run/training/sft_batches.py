@@ -7,8 +7,8 @@ from absl import logging
 
 from steptool_jax.data.trajectories import AnnotatedTrajectory, from_document, to_document
 from steptool_jax.environments.mistakes import imperfect
-from steptool_jax.rollout.demonstrations import demonstrate
 from steptool_jax.rollout.peers import together
+from steptool_jax.rollout.replaying import replay_actions
 from steptool_jax.run.hosts import hosts
 from steptool_jax.run.parts.opening import Parts
 from steptool_jax.run.training.order import Order
@@ -66,7 +66,7 @@ class SftBatches:
     if self._sft.mistakes and position >= self._sft.clean_steps * self._sft.batch:
       rng = np.random.default_rng((self._parts.config.seed, position))
       actions = imperfect(self._parts.environment, task, rng, self._sft.mistakes)
-    return demonstrate(
+    return replay_actions(
       self._parts.environment,
       task,
       actions,

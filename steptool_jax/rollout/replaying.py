@@ -10,7 +10,7 @@ from steptool_jax.rollout.conversation import Conversation, Limits, State
 from steptool_jax.types import Action, Task, Trajectory
 
 
-def demonstrate(
+def replay_actions(
   environment: Environment,
   task: Task,
   actions: Sequence[Action],
@@ -21,7 +21,7 @@ def demonstrate(
 ) -> Trajectory:
   """Replays `actions` in a fresh session; the environment's real answers become observations.
 
-  Behind an injected fault the action is repeated, as a policy must do it: what comes next uses the
+  After an injected fault the action is repeated, as a policy must do it: what comes next uses the
   answer. Log-probs are 0: nobody sampled these tokens. A demonstration that does not fit the limits
   ends in its status (STEP_BUDGET, TOKEN_BUDGET) with the steps that fit, one whose tools are down
   in INFRASTRUCTURE_ERROR; the caller leaves those out and counts them.

@@ -1,0 +1,153 @@
+"""Every figure once: its name, unit and definition.
+
+Records of metrics.jsonl are {"step": optimizer rounds so far, "<prefix>/<name>": float}; prefix
+sft, train (one RL iteration) or heldout (an evaluation). A figure of ROLLOUTS stands in train and
+heldout, one of UPDATES in sft and train, one of ITERATIONS in train. Those of CELLS stand in a
+study's table. Trajectories that ended in an infrastructure error are in no figure but their number.
+"""
+
+import dataclasses
+
+SHARE = "share"  # in [0, 1]; shown in per cent
+NUMBER = ""  # without a unit
+
+
+@dataclasses.dataclass(frozen=True)
+class Figure:
+  """unit: SHARE, NUMBER, or what is counted. label: the column's title on the report page."""
+
+  unit: str
+  definition: str
+  label: str = ""
+
+
+# Of a set of trajectories: evaluation/metrics.py computes them.
+ROLLOUTS = {
+  "pass_rate": Figure(SHARE, "mean of IsSolved"),
+  "reward": Figure(NUMBER, "mean of a trajectory's summed rewards"),
+  "success_calling": Figure(SHARE, "mean SC of calls"),
+  "contribution": Figure(SHARE, "mean Con of calls"),
+  "calls_per_task": Figure("calls", "tool calls of a trajectory", "calls per task"),
+  "tokens_per_task": Figure("tokens", "of a trajectory, prompt and observations included"),
+  "cost_per_task": Figure("USD", "of a trajectory's calls; 0 without environment.market"),
+  "latency_per_task": Figure("seconds", "simulated, of a trajectory's calls"),
+  "invalid_call_rate": Figure(
+    SHARE,
+    "calls that were malformed, of an unknown tool or refused by the tool's schema",
+    "invalid calls",
+  ),
+  "invocation_success": Figure(SHARE, "calls with code OK", "calls answered OK"),
+  "repeated_calls": Figure(
+    SHARE, "calls with tool and arguments of an earlier one and no change of state in between"
+  ),
+  "recovery": Figure(
+    SHARE,
+    "failed calls (not OK) that the trajectory made good: a later call of the same tool was OK; "
+    "where the failed one named no tool on offer, the next call was",
+  ),
+  "solved_after_error": Figure(SHARE, "mean IsSolved of trajectories with any failed call"),
+  "diversity": Figure(
+    NUMBER,
+    "over tasks with several samples, distinct action sequences: 0 where all samples act the same, "
+    "1 where no two do",
+    "diversity",
+  ),
+  "answered": Figure(SHARE, "trajectories that ended in an answer"),
+  "gave_up": Figure(SHARE, "trajectories that gave up"),
+  "truncated": Figure(SHARE, "trajectories that a budget cut"),
+  "infrastructure_errors": Figure("trajectories", "that ended in an infrastructure error"),
+}
+
+# reward_<part>: means over trajectories of what the reward is made of (Trajectory.reward_parts).
+REWARD_PARTS = {
+  "success_calling": "the intermediate steps' SC",
+  "contribution": "the intermediate steps' Con",
+  "solved": "IsSolved; under Eq. 2 the next four in its place",
+  "outcome": "Eq. 2: solved",
+  "cost": "Eq. 2: few USD",
+  "latency": "Eq. 2: few seconds",
+  "preference": "Eq. 2: tools that the user likes or avoids",
+}
+ROLLOUTS |= {f"reward_{part}": Figure(NUMBER, text) for part, text in REWARD_PARTS.items()}
+
+# Of an update: learning/update.py computes them. Losses are as weighted in the sum; an algorithm
+# has some of them.
+UPDATES = {
+  "loss": Figure(NUMBER, "the sum of the loss's terms"),
+  "policy_loss": Figure(NUMBER, "the policy's term"),
+  "value_loss": Figure(NUMBER, "the critic's term"),
+  "q_loss": Figure(NUMBER, "ArCHer: the term of Q"),
+  "v_loss": Figure(NUMBER, "ArCHer: the term of V"),
+  "entropy_loss": Figure(NUMBER, "the entropy bonus, negative"),
+  "kl_loss": Figure(NUMBER, "the KL penalty where it is in the loss"),
+  "value_error": Figure(NUMBER, "the critic's loss without its weight"),
+  "q_error": Figure(NUMBER, "ArCHer: Q's loss without its weight"),
+  "v_error": Figure(NUMBER, "ArCHer: V's loss without its weight"),
+  "pair_margin": Figure(NUMBER, "DPO: margin of the success over the failure"),
+  "pair_accuracy": Figure(SHARE, "DPO: pairs with a margin above 0"),
+  "entropy": Figure("nats", "per sampled token"),
+  "clip_fraction": Figure(SHARE, "tokens whose ratio is clipped"),
+  "old_kl": Figure("nats", "KL to the old policy"),
+  "grad_norm": Figure(NUMBER, "global norm of the gradient, before its clip"),
+  "skipped": Figure(SHARE, "updates that were skipped because something was not finite"),
+  "kl": Figure("nats", "log(pi / reference) summed over a trajectory, before the update"),
+  "kl_coef": Figure(NUMBER, "coefficient of the KL penalty"),
+  "advantage_std": Figure(NUMBER, "standard deviation of advantages before whitening"),
+  "explained_variance": Figure(NUMBER, "1 - Var(return - V) / Var(return) at step starts"),
+  "sampler_gap": Figure("nats", "largest |log-prob of trainer - of sampler| of a sampled token"),
+  "padding": Figure(SHARE, "padded positions"),
+}
+
+# Of an iteration as a whole: run/train.py and run/training/progress.py compute them.
+ITERATIONS = {
+  "nothing_to_learn": Figure(NUMBER, "1 where the algorithm found no trajectory to learn from"),
+  "dropped_malformed": Figure("trajectories", "taken by rewards.filters.malformed"),
+  "dropped_unfinished": Figure("trajectories", "taken by rewards.filters.unfinished"),
+  "dropped_even": Figure("trajectories", "taken by rewards.filters.min_deviation"),
+  "tokens_per_second": Figure("tokens", "trained on"),
+  "sampled_tokens_per_second": Figure("tokens", "sampled, of the rollout's time"),
+  "device_share": Figure(SHARE, "of the time: on the device (rollout and update)"),
+  "tool_share": Figure(SHARE, "of the time: in wait for tools with nothing to decode"),
+  "host_share": Figure(SHARE, "of the time: the rest"),
+  "rollout_share": Figure(SHARE, "of the time: rollout"),
+  "update_share": Figure(SHARE, "of the time: update"),
+  "device_share_of_rollout": Figure(SHARE, "of the rollout's time: on the device"),
+  "tool_wait_share_of_rollout": Figure(SHARE, "of the rollout's time: in wait for tools"),
+}
+
+# Of a study's cell, from its summary and the last held-out trajectories: evaluation/comparison.py
+# and behaviour.py compute them. calls_per_task, invalid_call_rate, invocation_success (of the last
+# evaluation) and diversity (of the last iteration) are those of ROLLOUTS.
+CELLS = {
+  "start": Figure(SHARE, "pass rate before RL", "start"),
+  "final": Figure(SHARE, "pass rate after RL", "final"),
+  "greedy": Figure(SHARE, "pass rate at the end, decoded greedily", "greedy"),
+  "area": Figure(SHARE, "mean height of the learning curve up to the budget of all", "area"),
+  "recovered_from_fault": Figure(
+    SHARE,
+    "errors of the fault injector after which the same tool answered OK",
+    "injected errors recovered",
+  ),
+  "solved_after_fault": Figure(
+    SHARE,
+    "mean IsSolved of trajectories with an error of the fault injector",
+    "solved after an injected error",
+  ),
+  "repeated_after_ok": Figure(
+    SHARE,
+    "calls that had been answered OK before, with the same arguments and no change of state since; "
+    "other than in repeated_calls a retry after an error does not count",
+    "calls repeated after OK",
+  ),
+  "llm_calls_per_solved": Figure(
+    "calls", "LLM calls of all, a solved task", "LLM calls per solved task"
+  ),
+  "tokens_per_solved": Figure("tokens", "sampled of all, a solved task", "tokens per solved task"),
+  "cost_per_solved": Figure("USD", "of all calls, a solved task", "USD per solved task"),
+  "latency_per_solved": Figure(
+    "seconds", "simulated, of all calls, a solved task", "tool seconds per solved task"
+  ),
+  "seconds": Figure("seconds", "of a cell's run", "seconds of a cell"),
+}
+
+FIGURES = ROLLOUTS | UPDATES | ITERATIONS | CELLS
