@@ -253,8 +253,6 @@ def judge_config(config, server, path, **changes):
     "judge__kind": "llm",
     "judge__endpoint__base_url": server.url,
     "judge__endpoint__model": "m",
-    "judge__endpoint__retries": 0,
-    "judge__endpoint__in_flight": 1,
     "judge__endpoint__prompt_price": 2.0,
     "judge__endpoint__completion_price": 10.0,
   }

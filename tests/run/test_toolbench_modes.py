@@ -375,9 +375,7 @@ def test_cache_then_http_then_llm_and_what_they_say_is_kept(
     bench_folder, compiled, simulator__cache="", simulator__writable_cache=str(tmp_path / "new")
   )
   with server.Server(Misses(), "127.0.0.1", 0) as own:
-    config = tiny.replace(
-      config, simulator__http=f"http://127.0.0.1:{own.port}/virtual", simulator__http_retries=0
-    )
+    config = tiny.replace(config, simulator__http=f"http://127.0.0.1:{own.port}/virtual")
     summary, _ = scripted(config, tmp_path / "a")
   assert summary["infrastructure_errors"] == 0
   # Six calls; those that three slots make at the same time may all come too early for the cache.
@@ -546,7 +544,6 @@ def test_every_task_in_an_infrastructure_error_is_no_pass_rate(
     environment__toolbench__ids=("1",),
     simulator__cache="",
     simulator__http="http://127.0.0.1:9/virtual",
-    simulator__http_retries=0,
     rollout__tool_retries=0,
   )
   with pytest.raises(RuntimeError, match="every task ended in an infrastructure error"):
