@@ -20,7 +20,7 @@ from steptool_jax.data.trajectories import (
 from steptool_jax.rewards import responses, rules, shaping
 from steptool_jax.rewards.scores import StepScores, apply
 from steptool_jax.run import annotate
-from steptool_jax.run.parts import build
+from steptool_jax.run.parts import build, services
 from steptool_jax.types import Code, Finish, Malformed, Status, ToolCall
 
 CALL = {"name": "rain_for_sky", "arguments": '{"place": "Oslo"}', "response": OBSERVED}
@@ -244,6 +244,13 @@ def test_the_rules_on_texts_keep_the_verdict(rule, replayed, config, tmp_path):
 def grades(sc, con, status):
   names = ("succeed_tool_calling", "contribution_to_final_answer", "final_answer_status")
   return completion(arguments=dict(zip(names, (sc, con, status), strict=True)))
+
+
+@pytest.fixture(autouse=True)
+def asked_once(monkeypatch):
+  """A judge is asked in order and not again, so that what it says can be counted."""
+  monkeypatch.setattr(services, "LLM_RETRIES", 0)
+  monkeypatch.setattr(services, "IN_FLIGHT", 1)
 
 
 def judge_config(config, server, path, **changes):

@@ -360,9 +360,10 @@ def test_an_llm_judge(bench_folder, tmp_path, compiled, scripted, monkeypatch):
 
 
 def test_cache_then_http_then_llm_and_what_they_say_is_kept(
-  bench_folder, tmp_path, compiled, scripted
+  bench_folder, tmp_path, compiled, scripted, monkeypatch
 ):
   """Our own server (over the cache) stands for http; it does not know 10.9.9.9."""
+  monkeypatch.setattr(services, "HTTP_RETRIES", 0)
   asked = []
 
   class Misses:
@@ -536,8 +537,9 @@ def test_bad_folders_and_addresses(bench_folder, tmp_path, compiled, changes, ki
 
 
 def test_every_task_in_an_infrastructure_error_is_no_pass_rate(
-  bench_folder, tmp_path, compiled, scripted
+  bench_folder, tmp_path, compiled, scripted, monkeypatch
 ):
+  monkeypatch.setattr(services, "HTTP_RETRIES", 0)
   config = make(
     bench_folder,
     compiled,
