@@ -22,8 +22,8 @@ def option(
 ) -> Any:
   """A field with all that there is to say about it; validation.py checks the bounds and choices.
 
-  choices: of the value, or of each entry of a tuple; a text is the name of one of
-  validation.TABLES, whose keys they are. A group of options has a meaning only.
+  choices: of the value, besides its default, or of each entry of a tuple; a text is the name of one
+  of validation.TABLES, whose keys they are. A group of options has a meaning only.
   """
   metadata = {"meaning": meaning, "above": above, "least": least, "most": most, "choices": choices}
   if dataclasses.is_dataclass(default):
@@ -292,7 +292,7 @@ class Loss:
   kl: str = option(
     "",
     "where the per-token KL to the reference counts; empty = as the algorithm says",
-    choices=("", "reward", "loss", "none"),
+    choices=("reward", "loss", "none"),
   )
   kl_coef: float = option(0.05, "coefficient of the KL penalty (start value if adaptive)", least=0)
   kl_adaptive: bool = option(False, "move the coefficient towards kl_target")
@@ -332,9 +332,7 @@ class Optimizer:
   warmup: float = option(0.0, "share of the steps that warm up", least=0, most=1)
   b1: float = option(0.9, "decay of the first moment")
   b2: float = option(0.999, "decay of the second moment")
-  first_moment: str = option(
-    "", "its storage; empty = model.param_dtype", choices=("", "float32", "bfloat16")
-  )
+  first_moment: str = option("", "its storage; empty = model.param_dtype", choices="dtypes")
   eps: float = option(1e-8, "epsilon")
   weight_decay: float = option(0.0, "decoupled weight decay")
   max_grad_norm: float = option(1.0, "clip of the gradient's global norm; 0 = off", least=0)

@@ -12,7 +12,6 @@ import ml_collections
 from steptool_jax.config import Config, Filters
 from steptool_jax.dialogue import template
 from steptool_jax.environments.base import ENVIRONMENTS
-from steptool_jax.environments.market import SPECIALTIES
 from steptool_jax.environments.specialists import TIERS
 from steptool_jax.learning.advantages import LEVELS
 from steptool_jax.learning.algorithms import Algorithm, get_algorithm
@@ -22,9 +21,9 @@ from steptool_jax.policy import lora, model
 # Name in config.py -> the table whose keys, or entries, are the choices.
 TABLES: Mapping[str, Iterable[str]] = {
   "adapter targets": lora.TARGETS,
-  "advantage levels": ("", *LEVELS),
-  "aggregations": ("", *AGGREGATIONS),
-  "chat formats": ("auto", *template.FORMATS),
+  "advantage levels": LEVELS,
+  "aggregations": AGGREGATIONS,
+  "chat formats": template.FORMATS,
   "dtypes": model.DTYPES,
   "environments": ENVIRONMENTS,
   "model families": model.FAMILIES,
@@ -133,15 +132,17 @@ def _check_value(field: dataclasses.Field, value: Any, where: str) -> None:
   if most is not None and not value <= most:
     raise ValueError(f"{where}: must be at most {most}, found {value!r}")
   choices = field.metadata["choices"]
-  choices = tuple(TABLES[choices] if isinstance(choices, str) else choices)
-  for entry in value if isinstance(value, tuple) and choices else ():
-    if entry not in choices:
-      near = difflib.get_close_matches(entry, choices, n=1, cutoff=0.0)
-      raise ValueError(f"{where}: there is no {entry!r}; did you mean {near[0]!r}?")
-  if choices and not isinstance(value, tuple) and value not in choices:
+  choices = list(TABLES[choices] if isinstance(choices, str) else choices)
+  if choices and isinstance(value, tuple):
+    for entry in value:
+      if entry not in choices:
+        near = difflib.get_close_matches(entry, choices, n=1, cutoff=0.0)
+        raise ValueError(f"{where}: there is no {entry!r}; did you mean {near[0]!r}?")
+  elif choices and value not in (field.default, *choices):
     near = difflib.get_close_matches(value, choices, n=1)
     hint = f" (did you mean {near[0]!r}?)" if near else ""
-    raise ValueError(f"{where}: {value!r} is not one of {', '.join(map(repr, choices))}{hint}")
+    valid = ", ".join(map(repr, dict.fromkeys((field.default, *choices))))
+    raise ValueError(f"{where}: {value!r} is not one of {valid}{hint}")
 
 
 def _check(config: Config) -> None:
@@ -232,11 +233,14 @@ def _check_market(config: Config) -> None:
   for name in ("specialists", "preferences", "asked"):
     if getattr(m, name) and not m.prices:
       raise ValueError(f"{where}.{name}: set, but {where}.prices is False, so there is no market")
-  if m.specialists and config.environment.name not in SPECIALTIES:
-    raise ValueError(
-      f"{where}.specialists: they know {' and '.join(SPECIALTIES)}, not "
-      f"{config.environment.name!r}; leave it empty"
-    )
+  if m.specialists:
+    from steptool_jax.environments.market import SPECIALTIES  # slow: all their environments
+
+    if config.environment.name not in SPECIALTIES:
+      raise ValueError(
+        f"{where}.specialists: they know {' and '.join(SPECIALTIES)}, not "
+        f"{config.environment.name!r}; leave it empty"
+      )
   if m.asked and not m.specialists:
     raise ValueError(f"{where}.asked: {m.asked:g}, but there are no specialists to ask")
 
