@@ -31,10 +31,8 @@ def get_config(arg=""):
   config.environment.name = "toolbench"
   b = config.environment.toolbench
   b.folder = "StableToolBench"
-  b.subsets = (
-    *("G1_instruction", "G1_category", "G1_tool"),
-    *("G2_instruction", "G2_category", "G3_instruction"),
-  )
+  b.subsets = ("G1_instruction", "G1_category", "G1_tool", "G2_instruction", "G2_category")
+  b.subsets += ("G3_instruction",)
   config.simulator.cache = "StableToolBench/server/tool_response_cache"
   r = config.rollout
   # One budget for every strategy. The published runs had 4 calls (baselines) or 17 (StepTool).

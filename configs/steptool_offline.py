@@ -20,45 +20,35 @@ Official step-grained rows (data.format=tsv), with SmolLM2-135M on a CPU, 30 row
 
 ':sft' imitates official SFT or RFT instances (data.format=dialogues) with all weights in 5 passes.
 ':released' computes rewards, advantages and old log-probs as the authors' code does; any other
-argument is an algorithm. Hyper-parameters: the release (TRL 0.10.1); departures have a comment.
+argument is an algorithm. Hyper-parameters: configs/_release.py; departures have a comment.
 """
 
-from steptool_jax.config import base_config
+import pathlib
+import runpy
+
+_RELEASE = runpy.run_path(str(pathlib.Path(__file__).with_name("_release.py")))
 
 
 def get_config(arg=""):
-  config = base_config()
   released = arg == "released"
-  config.algorithm = "steptool" if released else arg or "steptool"
-  config.model.path = "Qwen2-7B-Instruct"
-  config.model.chat_format = "chatml_react"
-  config.model.dtype, config.model.param_dtype = "bfloat16", "bfloat16"
-  config.model.remat = "full"
-  config.mesh.data, config.mesh.fsdp, config.mesh.tensor = 1, -1, 1
-  config.lora.rank, config.lora.alpha = 16, 16.0
+  config = _RELEASE["released"]("steptool" if released else arg or "steptool")
+  config.model.path, config.model.chat_format = "Qwen2-7B-Instruct", "chatml_react"
   config.rewards.alpha, config.rewards.normalization = 1.0, "none"
   d = config.data
   d.path, d.format = "annotated.jsonl", "jsonl"
   d.passes, d.batch = 5, 8
   # The release takes old log-probs from the policy at each batch; 'start' bounds the whole drift.
   d.behaviour = "current" if released else "start"
-  config.advantage.gamma, config.advantage.lam = 0.99, 0.95
   # The release weighs the final reward with 0 and decays through observations; the paper does not.
   config.advantage.level = "released" if released else ""
-  loss = config.loss
-  loss.clip_low = loss.clip_high = loss.value_clip = 0.2
-  loss.value_coef = 0.1
-  loss.kl_coef, loss.kl_adaptive, loss.kl_target, loss.kl_horizon = 0.3, True, 6.0, 10000.0
   t = config.train
   # 4 PPO epochs, each one optimizer step (minibatches of 2, accumulated 4 times).
-  t.epochs, t.minibatches, t.micro_rows = 4, 1, 8
+  t.minibatches, t.micro_rows = 1, 8
   # The release cuts longer ones from the left, which removes query and rewards; here such a
   # trajectory is left out and counted.
   t.row_tokens = 4096
-  t.optimizer.learning_rate, t.optimizer.max_grad_norm = 1e-5, 0.0
-  # Of ':sft' alone; as in the release.
-  s = config.sft.optimizer
-  s.learning_rate, s.schedule, s.warmup, s.max_grad_norm = 2e-5, "cosine", 0.04, 0.0
+  # As in the release; SFT is for ':sft' alone.
+  t.optimizer.max_grad_norm = config.sft.optimizer.max_grad_norm = 0.0
   config.sft.steps, config.sft.micro_rows = 0, 1
   if arg == "sft":
     config.lora.rank, d.format, t.row_tokens = 0, "dialogues", 8192

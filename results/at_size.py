@@ -199,7 +199,7 @@ def run_step(workdir: pathlib.Path, layers: int, merged: bool) -> dict:
   from steptool_jax.policy import hfconfig, hub, lora, peftfile, sharding
 
   mesh = sharding.make_mesh(data=1, fsdp=8)
-  settings = lora.LoraConfig(RANK, ALPHA)
+  settings = lora.Lora(RANK, ALPHA)
   config, raw = hfconfig.load_config(workdir / "source", param_dtype="bfloat16")
   jax.block_until_ready(jnp.zeros(8, device=sharding.batch_sharding(mesh)))
   meter = Meter(mesh.size)

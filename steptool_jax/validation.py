@@ -4,18 +4,34 @@ import dataclasses
 import difflib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import ml_collections
 
 from steptool_jax.config import Config, Filters
-from steptool_jax.environments.market import SPECIALTIES
+from steptool_jax.dialogue import template
+from steptool_jax.environments.base import ENVIRONMENTS
 from steptool_jax.environments.specialists import TIERS
 from steptool_jax.learning.advantages import LEVELS
 from steptool_jax.learning.algorithms import Algorithm, get_algorithm
 from steptool_jax.learning.losses import AGGREGATIONS
+from steptool_jax.policy import lora, model
 from steptool_jax.rewards.assembly import SCHEMES
+
+# Name in config.py -> the table whose keys, or entries, are the choices.
+TABLES: Mapping[str, Iterable[str]] = {
+  "adapter targets": lora.TARGETS,
+  "advantage levels": LEVELS,
+  "aggregations": AGGREGATIONS,
+  "chat formats": template.FORMATS,
+  "dtypes": model.DTYPES,
+  "environments": ENVIRONMENTS,
+  "model families": model.FAMILIES,
+  "remat policies": model.REMAT,
+  "schemes": SCHEMES,
+  "specialists": TIERS,
+}
 
 
 def validate(config: ml_collections.ConfigDict | Mapping[str, Any]) -> Config:
@@ -37,10 +53,14 @@ def to_json(config: Config) -> str:
 
 
 def differences(config: Config, saved: Mapping[str, Any]) -> list[str]:
-  """Names of fields whose value is not that of a saved config (a parsed to_json)."""
-  mine = _flatten(json.loads(to_json(config)))
-  theirs = _flatten(saved)
-  return sorted(k for k in mine.keys() | theirs.keys() if mine.get(k) != theirs.get(k))
+  """Names of fields whose value is not that of a saved config (a parsed to_json).
+
+  A field that only the saved config has is passed over: those that were removed are constants now
+  that change nothing in a folder with a run. One that it lacks came later: it had our default.
+  """
+  mine, theirs = _flatten(json.loads(to_json(config))), _flatten(saved)
+  usual = _flatten(json.loads(to_json(Config())))
+  return sorted(name for name, value in mine.items() if value != theirs.get(name, usual[name]))
 
 
 def check_name(name: str) -> None:
@@ -82,6 +102,7 @@ def _build(cls: type, values: Mapping[str, Any], path: str) -> Any:
       out[name] = _build(type(default), value, where)
     else:
       out[name] = _typed(default, value, where)
+      _check_value(fields[name], out[name], where)
   return cls(**out)
 
 
@@ -100,95 +121,42 @@ def _typed(default: Any, value: Any, where: str) -> Any:
   return value
 
 
-def _of_endpoints(*fields: str) -> list[str]:
-  return [f"{group}.{field}" for group in ("simulator.llm", "judge.endpoint") for field in fields]
-
-
-_POSITIVE = (
-  "rollout.tasks rollout.samples rollout.slots rollout.max_tokens rollout.max_steps "
-  "rollout.max_step_tokens rollout.max_invalid rollout.max_observation_chars rollout.decode_chunk "
-  "rollout.tool_timeout rollout.tool_workers sft.batch sft.micro_rows train.epochs "
-  "train.minibatches train.micro_rows train.row_tokens train.max_skipped loss.logprob_chunk "
-  "loss.kl_target loss.kl_horizon checkpoint.every checkpoint.keep train.optimizer.learning_rate "
-  "rollout.temperature sft.optimizer.learning_rate evaluation.curve_tasks "
-  "bench.repeats bench.turns environment.faults.max_consecutive simulator.http_timeout "
-  "simulator.http_in_flight judge.runs rollout.search.width "
-  "rollout.search.answer_back rollout.search.give_up_back evaluation.attempts evaluation.rollouts "
-  "data.passes data.batch dpo.beta archer.tau archer.replay record.every report.trajectories "
-  "study.parallel study.attempts train.critic_rate"
-).split() + _of_endpoints("timeout", "in_flight")
-_NOT_NEGATIVE = (
-  "seed lora.rank sft.steps sft.clean_steps sft.tasks train.iterations evaluation.every "
-  "evaluation.temperature rollout.top_k rewards.alpha loss.kl_coef loss.value_coef "
-  "sft.checkpoint_every train.optimizer.max_grad_norm sft.optimizer.max_grad_norm "
-  "train.optimizer.muon_rate sft.optimizer.muon_rate environment.tools_per_task "
-  "rollout.tool_retries rollout.max_stuck_tools loss.clip_low loss.clip_high loss.value_clip "
-  "simulator.http_retries rollout.budget rollout.search.room serve.port evaluation.tasks "
-  "rewards.filters.min_deviation advantage.omega archer.batch archer.warmup record.heldout "
-  "record.train study.cores study.hours checkpoint.keep_best"
-).split() + _of_endpoints("retries", "prompt_price", "completion_price")
-_SHARES = (
-  "sft.mistakes environment.faults.rate_limit environment.faults.timeout "
-  "environment.faults.transient environment.faults.not_found environment.heldout_share "
-  "advantage.gamma advantage.lam archer.tau rollout.top_p train.optimizer.warmup "
-  "sft.optimizer.warmup train.optimizer.floor sft.optimizer.floor "
-  "rewards.orchestra.outcome rewards.orchestra.cost rewards.orchestra.latency "
-  "environment.market.asked"
-).split()
-_CHOICES = {
-  "model.dtype": ("float32", "bfloat16"),
-  "model.param_dtype": ("float32", "bfloat16"),
-  "model.remat": ("none", "attention", "dots", "full"),
-  "model.chat_format": ("auto", "toolllama", "chatml_react", "llama31", "hermes", "compact"),
-  "environment.name": ("nested_api", "data_pipeline", "toolbench", "custom"),
-  "simulator.llm_style": ("gpt", "mirror"),
-  "rollout.strategy": ("chain", "dfsdt"),
-  "rewards.normalization": ("mean", "none"),
-  "rewards.scheme": tuple(SCHEMES),
-  "advantage.level": ("", *LEVELS),
-  "loss.kl": ("", "reward", "loss", "none"),
-  "loss.aggregation": ("", *AGGREGATIONS),
-  "data.format": ("jsonl", "tfds", "tsv", "dialogues"),
-  "data.behaviour": ("start", "current"),
-  "checkpoint.use": ("newest", "best"),
-  "annotate.format": ("jsonl", "converted", "annotations"),
-  "annotate.source": ("rules", "judge", "table"),
-  "annotate.rule": ("evidence", "lcs", "environment"),
-  "annotate.output": ("jsonl", "tfds"),
-  "judge.kind": ("rule", "llm"),
-  "train.optimizer.first_moment": ("", "float32", "bfloat16"),
-  "sft.optimizer.first_moment": ("", "float32", "bfloat16"),
-  "train.optimizer.schedule": ("constant", "linear", "cosine"),
-  "sft.optimizer.schedule": ("constant", "linear", "cosine"),
-}
+def _check_value(field: dataclasses.Field, value: Any, where: str) -> None:
+  """Against the bounds and choices that config.option gave the field."""
+  above, least, most = (field.metadata[bound] for bound in ("above", "least", "most"))
+  if above is not None and not value > above:
+    raise ValueError(f"{where}: must be above {above}, found {value!r}")
+  if (least, most) == (0, 1) and not 0 <= value <= 1:
+    raise ValueError(f"{where}: must be in [0, 1], found {value!r}")
+  if least is not None and not value >= least:
+    wanted = "not be negative" if least == 0 else f"be at least {least}"
+    raise ValueError(f"{where}: must {wanted}, found {value!r}")
+  if most is not None and not value <= most:
+    raise ValueError(f"{where}: must be at most {most}, found {value!r}")
+  choices = field.metadata["choices"]
+  choices = list(TABLES[choices] if isinstance(choices, str) else choices)
+  if choices and isinstance(value, tuple):
+    for entry in value:
+      if entry not in choices:
+        near = difflib.get_close_matches(entry, choices, n=1, cutoff=0.0)
+        raise ValueError(f"{where}: there is no {entry!r}; did you mean {near[0]!r}?")
+  elif choices and value not in (field.default, *choices):
+    near = difflib.get_close_matches(value, choices, n=1)
+    hint = f" (did you mean {near[0]!r}?)" if near else ""
+    valid = ", ".join(map(repr, dict.fromkeys((field.default, *choices))))
+    raise ValueError(f"{where}: {value!r} is not one of {valid}{hint}")
 
 
 def _check(config: Config) -> None:
-  flat = _flatten(dataclasses.asdict(config))
-  for name in _POSITIVE:
-    if not flat[name] > 0:
-      raise ValueError(f"config.{name}: must be above 0, found {flat[name]!r}")
-  for name in _NOT_NEGATIVE:
-    if not flat[name] >= 0:
-      raise ValueError(f"config.{name}: must not be negative, found {flat[name]!r}")
-  for name in _SHARES:
-    if not 0 <= flat[name] <= 1:
-      raise ValueError(f"config.{name}: must be in [0, 1], found {flat[name]!r}")
-  for name, valid in _CHOICES.items():
-    if flat[name] not in valid:
-      near = difflib.get_close_matches(str(flat[name]), valid, n=1)
-      hint = f" (did you mean {near[0]!r}?)" if near else ""
-      raise ValueError(
-        f"config.{name}: {flat[name]!r} is not one of {', '.join(map(repr, valid))}{hint}"
-      )
+  """Combinations of fields that make no sense."""
   _check_algorithm(config)
   if config.rollout.max_tokens > config.train.row_tokens:
     raise ValueError(
       f"config.train.row_tokens: {config.train.row_tokens} is less than rollout.max_tokens = "
       f"{config.rollout.max_tokens}; a conversation must fit a packed row"
     )
-  if config.rollout.top_p == 0:
-    raise ValueError("config.rollout.top_p: must be above 0; 1 = off")
+  if config.lora.rank and not config.lora.targets:
+    raise ValueError(f"config.lora.targets: empty; choose from {', '.join(lora.TARGETS)}")
   _check_environment(config)
   _check_market(config)
   _check_rewards(config, get_algorithm(config.algorithm))
@@ -264,20 +232,17 @@ def _check_environment(config: Config) -> None:
 def _check_market(config: Config) -> None:
   m = config.environment.market
   where = "config.environment.market"
-  if not m.spread >= 1:
-    raise ValueError(f"{where}.spread: must be at least 1 (all prices as usual), found {m.spread}")
   for name in ("specialists", "preferences", "asked"):
     if getattr(m, name) and not m.prices:
       raise ValueError(f"{where}.{name}: set, but {where}.prices is False, so there is no market")
-  if m.specialists and config.environment.name not in SPECIALTIES:
-    raise ValueError(
-      f"{where}.specialists: they know {' and '.join(SPECIALTIES)}, not "
-      f"{config.environment.name!r}; leave it empty"
-    )
-  for tier in m.specialists:
-    if tier not in TIERS:
-      near = difflib.get_close_matches(tier, TIERS, n=1, cutoff=0.0)
-      raise ValueError(f"{where}.specialists: there is no {tier!r}; did you mean {near[0]!r}?")
+  if m.specialists:
+    from steptool_jax.environments.market import SPECIALTIES  # slow: all their environments
+
+    if config.environment.name not in SPECIALTIES:
+      raise ValueError(
+        f"{where}.specialists: they know {' and '.join(SPECIALTIES)}, not "
+        f"{config.environment.name!r}; leave it empty"
+      )
   if m.asked and not m.specialists:
     raise ValueError(f"{where}.asked: {m.asked:g}, but there are no specialists to ask")
 

@@ -3,25 +3,57 @@
 import ast
 import collections
 import dataclasses
+import importlib
 import pathlib
 import re
 
 import steptool_jax
 from steptool_jax import config as config_lib
+from steptool_jax.policy import model
 
 ROOT = pathlib.Path(steptool_jax.__file__).parent
 # From the ground up: a room imports from itself and from rooms before it, never from one after it.
-ROOMS = (
-  *("types", "files", "config", "policy", "dialogue", "simulators", "environments", "learning"),
-  *("data", "rollout", "rewards", "evaluation", "toolbench.simulators", "toolbench.formats"),
-  *("toolbench", "validation", "run.hosts", "run.workdir", "run.cost", "run.parts"),
-  *("run.training", "run.evaluating", "run.studies", "run", "main"),
-)
+ROOMS = [
+  "types",
+  "files",
+  "config",
+  "policy",
+  "dialogue",
+  "simulators",
+  "environments",
+  "learning",
+  "data",
+  "rollout",
+  "rewards",
+  "evaluation",
+  "toolbench.simulators",
+  "toolbench.formats",
+  "toolbench",
+  "validation",
+  "run.hosts",
+  "run.workdir",
+  "run.cost",
+  "run.parts",
+  "run.training",
+  "run.evaluating",
+  "run.studies",
+  "run",
+  "main",
+]
 MOST_FILES = 15  # of a room
-HOST = (
-  *("types", "dialogue", "simulators", "environments", "rewards", "rollout", "evaluation"),
-  *("data", "toolbench", "toolbench.formats", "toolbench.simulators"),
-)
+HOST = [
+  "types",
+  "dialogue",
+  "simulators",
+  "environments",
+  "rewards",
+  "rollout",
+  "evaluation",
+  "data",
+  "toolbench",
+  "toolbench.formats",
+  "toolbench.simulators",
+]
 
 
 def modules():
@@ -118,23 +150,57 @@ def test_only_the_model_imports_flax():
   assert users == {"policy.model"}
 
 
+def groups(cls=config_lib.Config):
+  """Config and all groups of fields in it."""
+  yield cls
+  for field in dataclasses.fields(cls):
+    default = getattr(cls(), field.name)
+    if dataclasses.is_dataclass(default):
+      yield from groups(type(default))
+
+
+# A group that is handed on whole, by dataclasses.asdict: its fields are read from the other class.
+WHOLE = {config_lib.Architecture: model.ModelConfig}
+FOLLOWED = (*groups(), config_lib.Limits, *WHOLE.values())
+
+
+def owner_of(cls, name):
+  """(class, field), where a class in the bases of `cls` defines the field."""
+  bases = [base for base in cls.__mro__ if name in vars(base).get("__annotations__", {})]
+  return (bases or [cls])[-1], name
+
+
 class _Reads(ast.NodeVisitor):
   """(class, field) of every config field that a module reads, by following names to their group.
 
-  A field counts only where it is read from its own group: another attribute of the same name, or
-  the same word in a text, does not.
+  A field counts only where it is read from its own group, or from a class that takes its place: the
+  same name on something else, or the same word in a text, does not.
   """
 
-  def __init__(self, tree):
+  def __init__(self, module, tree):
     self.found: set[tuple[type, str]] = set()
     self.known: dict[str, type] = {}  # source of a name or attribute -> its config dataclass
-    self.imported = {
-      alias.asname or alias.name
-      for node in ast.walk(tree)
-      if isinstance(node, ast.ImportFrom) and node.module == "steptool_jax.config"
-      for alias in node.names
-    }
+    self.names: dict[str, tuple[str, str]] = {}  # imported or defined here -> (module, name)
+    for node in ast.walk(tree):
+      if isinstance(node, ast.ImportFrom):
+        self.names |= {a.asname or a.name: (node.module, a.name) for a in node.names}
+      elif isinstance(node, ast.ClassDef):
+        self.names[node.name] = (f"steptool_jax.{module}", node.name)
     self.visit(tree)
+
+  def annotated(self, node) -> type | None:
+    """The followed class that an annotation names."""
+    if isinstance(node, ast.BinOp):  # Lora | None
+      return self.annotated(node.left)
+    module, name = "", ""
+    if isinstance(node, ast.Name):
+      module, name = self.names.get(node.id, ("", ""))
+    elif isinstance(node, ast.Attribute) and ast.unparse(node.value) in self.names:
+      module, name = ".".join(self.names[ast.unparse(node.value)]), node.attr
+    if name not in {cls.__name__ for cls in FOLLOWED}:
+      return None
+    found = getattr(importlib.import_module(module), name)
+    return found if isinstance(found, type) and issubclass(found, FOLLOWED) else None
 
   def group(self, node) -> type | None:
     if isinstance(node, ast.IfExp):
@@ -145,19 +211,28 @@ class _Reads(ast.NodeVisitor):
       if node.attr == "config":
         return config_lib.Config
       owner = self.group(node.value)
-      default = getattr(owner(), node.attr, None) if owner else None
+      default = getattr(owner(), node.attr, None) if owner in FOLLOWED[: -len(WHOLE)] else None
       return type(default) if dataclasses.is_dataclass(default) else None
     return None
 
+  def visit_ClassDef(self, node):
+    before = dict(self.known)
+    for statement in node.body:
+      if isinstance(statement, ast.AnnAssign):
+        self.known.pop(f"self.{statement.target.id}", None)
+        if found := self.annotated(statement.annotation):
+          self.known[f"self.{statement.target.id}"] = found
+    self.generic_visit(node)
+    self.known = before
+
   def visit_FunctionDef(self, node):
     before = dict(self.known)
-    for arg in node.args.args:
-      name = ast.unparse(arg.annotation).rpartition(".")[2] if arg.annotation else ""
+    for arg in (*node.args.args, *node.args.kwonlyargs):
       self.known.pop(arg.arg, None)
-      if name in self.imported or ast.unparse(arg.annotation or arg) == "config_lib.Config":
-        self.known[arg.arg] = getattr(config_lib, name)
+      if found := self.annotated(arg.annotation):
+        self.known[arg.arg] = found
     self.generic_visit(node)
-    # What __init__ puts on self holds in the methods behind it.
+    # What __init__ puts on self holds in the methods after it.
     kept = {k: v for k, v in self.known.items() if k.startswith("self.")}
     self.known = before | kept
 
@@ -175,29 +250,21 @@ class _Reads(ast.NodeVisitor):
   def visit_Attribute(self, node):
     owner = self.group(node.value)
     if owner is not None:
-      self.found.add((owner, node.attr))
+      self.found.add(owner_of(owner, node.attr))
     self.generic_visit(node)
 
 
 def test_every_config_field_is_read_outside_config():
+  """A field that nothing reads, or only a check of its value, is an option without an effect."""
   read = set()
   for name, tree in modules():
-    if name != "config":
-      read |= _Reads(tree).found
-
-  def fields(cls):
-    for field in dataclasses.fields(cls):
-      default = getattr(cls(), field.name)
-      if dataclasses.is_dataclass(default):
-        yield from fields(type(default))
-      yield cls, field.name
-
-  # Groups that are handed on whole, by dataclasses.asdict, to a dataclass of the same fields.
-  whole = (config_lib.Architecture, config_lib.Faults)
+    if name not in ("config", "validation"):
+      read |= _Reads(name, tree).found
   unread = [
-    f"{cls.__name__}.{name}"
-    for cls, name in fields(config_lib.Config)
-    if cls not in whole and (cls, name) not in read
+    f"{cls.__name__}.{field.name}"
+    for cls in groups()
+    for field in dataclasses.fields(cls)
+    if not {owner_of(c, field.name) for c in (cls, WHOLE.get(cls, cls))} & read
   ]
   assert not unread
 

@@ -6,9 +6,8 @@
 
 Every boundary is one control token, so a turn costs what it says. The tokenizer makes copying
 easy: no word carries its leading space, so a name has the same ids in the query, in a tool's JSON
-and in the arguments; numbers are single digits, or whole up to three digits as in Llama 3. Rare
-words (the data: names, ids) get no token of their own, so names that training never saw are spelled
-like those it saw.
+and in the arguments; numbers are single digits. Rare words (the data: names, ids) get no token of
+their own, so names that training never saw are spelled like those it saw.
 """
 
 import json
@@ -85,28 +84,20 @@ def task_texts(task: Task) -> Iterator[str]:
 
 
 def build_tokenizer(
-  corpus: Iterable[str],
-  vocab_size: int,
-  out_dir: str | pathlib.Path,
-  min_share: float = 0.001,
-  digits: int = 1,
+  corpus: Iterable[str], vocab_size: int, out_dir: str | pathlib.Path, min_share: float = 0.001
 ) -> pathlib.Path:
   """Trains a byte-level BPE and writes tokenizer.json and tokenizer_config.json to `out_dir`.
 
   Deterministic: the same corpus gives the same bytes. Control ids are 0..5 (`SPECIALS`), <|pad|>
   is 0. transformers.AutoTokenizer opens the directory. vocab_size is an upper bound. min_share:
   two pieces are merged only where they meet at least min_share * len(corpus) times (and twice);
-  what is rarer is data and stays in small pieces. digits: 1 to 3, the longest run of digits that is
-  one token (10, 110 or 1110 tokens). ValueError when vocab_size has no room for 256 bytes, 6
-  controls and the numbers, or digits is outside 1 to 3.
+  what is rarer is data and stays in small pieces. ValueError when vocab_size has no room for 256
+  bytes and 6 controls.
   """
   texts = list(corpus)
-  if digits not in (1, 2, 3):
-    raise ValueError(f"digits is {digits}: must be 1, 2 or 3")
-  numbers = [f"{n:0{size}d}" for size in range(2, digits + 1) for n in range(10**size)]
-  least = 256 + len(SPECIALS) + len(numbers)
+  least = 256 + len(SPECIALS)
   if vocab_size < least:
-    raise ValueError(f"vocab_size {vocab_size}: at least {least} (bytes, controls, numbers)")
+    raise ValueError(f"vocab_size {vocab_size}: at least {least} (bytes, controls)")
   bpe = tokenizers.Tokenizer(models.BPE())
   bpe.pre_tokenizer = pre_tokenizers.Sequence(
     [
@@ -116,7 +107,7 @@ def build_tokenizer(
   )
   bpe.decoder = decoders.ByteLevel()
   trainer = trainers.BpeTrainer(
-    vocab_size=vocab_size - len(numbers),
+    vocab_size=vocab_size,
     min_frequency=max(2, round(min_share * len(texts))),
     special_tokens=list(SPECIALS),
     initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
@@ -126,10 +117,7 @@ def build_tokenizer(
 
   out_dir = pathlib.Path(out_dir)
   out_dir.mkdir(parents=True, exist_ok=True)
-  document = json.loads(bpe.to_str())
-  if numbers:
-    _add_numbers(document, numbers, digits)
-  text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
+  text = json.dumps(json.loads(bpe.to_str()), indent=2, ensure_ascii=False) + "\n"
   (out_dir / "tokenizer.json").write_text(text, encoding="utf-8")
   config: Mapping[str, Any] = {
     "tokenizer_class": "PreTrainedTokenizerFast",
@@ -141,14 +129,3 @@ def build_tokenizer(
   text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
   (out_dir / "tokenizer_config.json").write_text(text, encoding="utf-8")
   return out_dir
-
-
-def _add_numbers(document: dict[str, Any], numbers: list[str], digits: int) -> None:
-  """Makes each run of up to `digits` digits one word, and one token."""
-  model = document["model"]
-  for number in numbers:
-    model["vocab"][number] = len(model["vocab"])
-    # Either half may have merged first.
-    model["merges"] += [[number[:k], number[k:]] for k in range(1, len(number))]
-  words = document["pre_tokenizer"]["pretokenizers"][0]["pattern"]
-  words["Regex"] = words["Regex"].replace(r"|\p{N}|", rf"|\p{{N}}{{1,{digits}}}|")

@@ -4,13 +4,23 @@ Everything here is host side. A session belongs to one conversation and shares n
 other, so that the result of a rollout never depends on its neighbours.
 """
 
+import importlib
 from collections.abc import Sequence
-from typing import Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
+from steptool_jax.config import Config
 from steptool_jax.types import Observation, Task, ToolCall
 
 Split = Literal["train", "heldout"]
 SPLITS: tuple[Split, ...] = ("train", "heldout")
+# Name in the config -> module with `from_config(config, services) -> Environment`; imported when it
+# is asked for, since a run needs one of them only.
+ENVIRONMENTS: dict[str, str] = {
+  "nested_api": "steptool_jax.environments.nested_api",
+  "data_pipeline": "steptool_jax.environments.data_pipeline",
+  "toolbench": "steptool_jax.toolbench.environment",
+  "custom": "steptool_jax.environments.custom",
+}
 
 
 @runtime_checkable
@@ -41,6 +51,28 @@ class Environment(Protocol):
   def open(self, task: Task, sample: int) -> Session:
     """A fresh session; `sample` numbers the attempts at one task (for seeds of simulators)."""
     ...
+
+
+def make(config: Config, services: Any = None) -> Environment:
+  """The environment of config.environment, without market and faults.
+
+  services: run/parts/services.py's Services, which toolbench and an MCP server's tools come from.
+  """
+  module = importlib.import_module(ENVIRONMENTS[config.environment.name])
+  return module.from_config(config, services)
+
+
+def generator_fields(config: Config) -> dict[str, Any]:
+  """The arguments of an environment that generates its tasks."""
+  c = config.environment
+  return {
+    "num_train": c.num_train,
+    "num_heldout": c.num_heldout,
+    "seed": c.seed,
+    "depths": (c.min_calls, c.max_calls),
+    "tools_per_task": c.tools_per_task or None,
+    "max_observation_chars": config.rollout.max_observation_chars,
+  }
 
 
 def check_split(split: str) -> Split:

@@ -29,6 +29,7 @@ from typing import Any
 
 import jsonschema
 
+from steptool_jax.config import Config
 from steptool_jax.environments.base import SPLITS, Split, check_split
 from steptool_jax.environments.checkers import normal, same_value
 from steptool_jax.simulators.functions import Tool, Toolbox, tool
@@ -299,3 +300,14 @@ def _tools_of(module: types.ModuleType, where: str) -> Functions | Callable[[], 
     what = "both TOOLS and make_tools: keep one" if found else "neither TOOLS nor make_tools"
     raise ValueError(f"{where} has {what}")
   return vars(module)[found[0]]
+
+
+def from_config(config: Config, services: Any) -> Custom:
+  """The row of base.ENVIRONMENTS; tools of an MCP server where the config names one."""
+  c = config.environment
+  return Custom(
+    functions=services.mcp.tools if c.mcp else c.functions,
+    tasks_path=c.tasks,
+    heldout_share=c.heldout_share,
+    max_observation_chars=config.rollout.max_observation_chars,
+  )

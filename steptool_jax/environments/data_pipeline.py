@@ -11,8 +11,9 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from steptool_jax.config import Config
 from steptool_jax.environments import names, tables
-from steptool_jax.environments.base import Split
+from steptool_jax.environments.base import Split, generator_fields
 from steptool_jax.environments.checkers import same_table
 from steptool_jax.environments.generated import Draw, Generated, SerialSession, Stale
 from steptool_jax.environments.tables import Table
@@ -265,3 +266,9 @@ class PipelineSession(SerialSession):
     with self._lock:
       self._owner.tables.clear()
       self._owner.written.clear()
+
+
+def from_config(config: Config, services: Any) -> DataPipeline:
+  """The row of base.ENVIRONMENTS."""
+  del services
+  return DataPipeline(**generator_fields(config))

@@ -5,38 +5,18 @@ only, so that a run repeats exactly and a trajectory does not depend on its neig
 its infrastructure failed does not count: whoever tries it again gets the same draw.
 """
 
-import dataclasses
 import random
 import threading
 from collections.abc import Sequence
 
+from steptool_jax.config import Faults
 from steptool_jax.environments.base import Environment, Session, Split
 from steptool_jax.types import Code, Observation, Task, ToolCall
 
 
-@dataclasses.dataclass(frozen=True)
-class Faults:
-  """Probabilities per call; their sum is at most 1. The sum 0 switches injection off."""
-
-  seed: int = 0
-  rate_limit: float = 0.0
-  timeout: float = 0.0  # answers at once, without waiting
-  transient: float = 0.0
-  not_found: float = 0.0  # its text names a way out
-  max_consecutive: int = 2  # then a call gets through, so that trying again always helps
-
-  def __post_init__(self):
-    for kind in ("rate_limit", "timeout", "transient", "not_found"):
-      if not 0 <= getattr(self, kind) <= 1:
-        raise ValueError(f"faults.{kind} is {getattr(self, kind)}: must be in [0, 1]")
-    if self.total > 1 + 1e-9:
-      raise ValueError(f"faults: the probabilities add up to {self.total:g}: at most 1")
-    if self.max_consecutive < 1:
-      raise ValueError(f"faults.max_consecutive is {self.max_consecutive}: must be at least 1")
-
-  @property
-  def total(self) -> float:
-    return self.rate_limit + self.timeout + self.transient + self.not_found
+def total(faults: Faults) -> float:
+  """Probability that a call gets any fault; 0 switches injection off."""
+  return faults.rate_limit + faults.timeout + faults.transient + faults.not_found
 
 
 class FaultInjector:
@@ -55,7 +35,7 @@ class FaultInjector:
       self._calls += 1
       rng = random.Random(f"{self._faults.seed}/{self._task.id}/{self._sample}/{index}")
       draw = rng.random()
-      faulted = draw < self._faults.total and self._consecutive < self._faults.max_consecutive
+      faulted = draw < total(self._faults) and self._consecutive < self._faults.max_consecutive
       self._consecutive = self._consecutive + 1 if faulted else 0
     if not faulted:
       answered = False
@@ -98,6 +78,8 @@ class FaultyEnvironment:
   """An environment whose sessions inject faults; tasks and checkers stay as they are."""
 
   def __init__(self, environment: Environment, faults: Faults):
+    if total(faults) > 1 + 1e-9:
+      raise ValueError(f"faults: the probabilities add up to {total(faults):g}: at most 1")
     self._environment, self._faults = environment, faults
     self.name = environment.name
 
@@ -106,6 +88,6 @@ class FaultyEnvironment:
 
   def open(self, task: Task, sample: int) -> Session:
     session = self._environment.open(task, sample)
-    if self._faults.total == 0:
+    if total(self._faults) == 0:
       return session
     return FaultInjector(session, self._faults, task, sample)

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from steptool_jax.config import Market
 from steptool_jax.environments.base import Environment, Session, Split, check_split
 from steptool_jax.environments.pipeline_specialists import PIPELINE
 from steptool_jax.environments.shop_specialists import SHOP
@@ -27,42 +28,18 @@ SPECIALTIES = {"nested_api": SHOP, "data_pipeline": PIPELINE}
 _FREE = frozenset({Code.MALFORMED, Code.UNKNOWN_TOOL, Code.BAD_ARGUMENTS, Code.INFRASTRUCTURE})
 
 
-@dataclasses.dataclass(frozen=True)
-class Market:
-  """spread: prices and latencies lie within this factor of the usual ones, at least 1.
-
-  tiers: the specialists on offer, of specialists.TIERS; a task offers one of them or more.
-  preferences: queries say what their user cares about; task.metadata["preference"] has it as
-  weights for rewards/orchestra.py. asked: share of the tasks that come down to one question whose
-  demonstration asks a specialist that is right, so that demonstrations show how one asks.
-  """
-
-  seed: int = 0
-  spread: float = 2.0
-  tiers: tuple[str, ...] = ()
-  preferences: bool = False
-  asked: float = 0.0
-
-  def __post_init__(self):
-    if not self.spread >= 1:
-      raise ValueError(f"market.spread is {self.spread}: must be at least 1")
-    if not 0 <= self.asked <= 1:
-      raise ValueError(f"market.asked is {self.asked}: must be in [0, 1]")
-    for tier in self.tiers:
-      if tier not in TIERS:
-        raise ValueError(f"market.tiers: there is no {tier!r}; choose of {', '.join(TIERS)}")
-
-
 class MarketEnvironment:
   """An environment whose calls cost something. Tasks stay solvable without any specialist.
 
-  metadata gains "prices" (tool -> [USD, seconds]) and, where the user has a wish, "preference".
+  metadata gains "prices" (tool -> [USD, seconds]) and, where the user has a wish, "preference": its
+  weights for rewards/orchestra.py. A task that comes down to one question is demonstrated, with
+  probability `asked`, by asking a specialist that is right.
   """
 
   def __init__(self, environment: Environment, market: Market):
-    if market.tiers and environment.name not in SPECIALTIES:
+    if market.specialists and environment.name not in SPECIALTIES:
       raise ValueError(
-        f"market.tiers: specialists know {' and '.join(SPECIALTIES)}, not {environment.name!r}"
+        f"market.specialists: they know {' and '.join(SPECIALTIES)}, not {environment.name!r}"
       )
     self._environment, self._market = environment, market
     self._specialty = SPECIALTIES.get(environment.name)
@@ -84,7 +61,7 @@ class MarketEnvironment:
   def _offer(self, task: Task, split: Split) -> Task:
     """The task on the market, a function of (seed, split, task)."""
     rng = random.Random(f"{self._market.seed}/{split}/{task.id}/market")
-    on_offer = [tier for tier in TIERS if tier in self._market.tiers]
+    on_offer = [tier for tier in TIERS if tier in self._market.specialists]
     chosen = set(rng.sample(on_offer, rng.randint(1, len(on_offer)))) if on_offer else set()
     tiers = [tier for tier in on_offer if tier in chosen]
     prices = self._price_list(rng, task, tiers)
@@ -156,7 +133,7 @@ class MarketSession:
 
   def __init__(self, session: Session, task: Task, market: Market, specialty: Specialty | None):
     self._session, self._prices = session, task.metadata["prices"]
-    tiers = {_PREFIX + tier: tier for tier in market.tiers}
+    tiers = {_PREFIX + tier: tier for tier in market.specialists}
     asking = [
       _asking(session, spec, specialty, tiers[spec.name], f"{market.seed}/{task.id}")
       for spec in task.tools

@@ -13,8 +13,9 @@ import sqlite3
 from collections.abc import Iterator
 from typing import Any
 
+from steptool_jax.config import Config
 from steptool_jax.environments import shop
-from steptool_jax.environments.base import Split
+from steptool_jax.environments.base import Split, generator_fields
 from steptool_jax.environments.generated import Draw, Generated, Stale
 from steptool_jax.types import Finish, Task, ToolCall
 
@@ -299,3 +300,9 @@ def _walk(rng: random.Random, draft: _Draft, path: _Composition) -> tuple[str, s
     key = draft.read(tool, "id", key, field)
     phrase = words.format(phrase)
   return phrase, key
+
+
+def from_config(config: Config, services: Any) -> NestedApi:
+  """The row of base.ENVIRONMENTS."""
+  del services
+  return NestedApi(**generator_fields(config))

@@ -13,40 +13,23 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from steptool_jax.config import Lora
 from steptool_jax.policy.model import ModelConfig, abstract_params
 
 TARGETS = ("q", "k", "v", "o", "gate", "up", "down", "lm_head")
 
 
-@dataclasses.dataclass(frozen=True)
-class LoraConfig:
-  """Which projections get an adapter, and how strong it is."""
-
-  rank: int = 16
-  alpha: float = 32.0
-  targets: tuple[str, ...] = TARGETS[:7]
-
-  def __post_init__(self):
-    object.__setattr__(self, "targets", tuple(self.targets))
-    if self.rank < 1:
-      raise ValueError(f"lora.rank: {self.rank} must be at least 1")
-    if not self.targets:
-      raise ValueError(f"lora.targets: empty; choose from {', '.join(TARGETS)}")
-    for target in self.targets:
-      if target not in TARGETS:
-        raise ValueError(f"lora.targets: {target!r} is not one of {', '.join(TARGETS)}")
-
-  @property
-  def scale(self) -> float:
-    return self.alpha / self.rank
+def scale(lora: Lora) -> float:
+  """What a product with an adapter is multiplied by."""
+  return lora.alpha / lora.rank
 
 
-def with_lora(config: ModelConfig, lora: LoraConfig) -> ModelConfig:
+def with_lora(config: ModelConfig, lora: Lora) -> ModelConfig:
   """The model configuration that applies adapters of `lora`."""
-  return dataclasses.replace(config, lora_scale=lora.scale)
+  return dataclasses.replace(config, lora_scale=scale(lora))
 
 
-def init_lora(config: ModelConfig, lora: LoraConfig, key: jax.Array) -> dict[str, Any]:
+def init_lora(config: ModelConfig, lora: Lora, key: jax.Array) -> dict[str, Any]:
   """Adapters float32: A uniform in ±1 / sqrt(in) (PEFT's default), B zero."""
   if "lm_head" in lora.targets and config.tie_embeddings:
     raise ValueError("lora.targets: 'lm_head' needs untied embeddings; leave it out")
@@ -68,13 +51,11 @@ def init_lora(config: ModelConfig, lora: LoraConfig, key: jax.Array) -> dict[str
   return {name: tree for name, tree in adapters.items() if tree}
 
 
-def merge_lora(
-  params: dict[str, Any], adapters: dict[str, Any], lora: LoraConfig
-) -> dict[str, Any]:
+def merge_lora(params: dict[str, Any], adapters: dict[str, Any], lora: Lora) -> dict[str, Any]:
   """Parameters with the adapters added to their kernels (sum in float32, dtype kept)."""
 
   def merge(module, adapter):
-    return {**module, "kernel": _merge(module["kernel"], adapter, lora.scale)}
+    return {**module, "kernel": _merge(module["kernel"], adapter, scale(lora))}
 
   out = dict(params)
   out["layers"] = dict(params["layers"])

@@ -8,7 +8,7 @@ import numpy as np
 
 from steptool_jax.policy import sharding
 from steptool_jax.policy.hfconfig import PROJECTIONS
-from steptool_jax.policy.lora import LoraConfig
+from steptool_jax.policy.lora import Lora
 from steptool_jax.policy.model import ModelConfig
 from steptool_jax.policy.tensorfile import output_directory, write_file, write_json
 
@@ -16,7 +16,7 @@ PEFT_NAMES = {ours: name.split(".")[-1] for ours, name in PROJECTIONS.items()}
 PEFT_NAMES["lm_head"] = "lm_head"
 
 
-def _tensors(config: ModelConfig, lora: LoraConfig):
+def _tensors(config: ModelConfig, lora: Lora):
   """(PEFT name, target, 'a' or 'b', layer or None)."""
   for target in lora.targets:
     for ours, theirs in (("a", "lora_A"), ("b", "lora_B")):
@@ -32,7 +32,7 @@ def save_adapter(
   directory: str | pathlib.Path,
   config: ModelConfig,
   adapters: dict[str, Any],
-  lora: LoraConfig,
+  lora: Lora,
   base_model: str | None = None,
 ) -> None:
   """Writes a directory that peft.PeftModel.from_pretrained opens; all or nothing.

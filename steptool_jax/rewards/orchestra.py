@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from steptool_jax.config import Filters
 from steptool_jax.types import Code, Status, ToolCall, Trajectory
 
 PARTS = ("outcome", "cost", "latency", "preference")
@@ -41,19 +42,6 @@ class Preference:
   def of(self, wish: Mapping[str, Any]) -> "Preference":
     """These weights, with those that a task's user names (task.metadata["preference"]) instead."""
     return dataclasses.replace(self, **wish)
-
-
-@dataclasses.dataclass(frozen=True)
-class Filters:
-  """What a group is trained without; the values switch all off.
-
-  min_deviation: groups whose returns have a smaller standard deviation go (ToolOrchestra: 0.1).
-  malformed: trajectories with a malformed call go. unfinished: those cut by a budget go.
-  """
-
-  min_deviation: float = 0.0
-  malformed: bool = False
-  unfinished: bool = False
 
 
 def final_rewards(

@@ -9,13 +9,13 @@ hands them to `sampled`, runs `call` in the environment and hands the answer to 
 """
 
 import copy
-import dataclasses
 import enum
 import json
 from collections.abc import Sequence
 
 import numpy as np
 
+from steptool_jax.config import Limits
 from steptool_jax.dialogue.template import ChatFormat
 from steptool_jax.simulators.render import shorten
 from steptool_jax.types import (
@@ -33,23 +33,6 @@ from steptool_jax.types import (
 
 # What the policy got wrong by itself; a tool that is missing a record or is down is not its doing.
 INVALID = frozenset({Code.MALFORMED, Code.UNKNOWN_TOOL, Code.BAD_ARGUMENTS})
-
-
-@dataclasses.dataclass(frozen=True)
-class Limits:
-  """Budgets of one conversation; all at least 1."""
-
-  max_steps: int  # LLM calls
-  max_step_tokens: int  # sampled tokens of one turn, the stop token included
-  max_tokens: int  # the whole conversation, prompt and observations included
-  max_invalid: int  # invalid calls in a row that end the conversation as GAVE_UP
-  max_observation_chars: int  # longer observations are cut there and end in "..."
-
-  def __post_init__(self):
-    for field in dataclasses.fields(self):
-      value = getattr(self, field.name)
-      if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"limits.{field.name}: must be an integer of at least 1, found {value!r}")
 
 
 class NonFiniteLogprobs(ValueError):

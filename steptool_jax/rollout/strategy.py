@@ -4,6 +4,7 @@ import dataclasses
 
 import numpy as np
 
+from steptool_jax import config
 from steptool_jax.rollout.branching import ROOT
 from steptool_jax.types import Status, Step, Trajectory
 
@@ -17,26 +18,19 @@ DIVERSITY = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Search:
-  """How to search. Limits.max_steps bounds the depth of a chain, max_calls the whole tree.
+class Search(config.Search):
+  """config.Search with what a run adds. Limits.max_steps bounds the depth of a chain.
 
-  width: children of a node. answer_back, give_up_back: levels to go up after an answer and after
-  giving up (any other end of a chain goes up 1). answers: the search ends with that many.
-  diversity: the user's turn in front of a sibling; "{candidates}" becomes the earlier ones.
+  max_calls: bounds the whole tree. answers: the search ends with that many. diversity: the user's
+  turn in front of a sibling; "{candidates}" becomes the earlier ones. Any end of a chain but an
+  answer and giving up goes up 1 level.
   """
 
   max_calls: int = 30
-  width: int = 2
-  answer_back: int = 2
-  give_up_back: int = 2
   answers: int = 1
   diversity: str = DIVERSITY
 
   def __post_init__(self):
-    for field in ("max_calls", "width", "answer_back", "give_up_back", "answers"):
-      value = getattr(self, field)
-      if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"search.{field}: must be an integer of at least 1, found {value!r}")
     if CANDIDATES not in self.diversity:
       raise ValueError(f"search.diversity: must contain {CANDIDATES}, the place of the candidates")
 

@@ -19,7 +19,7 @@ import numpy as np
 from absl import logging
 from jax.sharding import Mesh
 
-from steptool_jax.config import Config
+from steptool_jax.config import Config, Lora
 from steptool_jax.learning import batching, update
 from steptool_jax.policy import attention, hfconfig, lora, model, sharding
 from steptool_jax.policy import engine as engine_lib
@@ -102,7 +102,7 @@ class AbstractPolicy:
   """What programs read of a build.Policy: no tokenizer, no weights."""
 
   model: model.ModelConfig
-  lora: lora.LoraConfig | None
+  lora: Lora | None
 
 
 def abstract_policy(config: Config) -> AbstractPolicy:

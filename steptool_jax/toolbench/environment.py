@@ -15,6 +15,7 @@ from typing import Any
 
 from absl import logging
 
+from steptool_jax.config import Config
 from steptool_jax.environments.base import Split, check_split
 from steptool_jax.files import read_json
 from steptool_jax.simulators.errors import InfrastructureError
@@ -269,4 +270,29 @@ def _api(raw: Any, where: str) -> Api:
     required=parameters["required_parameters"],
     optional=parameters["optional_parameters"],
     document=raw,
+  )
+
+
+def from_config(config: Config, services: Any) -> ToolBench:
+  """The row of environments.base.ENVIRONMENTS.
+
+  Sessions grade by their default: services.judging gives the verdicts, all at once.
+  """
+  c = config.environment.toolbench
+  prompts = None
+  if c.prompt:
+    try:
+      prompts = Prompts(system=Path(c.prompt).read_text(encoding="utf-8"))
+    except ValueError as error:
+      raise ValueError(f"config.environment.toolbench.prompt: {c.prompt}: {error}") from None
+  return ToolBench(
+    c.folder,
+    services.answering.simulator,
+    c.subsets,
+    train_subsets=c.train_subsets,
+    ids=c.ids or None,
+    tools_folder=c.tools or None,
+    prompts=prompts,
+    max_observation_chars=config.rollout.max_observation_chars,
+    toolbench_key=services.toolbench_key,
   )

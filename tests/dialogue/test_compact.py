@@ -100,18 +100,6 @@ def test_task_texts_are_what_the_conversation_will_contain(codec):
   assert fmt.parse(fmt.render_action(demonstration[0])) == ToolCall("f", {"a": 1})
 
 
-def test_numbers_of_up_to_three_digits_are_one_token(tmp_path):
-  """And the same one wherever they stand; without `digits` each digit is a token."""
-  whole = Codec.load(compact.build_tokenizer(CORPUS, 1500, tmp_path / "3", digits=3))
-  single = Codec.load(compact.build_tokenizer(CORPUS, 360, tmp_path / "1"))
-  for text, pieces in (("131", ["131"]), ("p07", ["p", "07"]), ("12345", ["123", "45"])):
-    ids = whole.encode(text)
-    assert [whole.decode([i]) for i in ids] == pieces
-    assert [single.decode([i]) for i in single.encode(text)] == list(text)
-  for n in range(1000):
-    assert len(whole.encode(str(n))) == 1, n
-  assert whole.decode(whole.encode('{"id":"p131","price":42}')) == '{"id":"p131","price":42}'
-  with pytest.raises(ValueError, match="at least 1362"):
-    compact.build_tokenizer(CORPUS, 1361, tmp_path, digits=3)
-  with pytest.raises(ValueError, match="digits is 4"):
-    compact.build_tokenizer(CORPUS, 99999, tmp_path, digits=4)
+def test_a_vocabulary_without_room_for_bytes_and_controls_is_refused(tmp_path):
+  with pytest.raises(ValueError, match="at least 262"):
+    compact.build_tokenizer(CORPUS, 261, tmp_path)

@@ -146,7 +146,7 @@ def test_the_kl_penalty_in_the_loss_by_hand(params):
 
 
 def test_the_reference_of_a_lora_run_is_the_policy_without_adapters(params):
-  settings = lora.LoraConfig(rank=2, alpha=8.0, targets=("q", "up"))
+  settings = lora.Lora(rank=2, alpha=8.0, targets=("q", "up"))
   adapters = jax.tree.map(lambda x: x + 0.2, lora.init_lora(CONFIG, settings, jax.random.key(2)))
   learner = update.dataclasses.replace(make_learner(), model=lora.with_lora(CONFIG, settings))
   split = lora.split_variables({"params": params, "lora": adapters})

@@ -51,7 +51,7 @@ def test_equals_the_plain_one_with_gradients(head, chunk, full, monkeypatch):
   config = fakes.tiny_config(vocab_size=48, tie_embeddings=head == "tied")
   variables = {"params": model.init_params(config, jax.random.key(1))}
   if head == "adapter":
-    adapters = lora.LoraConfig(4, 8.0, targets=("lm_head",))
+    adapters = lora.Lora(4, 8.0, targets=("lm_head",))
     config = lora.with_lora(config, adapters)
     variables["lora"] = lora.init_lora(config, adapters, jax.random.key(2))
     b = variables["lora"]["lm_head"]["b"]

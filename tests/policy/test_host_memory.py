@@ -27,7 +27,7 @@ def test_the_host_holds_a_block_and_not_the_model(tmp_path):
 def _on_eight_devices(directory: pathlib.Path) -> None:
   assert jax.device_count() == 8
   mesh = sharding.make_mesh(1, 8, 1)
-  settings = lora.LoraConfig(4, 8.0)
+  settings = lora.Lora(4, 8.0)
   config = tiny_config(
     vocab_size=8192,
     hidden_size=512,
@@ -59,7 +59,7 @@ def _on_eight_devices(directory: pathlib.Path) -> None:
   merged = {**expected, "layers": dict(expected["layers"])}
   for name, adapter in adapters["layers"].items():
     old = expected["layers"][name]["kernel"]
-    delta = settings.scale * (np.asarray(adapter["a"]) @ np.asarray(adapter["b"]))
+    delta = lora.scale(settings) * (np.asarray(adapter["a"]) @ np.asarray(adapter["b"]))
     merged["layers"][name] = {"kernel": (old.astype(np.float32) + delta).astype(old.dtype)}
   adapters = jax.device_put(adapters, sharding.shardings(adapters, mesh))
   del params

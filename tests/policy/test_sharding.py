@@ -28,7 +28,7 @@ def test_every_parameter_adapter_and_moment_has_a_rule():
 
     def state(config=config, targets=targets):
       params = model.init_params(config, jax.random.key(0))
-      adapters = lora.init_lora(config, lora.LoraConfig(targets=targets), jax.random.key(1))
+      adapters = lora.init_lora(config, lora.Lora(16, 32.0, targets), jax.random.key(1))
       variables = {"params": params, "lora": adapters}
       trainable, frozen = lora.split_variables(variables)
       optimizer = optax.adamw(1e-3)
@@ -101,7 +101,7 @@ def test_eight_devices_equal_one(tmp_path):
 
 def _on_eight_devices(directory: pathlib.Path) -> None:
   assert jax.device_count() == 8
-  adapter = lora.LoraConfig(4, 8.0, targets=lora.TARGETS)
+  adapter = lora.Lora(4, 8.0, targets=lora.TARGETS)
   config = lora.with_lora(tiny_config(vocab_size=64, tie_embeddings=False), adapter)
   params = model.init_params(config, jax.random.key(0))
   adapters = lora.init_lora(config, adapter, jax.random.key(1))

@@ -146,7 +146,7 @@ def test_what_a_user_wants_stands_in_place_of_the_usual_weights():
 
 # --- with step rewards ---
 
-ENV = MarketEnvironment(NestedApi(25, 0, seed=4), Market(tiers=("small", "large")))
+ENV = MarketEnvironment(NestedApi(25, 0, seed=4), Market(specialists=("small", "large")))
 
 
 def rewarded(task, group, preference):

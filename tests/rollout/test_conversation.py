@@ -315,15 +315,6 @@ def test_what_an_engine_must_not_do_is_refused(fmt):
   assert conversation.sampled([], [], stopped=False) is State.DECODING
 
 
-@pytest.mark.parametrize(
-  "field", ["max_steps", "max_step_tokens", "max_tokens", "max_invalid", "max_observation_chars"]
-)
-@pytest.mark.parametrize("value", [0, -1, 1.5, True])
-def test_limits_are_checked_by_name(field, value):
-  with pytest.raises(ValueError, match=f"limits.{field}"):
-    limits(**{field: value})
-
-
 @settings(max_examples=150, deadline=None)
 @given(
   turns=st.lists(

@@ -110,7 +110,7 @@ def scripted(config, folder, broken=(), costs=None):
         services=services.NO_SERVICES,
         policy=policy,
         engine=Script(config.rollout.slots, turns),
-        limits=build.build_limits(config),
+        limits=config.rollout,
         runner=runner,
         stop=opening.Stop(),
       )

@@ -22,7 +22,7 @@ from steptool_jax.data.trajectories import dump as dump_record
 from steptool_jax.rewards import responses, rules, shaping
 from steptool_jax.rewards.scores import StepScores, apply
 from steptool_jax.run import annotate
-from steptool_jax.run.parts import build
+from steptool_jax.run.parts import build, services
 from steptool_jax.types import Code, Finish, Malformed, Status, ToolCall
 
 CALL = {"name": "rain_for_sky", "arguments": '{"place": "Oslo"}', "response": OBSERVED}
@@ -248,6 +248,13 @@ def grades(sc, con, status):
   return completion(arguments=dict(zip(names, (sc, con, status), strict=True)))
 
 
+@pytest.fixture(autouse=True)
+def asked_once(monkeypatch):
+  """A judge is asked in order and not again, so that what it says can be counted."""
+  monkeypatch.setattr(services, "LLM_RETRIES", 0)
+  monkeypatch.setattr(services, "IN_FLIGHT", 1)
+
+
 def judge_config(config, server, path, **changes):
   settings = {
     "annotate__input": path,
@@ -255,8 +262,6 @@ def judge_config(config, server, path, **changes):
     "judge__kind": "llm",
     "judge__endpoint__base_url": server.url,
     "judge__endpoint__model": "m",
-    "judge__endpoint__retries": 0,
-    "judge__endpoint__in_flight": 1,
     "judge__endpoint__prompt_price": 2.0,
     "judge__endpoint__completion_price": 10.0,
   }

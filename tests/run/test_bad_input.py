@@ -133,11 +133,22 @@ def outcomes(tmp_path_factory):
   return {name: (codes[name], (folder / name).read_text(), cases[name][1]) for name in cases}
 
 
-NAMES = (
-  *("no model", "no weights", "truncated", "other shape", "no template", "unknown field"),
-  *("unknown flag", "wrong type", "bad value", "unknown mode", "stray word", "broken line"),
-  *("no schema", "no config"),
-)
+NAMES = [
+  "no model",
+  "no weights",
+  "truncated",
+  "other shape",
+  "no template",
+  "unknown field",
+  "unknown flag",
+  "wrong type",
+  "bad value",
+  "unknown mode",
+  "stray word",
+  "broken line",
+  "no schema",
+  "no config",
+]
 
 
 @pytest.mark.parametrize("name", NAMES)

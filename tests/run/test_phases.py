@@ -14,7 +14,7 @@ from steptool_jax.run.parts import build
 
 def test_the_reference_of_rl_is_the_policy_after_sft():
   """Adapters of SFT are merged, so that "adapters off" is what RL starts from."""
-  settings = lora.LoraConfig(rank=2, alpha=8.0, targets=("q", "down"))
+  settings = lora.Lora(rank=2, alpha=8.0, targets=("q", "down"))
   config = lora.with_lora(fakes.tiny_config(), settings)
   params = model.init_params(config, jax.random.key(0))
   trained = jax.tree.map(lambda x: x + 0.1, lora.init_lora(config, settings, jax.random.key(1)))

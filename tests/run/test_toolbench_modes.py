@@ -360,9 +360,10 @@ def test_an_llm_judge(bench_folder, tmp_path, compiled, scripted, monkeypatch):
 
 
 def test_cache_then_http_then_llm_and_what_they_say_is_kept(
-  bench_folder, tmp_path, compiled, scripted
+  bench_folder, tmp_path, compiled, scripted, monkeypatch
 ):
   """Our own server (over the cache) stands for http; it does not know 10.9.9.9."""
+  monkeypatch.setattr(services, "HTTP_RETRIES", 0)
   asked = []
 
   class Misses:
@@ -375,9 +376,7 @@ def test_cache_then_http_then_llm_and_what_they_say_is_kept(
     bench_folder, compiled, simulator__cache="", simulator__writable_cache=str(tmp_path / "new")
   )
   with server.Server(Misses(), "127.0.0.1", 0) as own:
-    config = tiny.replace(
-      config, simulator__http=f"http://127.0.0.1:{own.port}/virtual", simulator__http_retries=0
-    )
+    config = tiny.replace(config, simulator__http=f"http://127.0.0.1:{own.port}/virtual")
     summary, _ = scripted(config, tmp_path / "a")
   assert summary["infrastructure_errors"] == 0
   # Six calls; those that three slots make at the same time may all come too early for the cache.
@@ -538,15 +537,15 @@ def test_bad_folders_and_addresses(bench_folder, tmp_path, compiled, changes, ki
 
 
 def test_every_task_in_an_infrastructure_error_is_no_pass_rate(
-  bench_folder, tmp_path, compiled, scripted
+  bench_folder, tmp_path, compiled, scripted, monkeypatch
 ):
+  monkeypatch.setattr(services, "HTTP_RETRIES", 0)
   config = make(
     bench_folder,
     compiled,
     environment__toolbench__ids=("1",),
     simulator__cache="",
     simulator__http="http://127.0.0.1:9/virtual",
-    simulator__http_retries=0,
     rollout__tool_retries=0,
   )
   with pytest.raises(RuntimeError, match="every task ended in an infrastructure error"):

@@ -9,25 +9,19 @@ import jax
 from jax.sharding import Mesh
 
 import steptool_jax
-from steptool_jax.config import Config
+from steptool_jax.config import Config, Lora
 from steptool_jax.dialogue import compact
 from steptool_jax.dialogue.codec import Codec
 from steptool_jax.dialogue.template import ChatFormat, get_format
-from steptool_jax.environments.base import Environment
-from steptool_jax.environments.custom import Custom
-from steptool_jax.environments.data_pipeline import DataPipeline
-from steptool_jax.environments.faults import Faults, FaultyEnvironment
-from steptool_jax.environments.market import Market, MarketEnvironment
-from steptool_jax.environments.nested_api import NestedApi
+from steptool_jax.environments.base import Environment, make
+from steptool_jax.environments.faults import FaultyEnvironment, total
+from steptool_jax.environments.market import MarketEnvironment
 from steptool_jax.policy import attention, families, hfconfig, hub, lora, model, sharding
 from steptool_jax.policy import engine as engine_lib
-from steptool_jax.rollout.conversation import Limits
 from steptool_jax.rollout.strategy import Search
 from steptool_jax.run.hosts import hosts
-from steptool_jax.run.parts.services import NO_SERVICES, Services, secret
+from steptool_jax.run.parts.services import NO_SERVICES, Services
 from steptool_jax.simulators.runner import ToolRunner
-from steptool_jax.toolbench.environment import ToolBench
-from steptool_jax.toolbench.names import Prompts
 from steptool_jax.types import Task
 
 ASSETS = pathlib.Path(steptool_jax.__file__).parent / "assets"
@@ -40,7 +34,7 @@ class Policy:
   """Everything static about the model, and where it came from."""
 
   model: model.ModelConfig  # with lora_scale where adapters are on
-  lora: lora.LoraConfig | None
+  lora: Lora | None
   chat_format: ChatFormat
   source: pathlib.Path | None  # Hugging Face directory of the weights; None = random
   tokenizer: pathlib.Path
@@ -63,58 +57,11 @@ def build_chat_format(config: Config, workdir: pathlib.Path) -> ChatFormat:
 
 def build_environment(config: Config, services: Services = NO_SERVICES) -> Environment:
   """The environment; 'toolbench' and 'custom' with environment.mcp need their services."""
+  environment = make(config, services)
   c = config.environment
-  if c.name == "toolbench":
-    environment = _toolbench(config, services)
-  elif c.name == "custom":
-    environment = Custom(
-      functions=services.mcp.tools if services.mcp is not None else c.functions,
-      tasks_path=c.tasks,
-      heldout_share=c.heldout_share,
-      max_observation_chars=config.rollout.max_observation_chars,
-    )
-  else:
-    generator = {"nested_api": NestedApi, "data_pipeline": DataPipeline}[c.name]
-    environment = generator(
-      num_train=c.num_train,
-      num_heldout=c.num_heldout,
-      seed=c.seed,
-      depths=(c.min_calls, c.max_calls),
-      tools_per_task=c.tools_per_task or None,
-      max_observation_chars=config.rollout.max_observation_chars,
-    )
-  m = c.market
-  if m.prices:
-    market = Market(m.seed, m.spread, m.specialists, m.preferences, m.asked)
-    environment = MarketEnvironment(environment, market)
-  faults = Faults(**dataclasses.asdict(c.faults))
-  if faults.rate_limit + faults.timeout + faults.transient + faults.not_found > 0:
-    environment = FaultyEnvironment(environment, faults)
-  return environment
-
-
-def _toolbench(config: Config, services: Services) -> ToolBench:
-  c = config.environment.toolbench
-  prompts = None
-  if c.prompt:
-    try:
-      prompts = Prompts(system=pathlib.Path(c.prompt).read_text(encoding="utf-8"))
-    except ValueError as error:
-      raise ValueError(f"config.environment.toolbench.prompt: {c.prompt}: {error}") from None
-  # Sessions grade by their default: services.judging gives the verdicts, all at once.
-  return ToolBench(
-    c.folder,
-    services.answering.simulator,
-    c.subsets,
-    train_subsets=c.train_subsets,
-    ids=c.ids or None,
-    tools_folder=c.tools or None,
-    prompts=prompts,
-    max_observation_chars=config.rollout.max_observation_chars,
-    toolbench_key=secret(
-      config.simulator.toolbench_key_variable, "simulator.toolbench_key_variable"
-    ),
-  )
+  if c.market.prices:
+    environment = MarketEnvironment(environment, c.market)
+  return FaultyEnvironment(environment, c.faults) if total(c.faults) > 0 else environment
 
 
 def build_search(config: Config) -> Search | None:
@@ -122,12 +69,7 @@ def build_search(config: Config) -> Search | None:
   r = config.rollout
   if r.strategy != "dfsdt":
     return None
-  return Search(
-    max_calls=build_budget(config),
-    width=r.search.width,
-    answer_back=r.search.answer_back,
-    give_up_back=r.search.give_up_back,
-  )
+  return Search(**dataclasses.asdict(r.search), max_calls=build_budget(config))
 
 
 def build_budget(config: Config) -> int:
@@ -141,17 +83,6 @@ def slot_tokens(config: Config) -> int:
   return r.max_tokens + (r.search.room if r.strategy == "dfsdt" else 0)
 
 
-def build_limits(config: Config) -> Limits:
-  r = config.rollout
-  return Limits(
-    max_steps=r.max_steps,
-    max_step_tokens=r.max_step_tokens,
-    max_tokens=r.max_tokens,
-    max_invalid=r.max_invalid,
-    max_observation_chars=r.max_observation_chars,
-  )
-
-
 def build_runner(config: Config) -> ToolRunner:
   r = config.rollout
   # A simulator waits for servers and tries again by itself. Cutting that short would show the
@@ -160,7 +91,6 @@ def build_runner(config: Config) -> ToolRunner:
   return ToolRunner(
     timeout_s=_A_DAY_S if simulated else r.tool_timeout,
     workers=r.tool_workers,
-    max_stuck=r.max_stuck_tools,
     retries=r.tool_retries,
   )
 
@@ -203,8 +133,7 @@ def build_policy(config: Config, environment: Environment, workdir: pathlib.Path
       eos_token_id=chat_format.stop_ids[0],
       pad_token_id=codec.pad_id,
     )
-  model_config, lora_config = with_adapters(config, model_config)
-  return Policy(model_config, lora_config, chat_format, source, tokenizer, raw)
+  return Policy(*with_adapters(config, model_config), chat_format, source, tokenizer, raw)
 
 
 def random_model(config: Config, **run_fields: str) -> model.ModelConfig:
@@ -222,12 +151,11 @@ def random_model(config: Config, **run_fields: str) -> model.ModelConfig:
 
 def with_adapters(
   config: Config, model_config: model.ModelConfig
-) -> tuple[model.ModelConfig, lora.LoraConfig | None]:
+) -> tuple[model.ModelConfig, Lora | None]:
   """The model with the configured adapters, and which they are."""
   if not config.lora.rank:
     return model_config, None
-  lora_config = lora.LoraConfig(config.lora.rank, config.lora.alpha, config.lora.targets)
-  return lora.with_lora(model_config, lora_config), lora_config
+  return lora.with_lora(model_config, config.lora), config.lora
 
 
 def _source(path: str, workdir: pathlib.Path) -> pathlib.Path:
@@ -262,9 +190,7 @@ def _tokenizer(config: Config, environment: Environment, workdir: pathlib.Path) 
     if not (out / "tokenizer_config.json").exists():
       tasks = environment.tasks("train")[:TOKENIZER_TASKS]
       texts = (text for task in tasks for text in _texts(environment, task))
-      compact.build_tokenizer(
-        texts, config.model.architecture.vocab_size, out, digits=config.model.number_digits
-      )
+      compact.build_tokenizer(texts, config.model.architecture.vocab_size, out)
 
   hosts.lead(write)
   return out

@@ -9,10 +9,9 @@ from collections.abc import Iterator
 import jax
 from jax.sharding import Mesh
 
-from steptool_jax.config import Config
+from steptool_jax.config import Config, Limits
 from steptool_jax.environments.base import Environment
 from steptool_jax.policy.engine import Engine
-from steptool_jax.rollout.conversation import Limits
 from steptool_jax.run.hosts import agreement, allocator
 from steptool_jax.run.parts import build
 from steptool_jax.run.parts.services import Services, open_services
@@ -88,7 +87,7 @@ def open_parts(config: Config, workdir: pathlib.Path, stop: Stop) -> Iterator[Pa
       services=services,
       policy=policy,
       engine=build.build_engine(config, policy, mesh),
-      limits=build.build_limits(config),
+      limits=config.rollout,
       runner=runner,
       stop=stop,
     )

@@ -16,6 +16,9 @@ from steptool_jax.toolbench.simulators.http import HttpSimulator
 from steptool_jax.toolbench.simulators.llm import LlmSimulator
 from steptool_jax.toolbench.simulators.virtual import FirstAnswer, Simulator
 
+HTTP_RETRIES, LLM_RETRIES = 4, 3  # further attempts at a server, with growing pauses
+IN_FLIGHT = 64  # requests to one server at the same time
+
 
 @dataclasses.dataclass(frozen=True)
 class Answering:
@@ -41,6 +44,7 @@ class Services:
 
   answering: Answering | None = None  # toolbench
   judging: Judging | None = None  # toolbench
+  toolbench_key: str = ""  # toolbench: of the http server, sent with every call
   mcp: McpServer | None = None  # custom, with environment.mcp
 
   def beside(self, figure: str) -> str:
@@ -61,7 +65,9 @@ def open_services(config: Config) -> Iterator[Services]:
       endpoint = None
       if config.judge.kind == "llm":
         endpoint = open_endpoint(config.judge.endpoint, "judge.endpoint", stack)
-      yield Services(answering, Judging(endpoint, config.judge.runs))
+      name = "simulator.toolbench_key_variable"
+      key = secret(config.simulator.toolbench_key_variable, name)
+      yield Services(answering, Judging(endpoint, config.judge.runs), key)
     elif c.mcp:
       is_url = len(c.mcp) == 1 and c.mcp[0].startswith(("http://", "https://"))
       server = McpServer(
@@ -93,8 +99,8 @@ def open_answering(config: Config) -> Iterator[Answering]:
       http = HttpSimulator(
         c.http,
         timeout_s=c.http_timeout,
-        retries=c.http_retries,
-        max_in_flight=c.http_in_flight,
+        retries=HTTP_RETRIES,
+        max_in_flight=IN_FLIGHT,
       )
       stack.callback(http.close)
       live.append(http)
@@ -128,8 +134,8 @@ def open_endpoint(
       endpoint.model,
       api_key=key,
       timeout_s=endpoint.timeout,
-      retries=endpoint.retries,
-      max_in_flight=endpoint.in_flight,
+      retries=LLM_RETRIES,
+      max_in_flight=IN_FLIGHT,
       cache_dir=pathlib.Path(endpoint.cache) if endpoint.cache else None,
       prices=(endpoint.prompt_price, endpoint.completion_price),
     )

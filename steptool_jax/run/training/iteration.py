@@ -109,8 +109,7 @@ def _trainable(
       "no conversation of this iteration can be trained on: all ended in infrastructure errors "
       "or before the first call; look at the tools and at rollout.max_tokens"
     )
-  f = config.rewards.filters
-  return orchestra.keep(usable, orchestra.Filters(f.min_deviation, f.malformed, f.unfinished))
+  return orchestra.keep(usable, config.rewards.filters)
 
 
 def _learning_figures(
