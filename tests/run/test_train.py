@@ -143,7 +143,7 @@ def batches_of(config, demonstrate, monkeypatch):
   environment = build.build_environment(config)
   parts = {"config": config, "environment": environment, "limits": None}
   parts = types.SimpleNamespace(**parts, policy=types.SimpleNamespace(chat_format=None))
-  monkeypatch.setattr(sft_batches, "demonstrate", demonstrate)
+  monkeypatch.setattr(sft_batches, "replay_actions", demonstrate)
   return sft_batches.SftBatches(parts)
 
 
