@@ -1,7 +1,6 @@
 """One task's demonstration replayed: does it fit, what fails, what is it paid, is it right."""
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any
 
 from steptool_jax.checking.findings import ERROR, WARNING, Finding
@@ -198,11 +197,6 @@ def row_of(task: Task, split: str, found: Replay, limits: Limits) -> dict[str, A
     "seconds": sum(step.observation.seconds for step in calls),
     "problem": found.problem,
   }
-
-
-def observed(trajectories: Sequence[Trajectory]) -> int:
-  """Calls of these trajectories that were answered."""
-  return sum(step.observation is not None for t in trajectories for step in t.steps)
 
 
 def _finding(level: str, kind: str, task: Task, what: str, remedy: str) -> Finding:
