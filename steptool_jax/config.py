@@ -474,6 +474,21 @@ class Bench:
 
 
 @dataclasses.dataclass(frozen=True)
+class Check:
+  """--mode=check, and the short check before training on environment 'custom'."""
+
+  tasks: int = option(
+    200, "of each split that --mode=check replays, spread evenly over it; 0 = all", least=0
+  )
+  before_training: int = option(
+    24,
+    "custom: tasks of each split that are checked before training, which an error stops; 0 = off",
+    least=0,
+  )
+  seconds: float = option(20.0, "after which the check before training begins no task", above=0)
+
+
+@dataclasses.dataclass(frozen=True)
 class Report:
   """--mode=report, and the page that --mode=study writes."""
 
@@ -520,6 +535,7 @@ class Config:
   serve: Serve = option(Serve(), "simulator server")
   checkpoint: Checkpoint = option(Checkpoint(), "checkpoints")
   bench: Bench = option(Bench(), "benchmarks")
+  check: Check = option(Check(), "check of tools and tasks")
   report: Report = option(Report(), "report")
   study: Study = option(Study(), "study")
 

@@ -16,7 +16,10 @@ from ml_collections import config_flags
 from steptool_jax import validation
 from steptool_jax.run.hosts import hosts, joining
 
-MODES = ("train", "evaluate", "annotate", "export", "bench", "serve", "report", "study", "compile")
+MODES = (
+  *("train", "evaluate", "check", "annotate", "export", "bench", "serve", "report", "study"),
+  "compile",
+)
 SEVERAL = ("train", "evaluate", "export")  # on several processes
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, FILE.py or FILE.py:arg.")
@@ -42,6 +45,8 @@ def main(argv: list[str]) -> None:
   if hosts.primary():
     for name, value in summary.items():
       print(f"{name}: {value:.4g}" if isinstance(value, float) else f"{name}: {value}")
+  if summary.get("exit_code"):  # the mode worked, and found what must not go on
+    sys.exit(summary["exit_code"])
 
 
 def _dispatch() -> dict[str, Any]:

@@ -6,7 +6,7 @@ other, so that the result of a rollout never depends on its neighbours.
 
 import importlib
 from collections.abc import Sequence
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 from steptool_jax.config import Config
 from steptool_jax.types import Observation, Task, ToolCall
@@ -53,13 +53,20 @@ class Environment(Protocol):
     ...
 
 
-def make(config: Config, services: Any = None) -> Environment:
+class Problem(NamedTuple):
+  """What is wrong with a tool, or with one line of a tasks file."""
+
+  task: str  # id, "" where it could not be read and for a tool
+  reason: str  # with "file:line: " in front where it is a line's
+
+
+def make(config: Config, services: Any = None, **options: Any) -> Environment:
   """The environment of config.environment, without market and faults.
 
   services: run/parts/services.py's Services, which toolbench and an MCP server's tools come from.
   """
   module = importlib.import_module(ENVIRONMENTS[config.environment.name])
-  return module.from_config(config, services)
+  return module.from_config(config, services, **options)
 
 
 def generator_fields(config: Config) -> dict[str, Any]:

@@ -4,7 +4,9 @@ One task a line:
   {"id": "t1", "query": "...", "checker": {"type": "number", "value": 12},
    "tools": ["add"], "split": "train",
    "demonstration": [{"tool": "add", "arguments": {"a": 5, "b": 7}}, {"answer": "12"}]}
-tools (default: all), split (default: by `heldout_share`) and demonstration are optional.
+tools (default: all), split (default: by `heldout_share`), demonstration and state are optional.
+`"state": {…}`, any JSON value, is the task's own start: `make_tools(state)` receives a copy of it
+for every conversation, and None for a task without one.
 Checkers: exact {value}, number {value, tolerance}, regex {pattern}, contains_all {values}, or the
 name of a function `check(answer, tools, **rest of the checker) -> bool | 0 | .5 | 1`, where `tools`
 maps names to the session's functions, so that it can look at the state.
@@ -14,6 +16,7 @@ can be ended from outside: it runs on, and what it changes later is changed. Let
 for something have a time-out of their own.
 """
 
+import contextlib
 import dataclasses
 import importlib
 import importlib.util
@@ -23,20 +26,23 @@ import re
 import sys
 import types
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jsonschema
 
 from steptool_jax.config import Config
-from steptool_jax.environments.base import SPLITS, Split, check_split
+from steptool_jax.environments.base import SPLITS, Problem, Split, check_split
 from steptool_jax.environments.checkers import normal, same_value
+from steptool_jax.simulators import starts
 from steptool_jax.simulators.functions import Tool, Toolbox, tool
 from steptool_jax.types import Action, Finish, Observation, Task, ToolCall, ToolSpec
 
 Functions = Sequence[Callable[..., Any] | Tool]
-_FIELDS = frozenset({"id", "query", "checker", "tools", "split", "demonstration"})
+_FIELDS = frozenset({"id", "query", "checker", "tools", "split", "demonstration", starts.STATE})
+# Checkers of other environments, whose fields rewards/rules.py reads.
+_TAKEN = frozenset({"value", "state", "table"})
 # type -> its fields: (name, JSON type, required)
 _CHECKERS: Mapping[str, tuple[tuple[str, tuple[type, ...], bool], ...]] = {
   "exact": (("value", (str, int, float), True),),
@@ -50,11 +56,12 @@ class Custom:
   """The environment.
 
   functions: a list of functions that share nothing, or of Tools (an MCP server's); or a function
-  without parameters that makes the list anew for every session (shared state lives there); or a
-  module ("pkg.mod" or "file.py") that has either TOOLS (a list) or make_tools (a function); its
-  other functions are checkers. tasks_path: the JSONL file. heldout_share: share of the tasks
-  without a split field that are held out. All errors in tools and tasks are found here, as
-  ValueError, in tasks with "file:line: reason".
+  that makes the list anew for every session (shared state lives there), whose parameter, if it has
+  one, receives the task's state; or a module ("pkg.mod" or "file.py") that has either TOOLS (a
+  list) or make_tools (a function); its other functions are checkers. tasks_path: the JSONL file.
+  heldout_share: share of the tasks without a split field that are held out. All errors in tools and
+  tasks are found here, as ValueError, in tasks with "file:line: reason". problems: a list that
+  takes them in the place of the first error; tools and tasks with one are left out.
   """
 
   name = "custom"
@@ -65,29 +72,44 @@ class Custom:
     tasks_path: str | Path,
     heldout_share: float = 0.2,
     max_observation_chars: int = 1024,
+    problems: list[Problem] | None = None,
   ):
     if not 0 <= heldout_share <= 1:
       raise ValueError(f"heldout_share is {heldout_share}: must be in [0, 1]")
     known: dict[str, Callable[..., Any]] = {}
+    self._own: frozenset[str] = frozenset()  # functions that the module itself defines
     if isinstance(functions, (str, Path)):
       module = _load_module(str(functions))
       known = {n: f for n, f in vars(module).items() if inspect.isfunction(f) and n[0] != "_"}
+      self._own = frozenset(n for n, f in known.items() if f.__module__ == module.__name__)
       functions = _tools_of(module, str(functions))
     self._checkers = known
     self._max_chars = max_observation_chars
+    self._problems = problems
     if callable(functions):
-      self._make = functions
+      self._make, self._with_state = functions, starts.takes_state(functions)
     else:
       shared = list(functions)
-      self._make = lambda: shared
-    box = Toolbox(self._derive(), max_observation_chars)
+      self._make, self._with_state = (lambda: shared), False
+    lines = _lines(Path(tasks_path))
+    box = Toolbox(self._derive(_first_state(lines), problems), max_observation_chars)
     if not box.specs:
       raise ValueError("custom environment: there is no tool")
     self._specs = {spec.name: spec for spec in box.specs}
-    self._tasks = self._read(Path(tasks_path), heldout_share)
+    self._tasks = self._read(Path(tasks_path), lines, heldout_share)
 
-  def _derive(self) -> list[Tool]:
-    return [f if isinstance(f, Tool) else tool(f) for f in self._make()]
+  def _derive(self, state: Any, problems: list[Problem] | None = None) -> list[Tool]:
+    """The tools of one session. Errors of single ones go to `problems`, where it is given."""
+    tools: list[Tool] = []
+    for function in starts.made(self._make, self._with_state, state):
+      try:
+        tools.append(function if isinstance(function, Tool) else tool(function))
+      except ValueError as error:
+        if self._problems is None:
+          raise
+        if problems is not None:
+          problems.append(Problem("", str(error)))
+    return tools
 
   def tasks(self, split: Split) -> Sequence[Task]:
     return self._tasks[check_split(split)]
@@ -95,19 +117,14 @@ class Custom:
   def open(self, task: Task, sample: int) -> "CustomSession":
     """A session with functions of its own where a factory was given."""
     offered = {spec.name for spec in task.tools}
-    tools = self._derive()
+    tools = self._derive(task.metadata.get(starts.STATE))
     box = Toolbox([t for t in tools if t.spec.name in offered], self._max_chars)
     functions = {t.spec.name: t.function for t in tools}
     return CustomSession(task, box, functions, self._checkers)
 
-  def _read(self, path: Path, heldout_share: float) -> dict[str, tuple[Task, ...]]:
-    try:
-      # Not splitlines: U+2028 and others may stand inside a JSON string.
-      lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except FileNotFoundError:
-      raise FileNotFoundError(f"task file {path} does not exist") from None
-    except UnicodeDecodeError as error:
-      raise ValueError(f"{path}: is not UTF-8 text: {error}") from None
+  def _read(
+    self, path: Path, lines: Sequence[str], heldout_share: float
+  ) -> dict[str, tuple[Task, ...]]:
     tasks: dict[str, list[Task]] = {split: [] for split in SPLITS}
     where: dict[str, int] = {}
     for number, line in enumerate(lines, start=1):
@@ -118,10 +135,14 @@ class Custom:
         if task.id in where:
           raise ValueError(f"id {task.id!r} is already used in line {where[task.id]}")
       except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}:{number}: {error}") from None
+        reason = f"{path}:{number}: {error}"
+        if self._problems is None:
+          raise ValueError(reason) from None
+        self._problems.append(Problem(_id_of(line), reason))
+        continue
       where[task.id] = number
       tasks[split].append(task)
-    if not where:
+    if not where and not self._problems:
       raise ValueError(f"{path}: holds no task")
     return {split: tuple(found) for split, found in tasks.items()}
 
@@ -151,13 +172,22 @@ class Custom:
     specs = tuple(self._specs[name] for name in dict.fromkeys(names))
     checker = self._check_checker(record.get("checker"))
     actions = _demonstration(record.get("demonstration", []), specs)
-    return Task(record["id"], self.name, record["query"], specs, checker, actions), split
+    metadata = starts.metadata_of(record, self._with_state)
+    return Task(record["id"], self.name, record["query"], specs, checker, actions, metadata), split
 
   def _check_checker(self, checker: Any) -> dict[str, Any]:
     if not isinstance(checker, dict) or not isinstance(checker.get("type"), str):
       raise ValueError("field 'checker' must be an object with a 'type'")
     kind = checker["type"]
     rest = {k: v for k, v in checker.items() if k != "type"}
+    if kind in self._checkers and kind in _TAKEN:
+      raise ValueError(
+        f"checker {kind!r}: this name belongs to an embedded environment; rename your function"
+      )
+    if kind in _CHECKERS and kind in self._own - self._specs.keys():
+      raise ValueError(
+        f"checker {kind!r} is built in, and your module has a function of that name too; rename it"
+      )
     if kind not in _CHECKERS:
       if kind not in self._checkers:
         known = ", ".join([*_CHECKERS, *self._checkers])
@@ -269,6 +299,36 @@ def _demonstration(entries: Any, specs: Sequence[ToolSpec]) -> tuple[Action, ...
   return tuple(actions)
 
 
+def _lines(path: Path) -> list[str]:
+  try:
+    # Not splitlines: U+2028 and others may stand inside a JSON string.
+    return path.read_text(encoding="utf-8-sig").split("\n")
+  except FileNotFoundError:
+    raise FileNotFoundError(f"task file {path} does not exist") from None
+  except UnicodeDecodeError as error:
+    raise ValueError(f"{path}: is not UTF-8 text: {error}") from None
+
+
+def _records(lines: Sequence[str]) -> Iterator[dict[str, Any]]:
+  """Of the lines that can be read; what is wrong with the others is said where they are parsed."""
+  for line in lines:
+    with contextlib.suppress(ValueError, RecursionError):
+      record = json.loads(line)
+      if isinstance(record, dict):
+        yield record
+
+
+def _first_state(lines: Sequence[str]) -> Any:
+  """The tools' schemas do not depend on the state; but to make them may need one."""
+  states = (record.get(starts.STATE) for record in _records(lines))
+  return next((state for state in states if state is not None), None)
+
+
+def _id_of(line: str) -> str:
+  record = next(_records([line]), {})
+  return record["id"] if isinstance(record.get("id"), str) else ""
+
+
 def _no_constant(name: str) -> None:
   raise ValueError(f"{name} is not JSON")
 
@@ -302,7 +362,7 @@ def _tools_of(module: types.ModuleType, where: str) -> Functions | Callable[[], 
   return vars(module)[found[0]]
 
 
-def from_config(config: Config, services: Any) -> Custom:
+def from_config(config: Config, services: Any, problems: list[Problem] | None = None) -> Custom:
   """The row of base.ENVIRONMENTS; tools of an MCP server where the config names one."""
   c = config.environment
   return Custom(
@@ -310,4 +370,5 @@ def from_config(config: Config, services: Any) -> Custom:
     tasks_path=c.tasks,
     heldout_share=c.heldout_share,
     max_observation_chars=config.rollout.max_observation_chars,
+    problems=problems,
   )

@@ -55,6 +55,7 @@ ROLLOUTS = {
   "answered": Figure(SHARE, "trajectories that ended in an answer"),
   "gave_up": Figure(SHARE, "trajectories that gave up"),
   "truncated": Figure(SHARE, "trajectories that a budget cut"),
+  "prompts_without_room": Figure("trajectories", "whose prompt left no room for one step"),
   "infrastructure_errors": Figure("trajectories", "that ended in an infrastructure error"),
 }
 

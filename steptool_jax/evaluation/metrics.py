@@ -38,6 +38,7 @@ def rollout_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
     "answered": _mean([t.status is Status.ANSWERED for t in healthy]),
     "gave_up": _mean([t.status is Status.GAVE_UP for t in healthy]),
     "truncated": _mean([t.truncated for t in healthy]),
+    "prompts_without_room": float(sum(not t.steps for t in healthy)),
     "infrastructure_errors": float(len(trajectories) - len(healthy)),
   }
 

@@ -91,6 +91,15 @@ def gguf_to_hub(
   return config
 
 
+def gguf_tokenizer(path: str | pathlib.Path, directory: str | pathlib.Path) -> None:
+  """Writes the tokenizer alone, as `gguf_to_hub` does; no tensor is read. Errors as there."""
+  file = _Gguf(pathlib.Path(path))
+  tokenizer, tokenizer_config = _read_tokenizer(file, _read_config(file))
+  with output_directory(directory) as out:
+    tokenizer.save(str(out / "tokenizer.json"))
+    write_json(out / "tokenizer_config.json", tokenizer_config)
+
+
 class _Gguf:
   def __init__(self, path: pathlib.Path):
     try:

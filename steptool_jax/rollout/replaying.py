@@ -1,13 +1,19 @@
 """Demonstrated actions -> trajectories, through the same state machine that rollouts use."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import numpy as np
 
 from steptool_jax.dialogue.template import ChatFormat
 from steptool_jax.environments.base import Environment
+from steptool_jax.rollout.chain import judged, verdict_on
 from steptool_jax.rollout.conversation import Conversation, Limits, State
-from steptool_jax.types import Action, Task, Trajectory
+from steptool_jax.simulators.errors import InfrastructureError
+from steptool_jax.simulators.runner import ToolRunner, TooManyStuck
+from steptool_jax.types import Action, Code, Status, Step, Task, ToolCall, Trajectory
+
+T = TypeVar("T")
 
 
 def replay_actions(
@@ -18,6 +24,7 @@ def replay_actions(
   limits: Limits,
   system: str | None = None,
   sample: int = 0,
+  runner: ToolRunner | None = None,
 ) -> Trajectory:
   """Replays `actions` in a fresh session; the environment's real answers become observations.
 
@@ -26,12 +33,20 @@ def replay_actions(
   ends in its status (STEP_BUDGET, TOKEN_BUDGET) with the steps that fit, one whose tools are down
   in INFRASTRUCTURE_ERROR; the caller leaves those out and counts them.
 
+  runner: runs every call, and opens and grades, with its time-out and retries; a call that takes
+  longer is a TIMEOUT observation. Without one, a tool that hangs hangs this call.
+
   Raises:
     ValueError: the actions end before the conversation does.
+    RuntimeError: a checker raised, or returned nonsense.
+    TooManyStuck: more calls hang than the runner may leave behind.
   """
-  session = environment.open(task, sample)
+  conversation = Conversation(task, sample, chat_format, limits, system)
+  replaying = _Replaying(environment, runner)
+  session = replaying.opened(task, sample)
+  if session is None:
+    return unopened(task, sample)
   try:
-    conversation = Conversation(task, sample, chat_format, limits, system)
     for action in actions:
       faulted = True
       while faulted and conversation.state is State.NEEDS_APPEND:
@@ -42,11 +57,102 @@ def replay_actions(
         conversation.sampled(ids, np.zeros(len(ids), np.float32), stopped)
         faulted = False
         if conversation.state is State.CALLING:
-          observation = session.call(conversation.call)
+          observation = replaying.answered(session, conversation.call)
           faulted = observation.injected
           conversation.observe(observation)
     if conversation.state is not State.DONE:
       raise ValueError(f"the demonstration of task {task.id!r} does not end in Finish")
-    return conversation.trajectory(session.grade(conversation.answer), 0)
+    trajectory = conversation.trajectory(0.0, 0)
+    return replaying.graded(session, trajectory, conversation.answer)
   finally:
     session.close()
+
+
+def perform(
+  environment: Environment,
+  task: Task,
+  actions: Sequence[Action],
+  sample: int = 0,
+  runner: ToolRunner | None = None,
+) -> Trajectory:
+  """The same replay without a chat format: no tokens, and so no limits. For checks of tasks whose
+  model is not there. Raises as `replay_actions`.
+  """
+  replaying = _Replaying(environment, runner)
+  session = replaying.opened(task, sample)
+  if session is None:
+    return unopened(task, sample)
+  nothing = np.zeros(0, np.int32)
+  steps: list[Step] = []
+  status, answer = Status.STEP_BUDGET, None
+  try:
+    for action in actions:
+      observation = None
+      if isinstance(action, ToolCall):
+        observation = replaying.answered(session, action)
+        while observation.injected:
+          steps.append(Step(nothing, nothing.astype(np.float32), action, observation))
+          observation = replaying.answered(session, action)
+      steps.append(Step(nothing, nothing.astype(np.float32), action, observation))
+      if observation is None:
+        status, answer = Status.ANSWERED, action.answer
+        break
+      if observation.code is Code.INFRASTRUCTURE:
+        status = Status.INFRASTRUCTURE_ERROR
+        break
+    if status is Status.STEP_BUDGET:
+      raise ValueError(f"the demonstration of task {task.id!r} does not end in Finish")
+    trajectory = Trajectory(task.id, sample, nothing, tuple(steps), status)
+    return replaying.graded(session, trajectory, answer)
+  finally:
+    session.close()
+
+
+def unopened(task: Task, sample: int) -> Trajectory:
+  """Of a task whose session could not be opened."""
+  return Trajectory(task.id, sample, np.zeros(0, np.int32), (), Status.INFRASTRUCTURE_ERROR)
+
+
+def hung(trajectory: Trajectory) -> bool:
+  """Whether one of its calls took longer than its time-out, and no injected fault said so."""
+  return any(
+    s.observation is not None and s.observation.code is Code.TIMEOUT and not s.observation.injected
+    for s in trajectory.steps
+  )
+
+
+class _Replaying:
+  """The blocking work of a replay, with a runner's time-out where there is a runner."""
+
+  def __init__(self, environment: Environment, runner: ToolRunner | None):
+    self._environment, self._runner = environment, runner
+
+  def opened(self, task: Task, sample: int):
+    """A session; None where its infrastructure is down or it takes too long."""
+    try:
+      return self._within(
+        f"opening a session for task {task.id}",
+        lambda: self._environment.open(task, sample),
+        lambda late: late.close(),
+      )
+    except TooManyStuck:
+      raise
+    except InfrastructureError:
+      return None
+
+  def answered(self, session, call: ToolCall):
+    if self._runner is None:
+      return session.call(call)
+    return self._runner.submit(session, call).result()
+
+  def graded(self, session, trajectory: Trajectory, answer: str | None) -> Trajectory:
+    what = f"grading task {trajectory.task_id}"
+    verdict = verdict_on(trajectory, lambda: self._within(what, lambda: session.grade(answer)))
+    return judged(trajectory, verdict)
+
+  def _within(
+    self, what: str, work: Callable[[], T], late: Callable[[T], object] | None = None
+  ) -> T:
+    if self._runner is None:
+      return work()
+    return self._runner.within(work, what, late)

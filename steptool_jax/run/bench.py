@@ -227,7 +227,8 @@ def _engine(repeats: int) -> dict[str, Any]:
 def _packing(parts: opening.Parts) -> float:
   trajectories = [
     replay_actions(
-      parts.environment, task, task.demonstration, parts.policy.chat_format, parts.limits
+      *(parts.environment, task, task.demonstration, parts.policy.chat_format, parts.limits),
+      runner=parts.runner,
     )
     for task in parts.environment.tasks("train")[:PACKED]
     if task.demonstration

@@ -21,6 +21,7 @@ from steptool_jax.learning import algorithms
 from steptool_jax.policy import sharding
 from steptool_jax.rollout.chain import Interrupted
 from steptool_jax.run import export
+from steptool_jax.run.checks import before_training
 from steptool_jax.run.hosts import hosts, maintenance
 from steptool_jax.run.parts import build, opening, rollouts
 from steptool_jax.run.parts.opening import Parts
@@ -47,6 +48,7 @@ MAY_CHANGE = (
   "annotate.",
   "report.",
   "study.",
+  "check.",
 )
 
 
@@ -75,7 +77,13 @@ def run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
     opening.open_parts(config, workdir, stop) as parts,
     Checkpoints(workdir, c.keep, c.keep_best) as checkpoints,
   ):
-    return _train(Run(parts, checkpoints))
+    before_training.refuse_bad_input(parts)
+    try:
+      run = Run(parts, checkpoints)
+    except Interrupted:
+      logging.warning("stopped on request, before anything was learnt")
+      return {"mode": "train", "interrupted": True}
+    return _train(run)
 
 
 class Run:
@@ -104,6 +112,10 @@ class Run:
     self.phase = self._restored_phase()
     self.progress = self.phase.progress
     self._began = started - self.progress.seconds
+    # What SFT learns from is chosen before any work; None where it learns from nothing.
+    self.sft: SftBatches | None = None
+    if self.progress.phase == "sft" and self.progress.done < config.sft.steps:
+      self.sft = SftBatches(parts)
     restore.claim(config, parts.workdir)
     self.writer = MetricsWriter(parts.workdir, self.progress.records, self.number)
 
@@ -205,7 +217,9 @@ def warm_up(run: Run) -> None:
   steps = config.sft.steps if stored is None else run.iterations
   if not steps:
     return
-  source = SftBatches(run.parts) if stored is None else stored
+  source = run.sft if stored is None else stored
+  if source is None:  # SFT was done when the run went on
+    return
   size = config.sft.batch if stored is None else stored.size
   capacity = -(-size // config.sft.micro_rows)
   with run.bar(steps, "SFT") as bar:

@@ -267,3 +267,110 @@ def test_tools_that_say_changed(tmp_path):
 
   env = Custom([put], write(tmp_path, GOOD))
   assert env.open(env.tasks("train")[0], 0).call(ToolCall("put", {"x": 1})).changed
+
+
+# --- state ---
+
+STARTS = '''
+def make_tools(state):
+  """Called with the task's own state."""
+  accounts = {} if state is None else state
+
+  def balance(owner: str) -> int:
+    """Balance."""
+    return accounts[owner]
+
+  def spend(owner: str) -> int:
+    """Takes one."""
+    accounts[owner] -= 1
+    return accounts[owner]
+
+  def count() -> int:
+    """Accounts; -1 without a state."""
+    return -1 if state is None else len(accounts)
+
+  return [balance, spend, count]
+'''
+
+
+def test_a_task_has_its_own_start_and_every_session_a_copy_of_it(tmp_path):
+  (tmp_path / "bank.py").write_text(STARTS)
+  checker = {"type": "number", "value": 1}
+  states = {"a": {"ann": 3}, "b": {"ann": 70, "bob": 5}, "c": None}
+  records = [one(checker, id=k) | ({"state": v} if v else {}) for k, v in states.items()]
+  env = Custom(str(tmp_path / "bank.py"), write(tmp_path, *records))
+  a, b, c = env.tasks("train")
+  asked = ToolCall("spend", {"owner": "ann"})
+  first, second = env.open(a, 0), env.open(a, 1)
+  assert [first.call(asked).value, first.call(asked).value, second.call(asked).value] == [2, 1, 2]
+  assert env.open(b, 0).call(asked).value == 69
+  assert env.open(c, 0).call(ToolCall("count", {})).value == -1
+  assert a.metadata == {"state": {"ann": 3}}
+  assert c.metadata == {}
+
+
+def test_a_state_that_nothing_receives_is_refused(tmp_path, module):
+  record = one({"type": "exact", "value": "x"}, state={"ann": 1})
+  for functions in (module, [add]):
+    with pytest.raises(ValueError, match=r"1: has a 'state', but nothing.*make_tools\(state\)"):
+      Custom(functions, write(tmp_path, record))
+
+
+def test_tools_that_need_a_state_to_be_made_get_the_first_one(tmp_path):
+  def make_tools(state):
+    start = state["start"]
+
+    def get() -> int:
+      """The start."""
+      return start
+
+    return [get]
+
+  plain = one({"type": "exact", "value": 1})
+  env = Custom(make_tools, write(tmp_path, plain | {"state": {"start": 4}}))
+  assert env.open(env.tasks("train")[0], 0).call(ToolCall("get", {})).value == 4
+  with pytest.raises(ValueError, match=r"make_tools\(state = None\) raised TypeError"):
+    Custom(make_tools, write(tmp_path, plain))
+
+
+def test_what_a_factory_may_take(tmp_path):
+  tasks = write(tmp_path, GOOD)
+
+  def with_default(seed=3):
+    return [add]
+
+  def with_two(state, other):
+    return [add]
+
+  assert Custom(with_default, tasks).tasks("train")[0].metadata == {}
+  with pytest.raises(ValueError, match="with_two needs state, other: it may take one argument"):
+    Custom(with_two, tasks)
+
+
+def test_names_of_checkers_that_are_taken(tmp_path):
+  """`table` raised KeyError in the rewards, `number` was never called."""
+  text = (
+    MODULE
+    + "\n\ndef table(answer, tools):\n  return 1\n\n\ndef number(answer, tools):\n  return 1\n"
+  )
+  (tmp_path / "named.py").write_text(text)
+  path = str(tmp_path / "named.py")
+  with pytest.raises(ValueError, match=r"1: checker 'table': this name belongs to an embedded"):
+    Custom(path, write(tmp_path, one({"type": "table"})))
+  with pytest.raises(ValueError, match=r"1: checker 'number' is built in, and your module has"):
+    Custom(path, write(tmp_path, one({"type": "number", "value": 1})))
+
+
+def test_problems_are_collected_and_what_is_right_is_kept(tmp_path, module):
+  problems = []
+  records = [GOOD, {**GOOD, "id": "u", "tools": ["sub"]}, '{"id": ', {**GOOD, "id": "v"}, GOOD]
+
+  def untyped(a):
+    """Has no schema."""
+
+  env = Custom([add, untyped], write(tmp_path, *records), problems=problems)
+  assert [t.id for t in env.tasks("train")] == ["t", "v"]
+  assert [p.task for p in problems] == ["", "u", "", "t"]
+  words = ("'a': has no type hint", "2: unknown tool 'sub'", "3: Expecting", "5: id 't' is already")
+  assert all(word in p.reason for word, p in zip(words, problems, strict=True))
+  assert env.open(env.tasks("train")[0], 0).call(ToolCall("add", {"a": 1, "b": 2})).value == 3

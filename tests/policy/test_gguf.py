@@ -11,7 +11,7 @@ import pytest
 from fakes import tiny_config
 
 from steptool_jax.policy import families, hfconfig, hub, model
-from steptool_jax.policy.gguf import gguf_to_hub
+from steptool_jax.policy.gguf import gguf_to_hub, gguf_tokenizer
 from steptool_jax.policy.model import RopeScaling
 
 gguf = pytest.importorskip("gguf", reason="the test writes its file with the gguf package")
@@ -139,6 +139,16 @@ def test_tokenizer_opens_in_transformers(params, tmp_path):
   assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (0, 1)
   text = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)
   assert text == "<|im_start|>hi<|im_end|>"
+
+
+def test_the_tokenizer_alone_is_that_of_the_whole_import(params, tmp_path):
+  path = write(tmp_path / "m.gguf", params)
+  gguf_to_hub(path, tmp_path / "out")
+  gguf_tokenizer(path, tmp_path / "alone")
+  names = ["tokenizer.json", "tokenizer_config.json"]
+  assert sorted(p.name for p in (tmp_path / "alone").iterdir()) == names
+  for name in names:
+    assert (tmp_path / "alone" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
 
 
 def test_llama3_scaling_is_recognised(params, tmp_path):

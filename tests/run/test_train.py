@@ -141,26 +141,29 @@ def test_one_temperature_for_the_sampler_and_all_log_probs_of_the_update():
 def batches_of(config, demonstrate, monkeypatch):
   """What SFT is fed with where `demonstrate` stands for the replay of a demonstration."""
   environment = build.build_environment(config)
-  parts = {"config": config, "environment": environment, "limits": None}
+  parts = {"config": config, "environment": environment, "limits": None, "runner": None}
   parts = types.SimpleNamespace(**parts, policy=types.SimpleNamespace(chat_format=None))
   monkeypatch.setattr(sft_batches, "replay_actions", demonstrate)
+  monkeypatch.setattr(sft_batches, "usable", lambda parts, tasks: tasks)
   return sft_batches.SftBatches(parts)
 
 
 def test_demonstrations_whose_tools_are_down_are_not_learnt(monkeypatch, caplog):
   """An observation "the simulator is down" must not become something to imitate."""
   statuses = [Status.ANSWERED, Status.INFRASTRUCTURE_ERROR, Status.ANSWERED, Status.STEP_BUDGET]
-  drawn = [types.SimpleNamespace(status=status) for status in statuses]
+  drawn = [types.SimpleNamespace(status=status, steps=()) for status in statuses]
   left = iter(drawn)
-  source = batches_of(tiny.make(sft__batch=4), lambda *_: next(left), monkeypatch)
+  source = batches_of(tiny.make(sft__batch=4), lambda *_, runner: next(left), monkeypatch)
   assert source.batch(0) == [drawn[0], drawn[2]]
   source.report()
   assert "2 of 4 demonstrations did not fit, or their tools were down" in caplog.text
 
 
 def test_mistakes_begin_after_the_clean_steps(monkeypatch):
-  def flawless(env, task, actions, *_):
-    return types.SimpleNamespace(status=Status.ANSWERED, flawless=actions == task.demonstration)
+  def flawless(env, task, actions, *_, runner):
+    return types.SimpleNamespace(
+      status=Status.ANSWERED, steps=(), flawless=actions == task.demonstration
+    )
 
   config = tiny.make(sft__mistakes=1.0, sft__clean_steps=3, sft__batch=2)
   source = batches_of(config, flawless, monkeypatch)

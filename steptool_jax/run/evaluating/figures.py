@@ -12,7 +12,7 @@ from steptool_jax.evaluation import intervals
 from steptool_jax.evaluation.metrics import rollout_metrics
 from steptool_jax.run.evaluating import work
 from steptool_jax.run.evaluating.attempts import Solution
-from steptool_jax.run.parts import build
+from steptool_jax.run.parts import build, rollouts
 from steptool_jax.run.parts.opening import Parts
 from steptool_jax.toolbench.passrate import PassRate, call_metrics, outcome_of
 from steptool_jax.toolbench.recall import mean_recall
@@ -43,6 +43,7 @@ def figures(
     raise RuntimeError(
       "evaluation: every task ended in an infrastructure error (tools or judge); look at the log"
     )
+  rollouts.say_without_room(parts, method, everything)
   scores = np.array([[run.scores[n] for run in runs] for n in common])  # [T, R, J]
   out = rollout_metrics(everything) | {
     "method": method,

@@ -3,30 +3,25 @@
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Iterator
 
 import jax
 from jax.sharding import Mesh
 
-import steptool_jax
 from steptool_jax.config import Config, Lora
-from steptool_jax.dialogue import compact
 from steptool_jax.dialogue.codec import Codec
 from steptool_jax.dialogue.template import ChatFormat, get_format
-from steptool_jax.environments.base import Environment, make
+from steptool_jax.environments.base import Environment, Problem, make
 from steptool_jax.environments.faults import FaultyEnvironment, total
 from steptool_jax.environments.market import MarketEnvironment
 from steptool_jax.policy import attention, families, hfconfig, hub, lora, model, sharding
 from steptool_jax.policy import engine as engine_lib
 from steptool_jax.rollout.strategy import Search
 from steptool_jax.run.hosts import hosts
+from steptool_jax.run.parts import tokenizers
 from steptool_jax.run.parts.services import NO_SERVICES, Services
 from steptool_jax.simulators.runner import ToolRunner
-from steptool_jax.types import Task
 
-ASSETS = pathlib.Path(steptool_jax.__file__).parent / "assets"
 _A_DAY_S = 86_400.0
-TOKENIZER_TASKS = 2000  # training tasks whose texts train a compact tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,10 +50,16 @@ def build_chat_format(config: Config, workdir: pathlib.Path) -> ChatFormat:
   return get_format(m.chat_format, Codec.load(directory))
 
 
-def build_environment(config: Config, services: Services = NO_SERVICES) -> Environment:
-  """The environment; 'toolbench' and 'custom' with environment.mcp need their services."""
-  environment = make(config, services)
+def build_environment(
+  config: Config, services: Services = NO_SERVICES, problems: list[Problem] | None = None
+) -> Environment:
+  """The environment; 'toolbench' and 'custom' with environment.mcp need their services.
+
+  problems: takes what is wrong with single tools and tasks of 'custom', in the place of an error.
+  """
   c = config.environment
+  collected = problems is not None and c.name == "custom"
+  environment = make(config, services, **({"problems": problems} if collected else {}))
   if c.market.prices:
     environment = MarketEnvironment(environment, c.market)
   return FaultyEnvironment(environment, c.faults) if total(c.faults) > 0 else environment
@@ -95,8 +96,15 @@ def build_runner(config: Config) -> ToolRunner:
   )
 
 
-def build_policy(config: Config, environment: Environment, workdir: pathlib.Path) -> Policy:
+def build_policy(
+  config: Config,
+  environment: Environment,
+  workdir: pathlib.Path,
+  runner: ToolRunner | None = None,
+) -> Policy:
   """Reads or makes configuration and tokenizer; weights come later (`initial_variables`).
+
+  runner: calls the tools whose answers a compact tokenizer is trained on.
 
   Raises:
     FileNotFoundError, ValueError: as hub, gguf and codec say, before any work is done.
@@ -109,7 +117,7 @@ def build_policy(config: Config, environment: Environment, workdir: pathlib.Path
     tokenizer = pathlib.Path(m.tokenizer) if m.tokenizer else source
   else:
     source = None
-    tokenizer = _tokenizer(config, environment, workdir)
+    tokenizer = _tokenizer(config, environment, workdir, runner)
     model_config = random_model(config, **run_fields)
     raw = {}
   codec = Codec.load(tokenizer)
@@ -158,9 +166,21 @@ def with_adapters(
   return lora.with_lora(model_config, config.lora), config.lora
 
 
+def refuse_missing_model(config: Config) -> None:
+  """FileNotFoundError with the remedy, before any work, where model.path names nothing."""
+  path = config.model.path
+  if not path or path.startswith("asset:") or pathlib.Path(path).exists():
+    return
+  raise FileNotFoundError(
+    f"config.model.path: there is no {path!r} here, and nothing is downloaded: get the model (the "
+    "top of its config file says how), then give its Hugging Face directory or .gguf file with "
+    "--config.model.path=PATH"
+  )
+
+
 def _source(path: str, workdir: pathlib.Path) -> pathlib.Path:
   if path.startswith("asset:"):
-    return ASSETS / path.removeprefix("asset:")
+    return tokenizers.ASSETS / path.removeprefix("asset:")
   source = pathlib.Path(path)
   if source.suffix != ".gguf":
     return source
@@ -176,7 +196,9 @@ def _source(path: str, workdir: pathlib.Path) -> pathlib.Path:
   return imported
 
 
-def _tokenizer(config: Config, environment: Environment, workdir: pathlib.Path) -> pathlib.Path:
+def _tokenizer(
+  config: Config, environment: Environment, workdir: pathlib.Path, runner: ToolRunner | None
+) -> pathlib.Path:
   if not config.model.tokenizer:
     raise ValueError(
       "model.tokenizer: empty, but a model with random weights (model.path is empty) has none; "
@@ -188,21 +210,10 @@ def _tokenizer(config: Config, environment: Environment, workdir: pathlib.Path) 
 
   def write() -> None:
     if not (out / "tokenizer_config.json").exists():
-      tasks = environment.tasks("train")[:TOKENIZER_TASKS]
-      texts = (text for task in tasks for text in _texts(environment, task))
-      compact.build_tokenizer(texts, config.model.architecture.vocab_size, out)
+      tokenizers.train_compact(config, environment, out, runner)
 
   hosts.lead(write)
   return out
-
-
-def _texts(environment: Environment, task: Task) -> Iterator[str]:
-  """A task's own texts and what its tools answer to the demonstration."""
-  yield from compact.task_texts(task)
-  session = environment.open(task, 0)
-  for action in task.demonstration[:-1]:
-    yield session.call(action).text
-  session.close()
 
 
 def initial_variables(config: Config, policy: Policy, mesh: Mesh) -> dict:

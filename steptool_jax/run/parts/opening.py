@@ -69,6 +69,7 @@ class Parts:
 @contextlib.contextmanager
 def open_parts(config: Config, workdir: pathlib.Path, stop: Stop) -> Iterator[Parts]:
   """Builds all parts; everything that can be wrong with the input is found here."""
+  build.refuse_missing_model(config)
   agreement.refuse_differences(config, workdir)
   if config.compilation_cache:
     jax.config.update("jax_compilation_cache_dir", config.compilation_cache)
@@ -78,7 +79,7 @@ def open_parts(config: Config, workdir: pathlib.Path, stop: Stop) -> Iterator[Pa
   mesh = build.build_mesh(config)
   with jax.set_mesh(mesh), open_services(config) as services, build.build_runner(config) as runner:
     environment = build.build_environment(config, services)
-    policy = build.build_policy(config, environment, workdir)
+    policy = build.build_policy(config, environment, workdir, runner)
     yield Parts(
       config=config,
       workdir=workdir,

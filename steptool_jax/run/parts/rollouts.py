@@ -122,4 +122,15 @@ def evaluate_policy(
   trajectories = reward(parts, tasks, judge(parts, tasks, trajectories))
   if all(t.status is Status.INFRASTRUCTURE_ERROR for t in trajectories):
     raise RuntimeError("evaluation: every conversation ended in an infrastructure error")
+  say_without_room(parts, label, trajectories)
   return rollout_metrics(trajectories), trajectories
+
+
+def say_without_room(parts: Parts, label: str, trajectories: Sequence[Trajectory]) -> None:
+  """A line where prompts left no room for one step: they count as unsolved, whatever the policy."""
+  count = int(rollout_metrics(trajectories)["prompts_without_room"])
+  if count:
+    hosts.say(
+      f"{label}: {count} of {len(trajectories)} prompts have no room for one step, and count as "
+      f"unsolved: raise rollout.max_tokens ({parts.limits.max_tokens}), or offer fewer tools"
+    )
