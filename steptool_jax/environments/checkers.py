@@ -3,15 +3,21 @@
 import math
 import re
 import unicodedata
+from collections.abc import Sequence
 from typing import Any
 
+_MINUS = {0x2212: "-", 0x2012: "-"}  # the minus sign and the figure dash
 # Plain or with thousands separators, an optional currency sign in front.
-_NUMBER = re.compile(r"[$€£]?\s*([-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:e[-+]?\d+)?)", re.I)
+_DIGITS = r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:e[-+]?\d+)?"
+_NUMBER = re.compile(rf"[$€£]?\s*([-+]?{_DIGITS})", re.I)
+# A number within a text, with its sign: no part of a word, of a date or of a range.
+_WITHIN = re.compile(rf"(?<![\w.,/-])[-+]?{_DIGITS}(?!\w|[.,/-]\d)", re.I)
 
 
 def normal(text: str) -> str:
   """Case, width, white space, outer quotes and a final full stop do not matter."""
-  text = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+  text = unicodedata.normalize("NFKC", text).translate(_MINUS)
+  text = " ".join(text.casefold().split())
   if text.endswith(".") and not text.endswith(".."):
     text = text[:-1].rstrip()
   if len(text) >= 2 and text[0] == text[-1] and text[0] in "\"'`":
@@ -34,8 +40,40 @@ def same_value(answer: str | None, expected: Any, tolerance: float = 1e-6) -> bo
     return False
   if isinstance(expected, (int, float)) and not isinstance(expected, bool):
     got = number(answer)
-    return got is not None and math.isclose(got, expected, rel_tol=tolerance, abs_tol=tolerance)
+    return got is not None and _close(got, expected, tolerance)
   return normal(answer) == normal(str(expected)) != ""
+
+
+def contains_all(answer: str, values: Sequence[str | float], query: str = "") -> bool:
+  """Whether the answer has every value, in whole words, and is no list of all candidates.
+
+  Numbers compare by value ("1,234" is 1234, "12.50" is 12.5, "-5" is not 5). A guess is refused: an
+  answer with more than twice as many other numbers as wanted values (those of the query do not
+  count), or with more than twice as many short items of a list.
+  """
+  text = normal(answer)
+  numbers = _numbers(text)
+  wanted = [float(v) if isinstance(v, (int, float)) else number(v) for v in values]
+  for value, as_number in zip(values, wanted, strict=True):
+    if as_number is not None and any(_close(n, as_number) for n in numbers):
+      continue
+    word = normal(str(value))
+    if as_number is not None or not re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text):
+      return False
+  known = [n for n in wanted if n is not None] + _numbers(normal(query))
+  others = {n for n in numbers if not any(_close(n, k) for k in known)}
+  items = [item for item in re.split(r"[,;|/\n]\s|\band\b|\bor\b", text) if item.strip()]
+  short = [item for item in items if len(item.split()) <= 3]
+  return len(others) <= 2 * len(values) and len(short) <= max(2 * len(values), 3)
+
+
+def _numbers(text: str) -> list[float]:
+  found = (float(m.group().replace(",", "")) for m in _WITHIN.finditer(text))
+  return [n for n in found if math.isfinite(n)]
+
+
+def _close(a: float, b: float, tolerance: float = 1e-6) -> bool:
+  return math.isclose(a, b, rel_tol=tolerance, abs_tol=tolerance)
 
 
 def same_table(
@@ -62,7 +100,7 @@ def same_table(
 
 def _same_cell(a: Any, b: Any, tolerance: float) -> bool:
   if isinstance(a, (int, float)) and isinstance(b, (int, float)):
-    return math.isclose(a, b, rel_tol=tolerance, abs_tol=tolerance)
+    return _close(a, b, tolerance)
   return type(a) is type(b) and a == b
 
 

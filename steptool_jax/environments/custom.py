@@ -18,11 +18,11 @@ for something have a time-out of their own.
 
 import contextlib
 import dataclasses
+import functools
 import importlib
 import importlib.util
 import inspect
 import json
-import re
 import sys
 import types
 import zlib
@@ -31,12 +31,15 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
+import regex
 
 from steptool_jax.config import Config
 from steptool_jax.environments.base import SPLITS, Problem, Split, check_split
-from steptool_jax.environments.checkers import normal, same_value
+from steptool_jax.environments.checkers import contains_all, same_value
 from steptool_jax.simulators import starts
+from steptool_jax.simulators.changes import state_digest
 from steptool_jax.simulators.functions import Tool, Toolbox, tool
+from steptool_jax.simulators.schemas import MATCH_S, matches, validator
 from steptool_jax.types import Action, Finish, Observation, Task, ToolCall, ToolSpec
 
 Functions = Sequence[Callable[..., Any] | Tool]
@@ -118,8 +121,12 @@ class Custom:
     """A session with functions of its own where a factory was given."""
     offered = {spec.name for spec in task.tools}
     tools = self._derive(task.metadata.get(starts.STATE))
-    box = Toolbox([t for t in tools if t.spec.name in offered], self._max_chars)
     functions = {t.spec.name: t.function for t in tools}
+    box = Toolbox(
+      [t for t in tools if t.spec.name in offered],
+      self._max_chars,
+      functools.partial(state_digest, functions.values()),
+    )
     return CustomSession(task, box, functions, self._checkers)
 
   def _read(
@@ -209,8 +216,8 @@ class Custom:
       raise ValueError(f"checker {kind!r} has no field {next(iter(rest))!r}")
     if kind == "regex":
       try:
-        re.compile(checker["pattern"])
-      except re.error as error:
+        regex.compile(checker["pattern"])
+      except regex.error as error:
         raise ValueError(f"checker pattern {checker['pattern']!r}: {error}") from None
     if kind == "contains_all" and not (
       checker["values"] and all(isinstance(v, (str, int, float)) for v in checker["values"])
@@ -238,7 +245,13 @@ class CustomSession:
     checker = self.task.checker
     kind = checker["type"]
     if kind in _CHECKERS:
-      return float(_matches(checker, answer))
+      try:
+        return float(_matches(checker, answer, self.task.query))
+      except TimeoutError:
+        raise RuntimeError(
+          f"task {self.task.id}: checker regex {checker['pattern']!r:.80} takes longer than "
+          f"{MATCH_S:g} s on an answer; write a pattern that does not try every split"
+        ) from None
     rest = {k: v for k, v in checker.items() if k != "type"}
     try:
       verdict = self.checkers[kind](answer, dict(self.functions), **rest)
@@ -256,26 +269,21 @@ class CustomSession:
     """Nothing is held."""
 
 
-def _matches(checker: Mapping[str, Any], answer: str) -> bool:
+def _matches(checker: Mapping[str, Any], answer: str, query: str) -> bool:
   kind = checker["type"]
   if kind == "number":
     return same_value(answer, float(checker["value"]), checker.get("tolerance", 1e-6))
   if kind == "regex":
-    return re.fullmatch(checker["pattern"], answer.strip()) is not None
+    return matches(checker["pattern"], answer.strip(), whole=True)
   if kind == "contains_all":
-    text = normal(answer)
-    # Whole words: "12" is not in "512".
-    return all(
-      re.search(rf"(?<![\w.]){re.escape(normal(str(v)))}(?!\w|\.\d)", text) is not None
-      for v in checker["values"]
-    )
+    return contains_all(answer, checker["values"], query)
   return same_value(answer, checker["value"])
 
 
 def _demonstration(entries: Any, specs: Sequence[ToolSpec]) -> tuple[Action, ...]:
   if not isinstance(entries, list):
     raise ValueError("field 'demonstration' must be a list")
-  schemas = {spec.name: spec.parameters for spec in specs}
+  schemas = {spec.name: spec for spec in specs}
   actions: list[Action] = []
   for k, entry in enumerate(entries):
     at = f"demonstration, entry {k}"
@@ -291,8 +299,8 @@ def _demonstration(entries: Any, specs: Sequence[ToolSpec]) -> tuple[Action, ...
       raise ValueError(f"{at}: must be {{'tool': ..., 'arguments': {{...}}}}")
     if entry["tool"] not in schemas:
       raise ValueError(f"{at}: unknown tool {entry['tool']!r} for this task")
-    validator = jsonschema.Draft202012Validator(dict(schemas[entry["tool"]]))
-    wrong = jsonschema.exceptions.best_match(validator.iter_errors(entry["arguments"]))
+    checked = validator(schemas[entry["tool"]])
+    wrong = jsonschema.exceptions.best_match(checked.iter_errors(entry["arguments"]))
     if wrong is not None:
       raise ValueError(f"{at}: {wrong.message}")
     actions.append(ToolCall(entry["tool"], entry["arguments"]))

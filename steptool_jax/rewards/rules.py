@@ -1,9 +1,10 @@
 """SuccCalling and Contribution by rules, from what a trajectory really did. Exact, no model.
 
-SC = 1: the call was executed (code OK), repeats nothing and is no no-op.
-Con = 1: SC = 1 and the step made a required change, or a value that it was the first to produce is
-used later: in the arguments of a correct step or in the correct final answer. Correct steps are
-those of the demonstration and, so that other ways to the goal count too, those that contribute.
+SC = 1: the call was executed (code OK) and repeats nothing.
+Con = 1: SC = 1 and the step is one of the demonstration's in a solved trajectory, made a required
+change, or was the first to produce a value that is used later: in the arguments of a correct step
+or in the correct final answer. Correct steps are those of the demonstration and, so that other ways
+to the goal count too, those that contribute.
 Where a demonstrated step produces a value again, the credit is its own and not a distractor's.
 """
 
@@ -70,8 +71,9 @@ def _forward(task: Task, steps: Sequence[Step]) -> list[_Fact]:
       facts.append(_NOTHING)
       continue
     key = _canonical(call, origins)
-    values = frozenset(_leaves(observation.value))
-    repeat, empty = key in done, not values and not observation.changed
+    values = frozenset(_values(observation.value))
+    is_gold = gold[key] > 0
+    repeat = key in done and not is_gold  # a demonstration may make the same call again
     if observation.changed:
       done.clear()
     done.add(key)
@@ -80,12 +82,11 @@ def _forward(task: Task, steps: Sequence[Step]) -> list[_Fact]:
       # A repeat's handle stands for the same content, so a later use of either one is correct.
       origins[handle] = key
       values = frozenset({_key(handle)})
-    is_gold = gold[key] > 0 and not (repeat or empty)
     # A distractor that lists values at random must not rob the call that singles one out.
     new = values - (seen_in_gold if is_gold else seen)
     new = frozenset(v for v in new if handle or not _mentions(task.query, v))
     seen |= values
-    if repeat or empty:
+    if repeat:
       facts.append(_NOTHING)
       continue
     if is_gold:
@@ -118,7 +119,7 @@ def _backward(task: Task, trajectory: Trajectory, facts: Sequence[_Fact]) -> lis
     }
     used -= credited
     claimed |= credited
-    useful = required or bool(credited)
+    useful = required or bool(credited) or (solved and fact.gold)
     contributions.append(useful)
     if useful or fact.gold:
       used |= fact.arguments
@@ -155,6 +156,14 @@ def _canonical(call: ToolCall, handles: Mapping[str, str]) -> str:
 def _handle_of(value: Any) -> str:
   handle = value.get("table") if isinstance(value, Mapping) else None
   return handle if isinstance(handle, str) else ""
+
+
+def _values(result: Any) -> Iterator[str]:
+  """Keys of all leaf values; of a result that is a sentence also its words with a digit."""
+  yield from _leaves(result)
+  if isinstance(result, str):
+    for word in re.findall(r"[-+]?[\w.,:/-]*\d[\w.,:/-]*", result):
+      yield _key(word.rstrip(".,:/-"))
 
 
 def _leaves(value: Any) -> Iterator[str]:

@@ -4,8 +4,8 @@
 a tool does. `ToolRunner` (simulators/runner.py) adds threads, time-outs and retries.
 """
 
+import copy
 import dataclasses
-import functools
 import inspect
 import json
 import re
@@ -14,6 +14,7 @@ import typing
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, NamedTuple, Union
 
+import docstring_parser
 import jsonschema
 
 from steptool_jax.simulators.errors import (
@@ -25,6 +26,7 @@ from steptool_jax.simulators.errors import (
 )
 from steptool_jax.simulators.render import as_json, clean_text, render
 from steptool_jax.simulators.runner import ToolRunner
+from steptool_jax.simulators.schemas import validator
 from steptool_jax.types import Code, Observation, ToolCall, ToolSpec
 
 __all__ = [
@@ -53,12 +55,14 @@ class Tool(NamedTuple):
   function: Callable[..., Any]
 
 
+_HINTS = "str, int, float, bool, list, tuple, dict, Literal"
 _BASIC = {
   str: {"type": "string"},
   int: {"type": "integer"},
   float: {"type": "number"},
   bool: {"type": "boolean"},
   list: {"type": "array"},
+  tuple: {"type": "array"},
   dict: {"type": "object"},
   type(None): {"type": "null"},
   Any: {},
@@ -76,47 +80,36 @@ def _schema_of(hint: Any) -> dict[str, Any]:
     return {"enum": list(args)}
   if origin in (Union, types.UnionType):
     return {"anyOf": [_schema_of(a) for a in args]}
+  if origin in (list, dict, tuple) and not args:  # typing.List, typing.Dict, typing.Tuple
+    return dict(_BASIC[origin])
   if origin is list:
     return {"type": "array", "items": _schema_of(args[0])}
   if origin is dict:
     if args[0] is not str:
       raise TypeError("dict keys must be str")
     return {"type": "object", "additionalProperties": _schema_of(args[1])}
+  if origin is tuple and args[-1] is Ellipsis:
+    return {"type": "array", "items": _schema_of(args[0])}
+  if origin is tuple:
+    items = [_schema_of(a) for a in args]
+    return {"type": "array", "prefixItems": items, "minItems": len(args), "maxItems": len(args)}
   raise TypeError(f"no JSON type for {hint!r}")
 
 
-_SECTION = re.compile(r"^(Args|Arguments|Returns?|Raises|Yields|Examples?|Notes?):\s*$")
-_ARGUMENT = re.compile(r"^(\w+)(?:\s*\([^)]*\))?:\s*(.*)$")
-
-
 def _read_docstring(doc: str) -> tuple[str, dict[str, str]]:
-  """(description, {parameter: text}) of a Google-style docstring."""
-  description: list[str] = []
-  arguments: dict[str, str] = {}
-  section, indent, current = "", 0, ""
-  for line in doc.splitlines():
-    heading = _SECTION.match(line.strip())
-    if heading and line == line.lstrip():
-      section, indent, current = heading.group(1), 0, ""
-    elif not section:
-      description.append(line.strip())
-    elif section in ("Args", "Arguments") and line.strip():
-      depth = len(line) - len(line.lstrip())
-      indent = indent or depth
-      match = _ARGUMENT.match(line.strip())
-      if depth <= indent and match:
-        current = match.group(1)
-        arguments[current] = match.group(2)
-      elif current:
-        arguments[current] = f"{arguments[current]} {line.strip()}".strip()
-  return " ".join(filter(None, description)), arguments
+  """(description, {parameter: text}) of a docstring in Google's, NumPy's or Sphinx's style."""
+  parsed = docstring_parser.parse(doc)
+  words = " ".join(filter(None, (parsed.short_description, parsed.long_description)))
+  texts = {p.arg_name: " ".join((p.description or "").split()) for p in parsed.params}
+  return " ".join(words.split()), texts
 
 
 def tool(function: Callable[..., Any]) -> Tool:
   """(ToolSpec, function) with the JSON schema of the signature.
 
-  Hints may be str, int, float, bool, list[...], dict[str, ...], Literal, Optional / unions of
-  these. Raises ValueError naming the function and the parameter when no schema can be derived.
+  Hints may be str, int, float, bool, list[...], tuple[...], dict[str, ...], Literal, Optional /
+  unions of these; a default of None makes any of them optional. Raises ValueError naming the
+  function and the parameter when no schema can be derived.
   """
   name = getattr(function, "__name__", "")
   where = f"tool {name or function!r}"
@@ -145,7 +138,11 @@ def tool(function: Callable[..., Any]) -> Tool:
     try:
       schema = _schema_of(hints[parameter.name])
     except TypeError as error:
-      raise ValueError(f"{at}: {error}; use str, int, float, bool, list, dict, Literal") from error
+      raise ValueError(
+        f"{at}: {error}; use str, int, float, bool, list, tuple, dict, Literal"
+      ) from error
+    if parameter.default is None and not _accepts(schema, None):
+      schema = {"anyOf": [schema, dict(_BASIC[type(None)])]}
     if texts.get(parameter.name):
       schema["description"] = texts[parameter.name]
     if parameter.default is parameter.empty:
@@ -165,6 +162,42 @@ def tool(function: Callable[..., Any]) -> Tool:
   return Tool(ToolSpec(name, description, parameters), function)
 
 
+def _accepts(schema: Mapping[str, Any], value: Any) -> bool:
+  return jsonschema.Draft202012Validator(schema).is_valid(value)
+
+
+def whole_numbers(schema: Any, value: Any) -> Any:
+  """The same valid value with an int where the schema asks for an integer and JSON said 2.0."""
+  if not isinstance(schema, Mapping):
+    return value
+  if isinstance(value, float) and value.is_integer():
+    kinds = [schema, *schema.get("anyOf", ())]
+    wanted = {kind.get("type") for kind in kinds if isinstance(kind, Mapping)}
+    return int(value) if "integer" in wanted and "number" not in wanted else value
+  if isinstance(value, dict):
+    known, other = schema.get("properties", {}), schema.get("additionalProperties")
+    return {k: whole_numbers(known.get(k, other), v) for k, v in value.items()}
+  if isinstance(value, list):
+    first, rest = schema.get("prefixItems", ()), schema.get("items")
+    return [whole_numbers(first[n] if n < len(first) else rest, v) for n, v in enumerate(value)]
+  return value
+
+
+def _says_error(value: Any) -> bool:
+  error = value.get("error") if isinstance(value, Mapping) else None
+  return isinstance(error, (str, Mapping)) and bool(error)
+
+
+def _parsed(value: Any) -> Any:
+  """What a text of JSON says, where it is an object or a list."""
+  if not isinstance(value, str) or value.lstrip()[:1] not in ("{", "["):
+    return value
+  try:
+    return json.loads(value, parse_constant=str)
+  except (ValueError, RecursionError):
+    return value
+
+
 def _reason(error: jsonschema.ValidationError) -> str:
   path = ".".join(str(p) for p in error.absolute_path)
   message = clean_text(error.message, 160)  # it quotes the argument itself, which may be huge
@@ -172,10 +205,22 @@ def _reason(error: jsonschema.ValidationError) -> str:
 
 
 class Toolbox:
-  """Named tools that answer calls. Holds no state of its own: thread-safe if the tools are."""
+  """Named tools that answer calls. Holds no state of its own: thread-safe if the tools are.
 
-  def __init__(self, tools: Iterable[Tool], max_observation_chars: int = 1024):
+  A tool that raises has failed, and so has one that returns {"error": …} with a text or an object.
+  A text that is a JSON object or list counts as this object or list; the model sees the text.
+  digest: of the tools' state, None where it cannot be compared; a call after which it is another
+  one has changed the state. A tool that returns a Result says itself whether it did.
+  """
+
+  def __init__(
+    self,
+    tools: Iterable[Tool],
+    max_observation_chars: int = 1024,
+    digest: Callable[[], bytes | None] = lambda: None,
+  ):
     """ValueError for two tools of one name or an invalid schema."""
+    self._digest = digest
     if max_observation_chars < 8:
       raise ValueError(f"max_observation_chars is {max_observation_chars}: must be at least 8")
     self._limit = max_observation_chars
@@ -184,7 +229,7 @@ class Toolbox:
     for spec, function in tools:
       if spec.name in self._tools:
         raise ValueError(f"two tools are named {spec.name!r}: rename one")
-      self._tools[spec.name] = (function, _validator(spec))
+      self._tools[spec.name] = (function, validator(spec))
       specs.append(spec)
     self.specs: tuple[ToolSpec, ...] = tuple(specs)
 
@@ -192,47 +237,36 @@ class Toolbox:
     """Validates, runs and renders one call; always answers, never raises."""
     if call.name not in self._tools:
       return self._failure(Code.UNKNOWN_TOOL, f"no tool named {call.name}")
-    function, validator = self._tools[call.name]
+    function, schema = self._tools[call.name]
     if not isinstance(call.arguments, Mapping):
       return self._failure(Code.BAD_ARGUMENTS, "arguments must be an object")
-    arguments = dict(call.arguments)
     try:
-      wrong = jsonschema.exceptions.best_match(validator.iter_errors(arguments))
+      # A copy: what a tool does to its arguments is not what the policy has sampled.
+      arguments = copy.deepcopy(dict(call.arguments))
+      wrong = jsonschema.exceptions.best_match(schema.iter_errors(arguments))
     except RecursionError:
       return self._failure(Code.BAD_ARGUMENTS, "arguments are nested too deeply")
     if wrong is not None:
       return self._failure(Code.BAD_ARGUMENTS, _reason(wrong))
     try:
-      result = function(**arguments)
-      changed = isinstance(result, Result) and result.changed
-      value = as_json(result.value if isinstance(result, Result) else result, self._limit)
+      before = self._digest()
+      result = function(**whole_numbers(schema.schema, arguments))
+      if not isinstance(result, Result):
+        result = Result(result, changed=before is not None and self._digest() != before)
+      value = as_json(result.value, self._limit)
       # A procedure without a result still did something: an empty answer would look like a no-op.
       value = "ok" if value is None else value
       text = render(value, self._limit)
+      value = _parsed(value)
+      if _says_error(value):
+        return Observation(text, Code.TOOL_ERROR, changed=result.changed)
     # SystemExit: a tool that calls sys.exit() must not take its worker along.
     except (Exception, SystemExit) as error:
       return self._failure(code_of(error), _message(error))
-    return Observation(text, Code.OK, value, changed)
+    return Observation(text, Code.OK, value, result.changed)
 
   def _failure(self, code: Code, reason: str) -> Observation:
     return Observation(clean_text(f"error: {reason}", self._limit), code)
-
-
-# Sessions are opened by the thousand with the same specs; compiling a schema is the slow part.
-@functools.lru_cache(maxsize=4096)
-def _compile(schema: str) -> Any:
-  parsed = json.loads(schema)
-  jsonschema.Draft202012Validator.check_schema(parsed)
-  return jsonschema.Draft202012Validator(parsed)
-
-
-def _validator(spec: ToolSpec) -> Any:
-  try:
-    return _compile(json.dumps(spec.parameters))
-  except jsonschema.SchemaError as error:
-    raise ValueError(f"tool {spec.name!r}: invalid JSON schema: {error.message}") from error
-  except (TypeError, ValueError) as error:
-    raise ValueError(f"tool {spec.name!r}: its schema is not JSON: {error}") from error
 
 
 def _message(error: BaseException) -> str:

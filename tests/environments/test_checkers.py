@@ -1,6 +1,6 @@
 import pytest
 
-from steptool_jax.environments.checkers import number, same_table, same_value
+from steptool_jax.environments.checkers import contains_all, number, same_table, same_value
 
 
 @pytest.mark.parametrize(
@@ -14,6 +14,7 @@ from steptool_jax.environments.checkers import number, same_table, same_value
     ("1,234.0", 1234),
     ("$1,234", 1234),
     ("-0.5", -0.5),
+    ("\N{MINUS SIGN}0.5", -0.5),
     ("1e3", 1000),
     ("33.333333", 100 / 3),
   ],
@@ -79,3 +80,33 @@ def test_rounding_does_not_reorder_rows_that_text_tells_apart():
   left = (["v", "k"], [(1.0, "b"), (1.0000000001, "a")])
   right = (["v", "k"], [(1.0000000001, "b"), (1.0, "a")])
   assert same_table(left, right, ordered=False)
+
+
+@pytest.mark.parametrize(
+  ("answer", "values", "right"),
+  [
+    ("They paid 1,234 in all.", [1234], True),
+    ("It costs $12.50.", [12.5], True),
+    ("12.5", ["12.50"], True),
+    ("the sum is 5 and the mean is 2.5", [5, 2.5], True),
+    ("\N{MINUS SIGN}5", [-5], True),
+    ("-5", [5], False),
+    ("5,000", [5], False),
+    ("512", [12], False),
+    ("3-5", [5], False),
+    ("2024-05-03", [3], False),
+    ("Karo Mine, founded in 1990", ["karo mine"], True),
+    ("karo minerals", ["karo mine"], False),
+    ("1, 2, 3, 4, 5, 6", [5], False),  # a list of all candidates is a guess
+    ("one of karo, mine, tafo, buro or lima", ["karo"], False),
+    ("karo and mine", ["karo", "mine"], True),
+    ("of 3 to 9 candidates 7 have it: 5, with 2 left", [5], False),
+  ],
+)
+def test_contains_all(answer, values, right):
+  """It refused 1234 for "1,234", and passed "-5" for 5, "5,000" for 5 and lists of guesses."""
+  assert contains_all(answer, values) is right
+
+
+def test_numbers_of_the_query_are_no_guesses():
+  assert contains_all("of 3 and 9 and 7 orders 5", [5], "Which of the 3, 7, 9 orders?")

@@ -374,3 +374,41 @@ def test_problems_are_collected_and_what_is_right_is_kept(tmp_path, module):
   words = ("'a': has no type hint", "2: unknown tool 'sub'", "3: Expecting", "5: id 't' is already")
   assert all(word in p.reason for word, p in zip(words, problems, strict=True))
   assert env.open(env.tasks("train")[0], 0).call(ToolCall("add", {"a": 1, "b": 2})).value == 3
+
+
+def test_a_pattern_of_a_checker_that_does_not_end_is_a_sentence(tmp_path):
+  """(a+)+$ froze the run without a message; now the grade fails after a second."""
+  checker = {"type": "regex", "pattern": r"(.*)a(.*)a(.*)a(.*)a(.*)a\1\2\3b"}
+  with pytest.raises(RuntimeError, match="task t: checker regex .* takes longer than 1 s"):
+    grade(tmp_path, checker, "a" * 300)
+
+
+def test_changes_are_seen_without_result(tmp_path):
+  """A tool that returned a plain value after a change had Con 0, and reading again was a repeat."""
+
+  def make_tools():
+    accounts = {"ann": 10}
+
+    def balance(owner: str) -> int:
+      return accounts[owner]
+
+    def pay(owner: str, amount: int) -> str:
+      accounts[owner] += amount
+      return "paid"
+
+    def told(owner: str) -> Result:
+      accounts[owner] += 1
+      return Result("told", changed=False)
+
+    return [balance, pay, told]
+
+  env = Custom(make_tools, write(tmp_path, one({"type": "exact", "value": "x"})))
+  session = env.open(env.tasks("train")[0], 0)
+  calls = [
+    (ToolCall("balance", {"owner": "ann"}), False),
+    (ToolCall("pay", {"owner": "ann", "amount": 2}), True),
+    (ToolCall("pay", {"owner": "ann", "amount": 0}), False),
+    (ToolCall("told", {"owner": "ann"}), False),
+  ]
+  for call, changed in calls:
+    assert session.call(call).changed is changed, call

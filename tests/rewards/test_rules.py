@@ -77,9 +77,10 @@ def test_a_list_of_ids_does_not_rob_the_call_that_singles_one_out():
   assert marks == [(1, 0), FULL, FULL, FULL, FULL, LAST]
 
 
-def test_empty_result_is_a_no_op():
-  marks, _ = annotated(SHOP, CHAIN, spliced(CHAIN, 1, ToolCall("search_help", {"text": "x"})))
-  assert marks[1] == (0, 0)
+def test_a_search_without_a_hit_was_executed_and_helps_nothing():
+  search = ToolCall("search_help", {"text": "x"})
+  marks, _ = annotated(SHOP, CHAIN, spliced(CHAIN, 1, search, search))
+  assert marks[1:3] == [(1, 0), (0, 0)]
 
 
 def test_failed_calls_earn_nothing():
@@ -141,7 +142,7 @@ def test_changes_count_once_and_only_the_required_one():
   assert annotated(SHOP, WRITE, again)[0] == [FULL, FULL, (1, 0), (0, 0), LAST]
   old = SHOP.world("train", WRITE.metadata["world"]).tables["products"][write.arguments["id"]]
   noop = ToolCall("set_price", {**write.arguments, "price": old["price"]})
-  assert annotated(SHOP, WRITE, [find, noop, write, done])[0] == [FULL, (0, 0), FULL, LAST]
+  assert annotated(SHOP, WRITE, [find, noop, write, done])[0] == [FULL, (1, 0), FULL, LAST]
 
 
 def test_reading_again_after_a_change_is_no_repeat():
@@ -238,10 +239,12 @@ def test_a_retry_behind_a_fault_is_no_repeat():
     ([1], "1.5", [(1, 0)]),
     (["ann"], "ann", [(1, 0)]),  # known from the query
     ([12, 12], "12", [FULL, (1, 0)]),  # the first to produce it
-    ([True], "true", [(0, 0)]),  # no leaf that carries information
-    ([[]], "12", [(0, 0)]),
-    ([{"rows": []}], "12", [(0, 0)]),
-    ([""], "12", [(0, 0)]),
+    ([True], "true", [(1, 0)]),  # executed, but no leaf carries information
+    ([[]], "12", [(1, 0)]),
+    ([{"rows": []}], "12", [(1, 0)]),
+    ([""], "12", [(1, 0)]),
+    (["The sum is 12."], "12", [FULL]),  # a value within a sentence
+    (["It is karo's id a-17."], "a-17", [FULL]),
     ([0], "0", [FULL]),  # zero is a value
   ],
 )
@@ -300,3 +303,23 @@ def test_another_tasks_trajectory_is_refused_and_nothing_is_mutated():
   empty = dataclasses.replace(original, steps=())
   assert annotate(task, empty).steps == ()
   assert np.array_equal(result.prompt_tokens, original.prompt_tokens)
+
+
+@pytest.mark.parametrize("value", [True, [], "", "Stored.", {"status": "stored"}, 0, None])
+def test_a_demonstrated_call_that_solves_earns_everything_whatever_it_returns(value):
+  """A tool that returned true or [] had SC 0, one that returned a sentence Con 0."""
+  gold = ToolCall("act", {"n": 3})
+  task = Task("t", "custom", "Do it.", (), {"type": "exact", "value": "done"}, (gold, Finish("x")))
+  steps = (step(gold, Observation("", Code.OK, value)), step(Finish("done")))
+  for solved, marks in ((1.0, FULL), (0.0, (1, 0))):
+    first = annotate(task, trajectory(task, steps, solved)).steps[0]
+    assert (first.success_calling, first.contribution) == marks
+
+
+def test_a_call_that_the_demonstration_makes_twice_is_no_repeat():
+  """Reading a queue twice with the same arguments: the third time it is one."""
+  gold = ToolCall("next", {})
+  task = Task("t", "custom", "q", (), {"type": "exact", "value": "x"}, (gold, gold, Finish("x")))
+  calls = [step(gold, Observation("", Code.OK, None))] * 3
+  marked = annotate(task, trajectory(task, (*calls, step(Finish("x"))), 1.0)).steps
+  assert [s.success_calling for s in marked] == [1, 1, 0, 0]

@@ -1,5 +1,5 @@
 import sys
-from typing import Any, Literal
+from typing import Any, Dict, List, Literal, Tuple  # noqa: UP035
 
 import pytest
 
@@ -221,3 +221,101 @@ def test_two_tools_of_one_name_and_a_broken_schema_are_refused():
     Toolbox([Tool(broken, book)])
   with pytest.raises(ValueError, match="max_observation_chars"):
     Toolbox([tool(book)], max_observation_chars=3)
+
+
+def test_what_a_tool_does_to_its_arguments_is_not_recorded():
+  """`while items: items.pop()` changed the record of the call, and so its rewards."""
+
+  def consume(items: list[int]) -> int:
+    total = sum(items)
+    while items:
+      items.pop()
+    items.append(float("nan"))
+    return total
+
+  call = ToolCall("consume", {"items": [1, 2]})
+  assert Toolbox([tool(consume)]).call(call).value == 3
+  assert call.arguments == {"items": [1, 2]}
+
+
+@pytest.mark.parametrize(
+  ("result", "code"),
+  [
+    ({"error": "no such user"}, Code.TOOL_ERROR),
+    ({"error": {"code": 4}}, Code.TOOL_ERROR),
+    ('{"error": "no such user", "data": null}', Code.TOOL_ERROR),
+    ({"error": ""}, Code.OK),
+    ({"error": None, "data": 1}, Code.OK),
+    ({"error": 0.25, "mean": 3}, Code.OK),  # the error of a fit is a value
+    ('{"sum": 3}', Code.OK),
+  ],
+)
+def test_a_returned_error_is_a_failed_call(result, code):
+  def ask() -> Any:
+    return result
+
+  assert Toolbox([tool(ask)]).call(ToolCall("ask", {})).code is code
+
+
+def test_text_that_is_json_counts_as_json_and_is_shown_as_it_is():
+  def ask() -> str:
+    return '{"sum":  3}'
+
+  observation = Toolbox([tool(ask)]).call(ToolCall("ask", {}))
+  assert (observation.value, observation.text) == ({"sum": 3}, '{"sum":  3}')
+
+
+def test_hints_without_parameters_and_defaults_of_none():
+  """Bare List ended in a traceback; `seats: int = None` refused its own default."""
+
+  def plan(
+    cities: List,  # noqa: UP006
+    fares: Dict,  # noqa: UP006
+    pair: Tuple,  # noqa: UP006
+    point: tuple[int, str],
+    seats: int = None,  # noqa: RUF013
+  ) -> str:
+    return f"{point[0]}{seats}"
+
+  spec = tool(plan).spec.parameters["properties"]
+  assert spec["cities"] == spec["pair"] == {"type": "array"}
+  assert spec["fares"] == {"type": "object"}
+  assert spec["seats"] == {"anyOf": [{"type": "integer"}, {"type": "null"}], "default": None}
+  box = Toolbox([tool(plan)])
+  arguments = {"cities": [], "fares": {}, "pair": [1], "point": [2.0, "x"], "seats": None}
+  assert box.call(ToolCall("plan", arguments)).text == "2None"
+  assert box.call(ToolCall("plan", {**arguments, "point": [2]})).code is Code.BAD_ARGUMENTS
+
+
+def test_a_whole_number_reaches_an_int_as_an_int():
+  def take(n: int, many: list[int], free: float, either: int | float) -> str:
+    return str([n, many, free, either])
+
+  call = ToolCall("take", {"n": 2.0, "many": [3.0], "free": 4.0, "either": 5.0})
+  assert Toolbox([tool(take)]).call(call).text == "[2, [3], 4.0, 5.0]"
+
+
+def test_docstrings_in_numpy_and_sphinx_style():
+  """Their parameter texts were lost, and stood in the description."""
+
+  def first(city: str):
+    """Weather of a city.
+
+    Parameters
+    ----------
+    city : str
+        Where,
+        in full.
+    """
+
+  def second(city: str):
+    """Weather of a city.
+
+    :param city: Where, in full.
+    :return: its weather
+    """
+
+  for function in (first, second):
+    spec = tool(function).spec
+    assert spec.description == "Weather of a city."
+    assert spec.parameters["properties"]["city"]["description"] == "Where, in full."
