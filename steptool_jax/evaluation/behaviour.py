@@ -98,7 +98,7 @@ class Recovery:
 
 
 def recovery(trajectories: Iterable[Trajectory], injected: bool = True) -> Recovery:
-  """After errors that the fault injector caused, or (injected=False) after all others."""
+  """What was done after errors of the fault injector, or (injected=False) after all others."""
   reactions: collections.Counter[str] = collections.Counter()
   recovered, extra, solved = [], [], []
   for trajectory in _healthy(trajectories):

@@ -84,7 +84,7 @@ def test_no_errors_no_recovery():
 def test_repeats_are_calls_that_had_been_answered():
   ask = call("a", x=1)
   assert behaviour.repeated_after_ok([trajectory(ask, ask, call("a", x=2), finish())]) == 1 / 3
-  # A retry behind an error is none, nor is asking again behind a change of the state.
+  # A retry after an error is none, nor is asking again after a change of the state.
   failed = call("a", RATE, x=1)
   assert behaviour.repeated_after_ok([trajectory(failed, ask, finish())]) == 0.0
   change = call("set", changed=True)

@@ -97,7 +97,7 @@ def test_one_that_does_not_finish_is_refused(parts):
 
 
 def test_metrics_literals(parts):
-  """Three trajectories: solved, unsolved behind a failed call, and an infrastructure error."""
+  """Three trajectories: solved, unsolved after a failed call, and an infrastructure error."""
   env, chat_format = parts
   task = env.tasks("train")[0]
   good = replay_actions(env, task, task.demonstration, chat_format, LIMITS)

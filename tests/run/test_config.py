@@ -98,7 +98,7 @@ def test_no_adapter_is_refused_where_adapters_are_on():
 
 
 def test_a_config_of_an_older_version_is_compared_by_the_fields_that_we_have():
-  """Else no run could be resumed after a field was added or removed."""
+  """No run could be resumed after a field was added or removed otherwise."""
   config = validation.validate(base_config())
   saved = json.loads(validation.to_json(config))
   saved["simulator"]["http_retries"] = 9  # removed since
