@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from steptool_jax.evaluation import analysis, behaviour, records
-from steptool_jax.evaluation.behaviour import Recovery, Spent, Transitions
+from steptool_jax.evaluation.behaviour import Recovery, Transitions
 from steptool_jax.evaluation.records import Run
 from steptool_jax.types import Trajectory
 
@@ -32,7 +32,7 @@ class Facts:
   injected: Recovery
   own: Recovery
   repeated_after_ok: float
-  spent: Spent
+  spent: Mapping[str, float]  # see behaviour.spent_per_solved
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -165,10 +165,7 @@ def cell_figures(cell: Cell) -> dict[str, float]:
       "recovered_from_fault": facts.injected.recovered,
       "solved_after_fault": facts.injected.solved,
       "repeated_after_ok": facts.repeated_after_ok,
-      "llm_calls_per_solved": facts.spent.llm_calls,
-      "tokens_per_solved": facts.spent.tokens,
-      "cost_per_solved": facts.spent.cost,
-      "latency_per_solved": facts.spent.latency,
+      **facts.spent,
     }
   return {k: float(v) for k, v in found.items() if _known(v)}
 

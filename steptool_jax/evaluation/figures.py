@@ -116,8 +116,8 @@ ITERATIONS = {
 }
 
 # The figures of a study's cell, which evaluation/comparison.py and behaviour.py compute from its
-# summary and its last held-out trajectories. calls_per_task, invalid_call_rate, invocation_success (of the last
-# evaluation) and diversity (of the last iteration) are those of ROLLOUTS.
+# summary and its last held-out trajectories. calls_per_task, invalid_call_rate, invocation_success
+# (of the last evaluation) and diversity (of the last iteration) are those of ROLLOUTS.
 CELLS = {
   "start": Figure(SHARE, "pass rate before RL", "start"),
   "final": Figure(SHARE, "pass rate after RL", "final"),

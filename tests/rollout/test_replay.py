@@ -72,7 +72,7 @@ def test_a_faulted_call_is_repeated_so_that_nothing_is_known_that_was_not_told(p
 
 
 def test_one_whose_tools_are_down_is_marked(parts):
-  """Peers' defect 14: the trainer leaves it out by its status."""
+  """The trainer leaves it out by its status: peers train on the failure of a tool's host."""
   env, chat_format = parts
 
   class Down:
