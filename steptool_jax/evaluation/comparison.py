@@ -167,7 +167,7 @@ def cell_figures(cell: Cell) -> dict[str, float]:
       "repeated_after_ok": facts.repeated_after_ok,
       **facts.spent,
     }
-  return {k: float(v) for k, v in found.items() if _known(v)}
+  return {k: float(v) for k, v in found.items() if known(v)}
 
 
 def _measured(panel: Sequence[Cell]) -> dict[str, dict[int, dict[str, float]]]:
@@ -227,5 +227,6 @@ def _missing(cells: Sequence[Cell]) -> tuple[str, ...]:
   return tuple(f"seed{'s' * (len(n) > 1)} {' '.join(n)} {why}" for why, n in seeds.items())
 
 
-def _known(value: Any) -> bool:
-  return isinstance(value, int | float) and math.isfinite(value)
+def known(value: Any) -> bool:
+  """Whether a summary's entry is a finite number."""
+  return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -159,13 +159,13 @@ def _cards(cells: Sequence[Cell], rows: Sequence[Row]) -> list[dict[str, str]]:
     cards = [
       {"label": label, "value": percent(s[key])}
       for key, label in names.items()
-      if _number(s.get(key))
+      if comparison.known(s.get(key))
     ]
     more = {"conversations": "conversations", "seconds": "seconds", "peak_rss_gib": "GiB of memory"}
     cards += [
       {"label": label, "value": f"{s[key]:,.4g}" if s[key] < 1e4 else f"{s[key]:,.0f}"}
       for key, label in more.items()
-      if _number(s.get(key))
+      if comparison.known(s.get(key))
     ]
     return cards
   cards = [
@@ -290,7 +290,3 @@ def _config(cells: Sequence[Cell]) -> dict[str, str]:
   if len(cells) == 1:
     walk(cells[0].run.config, "")
   return flat
-
-
-def _number(value: Any) -> bool:
-  return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
