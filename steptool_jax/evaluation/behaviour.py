@@ -222,14 +222,14 @@ def _answered_later(trajectory: Trajectory, k: int) -> int | None:
     step = trajectory.steps[later]
     if step.observation is None or step.observation.code is not Code.OK:
       continue
-    if not isinstance(failed, ToolCall) or _name(step.action) == failed.name:
+    if not isinstance(failed, ToolCall) or _tool_name(step.action) == failed.name:
       return later
   return None
 
 
 def _called_again(before: Trajectory, after: Trajectory) -> str:
-  then = collections.Counter(_name(step.action) for step in before.steps)
-  now = collections.Counter(_name(step.action) for step in after.steps)
+  then = collections.Counter(_tool_name(step.action) for step in before.steps)
+  now = collections.Counter(_tool_name(step.action) for step in after.steps)
   less = {name: n - now[name] for name, n in then.items() if name and n > 1 and n > now[name]}
   return max(less, key=lambda name: (less[name], name), default="")
 
@@ -239,11 +239,11 @@ def _change(was: Step | None, now: Step | None) -> str:
   if not old or not new:
     return f"goes on with {new}" if new else f"stops before {old}"
   if old == new:
-    return f"{new} with other arguments" if _name(now.action) else f"another {new}"
+    return f"{new} with other arguments" if _tool_name(now.action) else f"another {new}"
   return f"{new} instead of {old}"
 
 
-def _name(action: Action) -> str:
+def _tool_name(action: Action) -> str:
   return action.name if isinstance(action, ToolCall) else ""
 
 

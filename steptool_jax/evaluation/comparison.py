@@ -172,18 +172,18 @@ def cell_figures(cell: Cell) -> dict[str, float]:
 
 def _measured(panel: Sequence[Cell]) -> dict[str, dict[int, dict[str, float]]]:
   """{method: {seed: figures}} of what is done; area: up to the budget that all have spent."""
-  ends = [curve[0][-1] for curve in _learnt(panel)]
+  ends = [curve[0][-1] for curve in _learning_curves(panel)]
   out: dict[str, dict[int, dict[str, float]]] = {}
   for cell in panel:
     seeds = out.setdefault(cell.method, {})
     if cell.status == DONE:
       seeds[cell.seed] = cell_figures(cell)
-      for curve in _learnt([cell]):
+      for curve in _learning_curves([cell]):
         seeds[cell.seed]["area"] = analysis.area(curve, min(ends))
   return out
 
 
-def _learnt(cells: Iterable[Cell]) -> list[analysis.Curve]:
+def _learning_curves(cells: Iterable[Cell]) -> list[analysis.Curve]:
   return [curve for curve in curves(cells, "llm_calls") if len(curve[0]) > 1]
 
 
@@ -196,7 +196,7 @@ def _rows(panel: Sequence[Cell]) -> list[Row]:
   out = []
   for name, cells in by_method(panel).items():
     figures = list(measured[name].values())
-    learnt = _learnt(cells)
+    learnt = _learning_curves(cells)
     out.append(
       Row(
         group=cells[0].group,

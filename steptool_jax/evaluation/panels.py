@@ -86,16 +86,16 @@ def _series(panel: Sequence[Cell], axis: str, name: str, single: bool) -> list[d
           "name": label if single else method,
           "thin": part == "train",
           "runs": band.runs,
-          "x": _numbers_of(band.x),
-          "mean": _numbers_of(band.mean),
-          "low": _numbers_of(band.low),
-          "high": _numbers_of(band.high),
+          "x": _rounded(band.x),
+          "mean": _rounded(band.mean),
+          "low": _rounded(band.low),
+          "high": _rounded(band.high),
         }
       )
   return out
 
 
-def _numbers_of(values: np.ndarray) -> list[float | None]:
+def _rounded(values: np.ndarray) -> list[float | None]:
   return [float(f"{v:.5g}") if math.isfinite(v) else None for v in values]
 
 
@@ -105,7 +105,7 @@ def _numbers_of(values: np.ndarray) -> list[float | None]:
 def tool_use(cells: Sequence[Cell]) -> list[dict[str, Any]]:
   """Transition matrices of each method on each environment, before and after, over its seeds."""
   out = []
-  for place, members in _methods(cells).items():
+  for place, members in _by_method(cells).items():
     found = {which: [f.transitions for f in _facts(members, which)] for which in MOMENTS}
     names = _common_names([t for part in found.values() for t in part])
     maps = [
@@ -159,7 +159,7 @@ def _heat(pairs: behaviour.Transitions, names: Sequence[str]) -> list[dict[str, 
   return rows
 
 
-def _methods(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
+def _by_method(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
   """The finished cells (or a single run) by group, environment and method, as a title."""
   out: dict[str, list[Cell]] = {}
   for cell in cells:
@@ -172,7 +172,7 @@ def recoveries(cells: Sequence[Cell]) -> list[dict[str, Any]]:
   """What follows errors: for every method, sort of error and moment, over its seeds."""
   out = []
   sorts = {"injected": "injected error", "own": "error of its own"}
-  for place, members in _methods(cells).items():
+  for place, members in _by_method(cells).items():
     for sort, which in itertools.product(sorts, MOMENTS):
       found = [r for f in _facts(members, which) if (r := getattr(f, sort)).errors]
       errors = sum(r.errors for r in found)

@@ -92,9 +92,9 @@ def _hash(text: str) -> str:
 
 def _entries(cells: Sequence[Cell], most: int) -> tuple[list[Entry], list[Pair], list[str]]:
   """The first trajectories of every moment of every cell, and the tasks that turned."""
-  moments = [(cell, name) for cell in cells for name in sorted(cell.run.moments, key=_place)]
+  moments = [(cell, name) for cell in cells for name in sorted(cell.run.moments, key=_moment_order)]
   sizes = [len(cell.run.moments[name]) for cell, name in moments]
-  share = _share(sizes, most)
+  share = _most_of_each(sizes, most)
   entries: list[Entry] = []
   numbers: dict[tuple[str, str, str, int], int] = {}
   for cell, name in moments:
@@ -117,7 +117,7 @@ def _entries(cells: Sequence[Cell], most: int) -> tuple[list[Entry], list[Pair],
   return entries, pairs, [note] if left else []
 
 
-def _place(moment: str) -> tuple[int, str]:
+def _moment_order(moment: str) -> tuple[int, str]:
   """Held-out moments in the order of training, then the training iterations."""
   return (list(_MOMENTS).index(moment) if moment in _MOMENTS else len(_MOMENTS)), moment
 
@@ -129,7 +129,7 @@ def _label(moment: str) -> str:
   return _MOMENTS.get(moment, moment)
 
 
-def _share(sizes: Sequence[int], most: int) -> int:
+def _most_of_each(sizes: Sequence[int], most: int) -> int:
   """Trajectories a moment so that all together are at most `most`."""
   low, high = 0, max(sizes, default=0)
   while low < high:
@@ -222,7 +222,7 @@ def _row(row: Row) -> dict[str, Any]:
     "area": interval(f.get("area"), percent),
     "plateau": plateau,
     "crossings": [crossing(row.crossings.get(level)) for level in comparison.LEVELS],
-    "more": [interval(f.get(name), _form(name)) for name in _MORE],
+    "more": [interval(f.get(name), _format_of(name)) for name in _MORE],
   }
 
 
@@ -272,7 +272,7 @@ _MORE = (  # further columns of the table
 )
 
 
-def _form(name: str) -> Callable[[float], str]:
+def _format_of(name: str) -> Callable[[float], str]:
   return percent if FIGURES[name].unit == SHARE else plain
 
 
