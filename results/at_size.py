@@ -192,7 +192,7 @@ def _available() -> int:
 
 
 def run_step(workdir: pathlib.Path, layers: int, merged: bool) -> dict:
-  """In a process with 8 devices: import, then export; the figures of both."""
+  """Imports, then exports, in a process with 8 devices; returns the figures of both."""
   import jax
   import jax.numpy as jnp
 

@@ -37,7 +37,7 @@ def naive(
   trajectories: Sequence[Trajectory],
   scheme: str = "steptool",
 ) -> list[Trajectory]:
-  """In the place of rollouts.reward."""
+  """Stands in for rollouts.reward."""
   del parts, tasks, scheme
   out = []
   for trajectory in trajectories:

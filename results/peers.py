@@ -31,7 +31,7 @@ SLOTS, TURNS, PROMPT, OBSERVATION, ANSWER = 8, 6, 256, (17, 60), (16, 32)
 
 
 def count_tokens(data: str, tokenizer: str) -> list[dict[str, Any]]:
-  """Of all released step-grained rows: prompts[k] and responses[k] take turns."""
+  """The texts of all released step-grained rows: prompts[k] and responses[k] take turns."""
   from tokenizers import Tokenizer
 
   from steptool_jax.toolbench.formats.training_rows import read_step_rows

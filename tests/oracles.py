@@ -9,7 +9,7 @@ def softmax(x, axis=-1):
 
 
 def gae_steps(rewards, values, bootstrap, gamma, lam):
-  """Textbook GAE over steps: rewards[S], values[S] at the steps' first tokens, V behind the end."""
+  """Textbook GAE over steps: rewards[S], values[S] at the steps' first tokens, V after the end."""
   advantages, following, next_value = np.zeros(len(rewards)), 0.0, bootstrap
   for k in reversed(range(len(rewards))):
     delta = rewards[k] + gamma * next_value - values[k]
@@ -125,7 +125,7 @@ def dpo(chosen, rejected, beta):
 
 
 def archer_targets(rewards, target_v, target_q1, target_q2, bootstrap, gamma):
-  """(targets of Q, targets of V), one a step; V behind the end is `bootstrap`."""
+  """(targets of Q, targets of V), one a step; V after the end is `bootstrap`."""
   following = [*target_v[1:], bootstrap]
   return (
     [r + gamma * v for r, v in zip(rewards, following, strict=True)],

@@ -209,18 +209,18 @@ def _chat_template(directory: pathlib.Path, config: Mapping[str, Any]) -> str | 
   return template
 
 
-def _parts(component: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
+def _flatten(component: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
   """A normalizer, pre-tokenizer or decoder as a flat list."""
   if component is None:
     return []
   if component["type"] != "Sequence":
     return [component]
   inner = next(v for k, v in component.items() if k in ("normalizers", "pretokenizers", "decoders"))
-  return [part for child in inner for part in _parts(child)]
+  return [part for child in inner for part in _flatten(child)]
 
 
 def _adds_prefix_space(document: Mapping[str, Any]) -> bool:
-  parts = _parts(document.get("normalizer")) + _parts(document.get("pre_tokenizer"))
+  parts = _flatten(document.get("normalizer")) + _flatten(document.get("pre_tokenizer"))
   return any(
     p["type"] == "Prepend"
     or (p["type"] == "Metaspace" and p.get("prepend_scheme", "always") != "never")
@@ -236,7 +236,7 @@ def _without_prefix_space(document: Mapping[str, Any]) -> dict[str, Any]:
   strips = _adds_prefix_space(document)
   for field, key in inner.items():
     parts = []
-    for part in _parts(document.get(field)):
+    for part in _flatten(document.get(field)):
       if part["type"] == "Prepend" or (strips and field == "decoder" and part["type"] == "Strip"):
         continue
       part = dict(part)

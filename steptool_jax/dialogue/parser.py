@@ -53,28 +53,14 @@ def _refusing(parse: Callable[[str], Action]) -> Callable[[str], Action]:
   return answer
 
 
-def load_json(text: str, what: str = "the arguments") -> Any:
-  """Strict JSON: no duplicate keys, NaN, infinities, lone surrogates or trailing text.
-
-  Raises ValueError whose message is the reason, in words for the model.
-  """
-  try:
-    value, end = _scan(text, 0, what)
-  except _Refused as refused:
-    raise ValueError(str(refused)) from None
-  if text[end:].strip(_BLANK):
-    raise ValueError(f"{what}: text behind the JSON value: {_short(text[end:])}")
-  return value
-
-
 def dump_json(value: Any, compact: bool = False) -> str:
-  """JSON text that `load_json` reads back; ValueError for what JSON cannot say."""
+  """JSON text that a parser reads back as it is; ValueError for what JSON cannot say."""
   separators = (",", ":") if compact else (", ", ": ")
   try:
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=separators)
-    if load_json(text) != value:
+    if _scan(text, 0, "the arguments")[0] != value:
       raise ValueError("they would be read back differently (use string keys, lists, no tuples)")
-  except (TypeError, ValueError, RecursionError) as error:
+  except (TypeError, ValueError, RecursionError, _Refused) as error:
     raise ValueError(f"arguments cannot be written as JSON: {error}") from error
   return text
 

@@ -189,18 +189,10 @@ def _split_tags(text: str, tags: tuple[str, ...], codec: Codec) -> list[Piece]:
   A tag inside the arguments or the thought stays text: the writer puts the JSON on one line of its
   own, so only a tag that is a whole line is scaffolding.
   """
-  if not tags:
-    return [text]
   pieces: list[Piece] = []
-  lines = text.split("\n")
-  for n, line in enumerate(lines):
-    if line in tags and codec.has(line):
-      pieces.append(Control(line))
-    else:
-      pieces.append(line)
-    if n + 1 < len(lines):
-      pieces.append("\n")
-  return pieces
+  for line in text.split("\n"):
+    pieces += ["\n", Control(line) if line in tags and codec.has(line) else line]
+  return pieces[1:]
 
 
 # --- the formats -----------------------------------------------------------------------------

@@ -145,7 +145,7 @@ class Generated(abc.ABC, Generic[W, C]):
         draw = self.draw(rng, split, self.world(split, index), composition)
       except Stale:
         continue
-      tools = self._offer(rng, draw.calls)
+      tools = self._choose_tools(rng, draw.calls)
       if (index, draw.query) in seen:
         continue
       yield Task(
@@ -166,7 +166,7 @@ class Generated(abc.ABC, Generic[W, C]):
       )
       seen.add((index, draw.query))
 
-  def _offer(self, rng: random.Random, calls: Sequence[ToolCall]) -> tuple[ToolSpec, ...]:
+  def _choose_tools(self, rng: random.Random, calls: Sequence[ToolCall]) -> tuple[ToolSpec, ...]:
     """The tools of these calls and random others, in a fixed order."""
     if self._tools_per_task is None:
       return tuple(self.specs.values())

@@ -51,14 +51,16 @@ class MarketEnvironment:
     check_split(split)
     with self._lock:
       if split not in self._tasks:
-        self._tasks[split] = tuple(self._offer(t, split) for t in self._environment.tasks(split))
+        self._tasks[split] = tuple(
+          self._put_on_market(t, split) for t in self._environment.tasks(split)
+        )
       return self._tasks[split]
 
   def open(self, task: Task, sample: int) -> "MarketSession":
     session = self._environment.open(task, sample)
     return MarketSession(session, task, self._market, self._specialty)
 
-  def _offer(self, task: Task, split: Split) -> Task:
+  def _put_on_market(self, task: Task, split: Split) -> Task:
     """The task on the market, a function of (seed, split, task)."""
     rng = random.Random(f"{self._market.seed}/{split}/{task.id}/market")
     on_offer = [tier for tier in TIERS if tier in self._market.specialists]
@@ -67,7 +69,7 @@ class MarketEnvironment:
     prices = self._price_list(rng, task, tiers)
     words, wish = "", {}
     if self._market.preferences:
-      words, wish = _wish(rng, [_PREFIX + tier for tier in tiers])
+      words, wish = _draw_wish(rng, [_PREFIX + tier for tier in tiers])
     told = ", ".join(f"{_PREFIX}{tier} {_price(prices[_PREFIX + tier])}" for tier in tiers)
     query = " ".join([task.query, *([f"{told}."] if told else []), *([words] if words else [])])
     metadata: dict[str, Any] = {
@@ -90,7 +92,7 @@ class MarketEnvironment:
     if rng.random() >= self._market.asked:
       return priced
     avoided = [tool for tool, weight in wish.get("tools", {}).items() if weight < 0]
-    return self._ask(
+    return self._demonstrate_asking(
       priced, [t for t in rng.sample(tiers, len(tiers)) if _PREFIX + t not in avoided]
     )
 
@@ -108,7 +110,7 @@ class MarketEnvironment:
 
     return {name: (draw(cents), draw(seconds)) for name, (cents, seconds) in usual.items()}
 
-  def _ask(self, task: Task, tiers: Sequence[str]) -> Task:
+  def _demonstrate_asking(self, task: Task, tiers: Sequence[str]) -> Task:
     """The task with a demonstration that asks the first of these specialists that is right."""
     question = self._specialty.question_of(task) if tiers else None
     for tier in tiers if question else ():
@@ -187,7 +189,7 @@ def _price(price: tuple[float, float]) -> str:
   return f"{price[0]:.1f} cents {price[1]:.1f} s"
 
 
-def _wish(rng: random.Random, tools: Sequence[str]) -> tuple[str, Mapping[str, Any]]:
+def _draw_wish(rng: random.Random, tools: Sequence[str]) -> tuple[str, Mapping[str, Any]]:
   """(words for the query, weights of rewards.orchestra.Preference that they stand for)."""
   wishes: list[tuple[str, Mapping[str, Any]]] = [
     ("", {}),

@@ -3,22 +3,19 @@
 Actions only: their observations come from a replay through a session.
 """
 
-from typing import Any, Protocol
+import random
+from typing import Any
+
+import numpy as np
 
 from steptool_jax.environments.base import Environment
 from steptool_jax.types import Action, Finish, Task, ToolCall, ToolSpec
 
-
-class _Random(Protocol):
-  """random.Random and numpy.random.Generator both fit."""
-
-  def random(self) -> float: ...
-
-
+Random = random.Random | np.random.Generator
 _GIVE_UP = Finish("none")
 
 
-def imperfect(env: Environment, task: Task, rng: _Random, rate: float) -> tuple[Action, ...]:
+def imperfect(env: Environment, task: Task, rng: Random, rate: float) -> tuple[Action, ...]:
   """The demonstration with a plausible mistake at each action with probability `rate`.
 
   Mistakes: another tool before the right call or instead of it, the right call twice, giving up
@@ -45,22 +42,18 @@ def imperfect(env: Environment, task: Task, rng: _Random, rate: float) -> tuple[
   return tuple(actions)
 
 
-def _pick(options: list, rng: _Random) -> Any:
+def _pick(options: list, rng: Random) -> Any:
   return options[min(int(rng.random() * len(options)), len(options) - 1)]
 
 
-def _spoil(call: ToolCall, task: Task, rng: _Random) -> list[Action]:
+def _spoil(call: ToolCall, task: Task, rng: Random) -> list[Action]:
   kind = _pick(["before", "twice", "instead", "give up"], rng)
-  if kind == "before":
-    return [_other_tool(call, task, rng), call]
-  if kind == "twice":
-    return [call, call]
-  if kind == "instead":
-    return [_other_tool(call, task, rng), _GIVE_UP]
-  return [_GIVE_UP]
+  if kind in ("before", "instead"):
+    return [_other_tool(call, task, rng), call if kind == "before" else _GIVE_UP]
+  return [call, call] if kind == "twice" else [_GIVE_UP]
 
 
-def _other_tool(call: ToolCall, task: Task, rng: _Random) -> ToolCall:
+def _other_tool(call: ToolCall, task: Task, rng: Random) -> ToolCall:
   """Another tool with as many arguments, so that the call looks right."""
 
   def width(spec: ToolSpec) -> int:

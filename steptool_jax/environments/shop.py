@@ -3,7 +3,7 @@
 import dataclasses
 import random
 import sqlite3
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from steptool_jax.environments import names
@@ -273,8 +273,7 @@ SPECS = {name: tool(getattr(ShopTools(None), name)).spec for name in _NAMES}
 def tools(db: sqlite3.Connection) -> list[Tool]:
   """All tools over this connection; the specs are shared, so opening a session stays cheap."""
   owner = ShopTools(db)
-  methods: dict[str, Callable[..., Any]] = {name: getattr(owner, name) for name in _NAMES}
-  return [Tool(SPECS[name], method) for name, method in methods.items()]
+  return [Tool(spec, getattr(owner, name)) for name, spec in SPECS.items()]
 
 
 class ShopSession(SerialSession):

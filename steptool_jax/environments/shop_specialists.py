@@ -42,15 +42,15 @@ def parse(text: str) -> Question:
   NotFound for anything else: that is what the specialist then says.
   """
   text = " ".join(text.casefold().strip(" ?.").split()).removeprefix("what is ")
-  question = _read(text.removeprefix("the ")) or _phrase(text)
+  question = _parse_read(text.removeprefix("the ")) or _parse_phrase(text)
   if question is None:
     raise NotFound("I do not understand; ask like: city of the supplier of product NAME")
   return question
 
 
-def _read(text: str) -> Question | None:
+def _parse_read(text: str) -> Question | None:
   word, of, rest = text.partition(" of ")
-  inner = _phrase(rest) if of else None
+  inner = _parse_phrase(rest) if of else None
   for tool, field, name in READS[inner.end] if inner else ():
     if name == word:
       relations = (*inner.relations, (inner.end, tool, field))
@@ -58,12 +58,12 @@ def _read(text: str) -> Question | None:
   return None
 
 
-def _phrase(text: str) -> Question | None:
+def _parse_phrase(text: str) -> Question | None:
   text = text.removeprefix("the ")
   for kind, hops in HOPS.items():
     for tool, field, end, phrase in hops:
       words = phrase.removeprefix("the ").removesuffix("{}")
-      inner = _phrase(text.removeprefix(words)) if text.startswith(words) else None
+      inner = _parse_phrase(text.removeprefix(words)) if text.startswith(words) else None
       if inner is not None and inner.end == kind:
         relations = (*inner.relations, (kind, tool, field))
         return dataclasses.replace(inner, relations=relations, end=end)
@@ -98,13 +98,13 @@ def ask(session: shop.ShopSession, knowledge: Knowledge, question: str) -> dict[
   finder, _, _ = STARTS[asked.start]
   key = asked.name
   if finder:
-    key = _fact(session, knowledge, asked.start, finder, key, "id")
+    key = _recall_fact(session, knowledge, asked.start, finder, key, "id")
   for kind, tool, field in asked.relations:
-    key = _fact(session, knowledge, kind, tool, key, field)
+    key = _recall_fact(session, knowledge, kind, tool, key, field)
   return {"answer": key}
 
 
-def _fact(
+def _recall_fact(
   session: shop.ShopSession, knowledge: Knowledge, kind: str, tool: str, key: str, field: str
 ) -> str | int:
   right = session.look(tool, key)[field]

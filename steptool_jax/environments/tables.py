@@ -220,4 +220,4 @@ SPECS = {name: tool(getattr(PipelineTools({}), name)).spec for name in _NAMES}
 
 def tools(owner: PipelineTools) -> list[Tool]:
   """All tools over this owner's tables; the specs are shared."""
-  return [Tool(SPECS[name], getattr(owner, name)) for name in _NAMES]
+  return [Tool(spec, getattr(owner, name)) for name, spec in SPECS.items()]

@@ -12,6 +12,7 @@ Curve = tuple[Sequence[float], Sequence[float]]
 
 TOLERANCE = 0.02  # of a pass rate: less rise over a curve's last third is a plateau
 _RESAMPLES = 2000
+_TAILS = [50 * (1 - 0.95), 100 - 50 * (1 - 0.95)]  # percentiles that leave 5 % outside
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -42,7 +43,7 @@ class Plateau:
   high: float
 
 
-def band(curves: Sequence[Curve], confidence: float = 0.95, seed: int = 0) -> Band:
+def band(curves: Sequence[Curve]) -> Band:
   """The band of several runs, on the union of their points that all runs cover.
 
   Between its points a curve is a straight line; nothing is extrapolated. Runs are drawn with
@@ -58,7 +59,7 @@ def band(curves: Sequence[Curve], confidence: float = 0.95, seed: int = 0) -> Ba
   grid = np.unique(np.concatenate([x for x, _ in checked]))
   grid = grid[(grid >= first) & (grid <= last)]
   values = np.stack([np.interp(grid, x, y) for x, y in checked])  # [runs, X]
-  low, high = _interval(values, confidence, seed)
+  low, high = _interval(values)
   return Band(grid, values.mean(axis=0), low, high, len(checked))
 
 
@@ -89,9 +90,7 @@ def steps_to(curve: Curve, level: float) -> float | None:
   return float(x[k - 1] + share * (x[k] - x[k - 1]))
 
 
-def crossing(
-  curves: Sequence[Curve], level: float, confidence: float = 0.95, seed: int = 0
-) -> tuple[float, float, float]:
+def crossing(curves: Sequence[Curve], level: float) -> tuple[float, float, float]:
   """(x, low, high) at which the mean curve of several runs is first at `level`; inf for never.
 
   low and high: percentiles over mean curves of runs drawn with replacement; NaN for one run.
@@ -105,16 +104,15 @@ def crossing(
 
   if len(values) == 1:
     return first(values[0]), float("nan"), float("nan")
-  drawn = np.random.default_rng(seed).integers(0, len(values), (_RESAMPLES, len(values)))
+  drawn = np.random.default_rng(0).integers(0, len(values), (_RESAMPLES, len(values)))
   # Runs in another order give the same mean: few means have to be looked at.
   chosen, counts = np.unique(np.sort(drawn, axis=1), axis=0, return_counts=True)
   firsts = np.repeat([first(values[rows].mean(axis=0)) for rows in chosen], counts)
-  tail = 50 * (1 - confidence)
-  low, high = np.percentile(firsts, [tail, 100 - tail], method="nearest")
+  low, high = np.percentile(firsts, _TAILS, method="nearest")
   return first(found.mean), float(low), float(high)
 
 
-def plateau(curves: Sequence[Curve], confidence: float = 0.95, seed: int = 0) -> Plateau:
+def plateau(curves: Sequence[Curve]) -> Plateau:
   """Whether the curves of one method have stopped rising (least squares over the last third).
 
   A third of the evaluations: they are even in updates, not in what conversations have cost.
@@ -129,32 +127,28 @@ def plateau(curves: Sequence[Curve], confidence: float = 0.95, seed: int = 0) ->
     rises.append(np.polyfit(x, y, 1)[0] * x[-1])
   if not rises:
     raise ValueError("a plateau needs at least one curve")
-  low, high = _interval(np.array(rises)[:, None], confidence, seed)
-  mean = float(np.mean(rises))
-  return Plateau(mean <= TOLERANCE, mean, float(low[0]), float(high[0]))
+  mean, low, high = mean_interval(rises)
+  return Plateau(mean <= TOLERANCE, mean, low, high)
 
 
-def mean_interval(
-  values: Sequence[float], confidence: float = 0.95, seed: int = 0
-) -> tuple[float, float, float]:
+def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
   """(mean, low, high) of one figure over runs; low and high are NaN for a single run."""
   array = np.asarray(values, np.float64)
   if array.ndim != 1 or not array.size:
     raise ValueError("the figure of at least one run is needed")
-  low, high = _interval(array[:, None], confidence, seed)
+  low, high = _interval(array[:, None])
   return float(array.mean()), float(low[0]), float(high[0])
 
 
-def _interval(values: np.ndarray, confidence: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def _interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   """Percentile interval of the mean over axis 0 of [runs, X]; NaN for one run."""
   runs = len(values)
   if runs == 1:
     return np.full(values.shape[1], np.nan), np.full(values.shape[1], np.nan)
-  drawn = np.random.default_rng(seed).integers(0, runs, (_RESAMPLES, runs))
+  drawn = np.random.default_rng(0).integers(0, runs, (_RESAMPLES, runs))
   # How often each run was drawn, as weights: one product instead of resamples x runs x X numbers.
   weights = np.stack([(drawn == run).sum(axis=1) for run in range(runs)], axis=1) / runs
-  tail = 50 * (1 - confidence)
-  low, high = np.percentile(weights @ values, [tail, 100 - tail], axis=0)
+  low, high = np.percentile(weights @ values, _TAILS, axis=0)
   return low, high
 
 

@@ -31,43 +31,18 @@ ANSWERED, GAVE_UP, BROKEN, ENDED = "answer", "give up", "malformed", "out of bud
 REACTIONS = (RETRIED, CHANGED, OTHER, ANSWERED, GAVE_UP, BROKEN, ENDED)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Transitions:
-  """counts[i, j]: how often an action of kind names[i] was followed by one of kind names[j]."""
-
-  names: tuple[str, ...]
-  counts: np.ndarray  # int64[N, N]
-
-  def on(self, names: Sequence[str]) -> np.ndarray:
-    """int64[M, M]: the counts of these names; a name that is not mine has zeros."""
-    index = {name: i for i, name in enumerate(self.names)}
-    out = np.zeros((len(names), len(names)), np.int64)
-    for i, a in enumerate(names):
-      for j, b in enumerate(names):
-        if a in index and b in index:
-          out[i, j] = self.counts[index[a], index[b]]
-    return out
+Transitions = collections.Counter[tuple[str, str]]
 
 
 def transitions(trajectories: Iterable[Trajectory]) -> Transitions:
-  """Counts of consecutive actions; tools in the order of their use, the others around them."""
-  pairs: collections.Counter[tuple[str, str]] = collections.Counter()
+  """How often an action of the first kind was followed by one of the second (see `kind`)."""
+  pairs: Transitions = collections.Counter()
   for trajectory in _healthy(trajectories):
     kinds = [START, *(kind(step) for step in trajectory.steps)]
     if trajectory.truncated:
       kinds.append(CUT)
     pairs.update(itertools.pairwise(kinds))
-  seen: collections.Counter[str] = collections.Counter()
-  for (_, name), count in pairs.items():
-    seen[name] += count
-  tools = [n for n, _ in sorted(seen.items(), key=lambda p: (-p[1], p[0])) if n[0] != "("]
-  names = (START, *tools, UNKNOWN, MALFORMED, ANSWER, GIVE_UP, CUT)
-  names = tuple(n for n in names if n in seen or n == START)
-  index = {name: i for i, name in enumerate(names)}
-  counts = np.zeros((len(names), len(names)), np.int64)
-  for (a, b), count in pairs.items():
-    counts[index[a], index[b]] = count
-  return Transitions(names, counts)
+  return pairs
 
 
 def kind(step: Step) -> str:
@@ -98,7 +73,7 @@ class Recovery:
 
 
 def recovery(trajectories: Iterable[Trajectory], injected: bool = True) -> Recovery:
-  """After errors that the fault injector caused, or (injected=False) after all others."""
+  """What was done after errors of the fault injector, or (injected=False) after all others."""
   reactions: collections.Counter[str] = collections.Counter()
   recovered, extra, solved = [], [], []
   for trajectory in _healthy(trajectories):
@@ -139,28 +114,21 @@ def repeated_after_ok(trajectories: Iterable[Trajectory]) -> float:
   return repeats / calls if calls else 0.0
 
 
-@dataclasses.dataclass(frozen=True)
-class Spent:
-  """What all trajectories cost, for each solved task (NaN where none is solved)."""
+def spent_per_solved(trajectories: Iterable[Trajectory]) -> dict[str, float]:
+  """Totals over all trajectories, failed ones too, for each solved task; NaN where none is solved.
 
-  llm_calls: float
-  tokens: float  # sampled
-  cost: float  # USD, by the tools' price lists; 0 without any
-  latency: float  # seconds, by the tools' price lists
-
-
-def spent_per_solved(trajectories: Iterable[Trajectory]) -> Spent:
-  """Totals over all trajectories, failed ones too, divided by the number of solved tasks."""
+  The names are those of figures.CELLS.
+  """
   healthy = list(_healthy(trajectories))
   solved = sum(t.solved for t in healthy) or float("nan")
   steps = [step for t in healthy for step in t.steps]
   answers = [step.observation for step in steps if step.observation is not None]
-  return Spent(
-    llm_calls=len(steps) / solved,
-    tokens=sum(len(step.tokens) for step in steps) / solved,
-    cost=sum(o.cost for o in answers) / solved,
-    latency=sum(o.latency for o in answers) / solved,
-  )
+  return {
+    "llm_calls_per_solved": len(steps) / solved,
+    "tokens_per_solved": sum(len(step.tokens) for step in steps) / solved,
+    "cost_per_solved": sum(o.cost for o in answers) / solved,
+    "latency_per_solved": sum(o.latency for o in answers) / solved,
+  }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -254,14 +222,14 @@ def _answered_later(trajectory: Trajectory, k: int) -> int | None:
     step = trajectory.steps[later]
     if step.observation is None or step.observation.code is not Code.OK:
       continue
-    if not isinstance(failed, ToolCall) or _name(step.action) == failed.name:
+    if not isinstance(failed, ToolCall) or _tool_name(step.action) == failed.name:
       return later
   return None
 
 
 def _called_again(before: Trajectory, after: Trajectory) -> str:
-  then = collections.Counter(_name(step.action) for step in before.steps)
-  now = collections.Counter(_name(step.action) for step in after.steps)
+  then = collections.Counter(_tool_name(step.action) for step in before.steps)
+  now = collections.Counter(_tool_name(step.action) for step in after.steps)
   less = {name: n - now[name] for name, n in then.items() if name and n > 1 and n > now[name]}
   return max(less, key=lambda name: (less[name], name), default="")
 
@@ -271,11 +239,11 @@ def _change(was: Step | None, now: Step | None) -> str:
   if not old or not new:
     return f"goes on with {new}" if new else f"stops before {old}"
   if old == new:
-    return f"{new} with other arguments" if _name(now.action) else f"another {new}"
+    return f"{new} with other arguments" if _tool_name(now.action) else f"another {new}"
   return f"{new} instead of {old}"
 
 
-def _name(action: Action) -> str:
+def _tool_name(action: Action) -> str:
   return action.name if isinstance(action, ToolCall) else ""
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from steptool_jax.evaluation import analysis, behaviour, records
-from steptool_jax.evaluation.behaviour import Recovery, Spent, Transitions
+from steptool_jax.evaluation.behaviour import Recovery, Transitions
 from steptool_jax.evaluation.records import Run
 from steptool_jax.types import Trajectory
 
@@ -32,7 +32,7 @@ class Facts:
   injected: Recovery
   own: Recovery
   repeated_after_ok: float
-  spent: Spent
+  spent: Mapping[str, float]  # see behaviour.spent_per_solved
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -165,28 +165,25 @@ def cell_figures(cell: Cell) -> dict[str, float]:
       "recovered_from_fault": facts.injected.recovered,
       "solved_after_fault": facts.injected.solved,
       "repeated_after_ok": facts.repeated_after_ok,
-      "llm_calls_per_solved": facts.spent.llm_calls,
-      "tokens_per_solved": facts.spent.tokens,
-      "cost_per_solved": facts.spent.cost,
-      "latency_per_solved": facts.spent.latency,
+      **facts.spent,
     }
-  return {k: float(v) for k, v in found.items() if _known(v)}
+  return {k: float(v) for k, v in found.items() if known(v)}
 
 
 def _measured(panel: Sequence[Cell]) -> dict[str, dict[int, dict[str, float]]]:
   """{method: {seed: figures}} of what is done; area: up to the budget that all have spent."""
-  ends = [curve[0][-1] for curve in _learnt(panel)]
+  ends = [curve[0][-1] for curve in _learning_curves(panel)]
   out: dict[str, dict[int, dict[str, float]]] = {}
   for cell in panel:
     seeds = out.setdefault(cell.method, {})
     if cell.status == DONE:
       seeds[cell.seed] = cell_figures(cell)
-      for curve in _learnt([cell]):
+      for curve in _learning_curves([cell]):
         seeds[cell.seed]["area"] = analysis.area(curve, min(ends))
   return out
 
 
-def _learnt(cells: Iterable[Cell]) -> list[analysis.Curve]:
+def _learning_curves(cells: Iterable[Cell]) -> list[analysis.Curve]:
   return [curve for curve in curves(cells, "llm_calls") if len(curve[0]) > 1]
 
 
@@ -199,7 +196,7 @@ def _rows(panel: Sequence[Cell]) -> list[Row]:
   out = []
   for name, cells in by_method(panel).items():
     figures = list(measured[name].values())
-    learnt = _learnt(cells)
+    learnt = _learning_curves(cells)
     out.append(
       Row(
         group=cells[0].group,
@@ -230,5 +227,6 @@ def _missing(cells: Sequence[Cell]) -> tuple[str, ...]:
   return tuple(f"seed{'s' * (len(n) > 1)} {' '.join(n)} {why}" for why, n in seeds.items())
 
 
-def _known(value: Any) -> bool:
-  return isinstance(value, int | float) and math.isfinite(value)
+def known(value: Any) -> bool:
+  """Whether a summary's entry is a finite number."""
+  return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

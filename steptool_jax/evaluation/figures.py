@@ -21,7 +21,7 @@ class Figure:
   label: str = ""
 
 
-# Of a set of trajectories: evaluation/metrics.py computes them.
+# The figures of a set of trajectories, which evaluation/metrics.py computes.
 ROLLOUTS = {
   "pass_rate": Figure(SHARE, "mean of IsSolved"),
   "reward": Figure(NUMBER, "mean of a trajectory's summed rewards"),
@@ -71,8 +71,8 @@ REWARD_PARTS = {
 }
 ROLLOUTS |= {f"reward_{part}": Figure(NUMBER, text) for part, text in REWARD_PARTS.items()}
 
-# Of an update: learning/update.py computes them. Losses are as weighted in the sum; an algorithm
-# has some of them.
+# The figures of an update, which learning/update.py computes. Losses are as weighted in the sum; an
+# algorithm has some of them.
 UPDATES = {
   "loss": Figure(NUMBER, "the sum of the loss's terms"),
   "policy_loss": Figure(NUMBER, "the policy's term"),
@@ -99,7 +99,7 @@ UPDATES = {
   "padding": Figure(SHARE, "padded positions"),
 }
 
-# Of an iteration as a whole: run/train.py and run/training/progress.py compute them.
+# The figures of a whole iteration, which run/train.py and run/training/progress.py compute.
 ITERATIONS = {
   "nothing_to_learn": Figure(NUMBER, "1 where the algorithm found no trajectory to learn from"),
   "dropped_malformed": Figure("trajectories", "taken by rewards.filters.malformed"),
@@ -116,9 +116,9 @@ ITERATIONS = {
   "tool_wait_share_of_rollout": Figure(SHARE, "of the rollout's time: in wait for tools"),
 }
 
-# Of a study's cell, from its summary and the last held-out trajectories: evaluation/comparison.py
-# and behaviour.py compute them. calls_per_task, invalid_call_rate, invocation_success (of the last
-# evaluation) and diversity (of the last iteration) are those of ROLLOUTS.
+# The figures of a study's cell, which evaluation/comparison.py and behaviour.py compute from its
+# summary and its last held-out trajectories. calls_per_task, invalid_call_rate, invocation_success
+# (of the last evaluation) and diversity (of the last iteration) are those of ROLLOUTS.
 CELLS = {
   "start": Figure(SHARE, "pass rate before RL", "start"),
   "final": Figure(SHARE, "pass rate after RL", "final"),

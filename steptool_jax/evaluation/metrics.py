@@ -1,7 +1,7 @@
 """The figures of a set of trajectories that evaluation/figures.py defines as ROLLOUTS."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
@@ -10,37 +10,22 @@ from steptool_jax.types import Action, Code, Finish, Status, Step, ToolCall, Tra
 
 
 def rollout_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
-  """figures.ROLLOUTS, by name; 0 where there is nothing to take a mean of."""
+  """Every figure of MEASURES and reward_<part> of each part that a reward has, by name."""
   healthy = [t for t in trajectories if t.status is not Status.INFRASTRUCTURE_ERROR]
-  steps = [step for t in healthy for step in t.steps]
-  codes = [step.observation.code for step in steps if step.observation is not None]
-  calls = [step for step in steps if isinstance(step.action, ToolCall)]
   parts = dict.fromkeys(name for t in healthy for name in t.reward_parts)
-  failed = [t for t in healthy if any(_failed(step) for step in t.steps)]
   return {
-    "pass_rate": _mean([t.solved for t in healthy]),
-    "reward": _mean([sum(s.reward for s in t.steps) for t in healthy]),
+    **{name: measure(healthy) for name, measure in MEASURES.items()},
     **{f"reward_{p}": _mean([t.reward_parts.get(p, 0.0) for t in healthy]) for p in parts},
-    "success_calling": _mean([s.success_calling for s in calls]),
-    "contribution": _mean([s.contribution for s in calls]),
-    "calls_per_task": _mean(
-      [sum(isinstance(s.action, ToolCall) for s in t.steps) for t in healthy]
-    ),
-    "tokens_per_task": _mean([t.num_tokens for t in healthy]),
-    "cost_per_task": _mean([t.cost for t in healthy]),
-    "latency_per_task": _mean([t.latency for t in healthy]),
-    "invalid_call_rate": _mean([code in INVALID for code in codes]),
-    "invocation_success": _mean([code is Code.OK for code in codes]),
-    "repeated_calls": _mean([repeat for t in healthy for repeat in _repeats(t)]),
-    "recovery": _mean([good for t in healthy for good in _recoveries(t)]),
-    "solved_after_error": _mean([t.solved for t in failed]),
-    "diversity": _diversity(healthy),
-    "answered": _mean([t.status is Status.ANSWERED for t in healthy]),
-    "gave_up": _mean([t.status is Status.GAVE_UP for t in healthy]),
-    "truncated": _mean([t.truncated for t in healthy]),
-    "prompts_without_room": float(sum(not t.steps for t in healthy)),
     "infrastructure_errors": float(len(trajectories) - len(healthy)),
   }
+
+
+def _calls(trajectory: Trajectory) -> list[Step]:
+  return [step for step in trajectory.steps if isinstance(step.action, ToolCall)]
+
+
+def _codes(trajectory: Trajectory) -> list[Code]:
+  return [step.observation.code for step in trajectory.steps if step.observation is not None]
 
 
 def _failed(step: Step) -> bool:
@@ -100,3 +85,31 @@ def action_key(action: Action) -> str:
 
 def _mean(values: Sequence[float]) -> float:
   return float(np.mean(values)) if len(values) else 0.0
+
+
+def _per(values: Callable[[Trajectory], Iterable[float]]) -> Callable[..., float]:
+  """The mean over what `values` gives of all trajectories; 0 where that is nothing."""
+  return lambda trajectories: _mean([value for t in trajectories for value in values(t)])
+
+
+# Name in figures.ROLLOUTS -> the figure of the trajectories that no infrastructure error ended.
+MEASURES: dict[str, Callable[[Sequence[Trajectory]], float]] = {
+  "pass_rate": _per(lambda t: [t.solved]),
+  "reward": _per(lambda t: [sum(s.reward for s in t.steps)]),
+  "success_calling": _per(lambda t: [s.success_calling for s in _calls(t)]),
+  "contribution": _per(lambda t: [s.contribution for s in _calls(t)]),
+  "calls_per_task": _per(lambda t: [len(_calls(t))]),
+  "tokens_per_task": _per(lambda t: [t.num_tokens]),
+  "cost_per_task": _per(lambda t: [t.cost]),
+  "latency_per_task": _per(lambda t: [t.latency]),
+  "invalid_call_rate": _per(lambda t: [code in INVALID for code in _codes(t)]),
+  "invocation_success": _per(lambda t: [code is Code.OK for code in _codes(t)]),
+  "repeated_calls": _per(_repeats),
+  "recovery": _per(_recoveries),
+  "solved_after_error": _per(lambda t: [t.solved] if any(map(_failed, t.steps)) else []),
+  "diversity": _diversity,
+  "answered": _per(lambda t: [t.status is Status.ANSWERED]),
+  "gave_up": _per(lambda t: [t.status is Status.GAVE_UP]),
+  "truncated": _per(lambda t: [t.truncated]),
+  "prompts_without_room": lambda ts: float(sum(not t.steps for t in ts)),
+}

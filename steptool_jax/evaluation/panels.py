@@ -1,16 +1,21 @@
 """Parts of the report that show many runs at once: charts, heat maps of tool use, reactions to
 errors; each as plain data for the page."""
 
+import collections
+import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from steptool_jax.evaluation import analysis, behaviour, comparison, records
+from steptool_jax.evaluation.behaviour import ANSWER, CUT, GIVE_UP, MALFORMED, START, UNKNOWN
 from steptool_jax.evaluation.comparison import DONE, Cell, Facts
 
 _MOST_TOOLS = 14  # rows of a heat map; rarer tools are left out
+# Of a cell: where its trajectories stand in training.
+MOMENTS = {"before": "before training", "after": "after training", "only": "evaluated"}
 FIGURES = {  # of the charts' menu, in its order; a single run offers all others, too
   "pass_rate": "pass rate",
   "reward": "reward of a conversation",
@@ -52,9 +57,8 @@ def _chart(panel: Sequence[Cell], single: bool) -> dict[str, Any] | None:
       for key, label in (("pass_rate_base", "start"), ("pass_rate_sft", "after SFT"))
       if isinstance(s.get(key), float)
     ]
-  place = " · ".join(part for part in (panel[0].group, panel[0].environment) if part)
   return {
-    "title": place or "learning curve",
+    "title": title(panel[0].group, panel[0].environment) or "learning curve",
     "figures": {name: FIGURES.get(name, name.replace("_", " ")) for name in data},
     "axes": records.AXES,
     "data": data,
@@ -82,16 +86,16 @@ def _series(panel: Sequence[Cell], axis: str, name: str, single: bool) -> list[d
           "name": label if single else method,
           "thin": part == "train",
           "runs": band.runs,
-          "x": _numbers_of(band.x),
-          "mean": _numbers_of(band.mean),
-          "low": _numbers_of(band.low),
-          "high": _numbers_of(band.high),
+          "x": _rounded(band.x),
+          "mean": _rounded(band.mean),
+          "low": _rounded(band.low),
+          "high": _rounded(band.high),
         }
       )
   return out
 
 
-def _numbers_of(values: np.ndarray) -> list[float | None]:
+def _rounded(values: np.ndarray) -> list[float | None]:
   return [float(f"{v:.5g}") if math.isfinite(v) else None for v in values]
 
 
@@ -101,46 +105,44 @@ def _numbers_of(values: np.ndarray) -> list[float | None]:
 def tool_use(cells: Sequence[Cell]) -> list[dict[str, Any]]:
   """Transition matrices of each method on each environment, before and after, over its seeds."""
   out = []
-  for (group, environment, method), members in _methods(cells).items():
-    maps = []
-    parts = [[_transitions(c, which) for c in members] for which in ("before", "after", "only")]
-    parts = [[t for t in part if t is not None] for part in parts]
-    names = _common_names([t for part in parts for t in part])
-    for part, title in zip(parts, ("before training", "after training", "evaluated"), strict=True):
-      if part:
-        counts = sum(t.on(names) for t in part)
-        maps.append({"title": title, "rows": _heat(counts, names)})
+  for place, members in _by_method(cells).items():
+    found = {which: [f.transitions for f in _facts(members, which)] for which in MOMENTS}
+    names = _common_names([t for part in found.values() for t in part])
+    maps = [
+      {"title": moment, "rows": _heat(sum(found[which], collections.Counter()), names)}
+      for which, moment in MOMENTS.items()
+      if found[which]
+    ]
     if maps:
-      place = " · ".join(p for p in (group, environment, method) if p)
       out.append({"title": place, "names": names, "maps": maps})
   return out
 
 
-def _transitions(cell: Cell, which: str) -> behaviour.Transitions | None:
-  found = _facts(cell, which)
-  return found.transitions if found else None
-
-
-def _facts(cell: Cell, which: str) -> Facts | None:
-  name = {"before": cell.run.before, "after": cell.run.after, "only": "trajectories"}[which]
-  return cell.facts.get(name)
+def _facts(members: Sequence[Cell], which: str) -> list[Facts]:
+  """What the cells that have this moment (see MOMENTS) say of it."""
+  out = []
+  for cell in members:
+    name = {"before": cell.run.before, "after": cell.run.after, "only": "trajectories"}[which]
+    out += [cell.facts[name]] if name in cell.facts else []
+  return out
 
 
 def _common_names(found: Sequence[behaviour.Transitions]) -> list[str]:
   """Names of all, the tools by their use and at most _MOST_TOOLS of them, the others around."""
-  total: dict[str, int] = {}
-  for transitions in found:
-    for name, count in zip(transitions.names, transitions.counts.sum(axis=0), strict=True):
-      total[name] = total.get(name, 0) + int(count)
+  total: collections.Counter[str] = collections.Counter()
+  for pairs in found:
+    for (_, name), count in pairs.items():
+      total[name] += count
   tools = sorted((n for n in total if n[0] != "("), key=lambda n: (-total[n], n))[:_MOST_TOOLS]
-  ends = ("(unknown tool)", "(malformed)", "(answer)", "(give up)", "(out of budget)")
-  return ["(start)", *tools, *(n for n in ends if total.get(n))] if total else []
+  ends = (UNKNOWN, MALFORMED, ANSWER, GIVE_UP, CUT)
+  return [START, *tools, *(n for n in ends if total[n])] if found else []
 
 
-def _heat(counts: np.ndarray, names: Sequence[str]) -> list[dict[str, Any]]:
+def _heat(pairs: behaviour.Transitions, names: Sequence[str]) -> list[dict[str, Any]]:
   """Rows of shares of what follows; the level 0 to 9 is the colour."""
   rows = []
-  for name, row in zip(names, counts, strict=True):
+  for name in names:
+    row = np.array([pairs[name, other] for other in names])
     total = int(row.sum())
     if total:
       shares = row / total
@@ -157,42 +159,41 @@ def _heat(counts: np.ndarray, names: Sequence[str]) -> list[dict[str, Any]]:
   return rows
 
 
-def _methods(cells: Sequence[Cell]) -> dict[tuple[str, str, str], list[Cell]]:
-  out: dict[tuple[str, str, str], list[Cell]] = {}
+def _by_method(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
+  """The finished cells (or a single run) by group, environment and method, as a title."""
+  out: dict[str, list[Cell]] = {}
   for cell in cells:
     if cell.status == DONE or len(cells) == 1:
-      out.setdefault((cell.group, cell.environment, cell.method), []).append(cell)
+      out.setdefault(title(cell.group, cell.environment, cell.method), []).append(cell)
   return out
 
 
 def recoveries(cells: Sequence[Cell]) -> list[dict[str, Any]]:
   """What follows errors: for every method, sort of error and moment, over its seeds."""
   out = []
-  for (group, environment, method), members in _methods(cells).items():
-    for sort in ("injected", "own"):
-      for which in ("before", "after", "only"):
-        facts = [f for c in members if (f := _facts(c, which)) is not None]
-        found = [r for f in facts if (r := getattr(f, sort)).errors]
-        errors = sum(r.errors for r in found)
-        if not errors:
-          continue
+  sorts = {"injected": "injected error", "own": "error of its own"}
+  for place, members in _by_method(cells).items():
+    for sort, which in itertools.product(sorts, MOMENTS):
+      found = [r for f in _facts(members, which) if (r := getattr(f, sort)).errors]
+      errors = sum(r.errors for r in found)
+      if not errors:
+        continue
+
+      def mean(values: Iterable[float], found=found, errors=errors) -> float:
         weights = np.array([r.errors for r in found]) / errors
-        out.append(
-          {
-            "place": " · ".join(p for p in (group, environment, method) if p),
-            "sort": {"injected": "injected error", "own": "error of its own"}[sort],
-            "moment": {"before": "before", "after": "after", "only": "evaluated"}[which],
-            "errors": errors,
-            "recovered": percent(sum(w * r.recovered for w, r in zip(weights, found, strict=True))),
-            "solved": percent(_solved(found)),
-            "bars": _bars(
-              {
-                name: float(sum(w * r.reactions[name] for w, r in zip(weights, found, strict=True)))
-                for name in behaviour.REACTIONS
-              }
-            ),
-          }
-        )
+        return float(sum(w * v for w, v in zip(weights, values, strict=True)))
+
+      out.append(
+        {
+          "place": place,
+          "sort": sorts[sort],
+          "moment": MOMENTS[which].removesuffix(" training"),
+          "errors": errors,
+          "recovered": percent(mean(r.recovered for r in found)),
+          "solved": percent(_solved(found)),
+          "bars": _bars({n: mean(r.reactions[n] for r in found) for n in behaviour.REACTIONS}),
+        }
+      )
   return out
 
 
@@ -212,6 +213,10 @@ def _bars(shares: Mapping[str, float]) -> list[dict[str, Any]]:
 
 
 # --- formats --------------------------------------------------------------------------------------
+
+
+def title(*parts: str) -> str:
+  return " · ".join(part for part in parts if part)
 
 
 def percent(value: float) -> str:

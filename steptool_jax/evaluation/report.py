@@ -21,7 +21,6 @@ from steptool_jax.evaluation.comparison import DONE, Cell, Row
 from steptool_jax.evaluation.figures import FIGURES, SHARE
 from steptool_jax.evaluation.panels import percent, plain
 from steptool_jax.evaluation.viewer import Entry, Pair
-from steptool_jax.types import Trajectory
 
 _ASSETS = pathlib.Path(__file__).parent.parent / "assets" / "report"
 _SCRIPTS = ("page.js", "charts.js", "viewer.js", "steps.js")
@@ -93,34 +92,32 @@ def _hash(text: str) -> str:
 
 def _entries(cells: Sequence[Cell], most: int) -> tuple[list[Entry], list[Pair], list[str]]:
   """The first trajectories of every moment of every cell, and the tasks that turned."""
-  moments = [(cell, name) for cell in cells for name in sorted(cell.run.moments, key=_place)]
+  moments = [(cell, name) for cell in cells for name in sorted(cell.run.moments, key=_moment_order)]
   sizes = [len(cell.run.moments[name]) for cell, name in moments]
-  share = _share(sizes, most)
+  share = _most_of_each(sizes, most)
   entries: list[Entry] = []
-  first: dict[tuple[str, str], int] = {}
+  numbers: dict[tuple[str, str, str, int], int] = {}
   for cell, name in moments:
-    first[cell.name, name] = len(entries)
     place = cell.name if len(cells) > 1 else ""
-    entries += [Entry(place, _label(name), r) for r in cell.run.moments[name][:share]]
+    for record in cell.run.moments[name][:share]:
+      numbers[cell.name, name, record.trajectory.task_id, record.trajectory.sample] = len(entries)
+      entries.append(Entry(place, _label(name), record))
   pairs = []
   for cell in cells:
-    old, new = cell.run.before, cell.run.after
-    if old is None or new is None:
+    ends = (cell.run.before, cell.run.after)
+    if None in ends:
       continue
-    before = _numbers(cell.run.moments[old][:share], first[cell.name, old])
-    after = _numbers(cell.run.moments[new][:share], first[cell.name, new])
-    for case in behaviour.turned_cases(
-      [t for t, _ in before.values()], [t for t, _ in after.values()]
-    ):
-      key = case.task_id, case.sample
-      pairs.append(Pair(before[key][1], after[key][1], case))
+    found = [[r.trajectory for r in cell.run.moments[name][:share]] for name in ends]
+    for case in behaviour.turned_cases(*found):
+      old, new = (numbers[cell.name, name, case.task_id, case.sample] for name in ends)
+      pairs.append(Pair(old, new, case))
   pairs.sort(key=lambda pair: (not pair.case.corrected, not pair.case.again))
   left = sum(sizes) - len(entries)
   note = f"{left} of {sum(sizes)} trajectories are left out of this page (report.trajectories)"
   return entries, pairs, [note] if left else []
 
 
-def _place(moment: str) -> tuple[int, str]:
+def _moment_order(moment: str) -> tuple[int, str]:
   """Held-out moments in the order of training, then the training iterations."""
   return (list(_MOMENTS).index(moment) if moment in _MOMENTS else len(_MOMENTS)), moment
 
@@ -132,7 +129,7 @@ def _label(moment: str) -> str:
   return _MOMENTS.get(moment, moment)
 
 
-def _share(sizes: Sequence[int], most: int) -> int:
+def _most_of_each(sizes: Sequence[int], most: int) -> int:
   """Trajectories a moment so that all together are at most `most`."""
   low, high = 0, max(sizes, default=0)
   while low < high:
@@ -141,24 +138,9 @@ def _share(sizes: Sequence[int], most: int) -> int:
   return low
 
 
-def _numbers(found, first: int) -> dict[tuple[str, int], tuple[Trajectory, int]]:
-  return {
-    (r.trajectory.task_id, r.trajectory.sample): (r.trajectory, first + k)
-    for k, r in enumerate(found)
-  }
-
-
 def _case(pair: Pair, entries: Sequence[Entry]) -> dict[str, Any]:
-  return {
-    "before": pair.before,
-    "after": pair.after,
-    "cell": entries[pair.after].cell,
-    "task": pair.case.task_id,
-    "query": entries[pair.after].record.query,
-    "step": pair.case.step + 1,
-    "change": pair.case.change,
-    "again": pair.case.again,
-  }
+  after = entries[pair.after]
+  return vars(pair.case) | vars(pair) | {"cell": after.cell, "query": after.record.query}
 
 
 # --- summary and tables --------------------------------------------------------------------------
@@ -177,13 +159,13 @@ def _cards(cells: Sequence[Cell], rows: Sequence[Row]) -> list[dict[str, str]]:
     cards = [
       {"label": label, "value": percent(s[key])}
       for key, label in names.items()
-      if _number(s.get(key))
+      if comparison.known(s.get(key))
     ]
     more = {"conversations": "conversations", "seconds": "seconds", "peak_rss_gib": "GiB of memory"}
     cards += [
       {"label": label, "value": f"{s[key]:,.4g}" if s[key] < 1e4 else f"{s[key]:,.0f}"}
       for key, label in more.items()
-      if _number(s.get(key))
+      if comparison.known(s.get(key))
     ]
     return cards
   cards = [
@@ -232,19 +214,15 @@ def _row(row: Row) -> dict[str, Any]:
       True: "plateau",
       False: f"still {100 * p.rise:+.1f} points",
     }[p.reached]
-  return {
-    "group": row.group,
-    "environment": row.environment,
-    "method": row.method,
+  return vars(row) | {
     "seeds": f"{row.done}" if row.done == row.cells else f"{row.done} of {row.cells}",
-    "missing": row.missing,
     "final": interval(f.get("final"), percent),
     "greedy": interval(f.get("greedy"), percent),
     "start": interval(f.get("start"), percent),
     "area": interval(f.get("area"), percent),
     "plateau": plateau,
     "crossings": [crossing(row.crossings.get(level)) for level in comparison.LEVELS],
-    "more": [interval(f.get(name), _form(name)) for name in _MORE],
+    "more": [interval(f.get(name), _format_of(name)) for name in _MORE],
   }
 
 
@@ -253,17 +231,11 @@ def _difference(found: comparison.Difference) -> dict[str, Any]:
     return f"{100 * share:+.1f}"
 
   figures = [found.figures.get(key) for key in comparison.COMPARED]
-  return {
-    "environment": found.environment,
-    "method": found.method,
-    "against": found.against,
-    "seeds": found.seeds,
-    "figures": [
-      # Means of tenths leave 1e-17 where they should be 0.
-      interval(f, points) | {"sure": f is not None and (f[1] > 1e-9 or f[2] < -1e-9)}
-      for f in figures
-    ],
-  }
+  # Means of tenths leave 1e-17 where they should be 0.
+  shown = [
+    interval(f, points) | {"sure": f is not None and (f[1] > 1e-9 or f[2] < -1e-9)} for f in figures
+  ]
+  return vars(found) | {"figures": shown}
 
 
 def interval(value: tuple[float, float, float] | None, form) -> dict[str, str]:
@@ -300,7 +272,7 @@ _MORE = (  # further columns of the table
 )
 
 
-def _form(name: str) -> Callable[[float], str]:
+def _format_of(name: str) -> Callable[[float], str]:
   return percent if FIGURES[name].unit == SHARE else plain
 
 
@@ -318,7 +290,3 @@ def _config(cells: Sequence[Cell]) -> dict[str, str]:
   if len(cells) == 1:
     walk(cells[0].run.config, "")
   return flat
-
-
-def _number(value: Any) -> bool:
-  return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -134,7 +134,11 @@ def _per_step(values: Any, steps: Sequence[Step]) -> list[list[Any] | None]:
 
 def _step(step: Step, words, values, with_logprobs: bool, pieces: _Table) -> dict[str, Any]:
   out = _action(step)
-  out["marks"] = [_short(step.success_calling), _short(step.contribution), _short(step.reward)]
+  out["marks"] = [
+    _rounded(step.success_calling),
+    _rounded(step.contribution),
+    _rounded(step.reward),
+  ]
   observation = step.observation
   if observation is not None:
     out["seen"] = {
@@ -142,13 +146,13 @@ def _step(step: Step, words, values, with_logprobs: bool, pieces: _Table) -> dic
       "code": str(observation.code),
       "injected": int(observation.injected),
       "changed": int(observation.changed),
-      "cost": _short(observation.cost),
-      "latency": _short(observation.latency),
+      "cost": _rounded(observation.cost),
+      "latency": _rounded(observation.latency),
     }
   if words is not None:
     out["words"] = [pieces(str(word)) for word in words]
   if values is not None:
-    out["advantages"] = [_short(value) for value in values]
+    out["advantages"] = [_rounded(value) for value in values]
   if with_logprobs:
     out["logprobs"] = np.round(step.logprobs.astype(float), 3).tolist()
   return out
@@ -181,5 +185,5 @@ def _seen_document(observation: Mapping[str, Any] | None) -> dict[str, Any] | No
   return {k: observation.get(k) for k in ("text", "code", "injected", "changed")}
 
 
-def _short(value: float) -> float:
+def _rounded(value: float) -> float:
   return round(float(value), 4)

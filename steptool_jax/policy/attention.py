@@ -99,7 +99,7 @@ def _attend(q_nBKRh, k_nBKsh, v_nBKsh, segments_nBs):
 
 
 def _attend_forward(q, k, v, segments):
-  """With a running softmax, and for the backward pass the logarithm of its sum."""
+  """Attends with a running softmax; also returns the log of its sum, for the backward pass."""
   blocks, *lead, h = q.shape
 
   def queries(block):

@@ -104,7 +104,7 @@ def _place(
   where: jax.sharding.Sharding,
   read: Callable[[tuple[slice, ...]], np.ndarray],
 ) -> jax.Array:
-  """As jax.make_array_from_callback, which holds the slices of all devices at once."""
+  """Does what jax.make_array_from_callback does, which holds the slices of all devices at once."""
   arrays = []
   places = where.addressable_devices_indices_map(shape).items()
   for _, copies in itertools.groupby(sorted(places, key=_index_string), key=_index_string):

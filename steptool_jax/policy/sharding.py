@@ -131,7 +131,7 @@ def check_rows(name: str, rows: int, mesh: Mesh) -> None:
 
 
 def cache_sharding(row: tuple[int, ...], slots: int, mesh: Mesh) -> NamedSharding:
-  """For k and v [layers, slots, S, *row]; heads are replicated where they must."""
+  """The layout of k and v [layers, slots, S, *row]; heads are replicated where they must."""
   check_rows("slots", slots, mesh)
   split = len(row) == 2 and row[0] % mesh.shape["tensor"] == 0
   return NamedSharding(mesh, P(None, ROWS, None, *(("tensor",) if split else ())))
@@ -151,7 +151,7 @@ def to_host(x: jax.Array) -> np.ndarray:
 
 @jax.jit
 def layer_of(x: jax.Array, layer: int) -> jax.Array:
-  """One layer of a stack. As x[layer], which compiles anew for every layer."""
+  """One layer of a stack: x[layer] would compile anew for every layer."""
   return jax.lax.dynamic_index_in_dim(x, layer, keepdims=False)
 
 

@@ -27,7 +27,7 @@ def attend(
   name: str = "",
   interpret: bool = False,
 ) -> jax.Array:
-  """As attention.attend.
+  """Does what attention.attend does.
 
   name: for remat policies, of what the backward pass reads. interpret: runs the kernel's Python on
   any platform, for tests.

@@ -149,7 +149,7 @@ def _shaped(config: Config, record: AnnotatedTrajectory, origin: dict) -> Annota
 
 
 def _means(annotated: Sequence[Trajectory]) -> dict[str, float]:
-  """Over calls: SC, Con; over steps: reward; over trajectories: IsSolved and summed rewards."""
+  """Figures over calls (SC, Con), steps (reward) and trajectories (IsSolved, summed rewards)."""
   marked = [t.steps[: len(responses.transcript("", t).steps)] for t in annotated]
   calls = [step for steps in marked for step in steps]
 

@@ -197,7 +197,7 @@ class ToolBenchSession:
     return self
 
   def grade(self, answer: str | None) -> float:
-    """Only whether there is an answer; the verdicts come after the rollout (judging.py)."""
+    """Whether there is an answer, and no more: verdicts come after the rollout (judging.py)."""
     return float(bool(answer and answer.strip()))
 
   def close(self) -> None:

@@ -78,7 +78,9 @@ def llama2(out, template=None):
   ascii_text = [chr(c) for c in range(33, 127)]
   merges = [("▁", "S"), ("o", "n"), ("i", "n"), ("▁", "▁"), ("<", "/"), ("</", "s")]
   vocabulary = [
-    *("<unk>", "<s>", "</s>"),
+    "<unk>",
+    "<s>",
+    "</s>",
     *(f"<0x{b:02X}>" for b in range(256)),
     "▁",
     *ascii_text,

@@ -80,6 +80,9 @@ def test_rounding_does_not_reorder_rows_that_text_tells_apart():
   left = (["v", "k"], [(1.0, "b"), (1.0000000001, "a")])
   right = (["v", "k"], [(1.0000000001, "b"), (1.0, "a")])
   assert same_table(left, right, ordered=False)
+  # Nor rows that another number tells apart.
+  left = (["v", "n"], [(0.1 + 0.2, 1), (0.3, 2)])
+  assert same_table(left, (["v", "n"], [(0.3, 1), (0.3, 2)]), ordered=False)
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,7 @@ def _step(action, observation=None) -> Step:
 
 
 def annotated(found, query="", **metadata) -> AnnotatedTrajectory:
-  """With the texts of all tokens, as a run keeps them."""
+  """A stored trajectory with the texts of all tokens, as a run keeps them."""
   texts = [[f"{_name(s.action)} ", "<|end|>"] for s in found.steps]
   return AnnotatedTrajectory(found, query=query, metadata={"texts": texts} | metadata)
 

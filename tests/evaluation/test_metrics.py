@@ -1,6 +1,9 @@
 import numpy as np
 import pytest
 
+from steptool_jax.evaluation import figures as figures_lib
+from steptool_jax.evaluation import metrics, panels, records
+from steptool_jax.evaluation.comparison import DONE, Cell
 from steptool_jax.evaluation.metrics import rollout_metrics
 from steptool_jax.types import (
   Code,
@@ -148,3 +151,22 @@ def test_rewards_by_part():
   figures = rollout_metrics(group)
   assert figures["reward_success_calling"] == pytest.approx(0.3)
   assert figures["reward_solved"] == 0.5
+
+
+def test_a_new_figure_is_its_definition_and_its_measure(monkeypatch, tmp_path):
+  """A list of names between measure, record and chart would leave a new figure out of one."""
+  definition = figures_lib.Figure("steps", "steps of a trajectory")
+  monkeypatch.setitem(figures_lib.ROLLOUTS, "toy", definition)
+  monkeypatch.setitem(metrics.MEASURES, "toy", metrics._per(lambda t: [len(t.steps)]))
+  found = rollout_metrics([trajectory(call(), finish()), trajectory(finish())])
+  assert found["toy"] == 1.5
+  lines = [{f"heldout/{k}": v for k, v in found.items()} | {"heldout/llm_calls": n} for n in (0, 9)]
+  run = records.Run(tmp_path, {}, {}, tuple(lines), {}, ())
+  (chart,) = panels.charts([Cell("run", "", "", "ppo", 0, DONE, "", run, {})])
+  assert chart["data"]["toy"]["llm_calls"][0]["mean"] == [1.5, 1.5]
+
+
+def test_every_figure_has_its_definition():
+  """A figure of no definition cannot be read by anyone; one without a measure is never written."""
+  defined = {name for name in figures_lib.ROLLOUTS if not name.startswith("reward_")}
+  assert set(metrics.MEASURES) | {"infrastructure_errors"} == defined

@@ -105,7 +105,7 @@ def test_a_group_where_all_are_the_same_or_of_one_earns_nothing_and_is_no_nan():
 
 
 def test_a_missing_rollout_moves_no_minimum_and_no_maximum():
-  """Peers' defect 15: an infrastructure error says nothing about the policy."""
+  """An infrastructure error says nothing about the policy: peers let it move the group's scale."""
   p = Preference(1.0, 1.0, 1.0)
   group = [made([("f", 0.1, 1.0)]), made([("f", 0.3, 2.0)]), made([("f", 0.2, 4.0)], solved=0.0)]
   lost = made([("f", 9.0, 99.0)], solved=1.0, status=Status.INFRASTRUCTURE_ERROR)
@@ -177,7 +177,7 @@ def test_eq_2_is_the_last_steps_reward_and_parts_add_up():
 
 
 def test_a_retry_never_outscores_and_spam_earns_less_in_a_group():
-  """Peers' defect 13, under Eq. 2 plus step rewards and under Eq. 2 alone."""
+  """Peers pay for every further call; here neither Eq. 2 with step rewards nor alone does."""
   rng = random.Random(0)
   for task in ENV.tasks("train"):
     gold = task.demonstration
@@ -229,7 +229,7 @@ def test_groups_that_hardly_deviate_are_dropped_whole():
 
 
 def test_a_trajectory_counts_once_however_long_it_is():
-  """Peers' defect in ToolOrchestra: each turn is a sample there, so that long ones weigh more."""
+  """In ToolOrchestra each turn is a sample, so that long trajectories weigh more."""
   long = made([("f", 0, 0)] * 9, reward=1.0)
   group = [long, *even("t", 0.8, 0.8, 0.8)]
   deviation = np.std([1.0, 0.8, 0.8, 0.8])  # 0.087; with ten entries for the long one 0.084

@@ -152,7 +152,7 @@ def test_reading_again_after_a_change_is_no_repeat():
   assert [m[0] for m in marks] == [1, 1, 1, 1, 0, 0]
 
 
-def test_free_text_of_a_finish_behind_a_change_earns_nothing_for_what_it_names():
+def test_free_text_of_a_finish_after_a_change_earns_nothing_for_what_it_names():
   find, write, _ = WRITE.demonstration
   weather = ToolCall("get_weather", {"city": "x"})
   marks, solved = annotated(SHOP, WRITE, [weather, find, write, Finish("sun, done")])
@@ -217,7 +217,7 @@ def test_every_code_but_ok_and_every_injected_fault_earns_nothing():
   assert hand_made([ok(12, injected=True)]) == [(0, 0)]
 
 
-def test_a_retry_behind_a_fault_is_no_repeat():
+def test_a_retry_after_a_fault_is_no_repeat():
   task = Task("t", "x", "q", (), {"type": "exact"})
   call = ToolCall("f", {})
   fault = Observation("try again", Code.UNAVAILABLE, injected=True)

@@ -184,7 +184,7 @@ def test_spam_earns_less_than_answering(env):
     assert repeated <= total(env, task, task.demonstration, normalization="none")
 
 
-def test_retries_behind_injected_faults_earn_nothing_themselves():
+def test_retries_after_injected_faults_earn_nothing_themselves():
   env = FaultyEnvironment(ENVS[0], Faults(seed=1, transient=1.0, max_consecutive=1))
   for task in env.tasks("train"):
     calls = [a for call in task.demonstration[:-1] for a in (call, call)]
@@ -257,7 +257,7 @@ def with_others(marks, others):
   st.none() | st.dictionaries(st.sampled_from("abc"), unit),
 )
 def test_parts_add_up_to_the_rewards(marks, solved, alpha, status, normalization, final):
-  """Also where the last step is a call, whose marks are not paid."""
+  """The last step may be a call too, whose marks are not paid."""
   steps = [step(ToolCall("f", {}), None, success_calling=a, contribution=b) for a, b in marks]
   shaped = shape(trajectory(TASK, steps, solved, status), alpha, normalization, False, final)
   assert sum(shaped.reward_parts.values()) == pytest.approx(sum(s.reward for s in shaped.steps))

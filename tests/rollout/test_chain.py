@@ -181,7 +181,7 @@ class Checked(Script):
 
 
 def test_a_checker_that_is_down_marks_its_trajectory_and_stops_no_other(chat_format):
-  """Peers' defect 14, in grading: not scored 0, not trained on, and nothing else is lost."""
+  """A judge that is down says nothing of an answer: peers score it 0 and train on that."""
   environment = Checked(InfrastructureError("the judge is down"))
   eng = scripted(chat_format, call(), answer())
   jobs = [(task(), sample) for sample in range(3)]

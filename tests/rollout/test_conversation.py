@@ -248,7 +248,7 @@ def test_context_full_in_mid_turn(fmt):
   [
     (0, 0, Status.TOKEN_BUDGET),
     (OBSERVED - 1, 0, Status.TOKEN_BUDGET),  # all or nothing
-    (OBSERVED, OBSERVED, Status.TOKEN_BUDGET),  # fits, but nothing could be sampled behind it
+    (OBSERVED, OBSERVED, Status.TOKEN_BUDGET),  # fits, but nothing could be sampled after it
     (OBSERVED + 1, OBSERVED, None),
   ],
 )
@@ -345,9 +345,9 @@ def test_whatever_happens_the_ids_are_the_engines_and_the_budgets_hold(
   trajectory = engine.play(conversation, lambda call: Observation(*next(answers)))
   ids = flatten(trajectory)
   assert ids[: len(engine.ids)] == engine.ids
-  behind = ids[len(engine.ids) :]  # only the state to bootstrap from was not appended any more
-  assert not behind or (
-    trajectory.truncated and behind == trajectory.steps[-1].observation_tokens.tolist()
+  unseen = ids[len(engine.ids) :]  # only the state to bootstrap from was not appended any more
+  assert not unseen or (
+    trajectory.truncated and unseen == trajectory.steps[-1].observation_tokens.tolist()
   )
   assert conversation.length == len(ids) == trajectory.num_tokens <= max_tokens
   assert len(trajectory.steps) <= max_steps

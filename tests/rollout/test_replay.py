@@ -72,7 +72,7 @@ def test_a_faulted_call_is_repeated_so_that_nothing_is_known_that_was_not_told(p
 
 
 def test_one_whose_tools_are_down_is_marked(parts):
-  """Peers' defect 14: the trainer leaves it out by its status."""
+  """The trainer leaves it out by its status: peers train on the failure of a tool's host."""
   env, chat_format = parts
 
   class Down:
@@ -97,7 +97,7 @@ def test_one_that_does_not_finish_is_refused(parts):
 
 
 def test_metrics_literals(parts):
-  """Three trajectories: solved, unsolved behind a failed call, and an infrastructure error."""
+  """Three trajectories: solved, unsolved after a failed call, and an infrastructure error."""
   env, chat_format = parts
   task = env.tasks("train")[0]
   good = replay_actions(env, task, task.demonstration, chat_format, LIMITS)

@@ -149,7 +149,7 @@ def test_pre_order_with_width_and_back_up_lengths(chat_format):
   ]
   assert [n.depth for n in result.nodes] == [1, 2, 3, 3, 2, 3]
   assert [n.index for n in result.path(result.leaf)] == [0, 4, 5]
-  # The state followed the tree: the answer was graded behind the calls 1 and 5 alone.
+  # The state followed the tree: the answer was graded after the calls 1 and 5 alone.
   assert environment.graded == [((1, 5), "7")]
   assert result.nodes[4].step.observation.text == "sum 6"
 
@@ -161,7 +161,7 @@ def test_giving_up_at_once_leaves_the_root_with_the_official_back_up_and_not_wit
   assert result.trajectory.status is Status.ANSWERED
 
 
-def test_more_answers_go_on_behind_the_first(chat_format):
+def test_more_answers_go_on_after_the_first(chat_format):
   actions = [echo(1), Finish("6"), ANSWER]
   result = one(chat_format, actions, answers=2, answer_back=1)[0]
   assert shape(result) == [(ROOT, None), (0, Status.ANSWERED), (0, Status.ANSWERED)]
@@ -217,7 +217,7 @@ def test_the_diversity_prompt_is_the_siblings_alone(chat_format):
   assert [len(n.diversity_tokens) > 0 for n in result.nodes] == [
     "been at this point" in c for c in contexts
   ]
-  # The sibling of node 2 (call 3 behind calls 1 and 2) sees call 3 and its result.
+  # The sibling of node 2 (call 3 after calls 1 and 2) sees call 3 and its result.
   assert '"n": 3' in contexts[3]
   assert "sum 6" in contexts[3]
   assert contexts[5].count('echo {"n":5}<|end|>') == 1

@@ -1,4 +1,4 @@
-"""In the place of run/cell.py: FOLDER CORES…; acts as the seed says, in no time.
+"""Stands in for run/cell.py: FOLDER CORES…; acts as the seed says, in no time.
 
 seed 0: ends well. seed 1: fails always. seed 2: fails once. seed 3: runs until SIGTERM, and ends
 well when it is started again.

@@ -316,7 +316,7 @@ def test_bad_input_is_named(monkeypatch, tmp_path):
 
 @pytest.mark.skipif(util.find_spec("libtpu") is None, reason="libtpu is not installed (extra tpu)")
 def test_a_real_slice(tmp_path):
-  """In a process of its own, because libtpu stays in it."""
+  """Runs in a process of its own, because libtpu stays in it."""
   flags = ("--mode=compile", "--config.model.path=/not/here")
   mesh = ("--config.mesh.fsdp=-1", "--config.mesh.data=1")
   config = f"{tiny.ROOT}/tests/run/tiny.py:lora"

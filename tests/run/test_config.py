@@ -60,6 +60,7 @@ def test_an_argument_picks_the_algorithm(config, name):
     ("lora.targets", (1, 2), r"config\.lora\.targets: a tuple of strings"),
     ("lora.targets", ("qkv",), r"config\.lora\.targets: there is no 'qkv'; did you mean '[qkv]'"),
     ("archer.tau", 1.5, r"config\.archer\.tau: must be at most 1"),
+    ("environment.market.spread", 0.5, r"market\.spread: must be at least 1"),
     ("environment.faults.timeout", 1.1, r"faults\.timeout: must be in \[0, 1\]"),
     ("rollout.max_steps", 0, r"config\.rollout\.max_steps: must be above 0"),
     ("rollout.search.width", 0, r"config\.rollout\.search\.width: must be above 0"),
@@ -98,7 +99,7 @@ def test_no_adapter_is_refused_where_adapters_are_on():
 
 
 def test_a_config_of_an_older_version_is_compared_by_the_fields_that_we_have():
-  """Else no run could be resumed after a field was added or removed."""
+  """No run could be resumed after a field was added or removed otherwise."""
   config = validation.validate(base_config())
   saved = json.loads(validation.to_json(config))
   saved["simulator"]["http_retries"] = 9  # removed since

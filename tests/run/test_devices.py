@@ -56,7 +56,7 @@ def _run(config, workdir, mesh):
 
 
 def _paid(trajectory):
-  """With a reward for what was sampled: a model that knows nothing earns none, and whitening would
+  """Rewards what was sampled: a model that knows nothing earns none, and whitening would
   make the rounding noise of the KL penalty the whole signal."""
   steps = tuple(
     dataclasses.replace(step, reward=int(step.tokens.sum()) % 7 / 7) for step in trajectory.steps

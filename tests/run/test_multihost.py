@@ -198,7 +198,7 @@ def test_killed_and_preempted_processes_go_on_bit_equal_and_on_another_mesh(
 
 @pytest.mark.parametrize("victim", [3, 0])
 def test_all_of_four_end_with_a_sentence_when_one_is_killed(pod, tmp_path, victim):
-  """Without process 0, which has the store, jax aborts the others."""
+  """The store dies with process 0, and jax aborts the others."""
   run = pod.exchange(tmp_path, 4)
   until(run, lambda: all("exchanged" in run.log(n) for n in range(4)), "an exchange")
   assert_all_end_with_a_sentence(run, victim)

@@ -178,7 +178,7 @@ def test_differences_are_between_equal_seeds(fake, tmp_path):
 
 
 def test_an_interrupted_study_goes_on(fake, tmp_path, monkeypatch):
-  """Out of time while a cell runs: it saves, and the same command makes up for it."""
+  """A cell that runs when time is up saves, and the same command makes up for it."""
   line = "core/shop/ppo: seeds=4 algorithm=ppo"
   config = make(line, study__only=("*/0", "*/3"), study__hours=1.0)
   running, clock = tmp_path / "cells/core/shop/ppo/3/running", time.monotonic

@@ -94,9 +94,8 @@ def test_a_hanging_tool_is_infrastructure_and_the_rest_goes_on(plain):
 
 def test_an_older_server_with_pages_plain_text_and_protocol_errors(plain):
   server = plain()
-  assert [spec.name for spec in server.specs] == [
-    *("double", "environment", "picture", "refuse", "break", "hang", "die")
-  ]
+  names = "double environment picture refuse break hang die"
+  assert [spec.name for spec in server.specs] == names.split()
   assert server.call(ToolCall("picture", {})).text == "a map\n<image>"
   refused = server.call(ToolCall("refuse", {}))
   assert refused.code == Code.TOOL_ERROR  # the arguments are to blame
@@ -199,7 +198,5 @@ def test_bad_settings(settings, wrong):
 
 def test_names_become_valid_and_stay_apart():
   listed = [types.SimpleNamespace(name=n) for n in ("a-b", "a.b", "a_b_2", "a b", "2x", "°", "_")]
-  assert [name for name, _ in mcp_lib._named(listed)] == [
-    *("a_b", "a_b_2", "a_b_2_2", "a_b_3"),
-    *("tool_2x", "tool", "tool_2"),
-  ]
+  names = "a_b a_b_2 a_b_2_2 a_b_3 tool_2x tool tool_2"
+  assert [name for name, _ in mcp_lib._named(listed)] == names.split()

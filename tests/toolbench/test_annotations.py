@@ -113,7 +113,7 @@ def test_released_rows_agree_with_the_annotation_file_in_part(shared):
 
 
 def test_every_released_reward_comes_from_three_judge_runs(shared):
-  """Where no annotation is at hand, the numbers are traced to scores that make them."""
+  """Numbers are traced to scores that make them where no annotation is at hand."""
 
   def runs(success, contribution):
     for k in range(3):

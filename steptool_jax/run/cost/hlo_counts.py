@@ -166,12 +166,12 @@ class _Counter:
     root = _root(named)
     producers = [named[x] for x in root.operands] if root.opcode == "tuple" else [root]
     for array, producer in zip(ins.arrays, producers, strict=False):
-      source = _through(producer, named)
-      if producer.opcode == "parameter" or _goes_on(source, seen):
+      source = _source_of(producer, named)
+      if producer.opcode == "parameter" or _began_earlier(source, seen):
         continue
       if source.opcode == "dynamic-update-slice":
         total += 2 * sum(a.bytes for a in named[source.operands[1]].arrays if array.space == 0)
-        updated.add(_through(named[source.operands[0]], named).name)
+        updated.add(_source_of(named[source.operands[0]], named).name)
       else:
         total += _hbm([array])
     for parameter in (i for i in named.values() if i.opcode == "parameter"):
@@ -180,7 +180,7 @@ class _Counter:
         continue
       outside = operands[number].arrays
       users = [i for i in named.values() if parameter.name in i.operands and i.opcode != "tuple"]
-      if all(_goes_on(i, seen) for i in users):
+      if all(_began_earlier(i, seen) for i in users):
         continue
       if all(i.opcode in SLICES and i.operands[0] == parameter.name for i in users):
         total += sum(a.bytes for i in users for a in i.arrays if outside[0].space == 0)
@@ -204,7 +204,7 @@ class _Counter:
     index, start = int(counter.attribute("index")), 0
     arguments = self.named[home][ins.operands[0]]
     if arguments.opcode == "tuple":
-      first = _through(self.named[home][arguments.operands[index]], self.named[home])
+      first = _source_of(self.named[home][arguments.operands[index]], self.named[home])
       start = int(first.attributes) if first.opcode == "constant" else 0
     return -(-(int(bound.attributes) - start) // self._step(ins, index))
 
@@ -250,7 +250,7 @@ def _collective(
   ins: Instruction, named: dict[str, Instruction], home: str, counts: Counts, seen: set
 ) -> None:
   found = COLLECTIVE.fullmatch(ins.opcode)
-  if not found or _goes_on(ins, seen):
+  if not found or _began_earlier(ins, seen):
     return
   kind = found[1]
   seen.add(ins.attribute("channel_id"))
@@ -265,7 +265,7 @@ def _collective(
   counts.collectives[kind] += moved
 
 
-def _goes_on(ins: Instruction, seen: AbstractSet[str]) -> bool:
+def _began_earlier(ins: Instruction, seen: AbstractSet[str]) -> bool:
   """Whether this is a part of a collective that began earlier.
 
   A fused asynchronous collective is written once in each fusion that it overlaps with.
@@ -274,7 +274,7 @@ def _goes_on(ins: Instruction, seen: AbstractSet[str]) -> bool:
   return channel is not None and channel in seen and bool(COLLECTIVE.fullmatch(ins.opcode))
 
 
-def _through(ins: Instruction, named: dict) -> Instruction:
+def _source_of(ins: Instruction, named: dict) -> Instruction:
   while ins.opcode in ("bitcast", "copy", "convert", "reshape") and ins.operands[0] in named:
     ins = named[ins.operands[0]]
   return ins

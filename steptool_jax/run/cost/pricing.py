@@ -113,7 +113,7 @@ def _largest_arguments(tree: Any) -> list[str]:
   ]
 
 
-# Of the table: title, and a program's report -> what stands there.
+# The table's columns: title, and a program's report -> what stands there.
 COLUMNS: tuple[tuple[str, Callable[[dict[str, Any]], str]], ...] = (
   ("arguments", lambda r: f"{r['arguments_gib']:.2f}"),
   ("temporaries", lambda r: f"{r['temporaries_gib']:.2f}"),

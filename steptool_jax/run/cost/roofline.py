@@ -7,7 +7,7 @@ from steptool_jax.run.cost.hlo_counts import Counts
 # A collective is taken to run as one ring, in both directions: no credit for further torus axes,
 # and none for running at the same time as anything longer.
 RING_LINKS = 2
-# Of the matrix unit's peak, for attention kernels: exp and masks share their time with products.
+# The share of the matrix unit's peak that attention kernels reach: exp and masks take their time.
 KERNEL_EFFICIENCY = 0.5
 
 

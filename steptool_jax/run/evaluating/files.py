@@ -33,7 +33,7 @@ def write(parts: Parts, run: Judged, folder: str, method: str) -> None:
   """Writes one repetition under the name `folder`; the run has a judge."""
   codec, strategy = parts.policy.chat_format.codec, build.build_search(parts.config)
   verdicts = dict(zip(map(int, run.rate.task_ids), run.rate.verdicts, strict=True))
-  # Of a subset: file name -> (query id, converted answer, verdicts).
+  # The files of a subset: file name -> (query id, converted answer, verdicts).
   written: dict[str, dict[str, Any]] = collections.defaultdict(dict)
   for n, (solution, final) in enumerate(zip(run.solutions, run.trajectories, strict=True)):
     if final.status is Status.INFRASTRUCTURE_ERROR:

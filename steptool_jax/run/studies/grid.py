@@ -133,7 +133,7 @@ def cell_fields(config: Config, cell: Planned) -> dict[str, Any]:
     target = tree
     for group in groups:
       target = target[group]
-    target[last] = _value(name, target[last], text)
+    target[last] = _read_value(name, target[last], text)
   return tree
 
 
@@ -171,7 +171,7 @@ def read_plan(workdir: pathlib.Path) -> list[Planned] | None:
     ) from error
 
 
-def _value(name: str, default: Any, text: str) -> Any:
+def _read_value(name: str, default: Any, text: str) -> Any:
   """The text of an override as the type of the field."""
   try:
     if isinstance(default, bool):

@@ -85,7 +85,7 @@ def _read_cells(
       seed=planned.seed,
       status=state.status,
       note=state.note,
-      run=dataclasses.replace(run_, moments=_telling(moments, share)),
+      run=dataclasses.replace(run_, moments=_most_telling(moments, share)),
       facts=_facts(run_),
     )
     left += sum(map(len, run_.moments.values())) - sum(map(len, cell.run.moments.values()))
@@ -94,7 +94,7 @@ def _read_cells(
   return cells, [note] if left else []
 
 
-def _telling(moments: dict[str, tuple], share: int) -> dict[str, tuple]:
+def _most_telling(moments: dict[str, tuple], share: int) -> dict[str, tuple]:
   """`share` of each moment, the same tasks in both: those that turned first."""
   found = [[r.trajectory for r in records_] for records_ in moments.values()]
   cases = behaviour.turned_cases(*found) if len(found) == 2 else []

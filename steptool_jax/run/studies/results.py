@@ -91,7 +91,7 @@ def _csv(lines: Sequence[Sequence[Any]]) -> str:
 
 
 def _json(value: Any) -> Any:
-  """Without NaN; infinity is "never", of a level that the mean curve does not reach."""
+  """The value without NaN; infinity, of a level that the mean curve never reaches, is "never"."""
   if isinstance(value, dict):
     return {str(key): _json(entry) for key, entry in value.items()}
   if isinstance(value, list | tuple):

@@ -215,7 +215,7 @@ class Index:
     self.places.append(place)
     self.recorded.append(record.logprobs_known)
     self._counts.append(sum(len(step.tokens) for step in trajectory.steps))
-    # Of everything that is trained on: order, tokens, rewards and endings.
+    # A digest of everything that is trained on: order, tokens, rewards and endings.
     self._digest.update(f"{trajectory.status} {trajectory.solved} {rewards}".encode())
     for ids in token_arrays(trajectory):
       self._digest.update(f" {len(ids)} ".encode() + ids.tobytes())
