@@ -100,9 +100,7 @@ def calls_of_converted(entry: Converted) -> Calls:
     for role, message in entry.chain
     if role not in ("system", "user")
   )
-  functions = (tool.get("function", tool) for tool in entry.tools)
-  names = tuple(str(function.get("name", "")) for function in functions)
-  return Calls(entry.query_id, entry.query, names, calls)
+  return Calls(entry.query_id, entry.query, entry.tool_names, calls)
 
 
 def calls_of_annotation(entry: Annotation) -> Calls:
