@@ -18,7 +18,6 @@ import dataclasses
 import importlib
 import importlib.util
 import inspect
-import json
 import re
 import sys
 import types
@@ -32,6 +31,7 @@ import jsonschema
 from steptool_jax.config import Config
 from steptool_jax.environments.base import SPLITS, Split, check_split
 from steptool_jax.environments.checkers import normal, same_value
+from steptool_jax.files import parse_json
 from steptool_jax.simulators.functions import Tool, Toolbox, tool
 from steptool_jax.types import Action, Finish, Observation, Task, ToolCall, ToolSpec
 
@@ -126,7 +126,7 @@ class Custom:
     return {split: tuple(found) for split, found in tasks.items()}
 
   def _parse(self, line: str, heldout_share: float) -> tuple[Task, str]:
-    record = json.loads(line, parse_constant=_no_constant)
+    record = parse_json(line)
     if not isinstance(record, dict):
       raise ValueError("a task must be a JSON object")
     unknown = sorted(set(record) - _FIELDS)
@@ -259,7 +259,7 @@ def _demonstration(entries: Any, specs: Sequence[ToolSpec]) -> tuple[Action, ...
       continue
     if not isinstance(entry, dict) or set(entry) != {"tool", "arguments"}:
       raise ValueError(f"{at}: must be {{'tool': ..., 'arguments': {{...}}}}")
-    if entry["tool"] not in schemas:
+    if entry["tool"] not in list(schemas):
       raise ValueError(f"{at}: unknown tool {entry['tool']!r} for this task")
     validator = jsonschema.Draft202012Validator(dict(schemas[entry["tool"]]))
     wrong = jsonschema.exceptions.best_match(validator.iter_errors(entry["arguments"]))
@@ -267,10 +267,6 @@ def _demonstration(entries: Any, specs: Sequence[ToolSpec]) -> tuple[Action, ...
       raise ValueError(f"{at}: {wrong.message}")
     actions.append(ToolCall(entry["tool"], entry["arguments"]))
   return tuple(actions)
-
-
-def _no_constant(name: str) -> None:
-  raise ValueError(f"{name} is not JSON")
 
 
 def _load_module(where: str) -> types.ModuleType:

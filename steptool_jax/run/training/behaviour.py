@@ -84,10 +84,15 @@ def restore(data: Data, workdir: pathlib.Path) -> Data:
   """
   path = workdir / _FILE
   try:
+    with zipfile.ZipFile(path) as archive:
+      if archive.testzip() is not None:  # what is mapped below is not checked again
+        raise ValueError("its check sums are wrong")
     with np.load(path) as file:
       digest = str(file["digest"])
     logprobs = _map_logprobs(path)
-  except (ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile) as error:
+  except OSError:
+    raise
+  except Exception as error:  # damage shows in many ways
     raise ValueError(
       f"{path}: cannot be read ({error}); put back a copy, or start anew with another --workdir"
     ) from error
