@@ -10,6 +10,10 @@ from typing import Any
 
 import ml_collections
 
+INT_MOST = 2**31 - 1
+FLOAT_MOST = 1e9
+_DAY_S = 86_400.0  # more overflows the clocks that wait for calls
+
 
 def option(
   default: Any,
@@ -18,14 +22,19 @@ def option(
   above: float | None = None,
   least: float | None = None,
   most: float | None = None,
+  below: float | None = None,
   choices: str | tuple[str, ...] = (),
 ) -> Any:
   """A field with all that there is to say about it; validation.py checks the bounds and choices.
 
+  Without `most`, numbers stay where int32 and float32 can hold them.
   choices: of the value, besides its default, or of each entry of a tuple; a text is the name of one
   of validation.TABLES, whose keys they are. A group of options has a meaning only.
   """
-  metadata = {"meaning": meaning, "above": above, "least": least, "most": most, "choices": choices}
+  if most is None:
+    most = {int: INT_MOST, float: FLOAT_MOST}.get(type(default))
+  metadata = {"meaning": meaning, "choices": choices}
+  metadata |= {"above": above, "least": least, "most": most, "below": below}
   if dataclasses.is_dataclass(default):
     return dataclasses.field(default_factory=type(default), metadata=metadata)
   return dataclasses.field(default=default, metadata=metadata)
@@ -37,14 +46,16 @@ class Architecture:
   --mode=compile compiles, where model.path is not here."""
 
   family: str = option("llama", "how the layers differ", choices="model families")
-  vocab_size: int = option(1024, "tokens; the compact tokenizer is trained to this size")
-  hidden_size: int = option(128, "width")
-  intermediate_size: int = option(384, "width of the MLP")
-  num_layers: int = option(4, "layers")
-  num_heads: int = option(4, "query heads")
-  num_kv_heads: int = option(2, "key-value heads")
-  head_dim: int = option(32, "width of a head")
-  rope_theta: float = option(10000.0, "base of the rotary frequencies")
+  vocab_size: int = option(
+    1024, "tokens; the compact tokenizer is trained to this size", least=2, most=2**24
+  )
+  hidden_size: int = option(128, "width", above=0, most=2**18)
+  intermediate_size: int = option(384, "width of the MLP", above=0, most=2**20)
+  num_layers: int = option(4, "layers", above=0, most=2048)
+  num_heads: int = option(4, "query heads", above=0, most=4096)
+  num_kv_heads: int = option(2, "key-value heads; a divisor of num_heads", above=0, most=4096)
+  head_dim: int = option(32, "width of a head, even", least=2, most=4096)
+  rope_theta: float = option(10000.0, "base of the rotary frequencies", above=0, most=1e12)
   tie_embeddings: bool = option(True, "the output projection is the embedding")
 
 
@@ -72,8 +83,8 @@ class Model:
 
 @dataclasses.dataclass(frozen=True)
 class Lora:
-  rank: int = option(0, "rank of the adapters; 0 = full fine-tuning", least=0)
-  alpha: float = option(16.0, "adapters are scaled by alpha / rank")
+  rank: int = option(0, "rank of the adapters; 0 = full fine-tuning", least=0, most=2**16)
+  alpha: float = option(16.0, "adapters are scaled by alpha / rank", above=0)
   targets: tuple[str, ...] = option(
     ("q", "k", "v", "o", "gate", "up", "down"), "what has an adapter", choices="adapter targets"
   )
@@ -81,9 +92,9 @@ class Lora:
 
 @dataclasses.dataclass(frozen=True)
 class MeshAxes:
-  data: int = option(-1, "copies of the parameters; -1 = all devices that are left")
-  fsdp: int = option(1, "ways that parameters and rows are sharded")
-  tensor: int = option(1, "ways that heads, MLP and vocabulary are sharded")
+  data: int = option(-1, "copies of the parameters; -1 = all devices that are left", least=-1)
+  fsdp: int = option(1, "ways that parameters and rows are sharded", least=-1)
+  tensor: int = option(1, "ways that heads, MLP and vocabulary are sharded", least=-1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +106,7 @@ class Faults:
   transient: float = option(0.0, "unavailable, a retry works", least=0, most=1)
   not_found: float = option(0.0, "not found, with a hint at the way out", least=0, most=1)
   max_consecutive: int = option(2, "faults in a row, so that retrying gets through", above=0)
-  seed: int = option(0, "seed of the injector, apart from all others")
+  seed: int = option(0, "seed of the injector, apart from all others", least=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +116,7 @@ class Endpoint:
   base_url: str = option("", "http://host:port/v1; empty = none")
   model: str = option("", "model that the endpoint serves")
   api_key_variable: str = option("", "NAME of the environment variable with the key; empty = none")
-  timeout: float = option(60.0, "seconds for one attempt", above=0)
+  timeout: float = option(60.0, "seconds for one attempt", above=0, most=_DAY_S)
   cache: str = option("", "folder that keeps replies by their content; empty = none")
   prompt_price: float = option(0.0, "USD per million prompt tokens", least=0)
   completion_price: float = option(0.0, "USD per million completion tokens", least=0)
@@ -118,7 +129,7 @@ class Simulator:
   cache: str = option("", "official tool_response_cache folder, only read; empty = none")
   writable_cache: str = option("", "folder that keeps what http and llm answered; empty = none")
   http: str = option("", "full address of a server, http://host:8080/virtual; empty = none")
-  http_timeout: float = option(60.0, "seconds for one attempt", above=0)
+  http_timeout: float = option(60.0, "seconds for one attempt", above=0, most=_DAY_S)
   toolbench_key_variable: str = option("", "NAME of the environment variable with the server's key")
   llm: Endpoint = option(Endpoint(), "model that simulates answers")
   llm_style: str = option(
@@ -160,17 +171,17 @@ class Market:
   )
   asked: float = option(0.0, "share of one-question tasks shown with a specialist", least=0, most=1)
   preferences: bool = option(False, "queries say what their user wants: cheap, quick, a specialist")
-  seed: int = option(0, "seed of all these draws and of the specialists' mistakes")
+  seed: int = option(0, "seed of all these draws and of the specialists' mistakes", least=0)
 
 
 @dataclasses.dataclass(frozen=True)
 class Environment:
   name: str = option("nested_api", "where tasks and tools come from", choices="environments")
-  num_train: int = option(5000, "generated training tasks")
-  num_heldout: int = option(400, "generated held-out tasks")
-  seed: int = option(0, "seed of the task generator")
-  min_calls: int = option(2, "fewest gold calls of a task")
-  max_calls: int = option(5, "most gold calls of a task")
+  num_train: int = option(5000, "generated training tasks", least=0)
+  num_heldout: int = option(400, "generated held-out tasks", least=0)
+  seed: int = option(0, "seed of the task generator", least=0)
+  min_calls: int = option(2, "fewest gold calls of a task", above=0)
+  max_calls: int = option(5, "most gold calls of a task", above=0)
   tools_per_task: int = option(0, "tools offered in a task, its own among them; 0 = all", least=0)
   functions: str = option("", "custom: module or .py file with the tools")
   mcp: tuple[str, ...] = option(
@@ -219,7 +230,7 @@ class Rollout(Limits):
   samples: int = option(4, "conversations per task", above=0)
   slots: int = option(64, "conversations decoded at the same time", above=0)
   decode_chunk: int = option(32, "tokens that one decode call samples at most", above=0)
-  temperature: float = option(1.0, "of sampling, and of all log-probs in the update", above=0)
+  temperature: float = option(1.0, "of sampling, and of all log-probs in the update", least=1e-4)
   top_k: int = option(0, "0 = off", least=0)
   top_p: float = option(1.0, "1 = off", above=0, most=1)
   tool_timeout: float = option(
@@ -227,6 +238,7 @@ class Rollout(Limits):
     "seconds for one tool call, for opening and for grading a conversation (toolbench: the "
     "simulators' own time-outs count instead); what hangs is left behind, but Python cannot end it",
     above=0,
+    most=_DAY_S,
   )
   tool_workers: int = option(8, "tool calls at the same time", above=0)
   tool_retries: int = option(2, "retries of a call that its infrastructure failed", least=0)
@@ -284,11 +296,11 @@ class Advantage:
 
 @dataclasses.dataclass(frozen=True)
 class Loss:
-  clip_low: float = option(0.2, "lower clip of the ratio", least=0)
+  clip_low: float = option(0.2, "lower clip of the ratio", least=0, most=1)
   clip_high: float = option(0.2, "upper clip of the ratio", least=0)
   value_clip: float = option(0.2, "clip of the value around the old one", least=0)
   value_coef: float = option(0.1, "weight of the value loss, or of archer's critic losses", least=0)
-  entropy_coef: float = option(0.0, "weight of the entropy bonus")
+  entropy_coef: float = option(0.0, "weight of the entropy bonus", least=0)
   kl: str = option(
     "",
     "where the per-token KL to the reference counts; empty = as the algorithm says",
@@ -323,18 +335,18 @@ class Archer:
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
-  learning_rate: float = option(1e-5, "peak learning rate of AdamW", above=0)
+  learning_rate: float = option(1e-5, "peak learning rate of AdamW", above=0, most=10)
   muon_rate: float = option(
-    0.0, "peak rate of Muon for the layers' kernels (from scratch); 0 = off", least=0
+    0.0, "peak rate of Muon for the layers' kernels (from scratch); 0 = off", least=0, most=10
   )
   schedule: str = option("constant", "after the warm-up", choices=("constant", "linear", "cosine"))
   floor: float = option(0.0, "share of the peak rate at the end of linear, cosine", least=0, most=1)
   warmup: float = option(0.0, "share of the steps that warm up", least=0, most=1)
-  b1: float = option(0.9, "decay of the first moment")
-  b2: float = option(0.999, "decay of the second moment")
+  b1: float = option(0.9, "decay of the first moment", least=0, below=1)
+  b2: float = option(0.999, "decay of the second moment", least=0, below=1)
   first_moment: str = option("", "its storage; empty = model.param_dtype", choices="dtypes")
-  eps: float = option(1e-8, "epsilon")
-  weight_decay: float = option(0.0, "decoupled weight decay")
+  eps: float = option(1e-8, "epsilon", least=1e-20, most=1)
+  weight_decay: float = option(0.0, "decoupled weight decay", least=0, most=1)
   max_grad_norm: float = option(1.0, "clip of the gradient's global norm; 0 = off", least=0)
 
 
@@ -406,7 +418,7 @@ class Serve:
   """--mode=serve: the simulator as a server of POST /virtual."""
 
   host: str = option("127.0.0.1", "address to listen on")
-  port: int = option(8080, "0 = any free one", least=0)
+  port: int = option(8080, "0 = any free one", least=0, most=65535)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import lzma
+import math
 import os
 import pathlib
 import tempfile
@@ -20,12 +21,57 @@ def read_text(path: str | pathlib.Path) -> str:
     raise ValueError(f"{path}: cannot be read ({error}): fetch it again") from error
 
 
-def read_json(path: str | pathlib.Path, kind: type = dict) -> Any:
-  """The file's JSON value, which must be of this kind; errors as of read_text."""
+def parse_json(text: str, most_deep: int = 100, finite: bool = True) -> Any:
+  """The JSON value in `text`; ValueError with the reason where there is none.
+
+  Stricter than json.loads, whose leniency is a silent loss or a crash later on: no key twice in an
+  object, nothing nested deeper than `most_deep`, and, if `finite`, no NaN, Infinity or 1e999.
+  """
+
+  def constant(name: str) -> float:
+    if finite:
+      raise ValueError(f"{name} is no JSON number; write a finite one")
+    return float(name)
+
+  def number(digits: str) -> float:
+    value = float(digits)
+    return value if math.isfinite(value) else constant(digits)
+
   try:
-    value = json.loads(read_text(path))
-  except (json.JSONDecodeError, RecursionError) as error:
-    raise ValueError(f"{path}: not valid JSON ({error}): fetch it again") from error
+    value = json.loads(
+      text, parse_constant=constant, parse_float=number, object_pairs_hook=_without_twins
+    )
+  except RecursionError:
+    raise ValueError("nested without end; flatten it") from None
+  level, depth = [value], 0
+  while level:
+    level = [c for c in level if isinstance(c, dict | list)]
+    level = [e for c in level for e in (c.values() if isinstance(c, dict) else c)]
+    depth += 1
+    if depth > most_deep + 1:
+      raise ValueError(f"nested deeper than {most_deep} levels; flatten it")
+  return value
+
+
+def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+  found = dict(pairs)
+  if len(found) < len(pairs):
+    names = [name for name, _ in pairs]
+    twin = next(name for name in names if names.count(name) > 1)
+    raise ValueError(f"the key {twin!r:.60} stands twice in one object; keep one")
+  return found
+
+
+def read_json(path: str | pathlib.Path, kind: type = dict, finite: bool = True) -> Any:
+  """The file's JSON value, which must be of this kind; errors as of read_text and parse_json.
+
+  finite=False for files of our own figures, which may hold NaN.
+  """
+  text = read_text(path)
+  try:
+    value = parse_json(text, 500, finite)  # an official answer nests its turns
+  except ValueError as error:
+    raise ValueError(f"{path}: not valid JSON ({error}): mend it, or fetch it again") from error
   if not isinstance(value, kind):
     raise ValueError(f"{path}: must hold a JSON {kind.__name__}, found {type(value).__name__}")
   return value

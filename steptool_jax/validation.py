@@ -123,9 +123,11 @@ def _typed(default: Any, value: Any, where: str) -> Any:
 
 def _check_value(field: dataclasses.Field, value: Any, where: str) -> None:
   """Against the bounds and choices that config.option gave the field."""
-  above, least, most = (field.metadata[bound] for bound in ("above", "least", "most"))
+  above, least, most, below = (field.metadata[b] for b in ("above", "least", "most", "below"))
   if above is not None and not value > above:
     raise ValueError(f"{where}: must be above {above}, found {value!r}")
+  if below is not None and not value < below:
+    raise ValueError(f"{where}: must be below {below}, found {value!r}")
   if (least, most) == (0, 1) and not 0 <= value <= 1:
     raise ValueError(f"{where}: must be in [0, 1], found {value!r}")
   if least is not None and not value >= least:
@@ -140,6 +142,8 @@ def _check_value(field: dataclasses.Field, value: Any, where: str) -> None:
       if entry not in choices:
         near = difflib.get_close_matches(entry, choices, n=1, cutoff=0.0)
         raise ValueError(f"{where}: there is no {entry!r}; did you mean {near[0]!r}?")
+      if value.count(entry) > 1:
+        raise ValueError(f"{where}: names {entry!r} twice; once is enough")
   elif choices and value not in (field.default, *choices):
     near = difflib.get_close_matches(value, choices, n=1)
     hint = f" (did you mean {near[0]!r}?)" if near else ""
@@ -150,6 +154,7 @@ def _check_value(field: dataclasses.Field, value: Any, where: str) -> None:
 def _check(config: Config) -> None:
   """Combinations of fields that make no sense."""
   _check_algorithm(config)
+  _check_sizes(config)
   if config.rollout.max_tokens > config.train.row_tokens:
     raise ValueError(
       f"config.train.row_tokens: {config.train.row_tokens} is less than rollout.max_tokens = "
@@ -161,6 +166,29 @@ def _check(config: Config) -> None:
   _check_market(config)
   _check_rewards(config, get_algorithm(config.algorithm))
   _check_evaluation(config)
+
+
+def _check_sizes(config: Config) -> None:
+  a = config.model.architecture
+  where = "config.model.architecture"
+  if a.num_heads % a.num_kv_heads:
+    raise ValueError(
+      f"{where}.num_kv_heads: {a.num_kv_heads} does not divide num_heads = {a.num_heads}"
+    )
+  if a.head_dim % 2:
+    raise ValueError(f"{where}.head_dim: {a.head_dim} must be even (rotary pairs)")
+  axes = dataclasses.asdict(config.mesh)
+  for axis, size in axes.items():
+    if not size or (size == -1 and list(axes.values()).count(-1) > 1):
+      raise ValueError(
+        f"config.mesh.{axis}: {size}; give a number of devices, or -1 (all that are left) for one "
+        "axis"
+      )
+  c = config.environment
+  if c.min_calls > c.max_calls:
+    raise ValueError(
+      f"config.environment.min_calls: {c.min_calls} is more than max_calls = {c.max_calls}"
+    )
 
 
 def _check_algorithm(config: Config) -> None:
@@ -290,6 +318,10 @@ def _check_rewards(config: Config, algorithm: Algorithm) -> None:
 
 def _check_evaluation(config: Config) -> None:
   e = config.evaluation
+  if 0 < e.temperature < 1e-4:
+    raise ValueError(
+      f"config.evaluation.temperature: must be 0 (greedy) or at least 0.0001, found {e.temperature}"
+    )
   if e.against and config.environment.name != "toolbench":
     raise ValueError(
       "config.evaluation.against: a win rate needs a judge, so environment 'toolbench'; leave it "

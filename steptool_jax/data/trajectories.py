@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from steptool_jax.files import replacing
+from steptool_jax.files import parse_json, replacing
 from steptool_jax.types import (
   Action,
   Code,
@@ -27,6 +27,7 @@ from steptool_jax.types import (
   Trajectory,
 )
 
+_ROUNDING = 1e-3  # a log-prob of nearly 0 may be as far above it
 _FORMAT = 1  # of a line; a reader refuses what it does not know
 
 
@@ -95,7 +96,7 @@ def dump(record: AnnotatedTrajectory) -> str:
 
 def load(line: str) -> AnnotatedTrajectory:
   """Inverts `dump`; ValueError for a line that `dump` did not write."""
-  return from_document(json.loads(line, parse_constant=_refuse_constant))
+  return from_document(parse_json(line))
 
 
 def to_document(record: AnnotatedTrajectory) -> dict[str, Any]:
@@ -136,17 +137,19 @@ def from_document(document: Any) -> AnnotatedTrajectory:
     raise ValueError(f"not a trajectory of format {_FORMAT}")
   try:
     known = _typed(document["logprobs_known"], bool)
+    parts = _typed(document.get("reward_parts", {}), dict)  # files of before there were any
     trajectory = Trajectory(
       task_id=_typed(document["task_id"], str),
       sample=_typed(document["sample"], int),
       prompt_tokens=_load_ids(document["prompt_tokens"]),
-      steps=tuple(_load_step(step, known) for step in document["steps"]),
+      steps=tuple(_load_step(step, known) for step in _typed(document["steps"], list)),
       status=Status(document["status"]),
-      solved=_typed(document["solved"], float),
+      solved=_share(document, "solved"),
       policy_version=_typed(document["policy_version"], int),
-      # Files of before there were parts and prices have none.
-      reward_parts=_typed(document.get("reward_parts", {}), dict),
+      reward_parts={name: _typed(part, float) for name, part in parts.items()},
     )
+    if trajectory.steps and not len(trajectory.prompt_tokens):
+      raise ValueError("prompt_tokens: empty, but there are steps")
     return AnnotatedTrajectory(
       trajectory,
       known,
@@ -161,8 +164,14 @@ def from_document(document: Any) -> AnnotatedTrajectory:
 
 def _load_step(entry: Mapping[str, Any], known: bool) -> Step:
   tokens = _load_ids(entry["tokens"])
+  if not len(tokens):
+    raise ValueError("a step without tokens: nothing was sampled in it")
   if known:
-    logprobs = np.asarray(_typed(entry["logprobs"], list), np.float32)
+    if not set(map(type, _typed(entry["logprobs"], list))) <= {float}:
+      raise ValueError("logprobs must be a list of numbers such as -0.5")
+    logprobs = np.asarray(entry["logprobs"], np.float32)
+    if len(logprobs) and logprobs.max() > _ROUNDING:
+      raise ValueError(f"a log-prob is {logprobs.max():g}: must not be above 0")
   else:
     logprobs = np.full(len(tokens), np.nan, np.float32)
     _typed(entry["logprobs"], type(None))
@@ -172,8 +181,8 @@ def _load_step(entry: Mapping[str, Any], known: bool) -> Step:
     action=_load_action(entry["action"]),
     observation=observation_of(entry["observation"]),
     observation_tokens=_load_ids(entry["observation_tokens"]),
-    success_calling=_typed(entry["success_calling"], float),
-    contribution=_typed(entry["contribution"], float),
+    success_calling=_share(entry, "success_calling"),
+    contribution=_share(entry, "contribution"),
     reward=_typed(entry["reward"], float),
   )
 
@@ -256,13 +265,18 @@ def _floats(values: np.ndarray) -> list[float]:
 
 
 def _load_ids(values: Any) -> np.ndarray:
-  try:
-    array = np.asarray(_typed(values, list) or np.zeros(0, np.int32))
-    if array.ndim != 1 or array.dtype.kind != "i" or (array != array.astype(np.int32)).any():
-      raise ValueError("token ids must be a list of 32-bit integers")
-  except OverflowError as error:
-    raise ValueError("token ids must be a list of 32-bit integers") from error
+  array = np.array(_typed(values, list), None if values else np.int32)
+  wrong = not set(map(type, values)) <= {int} or array.dtype.kind != "i"
+  if wrong or (array != array.astype(np.int32)).any():
+    raise ValueError("token ids must be a list of 32-bit integers")
   return array.astype(np.int32)
+
+
+def _share(entry: Mapping[str, Any], name: str) -> float:
+  value = _typed(entry[name], float)
+  if not 0 <= value <= 1:
+    raise ValueError(f"{name} is {value!r}: must be in [0, 1]")
+  return value
 
 
 def _plain(value: Any, where: str) -> Any:
@@ -287,7 +301,3 @@ def _typed(value: Any, kind: type) -> Any:
   if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
     raise ValueError(f"{value!r:.60} must be of type {kind.__name__}")
   return value
-
-
-def _refuse_constant(name: str) -> Any:
-  raise ValueError(f"{name} is no JSON number")

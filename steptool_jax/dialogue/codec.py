@@ -68,8 +68,21 @@ class Codec:
     document = _tokenizer_document(directory)
     paths = (directory / "special_tokens_map.json", directory / "tokenizer_config.json")
     special, config = (read_json(path) if path.is_file() else {} for path in paths)
-    named = {**special, **config}
+    try:
+      return cls._made(directory, document, {**special, **config})
+    except (
+      *(KeyError, TypeError, AttributeError, StopIteration, RecursionError, OverflowError),
+      UnicodeEncodeError,
+    ) as error:
+      raise ValueError(
+        f"{directory}: tokenizer.json or {paths[1].name} holds something of another type "
+        f"({type(error).__name__}: {error}): fetch them again"
+      ) from error
 
+  @classmethod
+  def _made(
+    cls, directory: pathlib.Path, document: dict[str, Any], config: dict[str, Any]
+  ) -> "Codec":
     controls = {t["content"]: int(t["id"]) for t in document.get("added_tokens") or ()}
     # Old Llama directories list added tokens in their config only.
     for key, token in (config.get("added_tokens_decoder") or {}).items():
@@ -87,7 +100,7 @@ class Codec:
       ) from error
 
     def id_of(role: str) -> int | None:
-      token = named.get(role)
+      token = config.get(role)
       if token is None:
         return None
       name = _content(token)

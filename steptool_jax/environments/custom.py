@@ -22,7 +22,6 @@ import functools
 import importlib
 import importlib.util
 import inspect
-import json
 import sys
 import types
 import zlib
@@ -36,6 +35,7 @@ import regex
 from steptool_jax.config import Config
 from steptool_jax.environments.base import SPLITS, Problem, Split, check_split
 from steptool_jax.environments.checkers import contains_all, same_value
+from steptool_jax.files import parse_json
 from steptool_jax.simulators import starts
 from steptool_jax.simulators.changes import state_digest
 from steptool_jax.simulators.functions import Tool, Toolbox, tool
@@ -154,7 +154,7 @@ class Custom:
     return {split: tuple(found) for split, found in tasks.items()}
 
   def _parse(self, line: str, heldout_share: float) -> tuple[Task, str]:
-    record = json.loads(line, parse_constant=_no_constant)
+    record = parse_json(line)
     if not isinstance(record, dict):
       raise ValueError("a task must be a JSON object")
     unknown = sorted(set(record) - _FIELDS)
@@ -297,7 +297,7 @@ def _demonstration(entries: Any, specs: Sequence[ToolSpec]) -> tuple[Action, ...
       continue
     if not isinstance(entry, dict) or set(entry) != {"tool", "arguments"}:
       raise ValueError(f"{at}: must be {{'tool': ..., 'arguments': {{...}}}}")
-    if entry["tool"] not in schemas:
+    if entry["tool"] not in list(schemas):
       raise ValueError(f"{at}: unknown tool {entry['tool']!r} for this task")
     checked = validator(schemas[entry["tool"]])
     wrong = jsonschema.exceptions.best_match(checked.iter_errors(entry["arguments"]))
@@ -321,7 +321,7 @@ def _records(lines: Sequence[str]) -> Iterator[dict[str, Any]]:
   """Of the lines that can be read; what is wrong with the others is said where they are parsed."""
   for line in lines:
     with contextlib.suppress(ValueError, RecursionError):
-      record = json.loads(line)
+      record = parse_json(line)
       if isinstance(record, dict):
         yield record
 
@@ -335,10 +335,6 @@ def _first_state(lines: Sequence[str]) -> Any:
 def _id_of(line: str) -> str:
   record = next(_records([line]), {})
   return record["id"] if isinstance(record.get("id"), str) else ""
-
-
-def _no_constant(name: str) -> None:
-  raise ValueError(f"{name} is not JSON")
 
 
 def _load_module(where: str) -> types.ModuleType:

@@ -7,6 +7,7 @@ A file that is missing or damaged costs its own part only, and is named in `prob
 
 import dataclasses
 import json
+import math
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -77,7 +78,7 @@ def curve(run: Run, axis: str, figure: str = "heldout/pass_rate") -> Curve | Non
   points: dict[float, float] = {}
   for record in run.metrics:
     x, y = record.get(f"{prefix}/{axis}"), record.get(figure)
-    if isinstance(x, int | float) and isinstance(y, int | float):
+    if all(isinstance(v, int | float) and math.isfinite(v) for v in (x, y)):
       points[float(x)] = float(y)  # the later of two: base and SFT both stand at 0
   return (sorted(points), [points[x] for x in sorted(points)]) if points else None
 
@@ -93,7 +94,7 @@ def figures(run: Run) -> tuple[str, ...]:
 
 def _read_object(path: pathlib.Path, problems: list[str]) -> Mapping[str, Any]:
   try:
-    return read_json(path)
+    return read_json(path, finite=False)
   except FileNotFoundError:
     problems.append(f"{path.name} is missing: the run has not ended, or is not one of training")
   except (OSError, ValueError) as error:
@@ -118,7 +119,7 @@ def _read_lines(path: pathlib.Path, problems: list[str]) -> list[Mapping[str, An
       record = json.loads(line)
       if not isinstance(record, dict):
         raise ValueError("no JSON object")
-    except ValueError:
+    except (ValueError, RecursionError):
       problems.append(
         f"{path.name}: damaged from line {number} of {len(lines)} on; what stands before is shown"
       )

@@ -11,9 +11,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from steptool_jax.policy import hfconfig
+from steptool_jax.policy import hfconfig, hub
 from steptool_jax.policy.families import FAMILIES
-from steptool_jax.policy.hub import write_shards
 from steptool_jax.policy.model import DTYPES, ModelConfig, RopeScaling, inverse_frequencies
 from steptool_jax.policy.tensorfile import output_directory, write_json
 
@@ -33,6 +32,7 @@ TOP_NAMES = {
   "final_norm": "output_norm.weight",
   "lm_head": "output.weight",
 }
+ROPE_DIVISORS = "rope_freqs.weight"
 LLAMA3_SPLIT = (
   r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
   r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -58,6 +58,7 @@ def gguf_to_hub(
   """
   file = _Gguf(pathlib.Path(path))
   config = _read_config(file)
+  file.check(config)
   names = {name.hub: name for name in hfconfig.tensor_names(config)}
   if dtype not in DTYPES:
     raise ValueError(f"dtype: {dtype!r} is not one of {', '.join(DTYPES)}")
@@ -74,15 +75,14 @@ def gguf_to_hub(
     return tensor
 
   ids = {
-    "bos_token_id": file.get("tokenizer.ggml.bos_token_id"),
-    "eos_token_id": file.get("tokenizer.ggml.eos_token_id"),
-    "pad_token_id": file.get("tokenizer.ggml.padding_token_id"),
+    f"{ours}_token_id": file.get(f"tokenizer.ggml.{key}_token_id", int)
+    for ours, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))
   }
   raw = hfconfig.raw_config_of(config, **ids)
   raw["dtype"] = dtype
   tokenizer, tokenizer_config = _read_tokenizer(file, config)
   with output_directory(directory) as out:
-    write_shards(out, entries, fetch)
+    hub.write_shards(out, entries, fetch)
     write_json(out / "config.json", raw)
     ids = {key: value for key, value in ids.items() if value is not None}
     write_json(out / "generation_config.json", {"_from_model_config": True, **ids})
@@ -101,6 +101,8 @@ def gguf_tokenizer(path: str | pathlib.Path, directory: str | pathlib.Path) -> N
 
 
 class _Gguf:
+  """An open file, whose tensors lie within it, each in its own place."""
+
   def __init__(self, path: pathlib.Path):
     try:
       import gguf
@@ -108,19 +110,47 @@ class _Gguf:
       raise ImportError("reading GGUF needs a package: pip install 'steptool-jax[gguf]'") from None
     if not path.is_file():
       raise FileNotFoundError(f"{path}: no such file")
+
+    class Reader(gguf.GGUFReader):
+      """Its own slices end silently where the file ends, and a list of 2^60 entries never does."""
+
+      def _get(self, offset, dtype, count=1, override_order=None):
+        part = super()._get(offset, dtype, count, override_order)
+        if len(part) != int(count):
+          raise ValueError("it ends early")
+        return part
+
     self.path, self._gguf = path, gguf
     try:
-      self._reader = gguf.GGUFReader(path)
-    except (ValueError, IndexError, KeyError, UnicodeDecodeError, OSError) as error:
+      with np.errstate(over="raise"):
+        self._reader = Reader(path)
+    except (
+      *(ValueError, IndexError, KeyError, OverflowError, FloatingPointError),
+      *(RecursionError, ZeroDivisionError, OSError),
+    ) as error:
       raise ValueError(f"{path}: not a complete GGUF file ({error}); fetch it again") from None
     self._tensors = {tensor.name: tensor for tensor in self._reader.tensors}
+    end = 0
+    for tensor in sorted(self._reader.tensors, key=lambda t: t.data_offset):
+      if tensor.data_offset < end:
+        raise ValueError(f"{path}: {tensor.name} overlaps another tensor; fetch the file again")
+      end = tensor.data_offset + tensor.n_bytes
 
-  def get(self, key: str, default: Any = None) -> Any:
+  def get(self, key: str, kind: type, default: Any = None) -> Any:
+    """The field, which must be of this kind (list: of texts or integers)."""
     field = self._reader.fields.get(key)
-    return default if field is None else field.contents()
+    if field is None:
+      return default
+    try:
+      value = field.contents()
+    except (ValueError, TypeError, IndexError) as error:
+      raise ValueError(f"{self.path}: field {key} cannot be read ({error})") from None
+    if type(value) is not kind:
+      raise ValueError(f"{self.path}: field {key} must be a {kind.__name__}, found {value!r:.60}")
+    return value
 
-  def need(self, key: str) -> Any:
-    value = self.get(key)
+  def need(self, key: str, kind: type) -> Any:
+    value = self.get(key, kind)
     if value is None:
       raise ValueError(f"{self.path}: has no field {key}; convert the model again")
     return value
@@ -132,6 +162,13 @@ class _Gguf:
     if name not in self._tensors:
       raise ValueError(f"{self.path}: missing tensor {name}")
     return tuple(int(n) for n in reversed(self._tensors[name].shape))
+
+  def check(self, config: ModelConfig) -> None:
+    """hub.check_tensors of this file; what it has besides is refused, too."""
+    names = {_source(spot): spot.hub for spot in hfconfig.tensor_names(config)}
+    used = [*names, *(name for name in self._tensors if name != ROPE_DIVISORS)]
+    shapes = {names.get(name, name): self.shape(name) for name in used}
+    hub.check_tensors(self.path, shapes, config)
 
   def tensor(self, name: str) -> np.ndarray:
     """float32, dequantized."""
@@ -161,35 +198,41 @@ def _unpermute(tensor: np.ndarray, heads: int) -> np.ndarray:
 
 def _read_config(file: _Gguf) -> ModelConfig:
   known = {family.gguf: name for name, family in FAMILIES.items() if family.gguf}
-  kind = file.need("general.architecture")
+  kind = file.need("general.architecture", str)
   if kind not in known:
     raise ValueError(
       f"{file.path}: architecture {kind!r} is not supported; known: {', '.join(known)}"
     )
-  if file.get(f"{kind}.expert_count"):
+  if file.get(f"{kind}.expert_count", int):
     raise ValueError(f"{file.path}: {kind}.expert_count: mixtures of experts are not supported")
-  if file.has("blk.0.attn_q.bias"):
-    raise ValueError(f"{file.path}: attention biases in a {kind} GGUF are not supported")
-  hidden, heads = file.need(f"{kind}.embedding_length"), file.need(f"{kind}.attention.head_count")
-  head_dim = file.get(f"{kind}.attention.key_length", hidden // heads)
-  if file.get(f"{kind}.rope.dimension_count", head_dim) != head_dim:
+  hidden = file.need(f"{kind}.embedding_length", int)
+  heads = file.need(f"{kind}.attention.head_count", int)
+  if not 0 < heads <= hidden:
+    raise ValueError(f"{file.path}: {kind}.attention.head_count: {heads} of {hidden} wide")
+  head_dim = file.get(f"{kind}.attention.key_length", int, hidden // heads)
+  if file.get(f"{kind}.rope.dimension_count", int, head_dim) != head_dim:
     raise ValueError(f"{file.path}: {kind}.rope.dimension_count: partial rotation is not supported")
-  config = ModelConfig(
-    family=known[kind],
-    vocab_size=file.shape(TOP_NAMES["embed"])[0],
-    hidden_size=hidden,
-    intermediate_size=file.need(f"{kind}.feed_forward_length"),
-    num_layers=file.need(f"{kind}.block_count"),
-    num_heads=heads,
-    num_kv_heads=file.get(f"{kind}.attention.head_count_kv", heads),
-    head_dim=head_dim,
-    rope_theta=_short(file.get(f"{kind}.rope.freq_base", 10000.0)),
-    rope_scaling=None,
-    rms_norm_eps=_short(file.need(f"{kind}.attention.layer_norm_rms_epsilon")),
-    tie_embeddings=not file.has(TOP_NAMES["lm_head"]),
-    max_position_embeddings=file.need(f"{kind}.context_length"),
-  )
-  return dataclasses.replace(config, rope_scaling=_read_rope(file, config, f"{kind}.rope.scaling"))
+  embedding = file.shape(TOP_NAMES["embed"])
+  try:
+    config = ModelConfig(
+      family=known[kind],
+      vocab_size=embedding[0] if embedding else 0,
+      hidden_size=hidden,
+      intermediate_size=file.need(f"{kind}.feed_forward_length", int),
+      num_layers=file.need(f"{kind}.block_count", int),
+      num_heads=heads,
+      num_kv_heads=file.get(f"{kind}.attention.head_count_kv", int, heads),
+      head_dim=head_dim,
+      rope_theta=_short(file.get(f"{kind}.rope.freq_base", float, 10000.0)),
+      rms_norm_eps=_short(file.need(f"{kind}.attention.layer_norm_rms_epsilon", float)),
+      tie_embeddings=not file.has(TOP_NAMES["lm_head"]),
+      max_position_embeddings=file.need(f"{kind}.context_length", int),
+    )
+    scaling = _read_rope(file, config, f"{kind}.rope.scaling")
+  except ValueError as error:
+    named = str(error).startswith(str(file.path))
+    raise error if named else ValueError(f"{file.path}: {error}; convert the model again") from None
+  return dataclasses.replace(config, rope_scaling=scaling)
 
 
 def _short(value: float) -> float:
@@ -198,15 +241,15 @@ def _short(value: float) -> float:
 
 
 def _read_rope(file: _Gguf, config: ModelConfig, prefix: str) -> RopeScaling | None:
-  kind = file.get(f"{prefix}.type", "none")
+  kind = file.get(f"{prefix}.type", str, "none")
   if kind == "linear":
-    return RopeScaling("linear", float(file.need(f"{prefix}.factor")))
+    return RopeScaling("linear", file.need(f"{prefix}.factor", float))
   if kind != "none":
     raise ValueError(f"{file.path}: {prefix}.type: {kind!r} is not supported")
-  if not file.has("rope_freqs.weight"):
+  if not file.has(ROPE_DIVISORS):
     return None
   # The converter keeps only the resulting divisors: find the published scaling that gives them.
-  divisors = file.tensor("rope_freqs.weight")
+  divisors = file.tensor(ROPE_DIVISORS)
   plain = inverse_frequencies(config)
   for factor in (8.0, 32.0):  # Llama 3.1 and 3.3, Llama 3.2
     scaling = RopeScaling("llama3", factor)
@@ -221,32 +264,37 @@ def _read_tokenizer(file: _Gguf, config: ModelConfig) -> tuple[Any, dict[str, An
   import tokenizers
   from tokenizers import decoders, models, pre_tokenizers, processors
 
-  kind = file.need("tokenizer.ggml.model")
+  kind = file.need("tokenizer.ggml.model", str)
   if kind != "gpt2":
     raise ValueError(
       f"{file.path}: tokenizer.ggml.model: {kind!r} is not supported (only byte-level BPE, 'gpt2');"
       " take the model's Hugging Face directory instead"
     )
-  pre = file.get("tokenizer.ggml.pre", "default")
+  pre = file.get("tokenizer.ggml.pre", str, "default")
   if pre not in SPLITS:
     raise ValueError(
       f"{file.path}: tokenizer.ggml.pre: {pre!r} is not known; known: {', '.join(SPLITS)}"
     )
-  tokens = file.need("tokenizer.ggml.tokens")
-  types = file.get("tokenizer.ggml.token_type", [1] * len(tokens))
-  if len(tokens) != config.vocab_size:
+  tokens = file.need("tokenizer.ggml.tokens", list)
+  types = file.get("tokenizer.ggml.token_type", list, [1] * len(tokens))
+  if not len(tokens) == len(types) == config.vocab_size:
     raise ValueError(
-      f"{file.path}: {len(tokens)} tokens, but token_embd.weight has {config.vocab_size} rows"
+      f"{file.path}: {len(tokens)} tokens with {len(types)} types, but token_embd.weight has "
+      f"{config.vocab_size} rows"
     )
-  merges = [tuple(merge.split(" ", 1)) for merge in file.need("tokenizer.ggml.merges")]
-  vocabulary = {token: index for index, token in enumerate(tokens)}
-  tokenizer = tokenizers.Tokenizer(
-    models.BPE(vocab=vocabulary, merges=merges, ignore_merges=pre == "llama-bpe")
-  )
+  try:
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    merges = [tuple(merge.split(" ", 1)) for merge in file.need("tokenizer.ggml.merges", list)]
+    bpe = models.BPE(vocab=vocabulary, merges=merges, ignore_merges=pre == "llama-bpe")
+  except Exception as error:  # the library raises bare Exception
+    raise ValueError(f"{file.path}: tokens and merges make no tokenizer ({error})") from None
+  if len(vocabulary) < len(tokens):
+    raise ValueError(f"{file.path}: tokenizer.ggml.tokens: two tokens have the same text")
+  tokenizer = tokenizers.Tokenizer(bpe)
   steps = [pre_tokenizers.Digits(individual_digits=True)] if pre == "smollm" else []
   if SPLITS[pre]:
     steps.append(pre_tokenizers.Split(tokenizers.Regex(SPLITS[pre]), "isolated"))
-  prefix = bool(file.get("tokenizer.ggml.add_space_prefix", False))
+  prefix = file.get("tokenizer.ggml.add_space_prefix", bool, False)
   steps.append(pre_tokenizers.ByteLevel(add_prefix_space=prefix, use_regex=not SPLITS[pre]))
   tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
   tokenizer.decoder = decoders.ByteLevel()
@@ -261,12 +309,14 @@ def _read_tokenizer(file: _Gguf, config: ModelConfig) -> tuple[Any, dict[str, An
     "clean_up_tokenization_spaces": False,
   }
   for ours, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
-    index = file.get(f"tokenizer.ggml.{key}_token_id")
+    index = file.get(f"tokenizer.ggml.{key}_token_id", int)
     if index is not None:
+      if index >= len(tokens):
+        raise ValueError(f"{file.path}: tokenizer.ggml.{key}_token_id: {index} is no token")
       settings[f"{ours}_token"] = tokens[index]
-  if file.get("tokenizer.chat_template"):
-    settings["chat_template"] = file.get("tokenizer.chat_template")
-  if file.get("tokenizer.ggml.add_bos_token", pre == "llama-bpe") and "bos_token" in settings:
+  if template := file.get("tokenizer.chat_template", str):
+    settings["chat_template"] = template
+  if file.get("tokenizer.ggml.add_bos_token", bool, pre == "llama-bpe") and "bos_token" in settings:
     bos = settings["bos_token"]
     tokenizer.post_processor = processors.TemplateProcessing(
       single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, vocabulary[bos])]

@@ -5,9 +5,9 @@ import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from steptool_jax.files import read_json
 from steptool_jax.policy.families import FAMILIES
-from steptool_jax.policy.model import ModelConfig, RopeScaling
-from steptool_jax.policy.tensorfile import load_json
+from steptool_jax.policy.model import ROPE_TYPES, ModelConfig, RopeScaling, check_number
 
 PROJECTIONS = {
   "q": "self_attn.q_proj",
@@ -73,7 +73,7 @@ def load_config(directory: str | pathlib.Path, **run_fields: Any) -> tuple[Model
   path = directory / "config.json"
   if not path.is_file():
     raise FileNotFoundError(f"{path}: not a Hugging Face model directory (no config.json)")
-  raw = load_json(path)
+  raw = read_json(path)
   try:
     return dataclasses.replace(config_from_raw(raw), **run_fields), raw
   except ValueError as error:
@@ -83,42 +83,51 @@ def load_config(directory: str | pathlib.Path, **run_fields: Any) -> tuple[Model
 def config_from_raw(raw: Mapping[str, Any]) -> ModelConfig:
   """ValueError names the field that is missing, unknown or not implemented."""
   name = raw.get("model_type")
-  if name not in FAMILIES:
+  if name not in list(FAMILIES):
     raise ValueError(f"model_type: {name!r} is not supported; known: {', '.join(FAMILIES)}")
   family = FAMILIES[name]
   for field, valid in REFUSED.items():
     if raw.get(field, valid) != valid:
       raise ValueError(f"{field}: {raw[field]!r} is not implemented (only {valid!r})")
-  if set(raw.get("layer_types") or ["full_attention"]) != {"full_attention"}:
+  kinds = raw.get("layer_types") or []
+  if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
     raise ValueError("layer_types: only 'full_attention' is implemented")
 
-  def required(field):
-    value = raw.get(field)
+  def integer(field: str, default: Any = None) -> int:
+    value = default if raw.get(field) is None else raw[field]
     if isinstance(value, bool) or not isinstance(value, int):
       raise ValueError(f"{field}: expected an integer, got {value!r}")
     return value
 
-  heads = required("num_attention_heads")
-  hidden = required("hidden_size")
-  bias = bool(raw.get("attention_bias", False))
+  def switch(field: str) -> bool:
+    value = raw.get(field, False)
+    if not isinstance(value, bool):
+      raise ValueError(f"{field}: expected true or false, got {value!r}")
+    return value
+
+  heads = integer("num_attention_heads")
+  hidden = integer("hidden_size")
+  if not 0 < heads <= hidden:
+    raise ValueError(f"num_attention_heads: must be of 1 to hidden_size = {hidden}, found {heads}")
+  bias = switch("attention_bias")
   theta, scaling = _rope(raw)
   return ModelConfig(
     family=name,
-    vocab_size=required("vocab_size"),
+    vocab_size=integer("vocab_size"),
     hidden_size=hidden,
-    intermediate_size=required("intermediate_size"),
-    num_layers=required("num_hidden_layers"),
+    intermediate_size=integer("intermediate_size"),
+    num_layers=integer("num_hidden_layers"),
     num_heads=heads,
-    num_kv_heads=raw.get("num_key_value_heads") or heads,
-    head_dim=raw.get("head_dim") or family.head_dim or hidden // heads,
+    num_kv_heads=integer("num_key_value_heads", heads),
+    head_dim=integer("head_dim", family.head_dim or hidden // heads),
     rope_theta=theta,
     rope_scaling=scaling,
-    rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
+    rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
     qkv_bias=family.qkv_bias or bias,
     output_bias=bias and not family.qkv_bias,
     qk_norm=family.qk_norm,
-    tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
-    max_position_embeddings=int(raw.get("max_position_embeddings", 2048)),
+    tie_embeddings=switch("tie_word_embeddings"),
+    max_position_embeddings=integer("max_position_embeddings", 2048),
   )
 
 
@@ -126,24 +135,27 @@ def _rope(raw: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
   """Both layouts: rope_theta with rope_scaling, and transformers 5's rope_parameters."""
   field = "rope_parameters" if raw.get("rope_parameters") else "rope_scaling"
   rope = raw.get(field) or {}
-  theta = float(rope.get("rope_theta") or raw.get("rope_theta") or 10000.0)
-  if (rope.get("partial_rotary_factor") or raw.get("partial_rotary_factor") or 1.0) != 1.0:
-    raise ValueError("partial_rotary_factor: only 1.0 is implemented")
+  if not isinstance(rope, dict):
+    raise ValueError(f"{field}: expected an object, got {rope!r}")
+  named = (rope.get("rope_theta"), raw.get("rope_theta"), 10000.0)
+  theta = next(value for value in named if value is not None)
+  check_number("rope_theta", theta, 0, 1e12)
+  part = rope.get("partial_rotary_factor", raw.get("partial_rotary_factor"))
+  if part not in (None, 1.0):
+    raise ValueError(f"partial_rotary_factor: {part!r} is not implemented (only 1.0)")
   kind = rope.get("rope_type") or rope.get("type") or "default"
   if kind == "default":
-    return theta, None
-  if kind not in ("llama3", "linear"):
+    return float(theta), None
+  if kind not in ROPE_TYPES:
     raise ValueError(
-      f"{field}.rope_type: {kind!r} is not supported; known: default, linear, llama3"
+      f"{field}.rope_type: {kind!r} is not supported; known: default, {', '.join(ROPE_TYPES)}"
     )
   fields = ["factor"]
   if kind == "llama3":
     fields += ["low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
   for name in fields:
-    if not isinstance(rope.get(name), int | float):
-      raise ValueError(f"{field}.{name}: expected a number, got {rope.get(name)!r}")
-  values = {name: rope[name] for name in fields}
-  return theta, RopeScaling(kind, **values)
+    check_number(f"{field}.{name}", rope.get(name), 0, 2**30)
+  return float(theta), RopeScaling(kind, **{name: rope[name] for name in fields})
 
 
 def raw_config_of(config: ModelConfig, **token_ids: Any) -> dict[str, Any]:

@@ -68,7 +68,7 @@ def load_params(
   sources: dict[tuple[str, ...], list[hfconfig.Name]] = {}
   for name in hfconfig.tensor_names(config):
     sources.setdefault(name.path, []).append(name)
-  _check_tensors(files, sources, target, config)
+  check_tensors(directory, files.shapes, config)
   head = _read_value_head(directory, config)
 
   def place(path, leaf):
@@ -130,32 +130,37 @@ def _set_layer(stack: jax.Array, x: jax.Array, layer: int) -> jax.Array:
   return lax.dynamic_update_index_in_dim(stack, x, layer, 0)
 
 
-def _check_tensors(files, sources, target, config) -> None:
-  """Every tensor there, none unknown, every shape right: before any data is read."""
-  expected = {}
-  for path, names in sources.items():
-    expected |= {name.hub: _shape_in_file(_find(target, path), name) for name in names}
-  missing = [name for name in expected if name not in files.shapes]
+def check_tensors(
+  where: str | pathlib.Path, shapes: Mapping[str, tuple[int, ...]], config: ModelConfig
+) -> None:
+  """Every tensor there, none unknown, every shape right: before any data is read.
+
+  shapes: Hugging Face name -> shape; ValueError that begins with `where` and names a tensor.
+  """
+  target = abstract_params(config)
+  expected = {
+    name.hub: _shape_in_file(_find(target, name.path), name)
+    for name in hfconfig.tensor_names(config)
+  }
+  missing = [name for name in expected if name not in shapes]
   if missing:
     hint = " (tie_word_embeddings: true?)" if missing == ["lm_head.weight"] else ""
-    raise ValueError(f"{files.directory}: missing tensors: {_some(missing)}{hint}")
+    raise ValueError(f"{where}: missing tensors: {_some(missing)}{hint}")
   unknown = [
     name
-    for name in files.shapes
+    for name in shapes
     if name not in expected
     and not name.endswith("rotary_emb.inv_freq")  # old exports store the constant
     and not (name == "lm_head.weight" and config.tie_embeddings)  # a copy of the embedding
   ]
   if unknown:
     raise ValueError(
-      f"{files.directory}: unknown tensors for {config.family}: {_some(unknown)}; "
-      "config.json describes another model"
+      f"{where}: unknown tensors for {config.family}: {_some(unknown)}; "
+      "its configuration describes another model"
     )
   for name, shape in expected.items():
-    if files.shapes[name] != shape:
-      raise ValueError(
-        f"{files.directory}: {name} has shape {files.shapes[name]}, config.json expects {shape}"
-      )
+    if shapes[name] != shape:
+      raise ValueError(f"{where}: {name} has shape {shapes[name]}, config.json expects {shape}")
 
 
 def _shape_in_file(array: Any, name: hfconfig.Name) -> tuple[int, ...]:

@@ -44,6 +44,27 @@ REMAT = {
 }
 
 
+# Bounds of the sizes: some times those of the largest published models. What lies beyond is a
+# broken file, whose tensors would take hours to list.
+BOUNDS = {
+  "vocab_size": (1, 2**24),
+  "hidden_size": (1, 2**18),
+  "intermediate_size": (1, 2**20),
+  "num_layers": (1, 2048),
+  "num_heads": (1, 4096),
+  "num_kv_heads": (1, 4096),
+  "head_dim": (2, 4096),
+  "max_position_embeddings": (1, 2**30),
+}
+
+
+def check_number(name: str, value: Any, above: float, most: float) -> None:
+  """ValueError unless `value` is a number (no bool, no NaN) in (above, most]."""
+  number = isinstance(value, int | float) and not isinstance(value, bool)
+  if not (number and above < value <= most):
+    raise ValueError(f"{name}: must be a number above {above:g}, at most {most:g}, found {value!r}")
+
+
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
   """How rotary frequencies are stretched; the last three fields belong to `llama3` only."""
@@ -57,6 +78,13 @@ class RopeScaling:
   def __post_init__(self):
     if self.type not in ROPE_TYPES:
       raise ValueError(f"rope_scaling.type: {self.type!r} is not one of {', '.join(ROPE_TYPES)}")
+    check_number("rope_scaling.factor", self.factor, 0, 1e6)
+    check_number("rope_scaling.low_freq_factor", self.low_freq_factor, 0, 1e6)
+    # Between the two the scalings are blended: they must differ.
+    low = self.low_freq_factor
+    check_number("rope_scaling.high_freq_factor", self.high_freq_factor, low, 1e6)
+    places = self.original_max_position_embeddings
+    check_number("rope_scaling.original_max_position_embeddings", places, 0, 2**30)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,15 +121,18 @@ class ModelConfig:
     ):
       if getattr(self, field) not in valid:
         raise ValueError(f"{field}: {getattr(self, field)!r} is not one of {', '.join(valid)}")
-    for field in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads"):
-      if getattr(self, field) < 1:
-        raise ValueError(f"{field}: {getattr(self, field)} must be at least 1")
-    if self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads:
+    for field, (least, most) in BOUNDS.items():
+      value = getattr(self, field)
+      if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        raise ValueError(f"{field}: must be an integer of {least} to {most}, found {value!r}")
+    if self.num_heads % self.num_kv_heads:
       raise ValueError(
         f"num_kv_heads: {self.num_kv_heads} does not divide num_heads = {self.num_heads}"
       )
-    if self.head_dim < 2 or self.head_dim % 2:
+    if self.head_dim % 2:
       raise ValueError(f"head_dim: {self.head_dim} must be even (rotary pairs)")
+    check_number("rope_theta", self.rope_theta, 0, 1e12)
+    check_number("rms_norm_eps", self.rms_norm_eps, 0, 0.1)
 
 
 def init_cache(config: ModelConfig, slots: int, size: int) -> KVCache:

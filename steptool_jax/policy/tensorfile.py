@@ -1,8 +1,9 @@
 """Safetensors files, read by memory map and written as a stream.
 
 Only slices that are asked for are read, and a file is written block by block: nothing here holds a
-model, nor a large tensor. bfloat16 comes out as ml_dtypes.bfloat16. Format: 8 bytes header length
-(little endian), JSON {name: {dtype, shape, data_offsets}}, data.
+model, nor a large tensor (safetensors' own writer wants all of them at once). bfloat16 comes out as
+ml_dtypes.bfloat16. Format: 8 bytes header length (little endian), JSON {name: {dtype, shape,
+data_offsets}}, data.
 """
 
 import contextlib
@@ -17,6 +18,9 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+import safetensors
+
+from steptool_jax.files import read_json
 
 DTYPES = {
   "F64": np.dtype(np.float64),
@@ -25,71 +29,46 @@ DTYPES = {
   "BF16": np.dtype(ml_dtypes.bfloat16),
 }
 CODES = {dtype: code for code, dtype in DTYPES.items()}
-MAX_HEADER = 100_000_000  # the limit of the reference implementation
 BLOCK_BYTES = 128 * 2**20  # written at once; the largest tensor in a layer of an 8B has 112 MiB
 
 # A tensor to be written: anything whose rows can be cut out, tensor[start:stop], in order.
 Rows = Any
 
 
-def load_json(path: pathlib.Path) -> dict[str, Any]:
-  """A JSON object; ValueError with the file when it is anything else."""
-  try:
-    value = json.loads(path.read_text(encoding="utf-8"))
-  except FileNotFoundError:
-    raise FileNotFoundError(f"{path}: no such file") from None
-  except (UnicodeDecodeError, json.JSONDecodeError) as error:
-    raise ValueError(f"{path}: not JSON ({error}); fetch the file again") from None
-  if not isinstance(value, dict):
-    raise ValueError(f"{path}: expected a JSON object, got {type(value).__name__}")
-  return value
-
-
 class TensorFile:
-  """One safetensors file. `shapes`: name -> shape."""
+  """One safetensors file, checked by the reference implementation. `shapes`: name -> shape."""
 
   def __init__(self, path: pathlib.Path):
     self.path = path
     if not path.is_file():
       raise FileNotFoundError(f"{path}: no such file; the directory is incomplete, fetch it again")
-    size = path.stat().st_size
-    cut = f"{path}: truncated safetensors file ({size} bytes); fetch it again"
-    with path.open("rb") as file:
-      prefix = file.read(8)
-      length = int.from_bytes(prefix, "little")
-      if len(prefix) < 8:
-        raise ValueError(cut)
-      if length > MAX_HEADER:
-        raise ValueError(f"{path}: not a safetensors file")
-      header = file.read(length)
-    if len(header) < length:
-      raise ValueError(cut)
+    self.shapes: dict[str, tuple[int, ...]] = {}
+    self._places: dict[str, tuple[int, np.dtype]] = {}  # name -> (offset in the data, dtype)
+    end = 0
     try:
-      self._entries = json.loads(header)
-      self._entries.pop("__metadata__", None)
-      self.shapes = {name: tuple(entry["shape"]) for name, entry in self._entries.items()}
-      ends = [entry["data_offsets"][1] for entry in self._entries.values()]
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
-      raise ValueError(f"{path}: broken safetensors header; fetch the file again") from None
-    self._start = 8 + length
-    if self._start + max(ends, default=0) > size:
-      raise ValueError(cut)
+      with safetensors.safe_open(path, "np") as file:
+        # It lets only files pass whose tensors follow each other without a gap, to the file's end.
+        for name in file.offset_keys():
+          part = file.get_slice(name)
+          dtype = DTYPES.get(part.get_dtype())
+          if dtype is None:
+            raise ValueError(
+              f"{path}: {name} has dtype {part.get_dtype()}; valid: {', '.join(DTYPES)}"
+            )
+          self.shapes[name] = tuple(part.get_shape())
+          self._places[name] = (end, dtype)
+          end += num_bytes(self.shapes[name], dtype)
+    except safetensors.SafetensorError as error:
+      raise ValueError(
+        f"{path}: truncated or no safetensors file ({error}); fetch it again"
+      ) from None
+    self._start = path.stat().st_size - end
 
   def read(self, name: str) -> np.ndarray:
     """A memory map of the tensor: indexing reads what it touches."""
-    entry = self._entries[name]
-    begin, end = entry["data_offsets"]
-    dtype = DTYPES.get(entry["dtype"])
-    if dtype is None:
-      raise ValueError(
-        f"{self.path}: {name} has dtype {entry['dtype']}; valid: {', '.join(DTYPES)}"
-      )
+    begin, dtype = self._places[name]
     shape = self.shapes[name]
-    if end - begin != num_bytes(shape, dtype):
-      raise ValueError(
-        f"{self.path}: {name} has {end - begin} bytes, its shape {shape} needs others"
-      )
-    if not end - begin:
+    if not math.prod(shape):
       return np.zeros(shape, dtype)
     return np.memmap(self.path, dtype, "r", self._start + begin, shape)
 
@@ -103,12 +82,12 @@ class TensorFiles:
     single = directory / f"{stem}.safetensors"
     self._home: dict[str, TensorFile] = {}
     if index.is_file():
-      names = load_json(index).get("weight_map")
+      names = read_json(index).get("weight_map")
       if not isinstance(names, dict):
         raise ValueError(f"{index}: has no weight_map; fetch the file again")
       shards = {}
       for name, shard in names.items():
-        if pathlib.PurePath(shard).name != shard:
+        if not isinstance(shard, str) or pathlib.PurePath(shard).name != shard:
           raise ValueError(f"{index}: shard {shard!r} lies outside of the directory")
         if shard not in shards:
           shards[shard] = TensorFile(directory / shard)

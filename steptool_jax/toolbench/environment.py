@@ -103,6 +103,11 @@ class ToolBench:
       where = f"{path}, query {position}"
       if not isinstance(entry, dict) or not isinstance(entry.get("query"), str):
         raise ValueError(f"{where}: must be an object with the text 'query'")
+      pairs = entry.get("relevant APIs") or []
+      if not isinstance(pairs, list) or not all(_is_pair(pair) for pair in pairs):
+        raise ValueError(f"{where}: 'relevant APIs' must be a list of [tool, API]")
+      if not isinstance(entry.get("api_list") or [], list):
+        raise ValueError(f"{where}: 'api_list' must be a list")
       key = str(entry.get("query_id", position))
       if (counted is not None and key not in counted) or (wanted is not None and key not in wanted):
         continue
@@ -236,11 +241,16 @@ class _ToolFolder:
   def _load(self, path: Path) -> tuple[str, str, dict[str, dict]]:
     data = read_json(path, dict)
     apis: dict[str, dict] = {}
-    for entry in data.get("api_list") or ():
+    entries = data.get("api_list") or []
+    for entry in entries if isinstance(entries, list) else [None]:
       if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
         raise ValueError(f"{path}: every entry of api_list must be an object with a 'name'")
       apis.setdefault(change_name(standardize(entry["name"])), entry)
     return str(data.get("tool_name", path.stem)), str(data.get("tool_description") or ""), apis
+
+
+def _is_pair(value: Any) -> bool:
+  return isinstance(value, list) and len(value) == 2 and all(isinstance(v, str) for v in value)
 
 
 def _query_folder(folder: Path) -> Path:
@@ -259,7 +269,8 @@ def _api(raw: Any, where: str) -> Api:
     raise ValueError(f"{where}: must be an object with the texts {', '.join(fields)}")
   parameters = {}
   for kind in ("required_parameters", "optional_parameters"):
-    parameters[kind] = tuple(raw.get(kind) or ())
+    found = raw.get(kind) or []
+    parameters[kind] = tuple(found) if isinstance(found, list) else (None,)
     if not all(isinstance(p, dict) and isinstance(p.get("name"), str) for p in parameters[kind]):
       raise ValueError(f"{where}: every entry of {kind} must be an object with a 'name'")
   return Api(

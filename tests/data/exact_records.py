@@ -21,7 +21,7 @@ def step(action, observation=None, seed=0, **rest):
   rng = np.random.default_rng(seed)
   # Log-probs of every magnitude, the smallest subnormal and minus zero among them.
   bits = np.array([0x80000000, 0x80000001, 0xC2C80001, 0xBF000000, 0xBEAAAAAB], np.uint32)
-  logprobs = np.concatenate([bits.view(np.float32), rng.normal(-1, 1, 3).astype(np.float32)])
+  logprobs = np.concatenate([bits.view(np.float32), -rng.exponential(1, 3).astype(np.float32)])
   tokens = np.array([0, 1, 2**31 - 1, -1, 128_000, 5, 6, 7], np.int32)
   return Step(tokens, logprobs, action, observation, **rest)
 

@@ -178,7 +178,10 @@ LAST = {"answer": "x"}
     ({**GOOD, "id": "a", "checker": {"type": "number", "value": "1"}}, "2: checker 'number' needs"),
     ({**GOOD, "id": "a", "checker": {"type": "regex", "pattern": "("}}, "2: checker pattern"),
     ({**GOOD, "id": "a", "checker": {"type": "contains_all", "values": []}}, "2: checker 'cont"),
-    ('{"id": "a", "query": "q", "checker": {"type": "exact", "value": NaN}}', "2: NaN is not JSON"),
+    (
+      '{"id": "a", "query": "q", "checker": {"type": "exact", "value": NaN}}',
+      "2: NaN is no JSON number",
+    ),
     ({**GOOD, "id": "a", "demonstration": [{"tool": "add", "arguments": {}}]}, "2: demonstration"),
     (
       {

@@ -32,12 +32,14 @@ def permute(tensor, heads):
 
 
 def write(path, params, config=CONFIG, kind=None, **changes):
-  """`changes`: architecture, pre, model (tokenizer), rope_freqs, drop (a tensor)."""
+  """`changes`: architecture, pre, model (tokenizer), rope_freqs, drop (a tensor), blocks, eos."""
   kind = kind or gguf.GGMLQuantizationType.F32
   writer = gguf.GGUFWriter(path, changes.get("architecture", "llama"))
   writer.add_context_length(config.max_position_embeddings)
   writer.add_embedding_length(config.hidden_size)
-  writer.add_block_count(config.num_layers)
+  blocks = changes.get("blocks", config.num_layers)
+  add = writer.add_string if isinstance(blocks, str) else writer.add_uint32
+  add(f"{changes.get('architecture', 'llama')}.block_count", blocks)
   writer.add_feed_forward_length(config.intermediate_size)
   writer.add_head_count(config.num_heads)
   writer.add_head_count_kv(config.num_kv_heads)
@@ -49,7 +51,7 @@ def write(path, params, config=CONFIG, kind=None, **changes):
   writer.add_token_types([3, 3] + [1] * (len(TOKENS) - 2))
   writer.add_token_merges(MERGES)
   writer.add_bos_token_id(0)
-  writer.add_eos_token_id(1)
+  writer.add_eos_token_id(changes.get("eos", 1))
   writer.add_chat_template(TEMPLATE)
   layers = params["layers"]
   tensors = {
@@ -169,6 +171,9 @@ def test_llama3_scaling_is_recognised(params, tmp_path):
     ({"model": "llama"}, "tokenizer.ggml.model: 'llama' is not supported"),
     ({"pre": "viking"}, "tokenizer.ggml.pre: 'viking' is not known; known: default"),
     ({"drop": "blk.1.ffn_up.weight"}, r"missing tensor blk\.1\.ffn_up\.weight"),
+    ({"blocks": 2**31}, "num_layers: must be an integer of 1 to 2048"),  # it hung
+    ({"blocks": "two"}, "field llama.block_count must be a int, found 'two'"),
+    ({"eos": 10**6}, r"tokenizer\.ggml\.eos_token_id: 1000000 is no token"),
   ],
 )
 def test_files_that_are_refused(params, tmp_path, changes, words):
@@ -186,6 +191,11 @@ def test_broken_files(params, tmp_path):
     path.write_bytes(content)
     with pytest.raises(ValueError, match=rf"{name}\.gguf: not a complete GGUF file"):
       gguf_to_hub(path, tmp_path / "out")
+  # A list that says it has 2^60 entries: the reader went on for ever behind the file's end.
+  place = data.index(b"tokenizer.ggml.merges") + len(b"tokenizer.ggml.merges") + 8
+  path.write_bytes(data[:place] + (2**60).to_bytes(8, "little") + data[place + 8 :])
+  with pytest.raises(ValueError, match=rf"{name}\.gguf: not a complete GGUF file \(it ends early"):
+    gguf_to_hub(path, tmp_path / "out")
   with pytest.raises(ValueError, match="dtype: 'int8' is not one of"):
     gguf_to_hub(tmp_path / "m.gguf", tmp_path / "out", "int8")
 

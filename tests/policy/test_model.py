@@ -236,7 +236,7 @@ def test_useful_flops_by_hand():
     ({"remat": "some"}, "remat: 'some'.*dots"),
     ({"num_kv_heads": 3}, "num_kv_heads: 3 does not divide num_heads = 4"),
     ({"head_dim": 7}, "head_dim: 7 must be even"),
-    ({"num_layers": 0}, "num_layers: 0"),
+    ({"num_layers": 0}, "num_layers: must be an integer of 1"),
   ],
 )
 def test_bad_configs(change, words):

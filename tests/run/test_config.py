@@ -6,7 +6,7 @@ import pathlib
 import pytest
 
 from steptool_jax import validation
-from steptool_jax.config import base_config
+from steptool_jax.config import Config, base_config
 from steptool_jax.environments import base
 from steptool_jax.learning.algorithms import ALGORITHMS
 from steptool_jax.run.parts import build
@@ -66,6 +66,27 @@ def test_an_argument_picks_the_algorithm(config, name):
     ("rollout.search.width", 0, r"config\.rollout\.search\.width: must be above 0"),
     ("model.remat", "dot", r"config\.model\.remat: 'dot' is not one of .*did you mean 'dots'"),
     ("model.architecture.family", "gpt", r"architecture\.family: 'gpt' is not one of 'llama'"),
+    # Nothing bounded these: the run ended in a traceback, in NaN or trained nonsense.
+    ("train.optimizer.b1", 2.0, r"optimizer\.b1: must be below 1"),
+    ("train.optimizer.eps", 0.0, r"optimizer\.eps: must be at least 1e-20"),
+    ("train.optimizer.weight_decay", -0.1, r"optimizer\.weight_decay: must be in \[0, 1\]"),
+    ("lora.alpha", -16.0, r"config\.lora\.alpha: must be above 0"),
+    ("loss.entropy_coef", -0.1, r"config\.loss\.entropy_coef: must not be negative"),
+    ("loss.kl_coef", 1e300, r"config\.loss\.kl_coef: must be at most 1000000000"),
+    ("seed", 2**40, r"config\.seed: must be at most 2147483647"),
+    ("serve.port", 70_000, r"config\.serve\.port: must be at most 65535"),
+    ("rollout.tool_timeout", 1e12, r"config\.rollout\.tool_timeout: must be at most 86400"),
+    ("rollout.temperature", 1e-300, r"config\.rollout\.temperature: must be at least 0.0001"),
+    ("evaluation.temperature", 1e-300, r"config\.evaluation\.temperature: must be 0 \(greedy\)"),
+    ("mesh.fsdp", 0, r"config\.mesh\.fsdp: 0; give a number of devices"),
+    ("mesh.fsdp", -1, r"config\.mesh\.data: -1; give a number"),
+    ("mesh.tensor", -2, r"config\.mesh\.tensor: must be at least -1"),
+    ("model.architecture.head_dim", 31, r"architecture\.head_dim: 31 must be even"),
+    ("model.architecture.num_kv_heads", 3, r"num_kv_heads: 3 does not divide num_heads = 4"),
+    ("model.architecture.num_layers", 10**9, r"architecture\.num_layers: must be at most 2048"),
+    ("environment.min_calls", 6, r"min_calls: 6 is more than max_calls = 5"),
+    ("environment.num_train", -1, r"environment\.num_train: must not be negative"),
+    ("lora.targets", ("q", "q"), r"config\.lora\.targets: names 'q' twice"),
   ],
 )
 def test_bad_fields_are_refused_by_name(path, value, words):
@@ -127,3 +148,19 @@ def test_an_environment_is_a_file_and_a_row(tmp_path, monkeypatch):
   values["environment"] |= {"name": "toy", "num_train": 3}
   environment = build.build_environment(validation.validate(values))
   assert environment.tasks("train") == ["train"] * 3
+
+
+def test_every_number_has_bounds():
+  """A field without them would let 1e300, -5 or 2**70 through to where it is a traceback."""
+
+  def unbounded(group, path="config"):
+    for field in dataclasses.fields(group):
+      value, bounds = getattr(group, field.name), field.metadata
+      if dataclasses.is_dataclass(value):
+        yield from unbounded(value, f"{path}.{field.name}")
+      elif type(value) in (int, float) and (
+        (bounds["above"] is bounds["least"] is None) or bounds["most"] is bounds["below"] is None
+      ):
+        yield f"{path}.{field.name}"
+
+  assert not list(unbounded(Config()))

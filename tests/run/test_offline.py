@@ -304,6 +304,15 @@ def test_other_data_are_refused_at_a_resume(rows, folder, offline_config, tmp_pa
   stored.write_rows(path, [*rows[:3], other, *rows[4:]])
   with pytest.raises(ValueError, match="are not those that the run in .* began with"):
     train.run(config, tmp_path)
+  # Of log-probs that are mapped nobody looked at the check sums: a flipped bit was trained on.
+  kept = tmp_path / "behaviour.npz"
+  content = bytearray(kept.read_bytes())
+  content[content.index(b"'<f4'") + 200] ^= 1
+  kept.write_bytes(content)
+  with pytest.raises(
+    ValueError, match=r"behaviour\.npz: cannot be read \(its check sums are wrong"
+  ):
+    train.run(config, tmp_path)
 
 
 def test_every_pass_visits_all_once_in_its_own_order():

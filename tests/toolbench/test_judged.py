@@ -96,10 +96,12 @@ def dialogue(*turns, cnt=1):
 
 
 def test_dialogues(tmp_path):
-  path = write(tmp_path / "s.json", dialogue(("user", "u"), ("tool", "t"), ("assistant", "a")))
+  turns = (("system", "s"), ("user", "u"), ("tool", "t"), ("assistant", "a"))
+  path = write(tmp_path / "s.json", dialogue(*turns))
   (read,) = training_rows.read_dialogues(path)
   assert (read.query_id, read.number, read.title) == ("5", 0, "Step 2: q")
   assert read.messages == (
+    Message("system", "s"),
     Message("user", "u"),
     Message("function", "t"),
     Message("assistant", "a"),
@@ -109,7 +111,9 @@ def test_dialogues(tmp_path):
 @pytest.mark.parametrize(
   ("value", "match"),
   [
-    (dialogue(("assistant", "a"), ("user", "u")), "the last message must be the assistant's"),
+    (dialogue(("system", "s"), ("user", "u")), "the last message must be the assistant's"),
+    (dialogue(("assistant", "a")), "instance 0: must start with a system and a user message"),
+    ('{"5": {}, "5": {}}', "the key '5' stands twice"),  # one of them was lost without a word
     (dialogue(("assistant", "a"), cnt=2), "cnt is 2, but there are 1 instances"),
     (dialogue(("robot", "a")), "message 0, field 'from': must be one of"),
     (dialogue((["assistant"], "a")), "message 0, field 'from': must be one of"),

@@ -8,6 +8,7 @@
 Everything that TFDS does is imported when it is used, so the package works without it.
 """
 
+import contextlib
 import pathlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -55,9 +56,8 @@ def records_of(records: Records) -> Iterable[AnnotatedTrajectory]:
 class Source(Sequence[AnnotatedTrajectory]):
   """Random access to the records of one split."""
 
-  def __init__(self, source: Any, decode: Any):
-    self._source = source
-    self._decode = decode
+  def __init__(self, source: Any, decode: Any, folder: pathlib.Path):
+    self._source, self._decode, self._folder = source, decode, folder
 
   def __len__(self) -> int:
     return len(self._source)
@@ -67,7 +67,9 @@ class Source(Sequence[AnnotatedTrajectory]):
       return [self[i] for i in range(*index.indices(len(self)))]
     if not -len(self) <= index < len(self):
       raise IndexError(f"record {index} of {len(self)}")
-    return self._decode(self._source[index % len(self)])
+    place = index % len(self)
+    with _damage(f"{self._folder}, record {place}"):
+      return self._decode(self._source[place])
 
   def __iter__(self) -> Iterator[AnnotatedTrajectory]:
     return (self[i] for i in range(len(self)))
@@ -82,10 +84,24 @@ def open_source(data_dir: str | pathlib.Path, split: str) -> Source:
   folder = pathlib.Path(data_dir) / NAME / VERSION
   if not (folder / "dataset_info.json").is_file():
     raise FileNotFoundError(f"no dataset in {folder}: build it first from JSON lines")
-  builder = builders.tfds.builder_from_directory(folder)
+  with _damage(folder):
+    builder = builders.tfds.builder_from_directory(folder)
   if split not in builder.info.splits:
     raise ValueError(f"split {split!r}: {folder} has {', '.join(sorted(builder.info.splits))}")
-  return Source(builder.as_data_source(split), builders.decode)
+  with _damage(folder):
+    return Source(builder.as_data_source(split), builders.decode, folder)
+
+
+@contextlib.contextmanager
+def _damage(where: Any) -> Iterator[None]:
+  """ValueError in the place of whatever a damaged file makes TFDS and its readers raise."""
+  try:
+    yield
+  except Exception as error:  # they document none
+    raise ValueError(
+      f"{where}: cannot be read ({type(error).__name__}: {str(error)[:200]}); build the dataset "
+      "again from JSON lines"
+    ) from error
 
 
 def _import():

@@ -14,6 +14,7 @@ import tensorflow_datasets as tfds
 
 from steptool_jax.data import trajectories
 from steptool_jax.data.annotated_trajectories import Records, records_of
+from steptool_jax.files import parse_json
 
 _ARRAYS = ("tokens", "logprobs", "observation_tokens")
 
@@ -47,8 +48,19 @@ def encode(record: trajectories.AnnotatedTrajectory) -> dict[str, Any]:
 
 
 def decode(example: Mapping[str, Any]) -> trajectories.AnnotatedTrajectory:
-  """Inverts `encode`."""
-  document = json.loads(example["document"])
+  """Inverts `encode`; ValueError for a record that it did not make."""
+  document = parse_json(example["document"])
+  steps = document.get("steps") if isinstance(document, dict) else None
+  counts = (example["token_counts"], example["observation_token_counts"])
+  lengths = (len(example["tokens"]), len(example["observation_tokens"]))
+  if (
+    not isinstance(steps, list)
+    or not all(isinstance(step, dict) for step in steps)
+    or any(len(c) != len(steps) or (c < 0).any() for c in counts)
+    or tuple(int(c.sum()) for c in counts) != lengths
+    or len(example["logprobs"]) != lengths[0]
+  ):
+    raise ValueError("its numbers of steps and tokens do not go together")
   document["prompt_tokens"] = example["prompt_tokens"].tolist()
   ends = np.cumsum(example["token_counts"])[:-1]
   observation_ends = np.cumsum(example["observation_token_counts"])[:-1]
@@ -57,9 +69,10 @@ def decode(example: Mapping[str, Any]) -> trajectories.AnnotatedTrajectory:
     np.split(example["logprobs"], ends),
     np.split(example["observation_tokens"], observation_ends),
   )
-  for step, *arrays in zip(document["steps"], *parts, strict=False):
+  known = document.get("logprobs_known")
+  for step, *arrays in zip(steps, *parts, strict=False):
     step.update(zip(_ARRAYS, (array.tolist() for array in arrays), strict=True))
-    if not document["logprobs_known"]:
+    if not known:
       step["logprobs"] = None
   return trajectories.from_document(document)
 

@@ -79,16 +79,31 @@ def _computed(
 def restore(data: Data, workdir: pathlib.Path) -> Data:
   """The same from the file of an interrupted run.
 
-  ValueError when the data are no longer those that the run began with; OSError without a file.
+  ValueError when the data are no longer those that the run began with, or the file is damaged;
+  OSError without a file.
   """
-  with np.load(workdir / _FILE) as file:
-    digest = str(file["digest"])
+  path = workdir / _FILE
+  try:
+    with zipfile.ZipFile(path) as archive:
+      if archive.testzip() is not None:  # what is mapped below is not checked again
+        raise ValueError("its check sums are wrong")
+    with np.load(path) as file:
+      digest = str(file["digest"])
+    logprobs = _map_logprobs(path)
+  except OSError:
+    raise
+  except Exception as error:  # damage shows in many ways
+    raise ValueError(
+      f"{path}: cannot be read ({error}); put back a copy, or start anew with another --workdir"
+    ) from error
   if digest != data.digest:
     raise ValueError(
       f"config.data.path: the trajectories are not those that the run in {workdir} began with; "
       "put the old files back, or use another --workdir"
     )
-  return dataclasses.replace(data, logprobs=_map_logprobs(workdir / _FILE))
+  if len(logprobs) != data.ends[-1]:
+    raise ValueError(f"{path}: holds {len(logprobs)} log-probs of {data.ends[-1]}; put back a copy")
+  return dataclasses.replace(data, logprobs=logprobs)
 
 
 def _write_logprobs(file: IO, digest: str, total: int, parts: Iterable[np.ndarray]) -> None:

@@ -286,9 +286,10 @@ def _name(trajectory: Trajectory) -> str:
 
 def _check_ids(trajectory: Trajectory, vocab_size: int, path: pathlib.Path) -> None:
   ids = np.concatenate(list(token_arrays(trajectory)))
-  if ids.min() < 0 or ids.max() >= vocab_size:
+  wrong = ids[(ids < 0) | (ids >= vocab_size)]
+  if len(wrong):
     raise ValueError(
-      f"{path}, {_name(trajectory)}: holds the token id {ids.max()}, but the model has "
+      f"{path}, {_name(trajectory)}: holds the token id {wrong[0]}, but the model has "
       f"{vocab_size}; these trajectories were recorded with another tokenizer"
     )
 

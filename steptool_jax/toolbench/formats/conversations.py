@@ -100,9 +100,7 @@ def calls_of_converted(entry: Converted) -> Calls:
     for role, message in entry.chain
     if role not in ("system", "user")
   )
-  functions = (tool.get("function", tool) for tool in entry.tools)
-  names = tuple(str(function.get("name", "")) for function in functions)
-  return Calls(entry.query_id, entry.query, names, calls)
+  return Calls(entry.query_id, entry.query, entry.tool_names, calls)
 
 
 def calls_of_annotation(entry: Annotation) -> Calls:
@@ -173,17 +171,14 @@ def from_dialogues(
 ) -> Conversion:
   """SFT and RFT instances: all before the last message is the prompt, the last one the only step.
 
-  Task ids are "<query id>:<number>"; rewards are 0. ValueError that names the instance when it does
-  not start with a system and a user message.
+  Task ids are "<query id>:<number>"; rewards are 0.
   """
 
   def convert(dialogue: Dialogue) -> AnnotatedTrajectory:
-    where = f"{dialogue.query_id}:{dialogue.number}"
-    if [m.role for m in dialogue.messages[:2]] != ["system", "user"]:
-      raise ValueError(f"dialogue {where}: must start with a system and a user message")
     prompt, (response,) = tokenise(dialogue.messages[:-1], dialogue.messages[-1:], chat_format)
     steps = [_step(response, None, None, 0.0, chat_format)]
-    return _record(where, dialogue.messages, prompt, steps, 0.0)
+    task_id = f"{dialogue.query_id}:{dialogue.number}"
+    return _record(task_id, dialogue.messages, prompt, steps, 0.0)
 
   return _fitting([convert(dialogue) for dialogue in dialogues], max_tokens)
 

@@ -55,10 +55,14 @@ def read_converted(path: Path) -> dict[str, Converted]:
       else:
         chain.append((str(role), typed(message, str, place)))
       level = field(level[0], "next", place)
+    tools = typed(entry["available_tools"], list, f"{where}, field 'available_tools'")
+    for tool in tools:
+      place = f"{where}, field 'available_tools'"
+      typed(typed(tool, dict, place).get("function", tool), dict, place)
     out[query_id] = Converted(
       query_id,
       typed(entry["query"], str, f"{where}, field 'query'"),
-      tuple(typed(entry["available_tools"], list, f"{where}, field 'available_tools'")),
+      tuple(tools),
       typed(field(answer, "method", where), str, f"{where}, field 'method'"),
       typed(field(answer, "total_steps", where), int, f"{where}, field 'total_steps'"),
       typed(field(answer, "final_answer", where), str, f"{where}, field 'final_answer'"),

@@ -119,7 +119,9 @@ def read_dialogues(path: Path) -> list[Dialogue]:
         role, text = field(turn, "from", at), field(turn, "value", at)
         check(role in list(_ROLES), f"{at}, field 'from'", f"one of {', '.join(_ROLES)}", role)
         messages.append(Message(_ROLES[role], typed(text, str, f"{at}, field 'value'")))
-      if not messages or messages[-1].role != "assistant":
+      if [m.role for m in messages[:2]] != ["system", "user"]:
+        raise ValueError(f"{place}: must start with a system and a user message")
+      if messages[-1].role != "assistant":
         raise ValueError(f"{place}: the last message must be the assistant's, it is trained on")
       out.append(Dialogue(query_id, number, str(instance.get("id", "")), tuple(messages)))
   return out
