@@ -187,7 +187,6 @@ def _finish(
   states = {cell.name: _state(workdir, cell).status for cell in cells}
   mine = [states[cell.name] for cell in chosen]
   summary = {
-    "mode": "study",
     "cells": len(cells),
     "done": sum(status == DONE for status in states.values()),
     "failed": [name for name, status in states.items() if status == FAILED],
@@ -197,5 +196,5 @@ def _finish(
     "results": str(workdir / "results"),
     "table": found,
   }
-  outputs.write_summary(workdir, summary)
+  summary = outputs.write_summary(workdir, "study", summary)
   return {key: value for key, value in summary.items() if key != "table"}

@@ -78,6 +78,7 @@ def make_cases(folder: pathlib.Path) -> dict[str, tuple[list[str], str]]:
   no_weights.mkdir()
 
   (folder / "tools.py").write_text(TOOLS)
+  (folder / "broken.py").write_text("def get_config(:\n")
   (folder / "untyped.py").write_text(TOOLS.replace("a: int, b: int", "a, b: int"))
   task = {"id": "t", "query": "1+1?", "checker": {"type": "number", "value": 2}}
   (folder / "tasks.jsonl").write_text(json.dumps(task) + "\n" + '{"id": "u", "query": \n')
@@ -99,13 +100,18 @@ def make_cases(folder: pathlib.Path) -> dict[str, tuple[list[str], str]]:
     "no template": ([f"--config.model.tokenizer={bare}", auto], "has no chat template"),
     "unknown field": (["--config.rollout.taks=3"], "did you mean config.rollout.tasks?"),
     "unknown flag": (["--confg=3"], "Unknown command line flag 'confg'"),
-    "wrong type": (["--config.rollout.tasks=many"], "rollout.tasks"),
+    "wrong type": (
+      ["--config.rollout.tasks=many"],
+      "config.rollout.tasks: int is needed, found 'many'",
+    ),
     "bad value": (["--config.rollout.tasks=0"], "config.rollout.tasks: must be above 0, found 0"),
     "unknown mode": (["--mode=trian"], "trian"),
     "stray word": (["training"], "unknown argument 'training'"),
     "broken line": (custom("tools.py"), "tasks.jsonl:2: "),
     "no schema": (custom("untyped.py"), "has no type hint; add one"),
-    "no config": ([f"--config={folder}/none.py"], f"{folder}/none.py"),
+    "no config": ([f"--config={folder}/none.py"], f"--config: there is no file '{folder}/none.py'"),
+    "broken config": ([f"--config={folder}/broken.py"], "--config: it cannot be loaded (SyntaxErr"),
+    "no workdir": (["--workdir=/proc/nope"], "--workdir: /proc/nope cannot be made"),
   }
 
 
@@ -148,6 +154,8 @@ NAMES = [
   "broken line",
   "no schema",
   "no config",
+  "broken config",
+  "no workdir",
 ]
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 import pathlib
 from collections.abc import Iterator
 
@@ -16,11 +17,13 @@ from steptool_jax.dialogue.template import ChatFormat, get_format
 from steptool_jax.environments.base import Environment, make
 from steptool_jax.environments.faults import FaultyEnvironment, total
 from steptool_jax.environments.market import MarketEnvironment
+from steptool_jax.files import write_text
 from steptool_jax.policy import attention, families, hfconfig, hub, lora, model, sharding
 from steptool_jax.policy import engine as engine_lib
 from steptool_jax.rollout.strategy import Search
 from steptool_jax.run.hosts import hosts
 from steptool_jax.run.parts.services import NO_SERVICES, Services
+from steptool_jax.run.workdir import inputs
 from steptool_jax.simulators.runner import ToolRunner
 from steptool_jax.types import Task
 
@@ -166,14 +169,13 @@ def _source(path: str, workdir: pathlib.Path) -> pathlib.Path:
     return source
   from steptool_jax.policy import gguf  # needs the extra `gguf`
 
-  imported = workdir / "imported"
-
-  def write() -> None:
+  def write() -> str:
+    imported = workdir / "imported" / inputs.digest([source])  # another file has another folder
     if not (imported / "config.json").exists():
       gguf.gguf_to_hub(source, imported)
+    return str(imported)
 
-  hosts.lead(write)
-  return imported
+  return pathlib.Path(hosts.lead(write))
 
 
 def _tokenizer(config: Config, environment: Environment, workdir: pathlib.Path) -> pathlib.Path:
@@ -185,12 +187,20 @@ def _tokenizer(config: Config, environment: Environment, workdir: pathlib.Path) 
   if config.model.tokenizer != "compact":
     return pathlib.Path(config.model.tokenizer)
   out = workdir / "tokenizer"
+  files = {k: v for k, v in inputs.digests(config).items() if k.startswith("environment.")}
+  size = config.model.architecture.vocab_size
+  made_of = json.dumps([dataclasses.asdict(config.environment), files, size])
 
   def write() -> None:
-    if not (out / "tokenizer_config.json").exists():
+    note = out / "made_of.json"
+    there = (out / "tokenizer_config.json").exists()
+    bound = (workdir / "config.json").exists()  # a run has learnt its tokens
+    same = note.exists() and note.read_text() == made_of
+    if not there or not (bound or same):
       tasks = environment.tasks("train")[:TOKENIZER_TASKS]
       texts = (text for task in tasks for text in _texts(environment, task))
-      compact.build_tokenizer(texts, config.model.architecture.vocab_size, out)
+      compact.build_tokenizer(texts, size, out)
+      write_text(note, made_of)
 
   hosts.lead(write)
   return out

@@ -115,7 +115,7 @@ class Checkpoints:
       write_text(self._workdir / SCORES, json.dumps(self._scores))
 
   def newest(self, abstract_of: Callable[[dict[str, Any]], TrainState]) -> Restored | None:
-    """The newest whole checkpoint; corrupt ones are moved to WORKDIR/corrupt, out of the way."""
+    """The newest whole checkpoint; corrupt newer ones are moved to WORKDIR/corrupt then."""
     return newest(self._workdir, abstract_of, set_aside=self._set_aside)
 
   def _set_aside(self, number: int) -> None:
@@ -168,8 +168,15 @@ def numbers(workdir: pathlib.Path) -> list[int]:
 def read_scores(workdir: pathlib.Path) -> dict[int, float]:
   """{number of a checkpoint: its held-out pass rate}, of those that were evaluated."""
   path = workdir / SCORES
-  scores = read_json(path) if path.exists() else {}
-  return {int(number): value for number, value in scores.items()}
+  try:
+    return {int(number): float(value) for number, value in read_json(path).items()}
+  except FileNotFoundError:
+    return {}
+  except (ValueError, TypeError) as error:
+    raise ValueError(
+      f"{path} is damaged ({error}); put back a copy, or delete it: then no checkpoint counts as "
+      "evaluated"
+    ) from error
 
 
 def newest(
@@ -184,24 +191,30 @@ def newest(
     workdir: of the run.
     abstract_of: meta -> the state that it belongs to, as ShapeDtypeStructs with shardings.
     order: numbers to try, instead of all from the newest on.
-    set_aside: called with each corrupt one, loudly, before the next is tried.
+    set_aside: called with each corrupt one after an older one was restored; where none is whole,
+      all stay where they are.
 
   Raises:
     ValueError: it belongs to another model (names checkpoint, array and remedy).
-    RuntimeError: all checkpoints are corrupt.
+    RuntimeError: all checkpoints are corrupt, or none is left but in WORKDIR/corrupt.
   """
   order = hosts.lead(lambda: numbers(workdir)) if order is None else order
+  corrupt: list[int] = []
   for number in order:
     directory = (workdir / "checkpoints" / str(number)).absolute()
     found, problem = _restore(directory, abstract_of)
     if found is not None:
+      for number_ in corrupt:
+        set_aside(number_)
       return found
     logging.error("checkpoint %s is corrupt and not used: %s", directory, problem)
-    set_aside(number)
-  if order:
+    corrupt.append(number)
+  aside = hosts.lead(lambda: sorted(p.name for p in (workdir / "corrupt").glob("*")))
+  if corrupt or aside:
+    names = ", ".join([*map(str, corrupt), *(f"corrupt/{name}" for name in aside)])
     raise RuntimeError(
-      f"all checkpoints of {workdir} are corrupt ({', '.join(map(str, order))}); put back a copy "
-      "of one, or start anew with another --workdir"
+      f"all checkpoints of {workdir} are corrupt ({names}); put back a copy of one, or start anew "
+      "with another --workdir"
     )
   return None
 

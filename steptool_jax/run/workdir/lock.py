@@ -1,0 +1,137 @@
+"""One run at a time writes into a workdir.
+
+WORKDIR/lock names the process that has it: host, process id, since when. On one host the system
+holds it and lets go of it when that process ends, however it ends. A process of another host counts
+as alive as long as it rewrites the file's `beat`; clocks are not compared.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import pathlib
+import shutil
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from typing import IO, Any
+
+from absl import logging
+
+BEAT_S = 10.0
+_NAME = "lock"
+_MACHINE = pathlib.Path("/proc/sys/kernel/random/boot_id")  # another one after a restart
+
+
+@contextlib.contextmanager
+def held(workdir: pathlib.Path, mode: str, wait: bool = False) -> Iterator[None]:
+  """The workdir for this process alone; removes what a killed one has left half-written.
+
+  wait: for the end of another process of this host, in the place of an error.
+
+  Raises:
+    RuntimeError: another run is alive in it; names its host, process and start.
+  """
+  with (workdir / _NAME).open("a+", encoding="utf-8") as file:  # OSError where nobody may write
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+      raise RuntimeError(_refusal(workdir, _read(file))) from None
+    except OSError:  # a file system without locks: the beat alone decides
+      logging.warning("%s: this file system has no locks; two runs may meet in it", workdir)
+    _refuse_another_host(workdir, file)
+    mine = {
+      "host": socket.gethostname(),
+      "machine": _machine(),
+      "process": os.getpid(),
+      "mode": mode,
+      "since": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+    }
+    _write(file, mine | {"beat": 0})
+    clear_leftovers(workdir)
+    done = threading.Event()
+    beat = threading.Thread(target=_beat, args=(file, mine, done), name="lock", daemon=True)
+    beat.start()
+    try:
+      yield
+    finally:
+      done.set()
+      beat.join()
+      file.truncate(0)
+
+
+def clear_leftovers(workdir: pathlib.Path) -> None:
+  """Removes temporary files and folders of processes that were killed while they wrote."""
+  for path in workdir.rglob(".*"):
+    inner = path.relative_to(workdir).parts
+    mine = path.name.endswith(".tmp") or path.name.startswith((".export.new.", ".shared-"))
+    # A study's cells have locks of their own; a report may be written beside any run.
+    if not mine or inner[0] in ("cells", "checkpoints") or path.name.startswith(".report.html."):
+      continue
+    with contextlib.suppress(OSError):
+      shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _refuse_another_host(workdir: pathlib.Path, file: IO) -> None:
+  """Waits for a sign of life of a process elsewhere; RuntimeError where there is one."""
+  before = _read(file)
+  if not before or before.get("machine") == _machine():
+    return
+  logging.warning(
+    "%s was last in use by %s; waiting %.0f s to see whether it lives",
+    *(workdir, _who(before), 3 * BEAT_S),
+  )
+  time.sleep(3 * BEAT_S)
+  with (workdir / _NAME).open(encoding="utf-8") as again:  # network file systems: look anew
+    now = _read(again)
+  if now and now != before:
+    raise RuntimeError(_refusal(workdir, now))
+
+
+def _refusal(workdir: pathlib.Path, owner: dict[str, Any]) -> str:
+  return (
+    f"{workdir} is in use by {_who(owner)}; wait for its end, stop it (SIGTERM saves), or use "
+    "another --workdir"
+  )
+
+
+def _who(owner: dict[str, Any]) -> str:
+  if not owner:
+    return "another process of this host"
+  return (
+    f"--mode={owner.get('mode')}, process {owner.get('process')} on {owner.get('host')} since "
+    f"{owner.get('since')}"
+  )
+
+
+def _beat(file: IO, mine: dict[str, Any], done: threading.Event) -> None:
+  number = 0
+  while not done.wait(BEAT_S):
+    number += 1
+    with contextlib.suppress(OSError):  # a full disk is no reason to end
+      _write(file, mine | {"beat": number})
+
+
+def _read(file: IO) -> dict[str, Any]:
+  """Who has it; {} where nobody says so."""
+  file.seek(0)
+  try:
+    found = json.loads(file.read())
+  except ValueError:
+    return {}
+  return found if isinstance(found, dict) else {}
+
+
+def _write(file: IO, owner: dict[str, Any]) -> None:
+  file.seek(0)
+  file.truncate()
+  file.write(json.dumps(owner) + "\n")
+  file.flush()
+
+
+def _machine() -> str:
+  try:
+    return _MACHINE.read_text().strip()
+  except OSError:
+    return socket.gethostname()
