@@ -9,6 +9,9 @@ import sys
 import pytest
 import tiny
 
+from steptool_jax import main
+from steptool_jax.run.workdir import lock
+
 # One process imports everything once and forks for each case: JAX starts no thread before.
 DRIVER = """
 import json, os, sys
@@ -111,6 +114,7 @@ def make_cases(folder: pathlib.Path) -> dict[str, tuple[list[str], str]]:
     "no schema": (custom("untyped.py"), "has no type hint; add one"),
     "no config": ([f"--config={folder}/none.py"], f"--config: there is no file '{folder}/none.py'"),
     "broken config": ([f"--config={folder}/broken.py"], "--config: it cannot be loaded (SyntaxErr"),
+    "in use": ([f"--workdir={folder}/busy"], "busy is in use by --mode=train, process "),
     "no workdir": (["--workdir=/proc/nope"], "--workdir: /proc/nope cannot be made"),
   }
 
@@ -122,15 +126,18 @@ def outcomes(tmp_path_factory):
   workdir = folder / "run"
   common = [f"--config={tiny.ROOT}/tests/run/tiny.py", f"--workdir={workdir}"]
   todo = {name: ([*common, *flags], str(folder / name)) for name, (flags, _) in cases.items()}
-  done = subprocess.run(
-    [sys.executable, "-c", DRIVER],
-    input=json.dumps(todo),
-    env=tiny.environment(),
-    capture_output=True,
-    text=True,
-    timeout=200,
-    check=False,
-  )
+  (folder / "busy").mkdir()
+  with lock.held(folder / "busy", "train"):
+    done = subprocess.run(
+      [sys.executable, "-c", DRIVER],
+      input=json.dumps(todo),
+      env=tiny.environment(),
+      capture_output=True,
+      text=True,
+      timeout=200,
+      check=False,
+    )
+  assert not (folder / "busy/error.txt").exists(), "the run there has had no error"
   assert done.returncode == 0, done.stderr
   codes = dict(json.loads(line) for line in done.stdout.splitlines())
   assert codes.keys() == cases.keys()
@@ -155,6 +162,7 @@ NAMES = [
   "no schema",
   "no config",
   "broken config",
+  "in use",
   "no workdir",
 ]
 
@@ -166,3 +174,9 @@ def test_a_sentence_and_an_exit_code(outcomes, name):
   assert code == 1, text
   assert words in text, text
   assert "Traceback" not in text, text
+
+
+def test_the_help_explains_every_mode():
+  for mode in main.MODES:
+    assert f"\n  {mode:8}  " in main.__doc__, mode
+  assert "steptool_jax/config.py" in main.__doc__

@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
-_LOOK_S = 5.0
+_LOOK_S, _BEYOND_S = 5.0, 20.0
 _newest: float | None = None  # time of the newest stamp; None: nothing is watched
 
 
@@ -60,7 +60,7 @@ def _watch(
   while True:
     # Beyond the thread's own turn, so that it speaks first where it can.
     if sys.__stderr__ is not None:
-      faulthandler.dump_traceback_later(limit_s + 4 * look, exit=True, file=sys.__stderr__)
+      faulthandler.dump_traceback_later(limit_s + _BEYOND_S, exit=True, file=sys.__stderr__)
     started = time.monotonic()
     if done.wait(look):
       return
@@ -79,6 +79,7 @@ def _speak(limit_s: float, workdir: pathlib.Path, end: Callable[[str], None]) ->
     f"hangs; {workdir / 'error.txt'} says where; the same command goes on from the newest whole "
     "checkpoint"
   )
+  faulthandler.cancel_dump_traceback_later()
   with contextlib.suppress(OSError), (workdir / "error.txt").open("w") as file:
     file.write(f"{text}\n\n")
     file.flush()
