@@ -110,7 +110,13 @@ def remove(folder):
     path.unlink()
 
 
-@pytest.mark.parametrize("damage", [cut, flip, swap, remove])
+def tamper(folder):
+  """Still JSON, but of another moment of the run: this used to be believed."""
+  (path,) = (p for p in (folder / "meta").iterdir() if b"done" in p.read_bytes())
+  path.write_bytes(path.read_bytes().replace(b"3", b"2"))
+
+
+@pytest.mark.parametrize("damage", [cut, flip, swap, remove, tamper])
 def test_the_one_before_takes_the_place_of_a_corrupt_one(tmp_path, damage, caplog):
   write(tmp_path, 1, 2, 3)
   damage(tmp_path / "checkpoints" / "3")

@@ -1,5 +1,6 @@
 """What a workdir keeps: one run at a time, the figures of every mode, what it was begun with."""
 
+import fcntl
 import json
 import logging
 import os
@@ -16,7 +17,7 @@ from steptool_jax.evaluation import records
 from steptool_jax.run import train
 from steptool_jax.run.hosts import hang
 from steptool_jax.run.parts import build
-from steptool_jax.run.training import restore
+from steptool_jax.run.training import behaviour, restore
 from steptool_jax.run.workdir import lock, outputs
 
 # --- one run at a time ---
@@ -35,9 +36,9 @@ def test_a_second_run_in_a_workdir_is_refused_and_told_whose_it_is(tmp_path):
     pass
 
 
-def left_behind(workdir, machine):
+def left_behind(workdir, machine, process=7):
   """What a process that was killed leaves."""
-  owner = {"host": "far", "machine": machine, "process": 7, "mode": "train", "since": "then"}
+  owner = {"host": "far", "machine": machine, "process": process, "mode": "train", "since": "then"}
   (workdir / "lock").write_text(json.dumps(owner | {"beat": 3}))
   return owner
 
@@ -48,6 +49,18 @@ def test_a_lock_of_a_process_that_is_gone_does_not_hold(tmp_path, monkeypatch):
     left_behind(tmp_path, machine)
     with lock.held(tmp_path, "train"):
       assert json.loads((tmp_path / "lock").read_text())["process"] == os.getpid()
+
+
+def test_a_child_that_outlived_its_run_does_not_hold_the_workdir(tmp_path, monkeypatch):
+  """A tool's process inherits the lock; its run is gone."""
+  monkeypatch.setattr(lock, "BEAT_S", 0.01)
+  gone = subprocess.Popen(["true"])
+  gone.wait()
+  left_behind(tmp_path, lock._machine(), gone.pid)
+  with (tmp_path / "lock").open() as child:
+    fcntl.flock(child, fcntl.LOCK_EX)
+    with lock.held(tmp_path, "train"):
+      pass
 
 
 def test_a_process_of_another_host_holds_it_as_long_as_its_beat_goes_on(tmp_path, monkeypatch):
@@ -207,6 +220,13 @@ def test_a_damaged_config_is_named_with_what_to_do(begun, text):
   (workdir / "config.json").write_text(text, errors="surrogateescape")
   with pytest.raises(ValueError, match=r"config\.json is damaged, so nobody can say .* put back a"):
     check(make(), workdir)
+
+
+@pytest.mark.parametrize("data", [b"", b"PK\x03\x04 cut", b"\xff"])
+def test_damaged_log_probs_of_stored_data_are_named(tmp_path, data):
+  (tmp_path / behaviour._FILE).write_bytes(data)
+  with pytest.raises(ValueError, match="is damaged .*; put back a copy"):
+    behaviour.restore(None, tmp_path)
 
 
 def test_another_gguf_is_another_model(tmp_path, monkeypatch):

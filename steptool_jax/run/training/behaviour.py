@@ -81,8 +81,14 @@ def restore(data: Data, workdir: pathlib.Path) -> Data:
 
   ValueError when the data are no longer those that the run began with; OSError without a file.
   """
-  with np.load(workdir / _FILE) as file:
-    digest = str(file["digest"])
+  try:
+    with np.load(workdir / _FILE) as file:
+      digest = str(file["digest"])
+  except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    raise ValueError(
+      f"{workdir / _FILE} is damaged ({error}); put back a copy, or start anew with another "
+      "--workdir"
+    ) from error
   if digest != data.digest:
     raise ValueError(
       f"config.data.path: the trajectories are not those that the run in {workdir} began with; "

@@ -48,7 +48,9 @@ def refuse_other_config(
   changed = [
     name
     for name, digest in begun.items()
-    if name.startswith(only) and not name.startswith(may_change) and today.get(name) != digest
+    if name.startswith(only)
+    and not name.startswith(may_change)
+    and today.get(name, digest) != digest  # one that is missing is named where it is read
   ]
   if changed:
     raise ValueError(

@@ -1,15 +1,16 @@
 """Orbax checkpoints of everything that a run needs to go on, written asynchronously.
 
 WORKDIR/checkpoints/<number>/ holds the TrainState, a small JSON `meta`, the replay as JSON where
-there is one, and `check`: shape, dtype and a fingerprint of every array. A checkpoint that cannot
-be read, or whose arrays are not those that were saved, is corrupt: the one before takes its place.
-One with other shapes belongs to another model and is refused. On another mesh the arrays are laid
-out anew, and their fingerprints are the same.
+there is one, and `check`: shape, dtype and a fingerprint of every array, and one of both texts. A
+checkpoint that cannot be read, or is not as it was saved, is corrupt: the one before takes its
+place. One with other shapes belongs to another model and is refused. On another mesh the arrays are
+laid out anew, and their fingerprints are the same.
 """
 
 import contextlib
 import json
 import pathlib
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -94,12 +95,12 @@ class Checkpoints:
       return
     arrays = _without_empty(state)
     marks = zip(_layout(arrays).items(), fingerprints(arrays), strict=True)
+    check = {"arrays": {path: [text, mark] for (path, text), mark in marks}}
+    check |= {"replay": len(replay), "texts": _mark(meta, replay)}
     items = {
       "state": ocp.args.StandardSave(arrays),
       "meta": ocp.args.JsonSave(dict(meta)),
-      "check": ocp.args.JsonSave(
-        {"arrays": {path: [text, mark] for (path, text), mark in marks}, "replay": len(replay)}
-      ),
+      "check": ocp.args.JsonSave(check),
     }
     if replay:
       items["replay"] = ocp.args.JsonSave(list(replay))
@@ -227,8 +228,8 @@ def _restore(
   def texts() -> tuple[Any, Any, list[Any]]:
     meta, check = _read_json(directory / "meta"), _read_json(directory / "check")
     replay = _read_json(directory / "replay") if check["replay"] else []
-    if len(replay) != check["replay"]:
-      raise ValueError(f"{len(replay)} of {check['replay']} trajectories in the replay")
+    if "texts" in check and check["texts"] != _mark(meta, replay):  # older ones have none
+      raise ValueError("meta or replay are not as they were saved")
     return meta, check["arrays"], replay
 
   found, problem = _attempt(texts)
@@ -268,6 +269,11 @@ def _attempt(read: Callable[[], Any]) -> tuple[Any, str]:
     problem = f"{type(error).__name__}: {str(error)[:300]}"
   problems = [text for text in hosts.gather(problem) if text]
   return (None, problems[0]) if problems else (result, "")
+
+
+def _mark(meta: Mapping[str, Any], replay: Sequence[Mapping[str, Any]]) -> int:
+  """A 32-bit number for JSON data."""
+  return zlib.crc32(json.dumps([dict(meta), list(replay)], sort_keys=True).encode())
 
 
 def _read_json(directory: pathlib.Path) -> Any:

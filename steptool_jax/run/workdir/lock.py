@@ -32,15 +32,14 @@ def held(workdir: pathlib.Path, mode: str, wait: bool = False) -> Iterator[None]
 
   Raises:
     RuntimeError: another run is alive in it; names its host, process and start.
+    ValueError: nobody may write there.
   """
-  with (workdir / _NAME).open("a+", encoding="utf-8") as file:  # OSError where nobody may write
-    try:
-      fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
-      raise RuntimeError(_refusal(workdir, _read(file))) from None
-    except OSError:  # a file system without locks: the beat alone decides
-      logging.warning("%s: this file system has no locks; two runs may meet in it", workdir)
-    _refuse_another_host(workdir, file)
+  try:
+    file = (workdir / _NAME).open("a+", encoding="utf-8")
+  except OSError as error:
+    raise ValueError(f"--workdir: {workdir} cannot be written ({error.strerror})") from error
+  with file:
+    _refuse_the_living(workdir, file, blocked=not _lock(workdir, file, wait))
     mine = {
       "host": socket.gethostname(),
       "machine": _machine(),
@@ -73,10 +72,27 @@ def clear_leftovers(workdir: pathlib.Path) -> None:
       shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def _refuse_another_host(workdir: pathlib.Path, file: IO) -> None:
-  """Waits for a sign of life of a process elsewhere; RuntimeError where there is one."""
+def _lock(workdir: pathlib.Path, file: IO, wait: bool) -> bool:
+  """Whether no other process of this host holds it."""
+  try:
+    fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+  except BlockingIOError:
+    return False
+  except OSError:  # the beat alone decides
+    logging.warning("%s: this file system has no locks; two runs may meet in it", workdir)
+  return True
+
+
+def _refuse_the_living(workdir: pathlib.Path, file: IO, blocked: bool) -> None:
+  """RuntimeError where the process that the file names is alive, or nobody can know.
+
+  One of this host that is gone may have left a child behind that still holds the lock.
+  """
   before = _read(file)
-  if not before or before.get("machine") == _machine():
+  here = before.get("machine") == _machine()
+  if blocked and (not before or (here and _is_alive(before["process"]))):
+    raise RuntimeError(_refusal(workdir, before))
+  if not before or (here and not blocked):
     return
   logging.warning(
     "%s was last in use by %s; waiting %.0f s to see whether it lives",
@@ -87,6 +103,16 @@ def _refuse_another_host(workdir: pathlib.Path, file: IO) -> None:
     now = _read(again)
   if now and now != before:
     raise RuntimeError(_refusal(workdir, now))
+
+
+def _is_alive(process: int) -> bool:
+  try:
+    os.kill(process, 0)
+  except ProcessLookupError:
+    return False
+  except PermissionError:
+    pass
+  return True
 
 
 def _refusal(workdir: pathlib.Path, owner: dict[str, Any]) -> str:
