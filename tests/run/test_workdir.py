@@ -152,7 +152,7 @@ def test_trouble_with_tensorboard_does_not_hold_the_training(trouble, tmp_path, 
     monkeypatch.setattr(outputs.event_file_writer.EventsWriter, "write_event", fail)
   else:
     now = time.time()
-    monkeypatch.setattr(time, "time", lambda: now - 1e6)
+    monkeypatch.setattr(time, "time", lambda: now - 1e8)
   for k in range(30):
     writer.write(k, "train", {"reward": k, "kl": 0.0})
   writer.close()
