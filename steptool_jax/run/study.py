@@ -34,7 +34,7 @@ from steptool_jax.run.workdir import outputs
 
 _ENDED = (DONE, FAILED)
 COMMAND = (sys.executable, "-m", "steptool_jax.run.cell")
-_CHANGES_NO_BITS = ("compilation_cache", "checkpoint.", "report.")
+_CHANGES_NO_BITS = ("compilation_cache", "checkpoint.", "report.", "hang_after")
 _GRACE_S = 600.0  # for a cell to reach its next safe point and save
 
 

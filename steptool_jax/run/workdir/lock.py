@@ -7,6 +7,7 @@ as alive as long as it rewrites the file's `beat`; clocks are not compared.
 
 import contextlib
 import fcntl
+import itertools
 import json
 import os
 import pathlib
@@ -35,7 +36,8 @@ def held(workdir: pathlib.Path, mode: str, wait: bool = False) -> Iterator[None]
     ValueError: nobody may write there.
   """
   try:
-    file = (workdir / _NAME).open("a+", encoding="utf-8")
+    (workdir / _NAME).touch()
+    file = (workdir / _NAME).open("r+", encoding="utf-8")
   except OSError as error:
     raise ValueError(f"--workdir: {workdir} cannot be written ({error.strerror})") from error
   with file:
@@ -47,7 +49,7 @@ def held(workdir: pathlib.Path, mode: str, wait: bool = False) -> Iterator[None]
       "mode": mode,
       "since": time.strftime("%Y-%m-%d %H:%M:%S %z"),
     }
-    _write(file, mine | {"beat": 0})
+    _write(file, mine, 0)
     clear_leftovers(workdir)
     done = threading.Event()
     beat = threading.Thread(target=_beat, args=(file, mine, done), name="lock", daemon=True)
@@ -132,11 +134,11 @@ def _who(owner: dict[str, Any]) -> str:
 
 
 def _beat(file: IO, mine: dict[str, Any], done: threading.Event) -> None:
-  number = 0
-  while not done.wait(BEAT_S):
-    number += 1
+  for number in itertools.count(1):
+    if done.wait(BEAT_S):
+      return
     with contextlib.suppress(OSError):  # a full disk is no reason to end
-      _write(file, mine | {"beat": number})
+      _write(file, mine, number)
 
 
 def _read(file: IO) -> dict[str, Any]:
@@ -149,10 +151,11 @@ def _read(file: IO) -> dict[str, Any]:
   return found if isinstance(found, dict) else {}
 
 
-def _write(file: IO, owner: dict[str, Any]) -> None:
+def _write(file: IO, owner: dict[str, Any], beat: int) -> None:
+  """In one piece: all beats are of one length, so that nobody reads half a text."""
   file.seek(0)
+  file.write(json.dumps(owner | {"beat": f"{beat:012d}"}) + "\n")
   file.truncate()
-  file.write(json.dumps(owner) + "\n")
   file.flush()
 
 

@@ -1,5 +1,6 @@
 """What a run writes to be read: metrics.jsonl, tensorboard/ and summary.json."""
 
+import contextlib
 import json
 import pathlib
 import resource
@@ -47,6 +48,7 @@ class MetricsWriter:
   def close(self) -> None:
     if self._file is not None:
       self._file.close()
+      self._board.close()
 
 
 class _Board:
@@ -81,6 +83,11 @@ class _Board:
       self._writer.flush()
     except OSError as error:
       self._give_up(error)
+
+  def close(self) -> None:
+    if self._writer is not None:
+      with contextlib.suppress(OSError):
+        self._writer.close()
 
   def _give_up(self, error: OSError) -> None:
     logging.warning("tensorboard/ is written no more (%s); metrics.jsonl has everything", error)
