@@ -80,10 +80,15 @@ def test_a_process_of_another_host_holds_it_as_long_as_its_beat_goes_on(tmp_path
 
 def test_what_killed_processes_left_half_written_goes_away(tmp_path):
   """Temporary files and folders used to stay for ever; those of a run beside this one must."""
-  for name in ("cells/a", "moments", ".export.new.k3.tmp", ".export.new.old"):
+  x, folders = (
+    "abcd_123",
+    ("cells/a", "moments", ".export.new.abcd_123.tmp", ".export.new.abcd_123"),
+  )
+  for name in folders:
     (tmp_path / name).mkdir(parents=True)
-  files = (".config.json.x.tmp", "moments/.a.jsonl.x.tmp", ".export.new.k3.tmp/model", ".shared-1")
-  kept = ("cells/a/.x.tmp", ".report.html.x.tmp", "moments/a.jsonl")
+  files = (f".config.json.{x}.tmp", f"moments/.a.jsonl.{x}.tmp", f"{folders[2]}/model")
+  files += (".shared-0123456789abcdef",)
+  kept = (f"cells/a/.x.{x}.tmp", f".report.html.{x}.tmp", "moments/a.jsonl", ".theirs.tmp")
   for name in (*files, *kept):
     (tmp_path / name).touch()
   with lock.held(tmp_path, "train"):

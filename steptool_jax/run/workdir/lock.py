@@ -11,6 +11,7 @@ import itertools
 import json
 import os
 import pathlib
+import re
 import shutil
 import socket
 import threading
@@ -22,6 +23,11 @@ from absl import logging
 
 BEAT_S = 10.0
 _NAME = "lock"
+_OURS = ("moments", "imported", "answers", "converted", "pass_rate", "results")
+# As files.replacing, tensorfile.output_directory and agreement name them.
+_TEMPORARY = re.compile(
+  r"\..+\.[a-z0-9_]{8}\.tmp|\.export\.new\.[a-z0-9_]{8}|\.shared-[0-9a-f]{16}"
+)
 _MACHINE = pathlib.Path("/proc/sys/kernel/random/boot_id")  # another one after a restart
 
 
@@ -63,15 +69,14 @@ def held(workdir: pathlib.Path, mode: str, wait: bool = False) -> Iterator[None]
 
 
 def clear_leftovers(workdir: pathlib.Path) -> None:
-  """Removes temporary files and folders of processes that were killed while they wrote."""
-  for path in workdir.rglob(".*"):
-    inner = path.relative_to(workdir).parts
-    mine = path.name.endswith(".tmp") or path.name.startswith((".export.new.", ".shared-"))
-    # A study's cells have locks of their own; a report may be written beside any run.
-    if not mine or inner[0] in ("cells", "checkpoints") or path.name.startswith(".report.html."):
-      continue
-    with contextlib.suppress(OSError):
-      shutil.rmtree(path) if path.is_dir() else path.unlink()
+  """Removes temporary files and folders of processes that were killed while they wrote.
+
+  A study's cells have locks of their own; a report may be written beside any run.
+  """
+  for path in [*workdir.glob(".*"), *(p for name in _OURS for p in (workdir / name).rglob(".*"))]:
+    if _TEMPORARY.fullmatch(path.name) and not path.name.startswith(".report.html."):
+      with contextlib.suppress(OSError):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _lock(workdir: pathlib.Path, file: IO, wait: bool) -> bool:
