@@ -25,9 +25,7 @@ BEAT_S = 10.0
 _NAME = "lock"
 _OURS = ("moments", "imported", "answers", "converted", "pass_rate", "results")
 # As files.replacing, tensorfile.output_directory and agreement name them.
-_TEMPORARY = re.compile(
-  r"\..+\.[a-z0-9_]{8}\.tmp|\.export\.new\.[a-z0-9_]{8}|\.shared-[0-9a-f]{16}"
-)
+_TEMPORARY = re.compile(r"\.(.+\.\w{8}\.tmp|export\.new\.\w{8}|shared-[0-9a-f]{16})")
 _MACHINE = pathlib.Path("/proc/sys/kernel/random/boot_id")  # another one after a restart
 
 
