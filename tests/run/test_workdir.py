@@ -80,10 +80,8 @@ def test_a_process_of_another_host_holds_it_as_long_as_its_beat_goes_on(tmp_path
 
 def test_what_killed_processes_left_half_written_goes_away(tmp_path):
   """Temporary files and folders used to stay for ever; those of a run beside this one must."""
-  x, folders = (
-    "abcd_123",
-    ("cells/a", "moments", ".export.new.abcd_123.tmp", ".export.new.abcd_123"),
-  )
+  x, new = "abcd_123", ".export.new.abcd_123"
+  folders = ("cells/a", "moments", f"{new}.tmp", new)
   for name in folders:
     (tmp_path / name).mkdir(parents=True)
   files = (f".config.json.{x}.tmp", f"moments/.a.jsonl.{x}.tmp", f"{folders[2]}/model")
@@ -137,6 +135,7 @@ def test_a_damaged_line_of_metrics_costs_itself_alone(tmp_path, caplog):
     writer.write(99, "train", {"x": 1.0})
     writer.close()
   assert "3 damaged lines are left out: [5, 7, 9]" in caplog.text
+  assert "metrics.jsonl: 3 of 11 records are lost" in caplog.text
   assert [r["step"] for r in outputs.read_jsonl(path)] == [*good[:-1], 99]
   caplog.clear()
   with path.open("a") as file:
@@ -273,6 +272,9 @@ def test_a_compact_tokenizer_is_of_this_environment_until_a_run_has_learnt_it(
   restore.claim(other, tmp_path)
   build._tokenizer(one, Nothing(), tmp_path)
   assert len(made) == 2, "the policy knows these tokens"
+  (tmp_path / "tokenizer/tokenizer_config.json").write_text("{}")
+  with pytest.raises(ValueError, match=r"the content of config\.model\.tokenizer is not what"):
+    check(other, tmp_path)
 
 
 # --- hangs ---

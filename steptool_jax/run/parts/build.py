@@ -187,7 +187,7 @@ def _tokenizer(config: Config, environment: Environment, workdir: pathlib.Path) 
   if config.model.tokenizer != "compact":
     return pathlib.Path(config.model.tokenizer)
   out = workdir / "tokenizer"
-  files = {k: v for k, v in inputs.digests(config).items() if k.startswith("environment.")}
+  files = {k: v for k, v in inputs.digests(config, workdir).items() if k.startswith("environment.")}
   size = config.model.architecture.vocab_size
   made_of = json.dumps([dataclasses.asdict(config.environment), files, size])
 
@@ -195,7 +195,7 @@ def _tokenizer(config: Config, environment: Environment, workdir: pathlib.Path) 
     note = out / "made_of.json"
     there = (out / "tokenizer_config.json").exists()
     bound = (workdir / "config.json").exists()  # a run has learnt its tokens
-    same = note.exists() and note.read_text() == made_of
+    same = note.exists() and note.read_bytes() == made_of.encode()
     if not there or not (bound or same):
       tasks = environment.tasks("train")[:TOKENIZER_TASKS]
       texts = (text for task in tasks for text in _texts(environment, task))

@@ -34,7 +34,7 @@ def refuse_other_config(
   """
   path = workdir / _INPUTS
   begun = _read(path) if path.exists() else {}
-  today = hosts.lead(lambda: inputs.digests(config)) if begun else {}
+  today = hosts.lead(lambda: inputs.digests(config, workdir)) if begun else {}
   names = [
     name
     for name in other_fields(config, workdir / _CONFIG, may_change, only)
@@ -109,7 +109,7 @@ def claim(config: Config, workdir: pathlib.Path) -> None:
   if not path.exists() or "train.iterations" in other_fields(config, path, ()):
     write_text(path, validation.to_json(config))
   if not (workdir / _INPUTS).exists():
-    write_text(workdir / _INPUTS, json.dumps(inputs.digests(config), indent=2))
+    write_text(workdir / _INPUTS, json.dumps(inputs.digests(config, workdir), indent=2))
 
 
 def newest_variables(parts: Parts) -> tuple[dict, dict[str, Any]] | None:

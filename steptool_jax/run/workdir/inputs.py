@@ -14,8 +14,11 @@ _WHOLE = 64 << 20  # larger files are told by pieces
 _PIECES, _PIECE = 64, 64 << 10
 
 
-def digests(config: Config) -> dict[str, str]:
-  """{field: digest of the files that it names}, of the fields that name files that are there."""
+def digests(config: Config, workdir: pathlib.Path) -> dict[str, str]:
+  """{field: digest of the files that it names}, of the fields that name files that are there.
+
+  The compact tokenizer is in the workdir.
+  """
   c, m = config.environment, config.model
   named: dict[str, Iterable[pathlib.Path]] = {}
   if c.name == "custom":
@@ -29,8 +32,8 @@ def digests(config: Config) -> dict[str, str]:
     ]
     named["environment.toolbench.prompt"] = [pathlib.Path(c.toolbench.prompt)]
   for field, value in (("model.path", m.path), ("model.tokenizer", m.tokenizer)):
-    if value != "compact" and not value.startswith("asset:"):
-      path = pathlib.Path(value or ".none")
+    if value and not value.startswith("asset:"):
+      path = workdir / "tokenizer" if value == "compact" else pathlib.Path(value)
       inner = sorted(p for p in path.glob("*") if p.suffix in _MODEL)
       named[field] = inner if path.is_dir() else [path]
   if config.data.path:

@@ -149,7 +149,7 @@ def _read(file: IO) -> dict[str, Any]:
   file.seek(0)
   try:
     found = json.loads(file.read())
-  except ValueError:
+  except (ValueError, RecursionError):
     return {}
   return found if isinstance(found, dict) else {}
 

@@ -32,6 +32,8 @@ class MetricsWriter:
     path = workdir / "metrics.jsonl"
     kept = read_jsonl(path, keep)
     write_text(path, "".join(json.dumps(r) + "\n" for r in kept))
+    if len(kept) < keep:
+      logging.warning("%s: %d of %d records are lost", path, keep - len(kept), keep)
     self.records = len(kept)
     self._file = path.open("a")
     self._board = _Board(workdir / "tensorboard", resumed_at + 1 if kept else None)
