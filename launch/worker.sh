@@ -5,9 +5,10 @@
 # done: this script then exits with 75, for schedulers that start again what has failed.
 set -euo pipefail
 
-workdir=
+workdir='' mode=train
 for flag in "$@"; do
   [[ $flag == --workdir=* ]] && workdir=${flag#--workdir=}
+  [[ $flag == --mode=* ]] && mode=${flag#--mode=}
 done
 : "${workdir:?--workdir=DIR is needed, a folder that all hosts share}"
 
@@ -21,7 +22,7 @@ while kill -0 "$run" 2> /dev/null; do # a signal has ended `wait`, the run is sa
   code=0
   wait "$run" || code=$?
 done
-if ((code == 0)) && grep -qs '"interrupted": true' "$workdir/summary.json"; then
+if ((code == 0)) && grep -qs '"interrupted": true' "$workdir/summary_$mode.json"; then
   exit 75
 fi
 exit "$code"

@@ -83,8 +83,8 @@ def main() -> None:
 
 def reports(home: pathlib.Path) -> dict:
   """What the mode has written so far; it exits with an error where a program does not fit too."""
-  summary = home / "summary.json"
-  return json.loads(summary.read_text()) if summary.exists() else {}
+  summary = home / "summary_compile.json"
+  return json.loads(summary.read_text())["programs"] if summary.exists() else {}
 
 
 def folder(cell: tuple) -> str:

@@ -526,6 +526,12 @@ class Config:
   seed: int = option(0, "of weights, sampling and task order", least=0)
   algorithm: str = option("steptool", "a row of learning/algorithms.py")
   compilation_cache: str = option("", "folder that keeps compiled programs; empty = none")
+  hang_after: float = option(
+    1800.0,
+    "seconds without progress in rollout, update or evaluation after which a run ends with a "
+    "sentence, to be started again; more than a compilation takes; 0 = never",
+    least=0,
+  )
   model: Model = option(Model(), "the policy")
   lora: Lora = option(Lora(), "adapters")
   mesh: MeshAxes = option(MeshAxes(), "devices")

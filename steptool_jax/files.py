@@ -1,13 +1,14 @@
 """Files: written whole or not at all; read so that an error names the file."""
 
 import contextlib
+import itertools
 import json
 import lzma
 import math
 import os
 import pathlib
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import IO, Any
 
 
@@ -75,6 +76,24 @@ def read_json(path: str | pathlib.Path, kind: type = dict, finite: bool = True) 
   if not isinstance(value, kind):
     raise ValueError(f"{path}: must hold a JSON {kind.__name__}, found {type(value).__name__}")
   return value
+
+
+def read_lines(
+  path: str | pathlib.Path, parse: Callable[[str], Any], most: int | None = None
+) -> tuple[list[Any], list[int], int]:
+  """(what `parse` makes of each line, numbers of the damaged lines from 1 on, lines read).
+
+  Reads the first `most` lines. A line is damaged where it is no UTF-8 or where `parse` raises
+  ValueError or RecursionError. OSError where the file cannot be read.
+  """
+  found, damaged, number = [], [], 0
+  with pathlib.Path(path).open("rb") as file:
+    for number, line in enumerate(itertools.islice(file, most), start=1):
+      try:
+        found.append(parse(line.decode("utf-8")))
+      except (ValueError, RecursionError):
+        damaged.append(number)
+  return found, damaged, number
 
 
 @contextlib.contextmanager

@@ -1,10 +1,25 @@
 """python -m steptool_jax.main --config=FILE[:arg] --workdir=DIR [--mode=M] [--config.a.b=value]
 
-On several hosts the same command on each; see run/hosts/joining.py and launch/.
+  train     SFT on demonstrations, then RL; the same command again goes on (the default)
+  evaluate  held-out figures of WORKDIR's newest checkpoint, or of the model where there is none
+  check     what is wrong with tools, tasks, checkers and demonstrations, before any training
+  annotate  step rewards for stored trajectories
+  export    the newest checkpoint as a Hugging Face folder, WORKDIR/export
+  report    WORKDIR/report.html, from what a run or a study left there
+  study     a grid of training runs, compared
+  serve     the simulator of APIs as an HTTP server
+  bench     how fast the update and the engine are on this machine
+  compile   what the programs need on a TPU slice, without one (--topology)
+
+The fields that --config.a.b=value sets stand in steptool_jax/config.py, each with its meaning, unit
+and default; configs/ has examples. On several hosts the same command on each; see launch/.
 """
 
+import contextlib
+import functools
 import importlib
 import pathlib
+import re
 import sys
 import traceback
 from collections.abc import Callable
@@ -14,21 +29,33 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from steptool_jax import validation
+from steptool_jax.config import Config
 from steptool_jax.run.hosts import hosts, joining
+from steptool_jax.run.workdir import lock
 
 MODES = (
-  *("train", "evaluate", "check", "annotate", "export", "bench", "serve", "report", "study"),
+  "train",
+  "evaluate",
+  "check",
+  "annotate",
+  "export",
+  "report",
+  "study",
+  "serve",
+  "bench",
   "compile",
 )
 SEVERAL = ("train", "evaluate", "export")  # on several processes
+BESIDE = ("check", "report", "serve")  # may use a workdir in which a run is at work
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, FILE.py or FILE.py:arg.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; everything is written there.")
-_MODE = flags.DEFINE_enum("mode", "train", MODES, "What to do.")
+_MODE = flags.DEFINE_enum("mode", "train", MODES, "What to do; see above.")
 _COORDINATOR = flags.DEFINE_string(
   "coordinator",
   "",
-  "host:port of process 0, or 'auto' (Slurm, Open MPI); found by itself on Cloud TPUs and GKE.",
+  "host:port of process 0, or 'auto' (Slurm, Open MPI); found by itself on Cloud TPUs and GKE. It "
+  "listens on every address, on that of JAX_COORDINATOR_BIND_ADDRESS, or for localhost on that.",
 )
 _PROCESSES = flags.DEFINE_integer("processes", -1, "Processes of this run; 1 = alone, anywhere.")
 _PROCESS = flags.DEFINE_integer("process", -1, "Number of this one, from 0.")
@@ -55,8 +82,16 @@ def _dispatch() -> dict[str, Any]:
     raise ValueError(f"--topology names the slice of --mode=compile; the mode is {_MODE.value}")
   options = {} if _TOPOLOGY.value is None else {"topology": _TOPOLOGY.value}
   workdir = pathlib.Path(_WORKDIR.value).absolute()
-  workdir.mkdir(parents=True, exist_ok=True)
-  with joining.joined(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value):
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise ValueError(
+      f"--workdir: {workdir} cannot be made ({error.strerror}); name a folder that you may write to"
+    ) from error
+  with (
+    joining.joined(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value),
+    _alone(workdir, _MODE.value),
+  ):
     try:
       if hosts.peers().count > 1 and _MODE.value not in SEVERAL:
         raise ValueError(f"--mode={_MODE.value} runs in one process; start it without --processes")
@@ -64,18 +99,41 @@ def _dispatch() -> dict[str, Any]:
       return mode.run(config, workdir, **options)
     except Exception:
       name = "error.txt" if hosts.primary() else f"error_{hosts.peers().index}.txt"
-      (workdir / name).write_text(traceback.format_exc())
+      with contextlib.suppress(OSError):  # a full disk must not hide the error
+        (workdir / name).write_text(traceback.format_exc())
       raise
 
 
+def _alone(workdir: pathlib.Path, mode: str) -> contextlib.AbstractContextManager:
+  """The workdir for this run; the processes of one run share it."""
+  free = mode in BESIDE or not hosts.primary()
+  return contextlib.nullcontext() if free else lock.held(workdir, mode)
+
+
 def _parse(argv: list[str]) -> list[str]:
+  for word, following in zip(argv, [*argv[1:], ""], strict=True):
+    if re.fullmatch("--?config(=.*)?", word):
+      file = (word.partition("=")[2] or following).partition(":")[0]
+      if not pathlib.Path(file).is_file():
+        sys.exit(f"steptool_jax: --config: there is no file {file!r}; configs/ has examples")
   try:
-    return app.parse_flags_with_usage(argv)
-  except AttributeError:  # config_flags, for a field that does not exist
+    return flags.FLAGS(argv)
+  except flags.Error as error:
+    sys.exit(f"steptool_jax: {_wrong_value(str(error)) or error}; --help explains all modes")
+  except Exception as error:
     for word in argv:
       if word.startswith("--config."):
         _or_exit(validation.check_name, word.removeprefix("--config.").partition("=")[0])
-    raise
+    sys.exit(f"steptool_jax: --config: it cannot be loaded ({type(error).__name__}: {error})")
+
+
+def _wrong_value(message: str) -> str:
+  """What the type of a config field is, where the message is about one; else ""."""
+  found = re.match(r"flag --config\.([\w.]+)=(.*?): ", message, re.DOTALL)
+  if not found:
+    return ""
+  default = functools.reduce(getattr, found[1].split("."), Config())
+  return f"config.{found[1]}: {type(default).__name__} is needed, found {found[2]!r}"
 
 
 def _or_exit(function: Callable[..., Any], *args: Any) -> Any:

@@ -1,6 +1,7 @@
 """What a workdir holds, read as far as it can be read: a report shows what there is.
 
-    config.json  summary.json  metrics.jsonl  moments/*.jsonl  trajectories.jsonl  error.txt
+    config.json  summary_train.json (else summary.json)  metrics.jsonl  moments/*.jsonl
+    trajectories.jsonl  error.txt
 
 A file that is missing or damaged costs its own part only, and is named in `problems`.
 """
@@ -9,13 +10,13 @@ import dataclasses
 import json
 import math
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from steptool_jax.data import trajectories
 from steptool_jax.data.trajectories import AnnotatedTrajectory
 from steptool_jax.evaluation.analysis import Curve
-from steptool_jax.files import read_json
+from steptool_jax.files import read_json, read_lines
 
 AXES = {
   "llm_calls": "LLM calls (environment steps)",
@@ -49,18 +50,34 @@ class Run:
     return found if found != self.before else None
 
 
+def summary_path(folder: pathlib.Path) -> pathlib.Path:
+  """The summary of a training where there is one, else of what came first to the folder."""
+  path = folder / "summary_train.json"
+  return path if path.exists() else folder / "summary.json"
+
+
+def json_object(line: str) -> dict[str, Any]:
+  """The JSON object of a line; ValueError for anything else."""
+  value = json.loads(line)
+  if not isinstance(value, dict):
+    raise ValueError("no JSON object")
+  return value
+
+
 def read_run(folder: pathlib.Path, most: int = 0) -> Run:
   """Reads a workdir; never raises for what stands in it. most: trajectories a file, 0 = all."""
   problems: list[str] = []
   config = _read_object(folder / "config.json", problems)
-  summary = _read_object(folder / "summary.json", problems)
-  metrics = tuple(_read_lines(folder / "metrics.jsonl", problems))
+  summary = _read_object(summary_path(folder), problems)
+  metrics = _read_lines(folder / "metrics.jsonl", json_object, None, problems)
   files = sorted((folder / "moments").glob("*.jsonl"))
   if (folder / "trajectories.jsonl").exists():
     files.append(folder / "trajectories.jsonl")
   if not files:
     problems.append("no trajectories (moments/*.jsonl, trajectories.jsonl): nothing to look at")
-  moments = {path.stem: _read_moment(path, most, problems) for path in files}
+  moments = {
+    path.stem: _read_lines(path, trajectories.load, most or None, problems) for path in files
+  }
   if summary.get("interrupted"):
     problems.append("the run was interrupted; the same command goes on")
   elif (folder / "error.txt").exists() and not summary:
@@ -102,49 +119,18 @@ def _read_object(path: pathlib.Path, problems: list[str]) -> Mapping[str, Any]:
   return {}
 
 
-def _read_lines(path: pathlib.Path, problems: list[str]) -> list[Mapping[str, Any]]:
-  """The records in front of the first damaged one."""
-  records: list[Mapping[str, Any]] = []
+def _read_lines(
+  path: pathlib.Path, parse: Callable[[str], Any], most: int | None, problems: list[str]
+) -> tuple[Any, ...]:
+  """What can be read; the damaged lines are counted."""
   try:
-    text = path.read_text(encoding="utf-8", errors="replace")
+    found, damaged, _ = read_lines(path, parse, most)
   except FileNotFoundError:
     problems.append(f"{path.name} is missing: no learning curves")
-    return records
+    return ()
   except OSError as error:
     problems.append(f"{path.name} cannot be read ({error})")
-    return records
-  lines = text.splitlines()
-  for number, line in enumerate(lines, start=1):
-    try:
-      record = json.loads(line)
-      if not isinstance(record, dict):
-        raise ValueError("no JSON object")
-    except (ValueError, RecursionError):
-      problems.append(
-        f"{path.name}: damaged from line {number} of {len(lines)} on; what stands before is shown"
-      )
-      break
-    records.append(record)
-  return records
-
-
-def _read_moment(
-  path: pathlib.Path, most: int, problems: list[str]
-) -> tuple[AnnotatedTrajectory, ...]:
-  """All trajectories that can be read; the damaged lines are counted."""
-  found: list[AnnotatedTrajectory] = []
-  damaged: list[int] = []
-  try:
-    with path.open(encoding="utf-8", errors="replace") as file:
-      for number, line in enumerate(file, start=1):
-        if most and len(found) == most:
-          break
-        try:
-          found.append(trajectories.load(line))
-        except (ValueError, RecursionError):
-          damaged.append(number)
-  except OSError as error:
-    problems.append(f"{path.name} cannot be read ({error})")
+    return ()
   if damaged:
     problems.append(
       f"{path.name}: {len(damaged)} damaged lines are left out, the first is line {damaged[0]}"

@@ -205,7 +205,7 @@ def output_directory(directory: str | pathlib.Path) -> Iterator[pathlib.Path]:
   if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
     raise FileExistsError(f"{directory}: exists and is not empty; choose another directory")
   directory.parent.mkdir(parents=True, exist_ok=True)
-  temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+  temporary = pathlib.Path(tempfile.mkdtemp(".tmp", f".{directory.name}.", directory.parent))
   try:
     yield temporary
     temporary.chmod(0o755)  # mkdtemp makes it private

@@ -80,7 +80,7 @@ def run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
   with Stop().listening() as stop:
     work = _read(config, workdir)
     more = SOURCES[a.source](config, workdir, work, stop)
-    summary = {"mode": "annotate"} | origin | {"trajectories": work.total}
+    summary = origin | {"trajectories": work.total}
     if stop():
       summary |= {"interrupted": True} | more
       logging.warning("stopped on request; the same command goes on from the judge's kept replies")
@@ -97,8 +97,7 @@ def run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
         "interrupted": False,
       }
       summary |= _means([record.trajectory for record in shaped]) | more
-  outputs.write_summary(workdir, summary)
-  return summary
+  return outputs.write_summary(workdir, "annotate", summary)
 
 
 # --- input and output ------------------------------------------------------------------------

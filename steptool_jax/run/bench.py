@@ -52,11 +52,10 @@ def run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
     padding = _packing(parts)
     single = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1), parts.mesh.axis_names)
   with jax.set_mesh(single):
-    summary = {"mode": "bench", "device": jax.devices()[0].device_kind}
+    summary = {"device": jax.devices()[0].device_kind}
     summary |= _update(config) | _engine(config.bench.repeats)
   summary |= {"padding_share": padding, "peak_rss_gib": outputs.peak_rss_gib()}
-  outputs.write_summary(workdir, summary)
-  return summary
+  return outputs.write_summary(workdir, "bench", summary)
 
 
 def _median(action: Callable[[], Any], repeats: int) -> float:

@@ -5,7 +5,6 @@ given cores, so that cells side by side do not slow each other down. It holds FO
 that the last study left behind ends before the next one begins.
 """
 
-import fcntl
 import os
 import pathlib
 import signal
@@ -19,6 +18,7 @@ from absl import logging
 from steptool_jax import validation
 from steptool_jax.files import read_json
 from steptool_jax.run import train
+from steptool_jax.run.workdir import lock
 
 
 def main(folder: pathlib.Path, cores: list[int]) -> int:
@@ -27,8 +27,7 @@ def main(folder: pathlib.Path, cores: list[int]) -> int:
     os.sched_setaffinity(0, cores)  # before the backend counts its threads
   logging.set_verbosity(logging.INFO)
   _end_with_parent()
-  with (folder / "lock").open("w") as lock:
-    fcntl.flock(lock, fcntl.LOCK_EX)
+  with lock.held(folder, "train", wait=True):
     try:
       train.run(validation.validate(read_json(folder / "cell_config.json")), folder)
     except Exception:

@@ -1,7 +1,7 @@
 """--mode=check: what is wrong with tools, tasks, checkers and demonstrations, before any training.
 
-Prints a table, worst first; WORKDIR/summary_check.json has the figures and all findings, and
-check.jsonl a row for every task that was looked at. Reads no weights. Exit code 1 where there is an
+Prints a table, worst first; WORKDIR/summary_check.json (and summary.json where there is none) has
+the figures and all findings, and check.jsonl a row for every task that was looked at. Reads no weights. Exit code 1 where there is an
 error.
 """
 
@@ -17,6 +17,7 @@ from steptool_jax.config import Config
 from steptool_jax.files import write_text
 from steptool_jax.run.checks import environments
 from steptool_jax.run.hosts import hosts
+from steptool_jax.run.workdir import outputs
 
 
 def run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
@@ -25,16 +26,11 @@ def run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
   with hosts.bar(desc="check", unit="task", leave=False) as bar:
     extent = checking.Extent(tasks=config.check.tasks, workers=config.rollout.tool_workers)
     report = environments.report_on(config, workdir, extent, bar.update)
-  summary = {"mode": "check", "environment": config.environment.name, **report.summary()}
+  summary = {"environment": config.environment.name, **report.summary()}
   summary |= {"seconds": time.monotonic() - started, "exit_code": int(report.errors > 0)}
-  _write(workdir, summary, report)
-  hosts.say(findings.table(report.findings))
-  return summary
-
-
-def _write(workdir: pathlib.Path, summary: dict[str, Any], report: checking.Report) -> None:
   ordered = [dataclasses.asdict(f) for f in findings.worst_first(report.findings)]
-  document = json.dumps(summary | {"findings": ordered}, indent=2, ensure_ascii=False)
   rows = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in report.rows)
-  write_text(workdir / "summary_check.json", document + "\n")
+  outputs.write_summary(workdir, "check", summary | {"findings": ordered})
   write_text(workdir / "check.jsonl", rows)
+  hosts.say(findings.table(report.findings))
+  return {"mode": "check"} | summary

@@ -52,7 +52,7 @@ def run(config: Config, workdir: pathlib.Path, topology: str) -> dict[str, Any]:
     for program in programs(config, policy, mesh):
       logging.info("compiling %s for %s", program.name, topology)
       reports[program.name] = pricing.report(program, chip, len(devices))
-      outputs.write_summary(workdir, reports)
+      outputs.write_summary(workdir, "compile", {"programs": reports})
   print(pricing.table(reports))
   misfits = [name for name, r in reports.items() if not r["fits"]]
   if misfits:

@@ -22,9 +22,8 @@ def run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
   if stored:
     if not pathlib.Path(stored).is_dir():
       raise FileNotFoundError(f"config.evaluation.stored: there is no folder {stored}")
-    summary = {"mode": "evaluate", "stored": stored} | stored_summary(stored)
-    outputs.write_summary(workdir, summary)
-    return summary
+    figures = {"stored": stored} | stored_summary(stored)
+    return outputs.write_summary(workdir, "evaluate", figures)
   with opening.open_parts(config, workdir, opening.Stop()) as b:
     newest = restore.newest_variables(b)
     if newest is not None:
@@ -34,6 +33,5 @@ def run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
       variables = build.initial_variables(config, b.policy, b.mesh)
       source = f"model: {config.model.path or 'random weights'}"
     logging.info("evaluating the %s", source)
-    summary = {"mode": "evaluate", "source": source} | heldout.evaluate(b, variables)
-  outputs.write_summary(workdir, summary)
-  return summary
+    figures = {"source": source} | heldout.evaluate(b, variables)
+  return outputs.write_summary(workdir, "evaluate", figures)

@@ -6,7 +6,7 @@ from typing import Any
 
 from steptool_jax.config import Config
 from steptool_jax.policy import hub, peftfile
-from steptool_jax.run.hosts import hosts
+from steptool_jax.run.hosts import hang, hosts
 from steptool_jax.run.parts import opening
 from steptool_jax.run.parts.opening import Parts
 from steptool_jax.run.training import restore
@@ -22,14 +22,12 @@ def run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
     variables, meta = newest
     out = write(parts, variables, folded=meta["phase"] == "rl" and config.sft.steps > 0)
   summary = {
-    "mode": "export",
     "directory": str(out),
     "phase": meta["phase"],
     "iterations": meta["done"],
     "peak_rss_gib": outputs.peak_rss_gib(),
   }
-  outputs.write_summary(workdir, summary)
-  return summary
+  return outputs.write_summary(workdir, "export", summary)
 
 
 def write(parts: Parts, variables: dict, folded: bool) -> pathlib.Path:
@@ -38,6 +36,7 @@ def write(parts: Parts, variables: dict, folded: bool) -> pathlib.Path:
   `folded`: SFT's adapters are part of the base by now, so a PEFT adapter alone would not fit the
   model that the user started from and is left out.
   """
+  hang.rest()  # a large model takes its time
   policy = parts.policy
   out, new = parts.workdir / "export", parts.workdir / "export.new"
   if hosts.primary() and new.exists():  # of an export that was interrupted

@@ -23,14 +23,13 @@ def run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
     services.open_answering(config) as answering,
     Server(answering.simulator, config.serve.host, config.serve.port) as server,
   ):
-    summary = {"mode": "serve", "url": f"http://{server.host}:{server.port}/virtual"}
+    summary = {"url": f"http://{server.host}:{server.port}/virtual"}
     with Stop().listening() as stop:
-      outputs.write_summary(workdir, summary | {"running": True})
+      outputs.write_summary(workdir, "serve", summary | {"running": True})
       logging.info("serving %s", summary["url"])
       while not stop():
         time.sleep(0.1)
     if not server.close():
       logging.warning("closed with requests still under way")
     summary |= {"running": False, "requests": server.requests} | answering.report()
-  outputs.write_summary(workdir, summary)
-  return summary
+  return outputs.write_summary(workdir, "serve", summary)

@@ -34,7 +34,7 @@ from steptool_jax.run.workdir import outputs
 
 _ENDED = (DONE, FAILED)
 COMMAND = (sys.executable, "-m", "steptool_jax.run.cell")
-_CHANGES_NO_BITS = ("compilation_cache", "checkpoint.", "report.")
+_CHANGES_NO_BITS = ("compilation_cache", "checkpoint.", "report.", "hang_after")
 _GRACE_S = 600.0  # for a cell to reach its next safe point and save
 
 
@@ -187,7 +187,6 @@ def _finish(
   states = {cell.name: _state(workdir, cell).status for cell in cells}
   mine = [states[cell.name] for cell in chosen]
   summary = {
-    "mode": "study",
     "cells": len(cells),
     "done": sum(status == DONE for status in states.values()),
     "failed": [name for name, status in states.items() if status == FAILED],
@@ -197,5 +196,5 @@ def _finish(
     "results": str(workdir / "results"),
     "table": found,
   }
-  outputs.write_summary(workdir, summary)
+  summary = outputs.write_summary(workdir, "study", summary)
   return {key: value for key, value in summary.items() if key != "table"}

@@ -42,6 +42,12 @@ MAY_CHANGE = (
   "train.export",
   "bench.",
   "mesh.",
+  "hang_after",
+  "rollout.slots",
+  "rollout.tool_timeout",
+  "rollout.tool_workers",
+  "rollout.tool_retries",
+  "train.iterations",  # may be raised
   "simulator.",
   "judge.endpoint.",
   "serve.",
@@ -70,6 +76,7 @@ def run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
       "after prompts that a trajectory does not hold, so RL trains on 'chain'"
     )
   restore.refuse_other_config(config, workdir, MAY_CHANGE)
+  restore.refuse_fewer_iterations(config, workdir)
   c = config.checkpoint
   with (
     opening.Stop().listening() as stop,

@@ -300,7 +300,7 @@ def test_a_damaged_workdir_shows_what_there_is(tmp_path):
   }
   problems = " | ".join(run.problems)
   assert "summary.json cannot be read" in problems
-  assert "metrics.jsonl: damaged from line 3 of 3 on" in problems
+  assert "metrics.jsonl: 1 damaged lines are left out, the first is line 3" in problems
   assert "heldout_base.jsonl: 2 damaged lines are left out, the first is line 2" in problems
   assert "train_000010.jsonl: 1 damaged lines" in problems
   assert report.run(Config(), folder)["trajectories"] == 4

@@ -9,6 +9,9 @@ import sys
 import pytest
 import tiny
 
+from steptool_jax import main
+from steptool_jax.run.workdir import lock
+
 # One process imports everything once and forks for each case: JAX starts no thread before.
 DRIVER = """
 import json, os, sys
@@ -78,6 +81,7 @@ def make_cases(folder: pathlib.Path) -> dict[str, tuple[list[str], str]]:
   no_weights.mkdir()
 
   (folder / "tools.py").write_text(TOOLS)
+  (folder / "broken.py").write_text("def get_config(:\n")
   (folder / "untyped.py").write_text(TOOLS.replace("a: int, b: int", "a, b: int"))
   task = {"id": "t", "query": "1+1?", "checker": {"type": "number", "value": 2}}
   (folder / "tasks.jsonl").write_text(json.dumps(task) + "\n" + '{"id": "u", "query": \n')
@@ -99,13 +103,19 @@ def make_cases(folder: pathlib.Path) -> dict[str, tuple[list[str], str]]:
     "no template": ([f"--config.model.tokenizer={bare}", auto], "has no chat template"),
     "unknown field": (["--config.rollout.taks=3"], "did you mean config.rollout.tasks?"),
     "unknown flag": (["--confg=3"], "Unknown command line flag 'confg'"),
-    "wrong type": (["--config.rollout.tasks=many"], "rollout.tasks"),
+    "wrong type": (
+      ["--config.rollout.tasks=many"],
+      "config.rollout.tasks: int is needed, found 'many'",
+    ),
     "bad value": (["--config.rollout.tasks=0"], "config.rollout.tasks: must be above 0, found 0"),
     "unknown mode": (["--mode=trian"], "trian"),
     "stray word": (["training"], "unknown argument 'training'"),
     "broken line": (custom("tools.py"), "tasks.jsonl:2: "),
     "no schema": (custom("untyped.py"), "has no type hint; add one"),
-    "no config": ([f"--config={folder}/none.py"], f"{folder}/none.py"),
+    "no config": ([f"--config={folder}/none.py"], f"--config: there is no file '{folder}/none.py'"),
+    "broken config": ([f"--config={folder}/broken.py"], "--config: it cannot be loaded (SyntaxErr"),
+    "in use": ([f"--workdir={folder}/busy"], "busy is in use by --mode=train, process "),
+    "no workdir": (["--workdir=/proc/nope"], "--workdir: /proc/nope cannot be made"),
   }
 
 
@@ -116,15 +126,18 @@ def outcomes(tmp_path_factory):
   workdir = folder / "run"
   common = [f"--config={tiny.ROOT}/tests/run/tiny.py", f"--workdir={workdir}"]
   todo = {name: ([*common, *flags], str(folder / name)) for name, (flags, _) in cases.items()}
-  done = subprocess.run(
-    [sys.executable, "-c", DRIVER],
-    input=json.dumps(todo),
-    env=tiny.environment(),
-    capture_output=True,
-    text=True,
-    timeout=200,
-    check=False,
-  )
+  (folder / "busy").mkdir()
+  with lock.held(folder / "busy", "train"):
+    done = subprocess.run(
+      [sys.executable, "-c", DRIVER],
+      input=json.dumps(todo),
+      env=tiny.environment(),
+      capture_output=True,
+      text=True,
+      timeout=200,
+      check=False,
+    )
+  assert not (folder / "busy/error.txt").exists(), "the run there has had no error"
   assert done.returncode == 0, done.stderr
   codes = dict(json.loads(line) for line in done.stdout.splitlines())
   assert codes.keys() == cases.keys()
@@ -148,6 +161,9 @@ NAMES = [
   "broken line",
   "no schema",
   "no config",
+  "broken config",
+  "in use",
+  "no workdir",
 ]
 
 
@@ -158,3 +174,9 @@ def test_a_sentence_and_an_exit_code(outcomes, name):
   assert code == 1, text
   assert words in text, text
   assert "Traceback" not in text, text
+
+
+def test_the_help_explains_every_mode():
+  for mode in main.MODES:
+    assert f"\n  {mode:8}  " in main.__doc__, mode
+  assert "steptool_jax/config.py" in main.__doc__

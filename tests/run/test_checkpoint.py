@@ -110,7 +110,13 @@ def remove(folder):
     path.unlink()
 
 
-@pytest.mark.parametrize("damage", [cut, flip, swap, remove])
+def tamper(folder):
+  """Still JSON, but of another moment of the run: this used to be believed."""
+  (path,) = (p for p in (folder / "meta").iterdir() if b"done" in p.read_bytes())
+  path.write_bytes(path.read_bytes().replace(b"3", b"2"))
+
+
+@pytest.mark.parametrize("damage", [cut, flip, swap, remove, tamper])
 def test_the_one_before_takes_the_place_of_a_corrupt_one(tmp_path, damage, caplog):
   write(tmp_path, 1, 2, 3)
   damage(tmp_path / "checkpoints" / "3")
@@ -145,10 +151,28 @@ def test_what_is_the_machines_fault_is_no_damage(tmp_path, monkeypatch, error):
 
 
 def test_a_run_without_a_whole_checkpoint_does_not_start_anew_unasked(tmp_path):
-  write(tmp_path, 1)
-  cut(tmp_path / "checkpoints" / "1")
-  with pytest.raises(RuntimeError, match=r"all checkpoints of .* are corrupt \(1\); put back"):
+  """The first refusal used to move them away, so that the same command then started from zero."""
+  write(tmp_path, 1, 2)
+  for number in ("1", "2"):
+    cut(tmp_path / "checkpoints" / number)
+  for _ in range(2):
+    with (
+      Checkpoints(tmp_path, keep=9) as checkpoints,
+      pytest.raises(RuntimeError, match=r"all checkpoints of .* are corrupt \(2, 1\); put back"),
+    ):
+      checkpoints.newest(abstract_of)
+  (tmp_path / "corrupt").mkdir()
+  for number in ("1", "2"):
+    (tmp_path / "checkpoints" / number).rename(tmp_path / "corrupt" / f"{number}_0")
+  with pytest.raises(RuntimeError, match=r"are corrupt \(corrupt/1_0, corrupt/2_0\); put back"):
     checkpoint.newest(tmp_path, abstract_of)
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"one": 1}', '{"1": []}', "\udcff"])
+def test_damaged_scores_are_named_with_what_to_do(tmp_path, text):
+  (tmp_path / checkpoint.SCORES).write_text(text, errors="surrogateescape")
+  with pytest.raises(ValueError, match=r"scores\.json is damaged .*, or delete it: then no check"):
+    checkpoint.read_scores(tmp_path)
 
 
 def test_a_full_disk_keeps_the_old_one_and_says_so(tmp_path):

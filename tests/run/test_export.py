@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import tiny
 
+from steptool_jax.evaluation import records
 from steptool_jax.policy import hub, model
 from steptool_jax.run import evaluate, export, train
 from steptool_jax.run.parts import build, opening
@@ -80,7 +81,8 @@ def test_transformers_opens_the_export(name, tmp_path, compiled):
   if config.train.export:  # written by training already: the same bytes again
     written = (tmp_path / "export/model.safetensors").read_bytes()
   summary = export.run(config, tmp_path)
-  assert json.loads((tmp_path / "summary.json").read_text()) == summary
+  assert json.loads((tmp_path / "summary_export.json").read_text()) == summary
+  assert json.loads((tmp_path / "summary.json").read_text())["mode"] == "train", "the run's figures"
   assert summary["mode"] == "export"
   assert (summary["phase"], summary["iterations"]) == ("rl", 1)
   out = tmp_path / "export"
@@ -130,7 +132,8 @@ def test_evaluate_reads_the_newest_checkpoint(tmp_path, compiled):
   assert not (tmp_path / "config.json").exists(), "evaluation does not bind the folder"
   trained = train.run(config, tmp_path)
   summary = evaluate.run(tiny.replace(config, evaluation__tasks=99), tmp_path)
-  assert json.loads((tmp_path / "summary.json").read_text()) == summary
+  assert json.loads((tmp_path / "summary_evaluate.json").read_text()) == summary
+  assert records.read_run(tmp_path).summary == trained, "the report shows the training's figures"
   assert summary["source"] == "checkpoint: rl, iteration 1"
   assert (summary["mode"], summary["tasks"]) == ("evaluate", 10), "tasks that there really are"
   assert {"pass_rate", "calls_per_task", "tokens_per_task", "answered"} <= summary.keys()

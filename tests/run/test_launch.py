@@ -18,7 +18,7 @@ told = {name: os.environ.get(name) for name in names} | {"argv": sys.argv[1:]}
 
 def save(*_):
   time.sleep(0.3)
-  (workdir / "summary.json").write_text('{"interrupted": true}')
+  (workdir / "summary_train.json").write_text('{"interrupted": true}')
   sys.exit(0)
 
 signal.signal(signal.SIGTERM, save)
@@ -28,7 +28,7 @@ if "--fail=" + index in sys.argv:
 if "--wait" in sys.argv:
   while True:
     time.sleep(0.05)
-(workdir / "summary.json").write_text('{"interrupted": false}')
+(workdir / "summary_train.json").write_text('{"interrupted": false}')
 """
 
 
@@ -87,7 +87,7 @@ def test_sigterm_lets_the_run_save_and_tells_the_scheduler_that_it_is_not_done(
   time.sleep(0.2)
   run.send_signal(signal.SIGTERM)
   assert run.wait(30) == 75
-  assert json.loads((tmp_path / "run" / "summary.json").read_text()) == {"interrupted": True}
+  assert json.loads((tmp_path / "run" / "summary_train.json").read_text()) == {"interrupted": True}
 
 
 def test_a_wrong_command_is_explained(start):

@@ -297,6 +297,26 @@ def test_an_incomplete_description_of_the_processes_is_refused(coordinator, coun
     joining.joined(coordinator, count, index).__enter__()
 
 
+@pytest.mark.parametrize(
+  ("coordinator", "bound"),
+  [
+    ("localhost:12", "localhost:12"),
+    ("127.0.0.1:12", "127.0.0.1:12"),
+    ("[::1]:12", "[::1]:12"),
+    ("host:12", None),
+  ],
+)
+def test_a_coordinator_of_this_machine_listens_here_alone(coordinator, bound, monkeypatch):
+  """It listened on every address even for localhost; and no two programs fly at once on CPUs."""
+  found, options = {}, {}
+  monkeypatch.delenv("JAX_COORDINATOR_BIND_ADDRESS", raising=False)
+  monkeypatch.setattr(jax.distributed, "initialize", lambda **fields: found.update(fields))
+  monkeypatch.setattr(joining.jax.config, "update", options.__setitem__)
+  joining._connect(coordinator, 2, 0)
+  assert found.get("coordinator_bind_address") == bound
+  assert options["jax_cpu_enable_async_dispatch"] is False
+
+
 def test_one_process_joins_nothing(monkeypatch):
   monkeypatch.setenv("JAX_NUM_PROCESSES", "1")
   monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "nobody:1")

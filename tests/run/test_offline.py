@@ -302,6 +302,9 @@ def test_other_data_are_refused_at_a_resume(rows, folder, offline_config, tmp_pa
     train.run(config, tmp_path)
   other = dataclasses.replace(rows[3], rewards=(0.125, *rows[3].rewards[1:]))
   stored.write_rows(path, [*rows[:3], other, *rows[4:]])
+  with pytest.raises(ValueError, match=r"the content of config\.data\.path is not what it was"):
+    train.run(config, tmp_path)
+  (tmp_path / "inputs.json").unlink()  # as in a workdir of an older version
   with pytest.raises(ValueError, match="are not those that the run in .* began with"):
     train.run(config, tmp_path)
   # Of log-probs that are mapped nobody looked at the check sums: a flipped bit was trained on.

@@ -149,6 +149,16 @@ def test_lora_with_folded_sft_adapters_resumes_bit_equal(tmp_path, compiled):
   assert any("lora" in path and np.any(array) for path, array in arrays.items())
 
 
+def test_a_finished_run_goes_on_with_more_iterations(tmp_path, compiled):
+  """As one that had them from the start: the rate is constant."""
+  config = tiny.make(compilation_cache=compiled)
+  train.run(config, tmp_path / "whole")
+  for iterations in (2, 3):
+    train.run(tiny.replace(config, train__iterations=iterations), tmp_path / "cut")
+  assert_same_run(tmp_path / "cut", tmp_path / "whole")
+  assert json.loads((tmp_path / "cut/config.json").read_text())["train"]["iterations"] == 3
+
+
 @pytest.mark.parametrize("cut", ["before training", "after SFT", "iteration 2", "after RL"])
 def test_an_evaluation_that_is_cut_off_is_made_up_for(cut, tmp_path, compiled, monkeypatch):
   """All results and held-out records are there in the end, each once."""

@@ -37,6 +37,7 @@ if text.strip():
 
 
 _speaking = threading.Lock()
+_wills: list["Will"] = []  # of this process: none, or one
 
 
 class Will:
@@ -66,9 +67,11 @@ class Will:
       self.process.stdin.flush()
 
   def __enter__(self) -> "Will":
+    _wills.append(self)
     return self
 
   def __exit__(self, *_: object) -> None:
+    _wills.remove(self)
     self.write("")
     with contextlib.suppress(OSError):
       self.process.stdin.close()
@@ -84,15 +87,15 @@ def _failure() -> dict[str, Any] | None:
   return failure if failure["process"] != hosts.peers().index else None
 
 
-def watch(done: threading.Event, will: Will) -> None:
+def watch(done: threading.Event) -> None:
   """Ends this process soon after another one has failed; a thread's work until `done`."""
   while not done.wait(_LOOK_S):
     failure = _failure()
     if failure is not None and not done.wait(_GRACE_S):
-      _end(_stopped_with(failure), will)
+      _end(_stopped_with(failure))
 
 
-def leave(error: BaseException, will: Will) -> None:
+def leave(error: BaseException) -> None:
   """Ends this process at once: a normal exit would wait for processes that do not come any more."""
   text = f"{error}" if isinstance(error, ValueError | OSError | RuntimeError) else repr(error)
   if is_lost(error):
@@ -102,10 +105,15 @@ def leave(error: BaseException, will: Will) -> None:
       text = _stopped_with(failure)
     else:
       text = f"another process died or cannot be reached ({text[:200]}); {AGAIN}"
-  # Another one may have been first, or the store is gone.
+  end(text)
+
+
+def end(text: str) -> None:
+  """Ends this process at once with a sentence, and with it all others."""
+  # Another one may have been first, or there is no store.
   with contextlib.suppress(Exception):
     hosts.store().key_value_set(_FAILED, json.dumps({"process": hosts.peers().index, "text": text}))
-  _end(text, will)
+  _end(text)
 
 
 def _stopped_with(failure: dict[str, Any]) -> str:
@@ -125,13 +133,15 @@ def signed(index: int, text: str) -> str:
   return f"steptool_jax: {f'process {index}' if index >= 0 else 'this process'}: {text}"
 
 
-def _end(text: str, will: Will) -> None:
+def _end(text: str) -> None:
   """Ends this process with a sentence; a thread that has another one waits here for the end."""
   _speaking.acquire()
   # On a line of its own, below a progress bar.
-  print(f"\n{signed(hosts.peers().index, text)}", file=sys.stderr, flush=True)
-  will.write("")
+  said = signed(hosts.peers().index, text) if _wills else f"steptool_jax: {text}"
+  print(f"\n{said}", file=sys.stderr, flush=True)
+  for will in _wills:
+    will.write("")
   sys.stdout.flush()
-  if hosts.primary():
+  if hosts.primary() and _wills:
     time.sleep(_LINGER_S)  # the store ends with this process, and others may not have looked yet
   os._exit(1)

@@ -16,6 +16,7 @@ from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from steptool_jax.rollout.peers import ALONE, Peers
+from steptool_jax.run.hosts import hang
 
 _SMALL = 4096  # bytes of the first exchange; longer messages take a second one
 _A_DAY_MS = 86_400_000
@@ -72,7 +73,8 @@ def gather(document: Any) -> list[Any]:
 
 
 def lead(work: Callable[[], Any]) -> Any:
-  """What `work` returns in process 0 (JSON data), in all; the others wait for it."""
+  """What `work` returns in process 0 (JSON data), in all; the others wait for it, however long."""
+  hang.rest()
   if peers().count == 1:
     return work()
   key = f"steptool_jax/lead/{next(_numbers)}"

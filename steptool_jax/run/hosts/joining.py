@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.util
+import ipaddress
 import os
 import pathlib
 import threading
@@ -55,13 +56,13 @@ def joined(coordinator: str, count: int, index: int) -> Iterator[None]:
     if not hosts.primary():
       logging.set_verbosity(logging.WARNING)
     done = threading.Event()
-    watch = threading.Thread(target=ending.watch, args=(done, will), name="peers", daemon=True)
+    watch = threading.Thread(target=ending.watch, args=(done,), name="peers", daemon=True)
     watch.start()
     try:
       yield
       hosts.lead(lambda: None)  # nobody leaves while process 0 still writes
     except BaseException as error:
-      ending.leave(error, will)
+      ending.leave(error)
     finally:
       done.set()
       watch.join()
@@ -89,6 +90,11 @@ def _connect(coordinator: str, count: int, index: int) -> None:
   # Its handler of SIGTERM would keep a process alive that has nothing to save yet; while training,
   # ours tells the others (opening.Stop).
   jax.config.update("jax_enable_preemption_service", False)
+  # Two programs in flight on one CPU process may meet in another order than on the next one, and
+  # wait for each other in gloo for ever.
+  jax.config.update("jax_cpu_enable_async_dispatch", False)
+  if "JAX_COORDINATOR_BIND_ADDRESS" not in os.environ and _is_loopback(coordinator):
+    described["coordinator_bind_address"] = coordinator  # else it listens on every address
   try:
     jax.distributed.initialize(
       **described,
@@ -100,6 +106,15 @@ def _connect(coordinator: str, count: int, index: int) -> None:
     raise RuntimeError(
       f"the processes did not find each other ({str(error)[:300]}); {_ALL}"
     ) from error
+
+
+def _is_loopback(coordinator: str) -> bool:
+  """Whether host:port is of this machine alone."""
+  host = coordinator.rpartition(":")[0].strip("[]")
+  try:
+    return host == "localhost" or ipaddress.ip_address(host).is_loopback
+  except ValueError:  # a name
+    return False
 
 
 def _on_a_tpu() -> bool:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 import pathlib
 
 import jax
@@ -13,12 +14,14 @@ from steptool_jax.dialogue.template import ChatFormat, get_format
 from steptool_jax.environments.base import Environment, Problem, make
 from steptool_jax.environments.faults import FaultyEnvironment, total
 from steptool_jax.environments.market import MarketEnvironment
+from steptool_jax.files import write_text
 from steptool_jax.policy import attention, families, hfconfig, hub, lora, model, sharding
 from steptool_jax.policy import engine as engine_lib
 from steptool_jax.rollout.strategy import Search
 from steptool_jax.run.hosts import hosts
 from steptool_jax.run.parts import tokenizers
 from steptool_jax.run.parts.services import NO_SERVICES, Services
+from steptool_jax.run.workdir import inputs
 from steptool_jax.simulators.runner import ToolRunner
 
 _A_DAY_S = 86_400.0
@@ -186,14 +189,13 @@ def _source(path: str, workdir: pathlib.Path) -> pathlib.Path:
     return source
   from steptool_jax.policy import gguf  # needs the extra `gguf`
 
-  imported = workdir / "imported"
-
-  def write() -> None:
+  def write() -> str:
+    imported = workdir / "imported" / inputs.digest([source])  # another file has another folder
     if not (imported / "config.json").exists():
       gguf.gguf_to_hub(source, imported)
+    return str(imported)
 
-  hosts.lead(write)
-  return imported
+  return pathlib.Path(hosts.lead(write))
 
 
 def _tokenizer(
@@ -207,10 +209,18 @@ def _tokenizer(
   if config.model.tokenizer != "compact":
     return pathlib.Path(config.model.tokenizer)
   out = workdir / "tokenizer"
+  files = {k: v for k, v in inputs.digests(config, workdir).items() if k.startswith("environment.")}
+  size = config.model.architecture.vocab_size
+  made_of = json.dumps([dataclasses.asdict(config.environment), files, size])
 
   def write() -> None:
-    if not (out / "tokenizer_config.json").exists():
+    note = out / "made_of.json"
+    there = (out / "tokenizer_config.json").exists()
+    bound = (workdir / "config.json").exists()  # a run has learnt its tokens
+    same = note.exists() and note.read_bytes() == made_of.encode()
+    if not there or not (bound or same):
       tokenizers.train_compact(config, environment, out, runner)
+      write_text(note, made_of)
 
   hosts.lead(write)
   return out

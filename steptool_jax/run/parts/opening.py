@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from steptool_jax.config import Config, Limits
 from steptool_jax.environments.base import Environment
 from steptool_jax.policy.engine import Engine
-from steptool_jax.run.hosts import agreement, allocator
+from steptool_jax.run.hosts import agreement, allocator, ending, hang
 from steptool_jax.run.parts import build
 from steptool_jax.run.parts.services import Services, open_services
 from steptool_jax.simulators.runner import ToolRunner
@@ -29,6 +29,7 @@ class Stop:
     self.requested = False
 
   def __call__(self) -> bool:
+    hang.stamp()  # every loop of rollouts and updates asks
     return self.requested
 
   def request(self) -> None:
@@ -77,7 +78,12 @@ def open_parts(config: Config, workdir: pathlib.Path, stop: Stop) -> Iterator[Pa
   if jax.default_backend() == "cpu":
     allocator.keep_memory()
   mesh = build.build_mesh(config)
-  with jax.set_mesh(mesh), open_services(config) as services, build.build_runner(config) as runner:
+  with (
+    hang.watched(config.hang_after, workdir, ending.end),
+    jax.set_mesh(mesh),
+    open_services(config) as services,
+    build.build_runner(config) as runner,
+  ):
     environment = build.build_environment(config, services)
     policy = build.build_policy(config, environment, workdir, runner)
     yield Parts(

@@ -11,6 +11,7 @@ from steptool_jax.dialogue import compact
 from steptool_jax.dialogue.codec import Codec
 from steptool_jax.dialogue.template import ChatFormat, get_format
 from steptool_jax.environments.base import Environment
+from steptool_jax.run.workdir import inputs
 from steptool_jax.simulators.errors import InfrastructureError
 from steptool_jax.simulators.runner import ToolRunner
 from steptool_jax.types import Code, Task
@@ -94,7 +95,7 @@ def _directory(
   if not path.exists():
     raise FileNotFoundError(f"config.model.path: there is no {m.path!r} here")
   if path.suffix == ".gguf":
-    kept = workdir / "imported"
+    kept = workdir / "imported" / inputs.digest([path])
     if (kept / "tokenizer_config.json").exists():
       return kept
     from steptool_jax.policy import gguf  # needs the extra `gguf`

@@ -33,7 +33,7 @@ def write(workdir: pathlib.Path, plan: Sequence[Planned], most: int) -> list[dic
 def interrupted(cell_folder: pathlib.Path) -> bool:
   """Whether a cell's run was stopped: its summary says so, or there is none."""
   try:
-    return bool(read_json(cell_folder / "summary.json", finite=False).get("interrupted", True))
+    return bool(read_json(records.summary_path(cell_folder), finite=False).get("interrupted", True))
   except (OSError, ValueError):
     return True
 

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from steptool_jax.config import Config
 from steptool_jax.learning import algorithms, batching, update
 from steptool_jax.policy import lora, sharding
+from steptool_jax.run.hosts import hang
 from steptool_jax.run.parts.build import Policy
 from steptool_jax.run.training import setup
 from steptool_jax.run.training.progress import Progress
@@ -96,6 +97,7 @@ class Phase:
 
   def update(self, batch: TokenBatch, rows: int) -> dict[str, float]:
     """One optimizer step on a batch [N, B, T] on the devices, `rows` rows of which are used."""
+    hang.stamp()
     count = np.int32(-(-rows // batch.tokens.shape[1]))
     self.state, metrics = self.programs[1](self.state, batch, count)
     metrics = {k: float(v) for k, v in jax.device_get(metrics).items()}

@@ -110,11 +110,10 @@ def plot(config: Config, workdir: pathlib.Path, progress: Progress) -> None:
 def summarise(
   parts: Parts, progress: Progress, data: offline.Data | None, interrupted: bool
 ) -> dict[str, Any]:
-  """Writes WORKDIR/summary.json and returns it. data: stored trajectories of the run."""
+  """Writes WORKDIR/summary_train.json and returns it. data: stored trajectories of the run."""
   config, p = parts.config, progress
   tasks = config.evaluation.tasks
   summary = dict(p.results) | {
-    "mode": "train",
     "algorithm": config.algorithm,
     "seed": config.seed,
     "heldout_tasks": tasks and min(tasks, len(parts.environment.tasks("heldout"))),
@@ -131,5 +130,4 @@ def summarise(
     summary["data"] = data.report | {"passes": config.data.passes}
   if parts.services.judging is not None:
     summary["judge"] = parts.services.judging.report()
-  outputs.write_summary(parts.workdir, summary)
-  return summary
+  return outputs.write_summary(parts.workdir, "train", summary)

@@ -1,15 +1,16 @@
 """Orbax checkpoints of everything that a run needs to go on, written asynchronously.
 
 WORKDIR/checkpoints/<number>/ holds the TrainState, a small JSON `meta`, the replay as JSON where
-there is one, and `check`: shape, dtype and a fingerprint of every array. A checkpoint that cannot
-be read, or whose arrays are not those that were saved, is corrupt: the one before takes its place.
-One with other shapes belongs to another model and is refused. On another mesh the arrays are laid
-out anew, and their fingerprints are the same.
+there is one, and `check`: shape, dtype and a fingerprint of every array, and one of both texts. A
+checkpoint that cannot be read, or is not as it was saved, is corrupt: the one before takes its
+place. One with other shapes belongs to another model and is refused. On another mesh the arrays are
+laid out anew, and their fingerprints are the same.
 """
 
 import contextlib
 import json
 import pathlib
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -94,12 +95,12 @@ class Checkpoints:
       return
     arrays = _without_empty(state)
     marks = zip(_layout(arrays).items(), fingerprints(arrays), strict=True)
+    check = {"arrays": {path: [text, mark] for (path, text), mark in marks}}
+    check |= {"replay": len(replay), "texts": _mark(meta, replay)}
     items = {
       "state": ocp.args.StandardSave(arrays),
       "meta": ocp.args.JsonSave(dict(meta)),
-      "check": ocp.args.JsonSave(
-        {"arrays": {path: [text, mark] for (path, text), mark in marks}, "replay": len(replay)}
-      ),
+      "check": ocp.args.JsonSave(check),
     }
     if replay:
       items["replay"] = ocp.args.JsonSave(list(replay))
@@ -115,7 +116,7 @@ class Checkpoints:
       write_text(self._workdir / SCORES, json.dumps(self._scores))
 
   def newest(self, abstract_of: Callable[[dict[str, Any]], TrainState]) -> Restored | None:
-    """The newest whole checkpoint; corrupt ones are moved to WORKDIR/corrupt, out of the way."""
+    """The newest whole checkpoint; corrupt newer ones are moved to WORKDIR/corrupt then."""
     return newest(self._workdir, abstract_of, set_aside=self._set_aside)
 
   def _set_aside(self, number: int) -> None:
@@ -168,8 +169,15 @@ def numbers(workdir: pathlib.Path) -> list[int]:
 def read_scores(workdir: pathlib.Path) -> dict[int, float]:
   """{number of a checkpoint: its held-out pass rate}, of those that were evaluated."""
   path = workdir / SCORES
-  scores = read_json(path) if path.exists() else {}
-  return {int(number): value for number, value in scores.items()}
+  try:
+    return {int(number): float(value) for number, value in read_json(path).items()}
+  except FileNotFoundError:
+    return {}
+  except (ValueError, TypeError) as error:
+    raise ValueError(
+      f"{path} is damaged ({error}); put back a copy, or delete it: then no checkpoint counts as "
+      "evaluated"
+    ) from error
 
 
 def newest(
@@ -184,24 +192,30 @@ def newest(
     workdir: of the run.
     abstract_of: meta -> the state that it belongs to, as ShapeDtypeStructs with shardings.
     order: numbers to try, instead of all from the newest on.
-    set_aside: called with each corrupt one, loudly, before the next is tried.
+    set_aside: called with each corrupt one after an older one was restored; where none is whole,
+      all stay where they are.
 
   Raises:
     ValueError: it belongs to another model (names checkpoint, array and remedy).
-    RuntimeError: all checkpoints are corrupt.
+    RuntimeError: all checkpoints are corrupt, or none is left but in WORKDIR/corrupt.
   """
   order = hosts.lead(lambda: numbers(workdir)) if order is None else order
+  corrupt: list[int] = []
   for number in order:
     directory = (workdir / "checkpoints" / str(number)).absolute()
     found, problem = _restore(directory, abstract_of)
     if found is not None:
+      for number_ in corrupt:
+        set_aside(number_)
       return found
     logging.error("checkpoint %s is corrupt and not used: %s", directory, problem)
-    set_aside(number)
-  if order:
+    corrupt.append(number)
+  aside = hosts.lead(lambda: sorted(p.name for p in (workdir / "corrupt").glob("*")))
+  if corrupt or aside:
+    names = ", ".join([*map(str, corrupt), *(f"corrupt/{name}" for name in aside)])
     raise RuntimeError(
-      f"all checkpoints of {workdir} are corrupt ({', '.join(map(str, order))}); put back a copy "
-      "of one, or start anew with another --workdir"
+      f"all checkpoints of {workdir} are corrupt ({names}); put back a copy of one, or start anew "
+      "with another --workdir"
     )
   return None
 
@@ -214,8 +228,8 @@ def _restore(
   def texts() -> tuple[Any, Any, list[Any]]:
     meta, check = _read_json(directory / "meta"), _read_json(directory / "check")
     replay = _read_json(directory / "replay") if check["replay"] else []
-    if len(replay) != check["replay"]:
-      raise ValueError(f"{len(replay)} of {check['replay']} trajectories in the replay")
+    if "texts" in check and check["texts"] != _mark(meta, replay):  # older ones have none
+      raise ValueError("meta or replay are not as they were saved")
     return meta, check["arrays"], replay
 
   found, problem = _attempt(texts)
@@ -255,6 +269,11 @@ def _attempt(read: Callable[[], Any]) -> tuple[Any, str]:
     problem = f"{type(error).__name__}: {str(error)[:300]}"
   problems = [text for text in hosts.gather(problem) if text]
   return (None, problems[0]) if problems else (result, "")
+
+
+def _mark(meta: Mapping[str, Any], replay: Sequence[Mapping[str, Any]]) -> int:
+  """A 32-bit number for JSON data."""
+  return zlib.crc32(json.dumps([dict(meta), list(replay)], sort_keys=True).encode())
 
 
 def _read_json(directory: pathlib.Path) -> Any:
