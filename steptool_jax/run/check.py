@@ -1,8 +1,8 @@
 """--mode=check: what is wrong with tools, tasks, checkers and demonstrations, before any training.
 
-Prints a table, worst first; WORKDIR/summary_check.json (and summary.json where there is none) has
-the figures and all findings, and check.jsonl a row for every task that was looked at. Reads no weights. Exit code 1 where there is an
-error.
+Prints a table, worst first. WORKDIR/summary_check.json, and summary.json where there is none, have
+the figures and all findings, check.jsonl a row for every task that was looked at. Reads no weights.
+Exit code 1 where there is an error.
 """
 
 import dataclasses

@@ -98,7 +98,7 @@ def make_cases(folder: pathlib.Path) -> dict[str, tuple[list[str], str]]:
   return {
     "no model": ([f"--config.model.path={folder}/none", own], f"{folder}/none"),
     "no weights": ([f"--config.model.path={no_weights}", own], f"{no_weights}"),
-    "truncated": ([f"--config.model.path={folder}/cut", own], "truncated safetensors file"),
+    "truncated": ([f"--config.model.path={folder}/cut", own], "truncated or no safetensors file"),
     "other shape": ([f"--config.model.path={folder}/other", own], "config.json expects (64, 32)"),
     "no template": ([f"--config.model.tokenizer={bare}", auto], "has no chat template"),
     "unknown field": (["--config.rollout.taks=3"], "did you mean config.rollout.tasks?"),

@@ -312,9 +312,7 @@ def test_other_data_are_refused_at_a_resume(rows, folder, offline_config, tmp_pa
   content = bytearray(kept.read_bytes())
   content[content.index(b"'<f4'") + 200] ^= 1
   kept.write_bytes(content)
-  with pytest.raises(
-    ValueError, match=r"behaviour\.npz: cannot be read \(its check sums are wrong"
-  ):
+  with pytest.raises(ValueError, match=r"behaviour\.npz is damaged \(its check sums are wrong"):
     train.run(config, tmp_path)
 
 

@@ -16,7 +16,7 @@ import tiny
 from steptool_jax.evaluation import records
 from steptool_jax.run import train
 from steptool_jax.run.hosts import hang
-from steptool_jax.run.parts import build
+from steptool_jax.run.parts import build, tokenizers
 from steptool_jax.run.training import behaviour, restore
 from steptool_jax.run.workdir import lock, outputs
 
@@ -264,13 +264,13 @@ def test_a_compact_tokenizer_is_of_this_environment_until_a_run_has_learnt_it(
     def tasks(self, split):
       return []
 
-  monkeypatch.setattr(build.compact, "build_tokenizer", make)
+  monkeypatch.setattr(tokenizers.compact, "build_tokenizer", make)
   one, other = tiny.make(), tiny.make(environment__seed=1)
   for config in (one, one, other, other):
-    build._tokenizer(config, Nothing(), tmp_path)
+    build._tokenizer(config, Nothing(), tmp_path, None)
   assert len(made) == 2, "another environment used to get the first one's tokens"
   restore.claim(other, tmp_path)
-  build._tokenizer(one, Nothing(), tmp_path)
+  build._tokenizer(one, Nothing(), tmp_path, None)
   assert len(made) == 2, "the policy knows these tokens"
   (tmp_path / "tokenizer/tokenizer_config.json").write_text("{}")
   with pytest.raises(ValueError, match=r"the content of config\.model\.tokenizer is not what"):

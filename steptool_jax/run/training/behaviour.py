@@ -94,7 +94,7 @@ def restore(data: Data, workdir: pathlib.Path) -> Data:
     raise
   except Exception as error:  # damage shows in many ways
     raise ValueError(
-      f"{path}: cannot be read ({error}); put back a copy, or start anew with another --workdir"
+      f"{path} is damaged ({error}); put back a copy, or start anew with another --workdir"
     ) from error
   if digest != data.digest:
     raise ValueError(
