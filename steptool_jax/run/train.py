@@ -62,6 +62,13 @@ def run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
       f"config.rollout.top_k = {r.top_k}, top_p = {r.top_p:g}: RL learns from samples of the whole "
       "distribution, because its log-probs are those of the whole one; train with 0 and 1"
     )
+  rule = config.environment.name == "toolbench" and config.judge.kind == "rule"
+  if rule and not config.data.path and algorithms.get_algorithm(config.algorithm).rewards != "none":
+    raise ValueError(
+      "config.judge.kind: 'rule' is for evaluation; a policy that is paid by it learns to please "
+      "the rule (results/rule_judges.md) and not to solve queries. Set judge.kind to 'llm', and "
+      "judge.endpoint.base_url and model"
+    )
   if r.strategy != "chain":
     raise ValueError(
       f"config.rollout.strategy: {r.strategy!r} is for --mode=evaluate; its siblings are sampled "
