@@ -309,7 +309,7 @@ def report(data_folder: pathlib.Path | str, query_folder: pathlib.Path | str) ->
     "# Answers that are written for the rule's sake",
     "",
     "Share that is called solved when such an answer takes the place of the real one, over the",
-    "unseen runs and queries. The last rows are why RL is not done on a rule's verdicts.",
+    "unseen runs and queries. The last row is why RL is not done on a rule's verdicts.",
     "",
     "| answer | plain | coverage |",
     "|---|---|---|",

@@ -537,7 +537,11 @@ def test_bad_fields(bench_folder, changes, words):
       r"simulator\.llm\.api_key_variable: the environment variable NO_KEY is not set",
     ),
     ({"environment__toolbench__ids": ("77",)}, ValueError, r"ids: query 77 is in none"),
-    ({"environment__toolbench__subsets": ("G9",)}, ValueError, r"subset 'G9': .*there are G1_x, G2_x"),
+    (
+      {"environment__toolbench__subsets": ("G9",)},
+      ValueError,
+      r"subset 'G9': .*there are G1_x, G2_x",
+    ),
     ({"environment__toolbench__tools": "/nowhere"}, OSError, r"tools folder /nowhere"),
     ({"environment__toolbench__prompt": "/nowhere"}, OSError, r"/nowhere"),
     ({"evaluation__stored": "/nowhere"}, OSError, r"evaluation\.stored: there is no folder"),
