@@ -16,6 +16,7 @@ Everything is counted in LLM calls: one turn of the model is one call.
 
 import collections
 import dataclasses
+import functools
 import json
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -282,7 +283,8 @@ class _TreeLoop(Loop):
   def _seat(self, slot: int, task: Task, sample: int) -> None:
     branches = None
     if self._mine(slot):
-      branches = self._opened(lambda: Branches(self.environment, task, sample))
+      opening = functools.partial(Branches, self.environment, task, sample)
+      branches = self._opened(slot, task, opening)
     start = self._conversation(task, sample)
     on_node = branches.enter if branches is not None else lambda *_: None
     shared = (self.setting.chat_format, self.setting.limits, self.strategy)

@@ -124,6 +124,15 @@ class ToolRunner:
         raise InfrastructureError(f"{what} takes longer than {self._timeout_s:g} s")
     return future.result()
 
+  def persist(self, function: Callable[[], T]) -> T:
+    """function(), with the retries and back-off of a call where it raises."""
+    for attempt in range(self._retries):
+      try:
+        return function()
+      except Exception:
+        time.sleep(self._backoff_s * 2**attempt)
+    return function()
+
   def close(self) -> None:
     """Cancels waiting calls and lets the threads end; running calls are left to themselves."""
     with self._state:

@@ -83,6 +83,21 @@ def test_infrastructure_errors_never_reach_the_update(tmp_path):
   assert iterations.phase.progress.tokens == sum(t.num_tokens for t in iterations.learnt)
 
 
+def test_an_environment_that_fails_for_every_conversation_stops_the_run_with_its_sentence(
+  tmp_path, monkeypatch
+):
+  """Marking them one by one must not hide that nothing works at all."""
+
+  def full(task, sample):
+    raise OSError("disk full")
+
+  with scripted(tiny.make(), tmp_path) as iterations:
+    monkeypatch.setattr(iterations.parts.environment, "open", full)
+    words = r"every conversation failed, the first: task .*: no session .* \(OSError: disk full\)"
+    with pytest.raises(RuntimeError, match=words):
+      iterations.run()
+
+
 def test_an_iteration_of_infrastructure_errors_only_ends_the_run(tmp_path):
   with (
     scripted(tiny.make(), tmp_path, broken={0, 1}) as iterations,

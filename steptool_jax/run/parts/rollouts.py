@@ -28,14 +28,16 @@ def roll(
   label: str,
   limits: Limits | None = None,
   strategy: Search | None = None,
+  some: bool = False,
 ) -> tuple[list[Any], Stats]:
   """Trajectories of (task, sample) jobs, or SearchResults with a strategy; without rewards.
 
   limits: in the place of those of the parts. Where a judge gives the verdicts later, `solved` says
-  no more than that there is an answer.
+  no more than that there is an answer. some: the jobs are a few of those of an earlier rollout.
 
   Raises:
-    RuntimeError: what tools need is down.
+    RuntimeError: what tools need is down; no session can be opened, or no answer be graded (all of
+      `some` may happen to be odd).
     Interrupted, NonFiniteLogprobs: as rollout.chain.
   """
   word = "pass" if parts.services.judging is None else "answered"
@@ -60,10 +62,14 @@ def roll(
     )
     try:
       if strategy is not None:
-        return tree.search(setting, jobs, strategy, parts.stop, on_done)
-      return chain.rollout(setting, jobs, parts.stop, on_done)
+        found, stats = tree.search(setting, jobs, strategy, parts.stop, on_done)
+      else:
+        found, stats = chain.rollout(setting, jobs, parts.stop, on_done)
     except InfrastructureError as error:
       raise RuntimeError(f"{label}: {error}") from error
+  if len(stats.failures) == len(jobs) and not some:
+    raise RuntimeError(f"{label}: every conversation failed, the first: {stats.failures[0]}")
+  return found, stats
 
 
 def judge(
