@@ -2,7 +2,8 @@
 
 Continuous batching: a slot that is freed takes the next conversation, tools run in threads while
 other slots decode, samples of one task share the prompt's prefill by fork. A conversation depends
-on its (seed, version, task, sample) alone, never on its neighbours or on timing.
+on its (seed, version, task, sample) alone, never on its neighbours or on timing; but for the last
+bits of log-probs, see Engine.decode.
 
 On several processes (peers.py) all hold the same conversations and make the same engine calls; the
 sessions of a slot live in one of them, which tells the others its observations and grades.
@@ -232,7 +233,9 @@ class Loop:
     def within() -> Any:
       opened = functools.partial(self.runner.persist, opening)
       try:
-        return self._within("opening a session", opened, lambda late: late.close())
+        return self._within(
+          f"opening a session of task {task.id}", opened, lambda late: late.close()
+        )
       except TooManyStuck:
         raise
       except Exception as error:
@@ -261,9 +264,8 @@ class Loop:
     """The verdict on a finished conversation (JSON data), by the owner of its slot."""
     trajectory = seat.conversation.trajectory(0.0, self.sampling.version)
     answer = seat.conversation.answer
-    return verdict_on(
-      trajectory, lambda: self._within("grading", lambda: seat.session.grade(answer))
-    )
+    what = f"grading task {trajectory.task_id}"
+    return verdict_on(trajectory, lambda: self._within(what, lambda: seat.session.grade(answer)))
 
   def _release(self, slot: int, verdict: dict[str, Any]) -> Trajectory:
     """Frees a slot whose conversation is finished and graded."""

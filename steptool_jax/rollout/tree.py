@@ -296,7 +296,10 @@ class _TreeLoop(Loop):
     leaf, trajectory = tree.result(self.sampling.version)
     path, answer = tree.path(leaf), tree.answer(leaf)
     verdict = verdict_on(
-      trajectory, lambda: self._within("grading", lambda: branches.grade(leaf, path, answer))
+      trajectory,
+      lambda: self._within(
+        f"grading task {tree.task.id}", lambda: branches.grade(leaf, path, answer)
+      ),
     )
     return verdict | {"replayed_calls": branches.replayed_calls}
 
