@@ -29,9 +29,9 @@ import os, select, signal, sys, time
 pid, limit, path, show = int(sys.argv[1]), float(sys.argv[2]), sys.argv[3], int(sys.argv[4])
 calls, silent, rest = {}, 0.0, b""
 
-def say(what):
-  text = f"steptool_jax: {what}: {'; '.join(calls.values())}; mend the tool, or give it a "
-  text += "time-out of its own; the same command goes on from the newest checkpoint\\n"
+def say(what, advice):
+  text = f"steptool_jax: {what}: {'; '.join(calls.values())}; {advice}; the same command goes on "
+  text += "from the newest checkpoint\\n"
   sys.stderr.write("\\n" + text)
   sys.stderr.flush()
   with open(path, "w") as file:
@@ -61,13 +61,15 @@ while True:
   elif calls:
     silent = 0.0 if asleep() else silent + 0.1
     if silent > limit:
-      say(f"no Python has run for {limit:g} s, a call holds the interpreter's lock")
+      what = f"no Python has run for {limit:g} s, a call holds the interpreter's lock"
+      say(what, "mend the tool, or give it a time-out of its own")
       os.kill(pid, show)
       time.sleep(1)
       os.kill(pid, signal.SIGKILL)
       sys.exit()
 if calls:
-  say("the process ended, or was killed, in the middle of a call")
+  what = "the process ended, or was killed, in the middle of a call"
+  say(what, "if nobody killed it, a tool did (os._exit)")
 """
 
 
