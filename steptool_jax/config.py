@@ -143,7 +143,7 @@ class Judge:
   """Who says whether an answer of ToolBench solves the query; kind llm also annotates steps."""
 
   kind: str = option(
-    "rule", "rule: offline, right on four of five answers", choices=("rule", "llm")
+    "rule", "rule: offline, right on four of five answers, not for RL", choices=("rule", "llm")
   )
   runs: int = option(3, "times that an llm judges each answer, to tell its noise", above=0)
   endpoint: Endpoint = option(Endpoint(), "kind llm: the judge")

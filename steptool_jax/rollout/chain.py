@@ -65,23 +65,6 @@ def rollout(
   return loop.run(jobs, should_stop, on_done), loop.stats
 
 
-def verdict_on(trajectory: Trajectory, grade: Callable[[], float]) -> dict[str, Any]:
-  """IsSolved, status, and why it could not be graded ("" if it could), as JSON data.
-
-  A checker (a judge) that is down, or raises at an odd answer, is not the policy's failure.
-  """
-  verdict = {"solved": 0.0, "status": trajectory.status, "why": ""}
-  if trajectory.status is Status.INFRASTRUCTURE_ERROR:
-    return verdict
-  try:
-    return verdict | {"solved": float(grade())}
-  except TooManyStuck:
-    raise
-  except Exception as error:
-    why = _why(f"task {trajectory.task_id}: the answer cannot be graded", error)
-    return verdict | {"status": Status.INFRASTRUCTURE_ERROR, "why": why}
-
-
 def _why(what: str, error: Exception) -> str:
   return f"{what} ({type(error).__name__}: {str(error)[:300]})"
 
@@ -261,11 +244,26 @@ class Loop:
     return self.runner.within(function, f"environment {self.environment.name!r}: {what}", late)
 
   def _grade(self, seat: Seat) -> dict[str, Any]:
-    """The verdict on a finished conversation (JSON data), by the owner of its slot."""
+    """The verdict on a finished conversation, by the owner of its slot."""
     trajectory = seat.conversation.trajectory(0.0, self.sampling.version)
     answer = seat.conversation.answer
-    what = f"grading task {trajectory.task_id}"
-    return verdict_on(trajectory, lambda: self._within(what, lambda: seat.session.grade(answer)))
+    return self._verdict(trajectory, lambda: seat.session.grade(answer))
+
+  def _verdict(self, trajectory: Trajectory, grade: Callable[[], float]) -> dict[str, Any]:
+    """IsSolved, status, and why it could not be graded ("" if it could), as JSON data.
+
+    A checker (a judge) that is down, or raises at an odd answer, is not the policy's failure.
+    """
+    verdict = {"solved": 0.0, "status": trajectory.status, "why": ""}
+    if trajectory.status is Status.INFRASTRUCTURE_ERROR:
+      return verdict
+    try:
+      return verdict | {"solved": float(self._within(f"grading task {trajectory.task_id}", grade))}
+    except TooManyStuck:
+      raise
+    except Exception as error:
+      why = _why(f"task {trajectory.task_id}: the answer cannot be graded", error)
+      return verdict | {"status": Status.INFRASTRUCTURE_ERROR, "why": why}
 
   def _release(self, slot: int, verdict: dict[str, Any]) -> Trajectory:
     """Frees a slot whose conversation is finished and graded."""

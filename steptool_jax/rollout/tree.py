@@ -26,7 +26,7 @@ import numpy as np
 
 from steptool_jax.dialogue.template import ChatFormat
 from steptool_jax.rollout.branching import ROOT, Branches
-from steptool_jax.rollout.chain import Loop, Seat, judged, verdict_on
+from steptool_jax.rollout.chain import Loop, Seat, judged
 from steptool_jax.rollout.conversation import Conversation, Limits, State
 from steptool_jax.rollout.setting import Setting, Stats
 from steptool_jax.rollout.strategy import CANDIDATES, Node, Search, SearchResult
@@ -295,12 +295,7 @@ class _TreeLoop(Loop):
     tree, branches = seat.conversation, seat.session
     leaf, trajectory = tree.result(self.sampling.version)
     path, answer = tree.path(leaf), tree.answer(leaf)
-    verdict = verdict_on(
-      trajectory,
-      lambda: self._within(
-        f"grading task {tree.task.id}", lambda: branches.grade(leaf, path, answer)
-      ),
-    )
+    verdict = self._verdict(trajectory, lambda: branches.grade(leaf, path, answer))
     return verdict | {"replayed_calls": branches.replayed_calls}
 
   def _release(self, slot: int, verdict: dict[str, Any]) -> Trajectory:
