@@ -1,8 +1,9 @@
 """Measures the rule judges against GPT-4's stored verdicts, and the step rules against its scores.
 
-    python results/rule_judges.py DATA_FOLDER > results/rule_judges.md
+    python results/rule_judges.py DATA_FOLDER QUERY_FOLDER > results/rule_judges.md
 
-DATA_FOLDER holds pass_rate_results/ and data_train/ of StepTool's release.
+DATA_FOLDER holds pass_rate_results/ and data_train/ of StepTool's release, QUERY_FOLDER
+solvable_queries/ of StableToolBench, which say what was known of the tools.
 """
 
 import argparse
@@ -15,8 +16,31 @@ import numpy as np
 
 from steptool_jax.rewards import responses
 from steptool_jax.rewards.responses import Transcript
+from steptool_jax.toolbench.environment import ToolBench
 from steptool_jax.toolbench.formats import judged, training_rows
-from steptool_jax.toolbench.rule_judge import FEATURES, RULES, Agreement, Rule, features
+from steptool_jax.toolbench.rule_judge import (
+  FEATURES,
+  Agreement,
+  coverage,
+  features,
+  grounded,
+  tool_texts,
+)
+
+Rule = Callable[[Transcript], float]  # 1.0 solved, 0.0 unsolved
+
+_APOLOGY = re.compile(
+  r"sorry|apologi[sz]e|unfortunately|unable to|cannot|can't|could ?n[o']t|failed to", re.I
+)
+
+
+def plain(texts: Transcript) -> float:
+  """For comparison. Solved: finished with an answer that does not open with an apology."""
+  answer = texts.answer.strip()
+  return float(texts.finished and bool(answer) and not _APOLOGY.search(answer[:120]))
+
+
+RULES: dict[str, Rule] = {"plain": plain, "coverage": coverage}
 
 
 def agreement(predicted: Sequence[bool], reference: Sequence[bool]) -> Agreement:
@@ -54,17 +78,20 @@ class Case:
     return self.texts.finished and bool(self.texts.answer.strip())
 
 
-def read_cases(folder: pathlib.Path | str) -> list[Case]:
+def read_cases(folder: pathlib.Path | str, queries: pathlib.Path | str) -> list[Case]:
   """All results under FOLDER/pass_rate_results/<run>/<subset>.json[.xz]; OSError without any."""
   root = pathlib.Path(folder) / "pass_rate_results"
   files = sorted([*root.glob("*/*.json"), *root.glob("*/*.json.xz")])
   if not files:
     raise FileNotFoundError(f"{root}: no <run>/<subset>.json or .json.xz there")
+  subsets = sorted(p.stem for p in pathlib.Path(queries).glob("**/test_instruction/*.json"))
+  tasks = ToolBench(queries, None, subsets).tasks("heldout")
+  tools = {task.query: tool_texts(task.tools) for task in tasks}
   return [
     Case(
       file.parent.name,
       query_id,
-      result.transcript,
+      dataclasses.replace(result.transcript, tools=tools[result.query]),
       tuple(verdict.score for verdict in result.verdicts),
     )
     for file in files
@@ -86,9 +113,14 @@ def is_held_out(case: Case) -> bool:
   return not _seen_run(case) and int(case.query_id) % 2 == 1
 
 
+def fitting(cases: Iterable[Case]) -> list[Case]:
+  """Those that the weights are tuned on: of the tuning part what no gate has refused."""
+  return [c for c in cases if is_tuning(c) and c.answered and grounded(c.texts)]
+
+
 def fit(cases: Iterable[Case], ridge: float = 1.0) -> tuple[float, tuple[float, ...]]:
-  """(bias, weights) of the logistic regression on cases with an answer, by Newton's method."""
-  used = [case for case in cases if case.answered]
+  """(bias, weights) of the logistic regression, by Newton's method."""
+  used = list(cases)
   x = np.array([(1.0, *features(case.texts)) for case in used])
   y = np.array([sum(case.scores) / len(case.scores) for case in used])
   penalty = ridge * np.diag([0.0] + [1.0] * (x.shape[1] - 1))
@@ -106,6 +138,50 @@ def measure(judge: Rule, cases: Sequence[Case]) -> Agreement:
 def ceiling(cases: Sequence[Case]) -> Agreement:
   """One GPT-4 run against the mean of its others."""
   return agreement([c.scores[0] > 0.5 for c in cases], [np.mean(c.scores[1:]) > 0.5 for c in cases])
+
+
+# --- answers that are written for the rule's sake ------------------------------------------------
+
+
+def _words_of_results(texts: Transcript) -> str:
+  words = re.findall(r"\w+", " ".join(response for _, response in texts.steps))
+  return ", ".join(dict.fromkeys(words))
+
+
+# Name -> (calls, answer) in the place of those of a stored trajectory.
+ADVERSARIES: dict[str, Callable[[Transcript], tuple[tuple, str]]] = {
+  "the query, without a call": lambda t: ((), t.query),
+  "the query, after a failed call": lambda t: (
+    (("f {}", '{"error": "API not working error...", "response": ""}'),),
+    t.query,
+  ),
+  "the query, after the real calls": lambda t: (t.steps, t.query),
+  "'Here is everything you asked for: ' and the query": lambda t: (
+    t.steps,
+    f"Here is everything you asked for: {t.query}",
+  ),
+  "a refusal in nice words, with the query": lambda t: (
+    t.steps,
+    f"Thank you for this wonderful question! {t.query} I wish you every success with it.",
+  ),
+  "the texts of the tools": lambda t: (t.steps, t.tools),
+  "the query and the texts of the tools": lambda t: (t.steps, f"{t.query} {t.tools}"),
+  "all results, word for word": lambda t: (t.steps, " ".join(r for _, r in t.steps)),
+  "the query and all results, word for word": lambda t: (
+    t.steps,
+    " ".join((t.query, *(r for _, r in t.steps))),
+  ),
+  "the query and all words of the results, once each": lambda t: (
+    t.steps,
+    f"{t.query} {_words_of_results(t)}",
+  ),
+}
+
+
+def pleased(rule: Rule, name: str, cases: Iterable[Case]) -> float:
+  """The share of these trajectories that pass with the adversary's answer."""
+  made = [(case.texts, *ADVERSARIES[name](case.texts)) for case in cases]
+  return float(np.mean([rule(Transcript(t.query, s, a, tools=t.tools)) for t, s, a in made]))
 
 
 # --- step rules ----------------------------------------------------------------------------------
@@ -190,13 +266,13 @@ def _rank_correlation(a: Sequence[float], b: Sequence[float]) -> float:
   return float(np.corrcoef(ranks(a), ranks(b))[0, 1])
 
 
-def report(folder: pathlib.Path | str) -> str:
-  """results/rule_judges.md, from the data folder."""
-  cases = read_cases(folder)
+def report(data_folder: pathlib.Path | str, query_folder: pathlib.Path | str) -> str:
+  """results/rule_judges.md, from the data."""
+  cases = read_cases(data_folder, query_folder)
   lines = [
     "# Rule judges against GPT-4",
     "",
-    "Made by `python results/rule_judges.py DATA_FOLDER`; reference: the stored",
+    "Made by `python results/rule_judges.py DATA_FOLDER QUERY_FOLDER`; reference: the stored",
     "verdicts of three GPT-4 runs, solved where their mean is above one half. The weights of",
     "`coverage` were tuned on even query ids of the SFT and RFT runs. `one GPT-4 run` is the first",
     "run against the mean of the other two. Precision and recall are those of 'solved'; the last",
@@ -223,11 +299,24 @@ def report(folder: pathlib.Path | str) -> str:
         f"| {part} | {name} | {m.count} | {m.accuracy:.3f} | {m.precision:.3f} | {m.recall:.3f} "
         f"| {m.kappa:.3f} | {rates[name]:.3f} | {rate:.3f} |"
       )
-  bias, weights = fit([case for case in cases if is_tuning(case)])
+  bias, weights = fit(fitting(cases))
+  held_out = [case for case in cases if is_held_out(case)]
   named = ", ".join(f"{name} {w:.2f}" for name, w in zip(FEATURES, weights, strict=True))
   lines += [
     "",
     f"Weights, fitted again: bias {bias:.2f}, {named}.",
+    "",
+    "# Answers that are written for the rule's sake",
+    "",
+    "Share that is called solved when such an answer takes the place of the real one, over the",
+    "unseen runs and queries. The last row is why RL is not done on a rule's verdicts.",
+    "",
+    "| answer | plain | coverage |",
+    "|---|---|---|",
+    *(
+      f"| {name} | {pleased(plain, name, held_out):.3f} | {pleased(coverage, name, held_out):.3f} |"
+      for name in ADVERSARIES
+    ),
     "",
     "# Step rules against the judge's step scores",
     "",
@@ -239,11 +328,12 @@ def report(folder: pathlib.Path | str) -> str:
     "| rule | Con | r | difference of r | steps | true | foreign | pairs |",
     "|---|---|---|---|---|---|---|---|",
   ]
-  lines += [f"| {' | '.join(row)} |" for row in step_table(folder, cases)]
+  lines += [f"| {' | '.join(row)} |" for row in step_table(data_folder, cases)]
   return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":
   parser = argparse.ArgumentParser(description="Agreement of the rule judges with GPT-4.")
   parser.add_argument("data_folder", help="holds pass_rate_results/ and data_train/")
-  print(report(parser.parse_args().data_folder), end="")
+  parser.add_argument("query_folder", help="holds solvable_queries/")
+  print(report(**vars(parser.parse_args())), end="")

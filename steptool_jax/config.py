@@ -154,7 +154,7 @@ class Judge:
   """Who says whether an answer of ToolBench solves the query; kind llm also annotates steps."""
 
   kind: str = option(
-    "rule", "rule: offline, right on four of five answers", choices=("rule", "llm")
+    "rule", "rule: offline, right on four of five answers, not for RL", choices=("rule", "llm")
   )
   runs: int = option(3, "times that an llm judges each answer, to tell its noise", above=0)
   endpoint: Endpoint = option(Endpoint(), "kind llm: the judge")
@@ -388,6 +388,12 @@ class Evaluation:
   every: int = option(10, "RL iterations between evaluations; 0 = at start and end only", least=0)
   tasks: int = option(200, "held-out tasks at start and end; 0 = no evaluation at all", least=0)
   curve_tasks: int = option(100, "held-out tasks of the evaluations between", above=0)
+  selection: int = option(
+    0,
+    "last held-out tasks, which nothing else shows: --mode=train scores checkpoints on them, for "
+    "checkpoint.use=best; 0 = no scores",
+    least=0,
+  )
   temperature: float = option(0.0, "0 = greedy", least=0)
   greedy: bool = option(
     False, "--mode=train: evaluate the end greedily as well, where temperature is above 0"
@@ -473,7 +479,7 @@ class Checkpoint:
   every: int = option(10, "RL iterations between checkpoints", above=0)
   keep: int = option(2, "newest checkpoints that are kept", above=0)
   keep_best: int = option(
-    1, "best evaluated checkpoints (pass rate) that are kept besides", least=0
+    1, "best checkpoints by evaluation.selection that are kept besides", least=0
   )
   use: str = option("newest", "what other modes than training read", choices=("newest", "best"))
 

@@ -234,7 +234,10 @@ class Engine:
   ) -> tuple[EngineState, Decoded]:
     """Samples in the named slots; `limits` in tokens, `seeds` uint32[2] each.
 
-    Decoded holds NumPy arrays with a row for every slot.
+    Decoded holds NumPy arrays with a row for every slot. How many slots are named decides whether
+    the whole or the narrow program runs, and depends on how soon tools answer; the two round
+    differently. So log-probs of two equal runs may differ in their last bits, and a token where two
+    were as good as equally likely. Only engines with narrow = 0 repeat themselves to the bit.
     """
     rows, at = self._rows(limits)
     limit_N = np.zeros(len(at), np.int32)

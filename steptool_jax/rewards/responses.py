@@ -23,12 +23,14 @@ class Transcript:
 
   `steps` are the calls in order, (action text, response text) each; Finish is no step but
   `answer`, "" where there is none (gave up, cut off). `finished`: the last step was Finish.
+  `tools`: what the task says of its tools, "" where it is not known.
   """
 
   query: str
   steps: tuple[tuple[str, str], ...]
   answer: str
   finished: bool = True
+  tools: str = ""
 
 
 def transcript(query: str, trajectory: Trajectory) -> Transcript:
@@ -52,10 +54,14 @@ def _action_text(step: Step) -> str:
 def score(query: str, trajectory: Trajectory, rule: Rule = "evidence") -> Trajectory:
   """The same trajectory with success_calling (0 or 1) and contribution (in [0, 1]) on every call.
 
-  Rule "lcs" is the released pair of rules, "evidence" our own. ValueError for an unknown rule.
+  Rule "lcs" is the released pair of rules, "evidence" our own, whose contribution is one to a
+  solution: it is scaled by `solved`, so that words copied into a wrong answer earn nothing.
+  ValueError for an unknown rule.
   """
   texts = transcript(query, trajectory)
   marks = marks_of(texts, rule)
+  if rule == "evidence":
+    marks = [(sc, con * trajectory.solved) for sc, con in marks]
   marks += [(0.0, 0.0)] * (len(trajectory.steps) - len(marks))
   steps = tuple(
     dataclasses.replace(step, success_calling=float(sc), contribution=float(con))
@@ -190,10 +196,15 @@ _ESCAPE = re.compile(r"\\+u([0-9a-fA-F]{4})")
 _WORD = re.compile(r"\d+(?:[.,]\d+)*|[^\W\d_]+")
 
 
-def evidence_words(text: str) -> frozenset[str]:
-  """The words and numbers of a text that carry information, case-folded; keys of data left out."""
+def evidence_words(text: str, keys: bool = False) -> frozenset[str]:
+  """The words and numbers of a text that carry information, case-folded; with the keys of data?"""
   plain = _ESCAPE.sub(lambda m: chr(int(m.group(1), 16)), text)
-  plain = _KEY.sub(" ", plain).replace("\\n", " ").replace("\\r", " ").replace("\\t", " ")
+  plain = (
+    (plain if keys else _KEY.sub(" ", plain))
+    .replace("\\n", " ")
+    .replace("\\r", " ")
+    .replace("\\t", " ")
+  )
   words = (w.replace(",", "") for w in _WORD.findall(plain.casefold()))
   return frozenset(w for w in words if (len(w) > 2 or w.isdigit()) and w not in _COMMON)
 

@@ -2,7 +2,8 @@
 
 Continuous batching: a slot that is freed takes the next conversation, tools run in threads while
 other slots decode, samples of one task share the prompt's prefill by fork. A conversation depends
-on its (seed, version, task, sample) alone, never on its neighbours or on timing.
+on its (seed, version, task, sample) alone, never on its neighbours or on timing; but for the last
+bits of log-probs, see Engine.decode.
 
 On several processes (peers.py) all hold the same conversations and make the same engine calls; the
 sessions of a slot live in one of them, which tells the others its observations and grades.
@@ -18,13 +19,13 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import Any
 
 import numpy as np
+from absl import logging
 
 from steptool_jax.data.trajectories import observation_document, observation_of
 from steptool_jax.environments.base import Session
 from steptool_jax.rollout.conversation import Conversation, State
 from steptool_jax.rollout.peers import together
 from steptool_jax.rollout.setting import Setting, Stats, step_seed
-from steptool_jax.simulators.errors import InfrastructureError
 from steptool_jax.simulators.runner import TooManyStuck
 from steptool_jax.types import Observation, Status, Task, Trajectory
 
@@ -64,19 +65,8 @@ def rollout(
   return loop.run(jobs, should_stop, on_done), loop.stats
 
 
-def verdict_on(trajectory: Trajectory, grade: Callable[[], float]) -> dict[str, Any]:
-  """IsSolved and status as JSON data.
-
-  A checker (a judge) that is down is not the policy's failure.
-  """
-  if trajectory.status is Status.INFRASTRUCTURE_ERROR:
-    return {"solved": 0.0, "status": trajectory.status}
-  try:
-    return {"solved": float(grade()), "status": trajectory.status}
-  except TooManyStuck:
-    raise
-  except InfrastructureError:
-    return {"solved": 0.0, "status": Status.INFRASTRUCTURE_ERROR}
+def _why(what: str, error: Exception) -> str:
+  return f"{what} ({type(error).__name__}: {str(error)[:300]})"
 
 
 def judged(trajectory: Trajectory, verdict: dict[str, Any]) -> Trajectory:
@@ -95,6 +85,7 @@ class Loop:
     self.sampling, self.peers = setting.sampling, setting.peers
     self.seats: dict[int, Seat] = {}
     self.trouble: Exception | None = None  # of this process, until all hear of it
+    self.unopened: dict[int, str] = {}  # why, by slot of this process
     self.state = self.engine.init()
     self.stats = self.stats_class()
 
@@ -108,6 +99,7 @@ class Loop:
       while waiting or self.seats:
         for slot, verdict in sorted(self._exchange(should_stop).items()):
           trajectory = self._release(slot, verdict)
+          self._note(verdict["why"])
           results[order.pop(slot)] = trajectory
           on_done(trajectory)
         fresh = self._fill(waiting, order, results, on_done)
@@ -120,6 +112,13 @@ class Loop:
         if seat.session is not None:
           seat.session.close()
     self.stats.seconds = time.monotonic() - started
+    if self.stats.failures:
+      logging.warning(
+        "%d of %d conversations are marked as infrastructure errors, the first: %s",
+        len(self.stats.failures),
+        len(jobs),
+        self.stats.failures[0],
+      )
     return [results[index] for index in range(len(jobs))]
 
   def _fill(self, waiting, order, results, on_done) -> list[int]:
@@ -132,8 +131,10 @@ class Loop:
           order[slot], (task, sample) = waiting.popleft()
           self._seat(slot, task, sample)
           seated.append(slot)
-      unopened = together(self.peers, functools.partial(self._unopened_slots, seated))
-      for slot in sorted(slot for theirs in unopened for slot in theirs):
+      unopened = together(self.peers, self._unopened_slots)
+      lost = {int(slot): why for theirs in unopened for slot, why in theirs.items()}
+      for slot, why in sorted(lost.items()):
+        self._note(why)
         conversation = self.seats.pop(slot).conversation
         index = order.pop(slot)
         results[index] = self._unopened(conversation.task, conversation.sample)
@@ -141,11 +142,16 @@ class Loop:
       fresh += [slot for slot in seated if slot in self.seats]
     return fresh
 
-  def _unopened_slots(self, seated: list[int]) -> list[int]:
-    """This process's slots whose session could not be opened."""
+  def _unopened_slots(self) -> dict[str, str]:
+    """Why sessions of this process could not be opened, by slot."""
     if self.trouble is not None:
       raise self.trouble
-    return [slot for slot in seated if self._mine(slot) and self.seats[slot].session is None]
+    lost, self.unopened = self.unopened, {}
+    return {str(slot): why for slot, why in lost.items()}
+
+  def _note(self, why: str) -> None:
+    if why:
+      self.stats.failures.append(why)
 
   def _mine(self, slot: int) -> bool:
     """Whether this process runs the slot's tools."""
@@ -197,21 +203,26 @@ class Loop:
   def _seat(self, slot: int, task: Task, sample: int) -> None:
     self.seats[slot] = Seat(self._conversation(task, sample), None)
     if self._mine(slot):
-      self.seats[slot].session = self._opened(lambda: self.environment.open(task, sample))
+      opening = functools.partial(self.environment.open, task, sample)
+      self.seats[slot].session = self._opened(slot, task, opening)
 
   def _conversation(self, task: Task, sample: int) -> Conversation:
     setting = self.setting
     return Conversation(task, sample, setting.chat_format, setting.limits, setting.system)
 
-  def _opened(self, opening: Callable[[], Any]) -> Any:
-    """What `opening` returns; None where it cannot be had."""
+  def _opened(self, slot: int, task: Task, opening: Callable[[], Any]) -> Any:
+    """What `opening` returns, perhaps at a later attempt; None where it cannot be had."""
 
     def within() -> Any:
+      opened = functools.partial(self.runner.persist, opening)
       try:
-        return self._within("opening a session", opening, lambda late: late.close())
+        return self._within(
+          f"opening a session of task {task.id}", opened, lambda late: late.close()
+        )
       except TooManyStuck:
         raise
-      except InfrastructureError:
+      except Exception as error:
+        self.unopened[slot] = _why(f"task {task.id}: no session can be opened", error)
         return None
 
     return self._defer_error(within)
@@ -233,12 +244,26 @@ class Loop:
     return self.runner.within(function, f"environment {self.environment.name!r}: {what}", late)
 
   def _grade(self, seat: Seat) -> dict[str, Any]:
-    """The verdict on a finished conversation (JSON data), by the owner of its slot."""
+    """The verdict on a finished conversation, by the owner of its slot."""
     trajectory = seat.conversation.trajectory(0.0, self.sampling.version)
     answer = seat.conversation.answer
-    return verdict_on(
-      trajectory, lambda: self._within("grading", lambda: seat.session.grade(answer))
-    )
+    return self._verdict(trajectory, lambda: seat.session.grade(answer))
+
+  def _verdict(self, trajectory: Trajectory, grade: Callable[[], float]) -> dict[str, Any]:
+    """IsSolved, status, and why it could not be graded ("" if it could), as JSON data.
+
+    A checker (a judge) that is down, or raises at an odd answer, is not the policy's failure.
+    """
+    verdict = {"solved": 0.0, "status": trajectory.status, "why": ""}
+    if trajectory.status is Status.INFRASTRUCTURE_ERROR:
+      return verdict
+    try:
+      return verdict | {"solved": float(self._within(f"grading task {trajectory.task_id}", grade))}
+    except TooManyStuck:
+      raise
+    except Exception as error:
+      why = _why(f"task {trajectory.task_id}: the answer cannot be graded", error)
+      return verdict | {"status": Status.INFRASTRUCTURE_ERROR, "why": why}
 
   def _release(self, slot: int, verdict: dict[str, Any]) -> Trajectory:
     """Frees a slot whose conversation is finished and graded."""

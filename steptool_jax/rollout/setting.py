@@ -25,6 +25,8 @@ class Stats:
   forced_tokens: int = 0
   shared_prefills: int = 0  # prompts that were forked and not computed
   shared_tokens: int = 0  # their tokens
+  # Why conversations were marked: no session could be opened, or the answer not be graded.
+  failures: list[str] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,6 +16,7 @@ Everything is counted in LLM calls: one turn of the model is one call.
 
 import collections
 import dataclasses
+import functools
 import json
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -25,7 +26,7 @@ import numpy as np
 
 from steptool_jax.dialogue.template import ChatFormat
 from steptool_jax.rollout.branching import ROOT, Branches
-from steptool_jax.rollout.chain import Loop, Seat, judged, verdict_on
+from steptool_jax.rollout.chain import Loop, Seat, judged
 from steptool_jax.rollout.conversation import Conversation, Limits, State
 from steptool_jax.rollout.setting import Setting, Stats
 from steptool_jax.rollout.strategy import CANDIDATES, Node, Search, SearchResult
@@ -282,7 +283,8 @@ class _TreeLoop(Loop):
   def _seat(self, slot: int, task: Task, sample: int) -> None:
     branches = None
     if self._mine(slot):
-      branches = self._opened(lambda: Branches(self.environment, task, sample))
+      opening = functools.partial(Branches, self.environment, task, sample)
+      branches = self._opened(slot, task, opening)
     start = self._conversation(task, sample)
     on_node = branches.enter if branches is not None else lambda *_: None
     shared = (self.setting.chat_format, self.setting.limits, self.strategy)
@@ -293,9 +295,7 @@ class _TreeLoop(Loop):
     tree, branches = seat.conversation, seat.session
     leaf, trajectory = tree.result(self.sampling.version)
     path, answer = tree.path(leaf), tree.answer(leaf)
-    verdict = verdict_on(
-      trajectory, lambda: self._within("grading", lambda: branches.grade(leaf, path, answer))
-    )
+    verdict = self._verdict(trajectory, lambda: branches.grade(leaf, path, answer))
     return verdict | {"replayed_calls": branches.replayed_calls}
 
   def _release(self, slot: int, verdict: dict[str, Any]) -> Trajectory:

@@ -33,7 +33,7 @@ from steptool_jax.run.parts import build, services
 from steptool_jax.run.parts.opening import Stop
 from steptool_jax.run.training.offline import files
 from steptool_jax.run.workdir import outputs
-from steptool_jax.toolbench import judging, rule_judge
+from steptool_jax.toolbench import rule_judge
 from steptool_jax.toolbench.formats import conversations, converted, judged
 from steptool_jax.types import Status, Trajectory
 
@@ -207,14 +207,13 @@ def by_rules(config: Config, workdir: pathlib.Path, work: Work, stop: Stop) -> d
     query, trajectory = _needs_query(record), record.trajectory
     if config.annotate.format != "jsonl":
       texts = responses.transcript(query, trajectory)
-      solved = rule_judge.RULES[judging.RULE](texts)
-      trajectory = dataclasses.replace(trajectory, solved=solved)
+      trajectory = dataclasses.replace(trajectory, solved=rule_judge.coverage(texts))
     return responses.score(query, trajectory, rule)
 
   work.mark(by_text)
   if config.annotate.format == "jsonl":
     return {"rule": rule, "is_solved_by": "the file"}
-  return {"rule": rule, "is_solved_by": rule_judge.beside("IsSolved", judging.RULE)}
+  return {"rule": rule, "is_solved_by": rule_judge.beside("IsSolved")}
 
 
 def by_table(config: Config, workdir: pathlib.Path, work: Work, stop: Stop) -> dict[str, Any]:

@@ -70,6 +70,13 @@ def run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
       f"config.rollout.top_k = {r.top_k}, top_p = {r.top_p:g}: RL learns from samples of the whole "
       "distribution, because its log-probs are those of the whole one; train with 0 and 1"
     )
+  rule = config.environment.name == "toolbench" and config.judge.kind == "rule"
+  if rule and not config.data.path and algorithms.get_algorithm(config.algorithm).rewards != "none":
+    raise ValueError(
+      "config.judge.kind: 'rule' is for evaluation; a policy that is paid by it learns to please "
+      "the rule (results/rule_judges.md) and not to solve queries. Set judge.kind to 'llm', and "
+      "judge.endpoint.base_url and model"
+    )
   if r.strategy != "chain":
     raise ValueError(
       f"config.rollout.strategy: {r.strategy!r} is for --mode=evaluate; its siblings are sampled "
@@ -77,6 +84,8 @@ def run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
     )
   restore.refuse_other_config(config, workdir, MAY_CHANGE)
   restore.refuse_fewer_iterations(config, workdir)
+  # Scores of other tasks could not be compared.
+  restore.refuse_other_config(config, workdir, only=("evaluation.selection",))
   c = config.checkpoint
   with (
     opening.Stop().listening() as stop,
@@ -113,6 +122,7 @@ class Run:
       self.most = self.data.most
       self.iterations = config.data.passes * self.data.batches_per_pass
     check_rows(config, parts.mesh)
+    self.selection = rollouts.selection(parts)
     self.recorder = record.Recorder(
       config, parts.workdir, parts.policy.chat_format.codec, parts.environment, self.iterations
     )
@@ -310,10 +320,11 @@ def _evaluate(
   e = run.config.evaluation
   if not e.tasks:
     return
+  variables = run.phase.variables()
   figures, trajectories = rollouts.evaluate_policy(
     run.parts,
-    run.phase.variables(),
-    num_tasks or e.tasks,
+    variables,
+    run.parts.environment.tasks("heldout")[: num_tasks or e.tasks],
     label,
     e.temperature if temperature is None else temperature,
   )
@@ -322,7 +333,11 @@ def _evaluate(
     run.recorder.heldout(name.removeprefix("pass_rate_"), trajectories)
   if temperature is None:
     run.writer.write(run.number, "heldout", figures | run.progress.spent())
-    run.checkpoints.score(run.checkpoint_number, pass_rate)
+    if run.selection and run.checkpoints.holds(run.checkpoint_number):
+      chosen, _ = rollouts.evaluate_policy(
+        run.parts, variables, run.selection, f"{label}, to choose the best", 0.0
+      )
+      run.checkpoints.score(run.checkpoint_number, chosen["pass_rate"])
     hosts.say(run.parts.services.beside(f"{label}: held-out pass rate {pass_rate:.1%}"))
     if run.progress.phase == "rl" or name == "pass_rate_sft":
       run.progress.heldout_curve.append((run.progress.conversations, pass_rate))

@@ -1,7 +1,9 @@
 """Runs blocking calls in daemon threads with a time-out each; hung calls are abandoned, counted."""
 
 import collections
+import contextlib
 import dataclasses
+import json
 import threading
 import time
 from collections.abc import Callable
@@ -12,6 +14,7 @@ from steptool_jax.simulators.errors import InfrastructureError
 from steptool_jax.types import Code, Observation, ToolCall
 
 T = TypeVar("T")
+Announce = Callable[[str], contextlib.AbstractContextManager]  # takes a call's name, while it runs
 
 
 class TooManyStuck(InfrastructureError):
@@ -38,6 +41,7 @@ class ToolRunner:
   that raises) is tried again after backoff_s, 2 backoff_s, 4 backoff_s, ...
   max_stuck: as soon as more abandoned calls than this hang at the same time, every waiting and
   later submission fails with TooManyStuck.
+  announce: hears of all that runs (run/parts/watchdog.py).
 
   Python cannot end a thread: an abandoned call runs on until it returns by itself, and what it
   still does to its session's state is done, but seen by nobody but later calls of that session.
@@ -50,6 +54,7 @@ class ToolRunner:
     max_stuck: int = 16,
     retries: int = 2,
     backoff_s: float = 0.05,
+    announce: Announce = contextlib.nullcontext,
   ):
     if not timeout_s > 0:
       raise ValueError(f"timeout_s is {timeout_s}: must be above 0 seconds")
@@ -58,7 +63,7 @@ class ToolRunner:
     if min(max_stuck, retries) < 0 or not backoff_s >= 0:
       raise ValueError("max_stuck, retries and backoff_s must not be negative")
     self._timeout_s, self._workers, self._max_stuck = timeout_s, workers, max_stuck
-    self._retries, self._backoff_s = retries, backoff_s
+    self._retries, self._backoff_s, self._announce = retries, backoff_s, announce
     self._state = threading.Condition()
     self._queue: collections.deque[_Job] = collections.deque()
     # Insertion order is deadline order, because the time-out is the same for all.
@@ -103,7 +108,8 @@ class ToolRunner:
 
     def work() -> None:
       try:
-        settle, outcome = future.set_result, function()
+        with self._announce(what):
+          settle, outcome = future.set_result, function()
       except BaseException as error:
         settle, outcome = future.set_exception, error
       with self._state:
@@ -123,6 +129,15 @@ class ToolRunner:
         self._stuck += 1
         raise InfrastructureError(f"{what} takes longer than {self._timeout_s:g} s")
     return future.result()
+
+  def persist(self, function: Callable[[], T]) -> T:
+    """function(), with the retries and back-off of a call where it raises."""
+    for attempt in range(self._retries):
+      try:
+        return function()
+      except Exception:
+        time.sleep(self._backoff_s * 2**attempt)
+    return function()
 
   def close(self) -> None:
     """Cancels waiting calls and lets the threads end; running calls are left to themselves."""
@@ -171,7 +186,8 @@ class ToolRunner:
         self._deadlines[job] = started + self._timeout_s
         self._state.notify_all()
       try:
-        observation = job.session.call(job.call)
+        with self._announce(_name(job.call)):
+          observation = job.session.call(job.call)
       except BaseException as error:
         # Tools' own errors are observations already: what arrives here is a broken simulator.
         text = f"error: {type(error).__name__}: {str(error)[:200]}"
@@ -217,3 +233,7 @@ class ToolRunner:
       for job in doomed:
         if job.future.set_running_or_notify_cancel():
           job.future.set_exception(self._overrun())
+
+
+def _name(call: ToolCall) -> str:
+  return f"{call.name} {json.dumps(dict(call.arguments), ensure_ascii=False, default=str)}"

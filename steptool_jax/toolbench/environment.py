@@ -60,6 +60,9 @@ class ToolBench:
   ):
     if max_observation_chars < 1:
       raise ValueError(f"max_observation_chars is {max_observation_chars}: must be at least 1")
+    for field, names in (("subsets", subsets), ("train_subsets", train_subsets)):
+      if len(set(names)) < len(names):
+        raise ValueError(f"config.environment.toolbench.{field}: {list(names)} names one twice")
     self._folder = _query_folder(Path(folder))
     self._tools = _ToolFolder(Path(tools_folder)) if tools_folder is not None else None
     self._prompts = prompts or Prompts()
@@ -74,6 +77,7 @@ class ToolBench:
           f"of {self._folder}"
         )
     train = [t for s in train_subsets for t in self._read(s, "train", None)]
+    _refuse_shared(train, heldout)
     self._tasks = {"train": tuple(train), "heldout": tuple(heldout)}
     if self.missing:
       logging.warning(
@@ -139,6 +143,9 @@ class ToolBench:
     specs = tuple(tool_spec(api, name, self._prompts) for name, api in functions.items())
     pairs = entry.get("relevant APIs") or ()
     relevant = {(standardize(tool), standardize(api)) for tool, api in pairs}
+    named = {name: (a.standard_tool, standardize(a.name)) for name, a in functions.items()}
+    # One that is not offered, as the tool environment lacks it, was needed all the same.
+    absent = sorted(relevant - set(named.values()))
     return Task(
       id=f"toolbench/{subset}/{key}",
       environment=self.name,
@@ -150,10 +157,9 @@ class ToolBench:
         "subset": subset,
         "query_id": key,
         "system": system_text(self._prompts, descriptions, specs),
-        "relevant": tuple(
-          name
-          for name, api in functions.items()
-          if (api.standard_tool, standardize(api.name)) in relevant
+        "relevant": (
+          *(name for name, pair in named.items() if pair in relevant),
+          *(f"{change_name(name)}_for_{tool}" for tool, name in absent),
         ),
         "apis": {
           name: {
@@ -251,6 +257,18 @@ class _ToolFolder:
 
 def _is_pair(value: Any) -> bool:
   return isinstance(value, list) and len(value) == 2 and all(isinstance(v, str) for v in value)
+
+
+def _refuse_shared(train: Sequence[Task], heldout: Sequence[Task]) -> None:
+  """ValueError where a held-out query is trained on, by whatever subset and id it is called."""
+  trained = {" ".join(task.query.split()).casefold(): task.id for task in train}
+  found = {t.id: trained.get(" ".join(t.query.split()).casefold()) for t in heldout}
+  shared = [f"{ours} (in training: {theirs})" for ours, theirs in found.items() if theirs]
+  if shared:
+    raise ValueError(
+      f"config.environment.toolbench.train_subsets: {len(shared)} held-out queries are trained on, "
+      f"{', '.join(shared[:3])} among them; name subsets that share no query with subsets"
+    )
 
 
 def _query_folder(folder: Path) -> Path:

@@ -21,8 +21,6 @@ from steptool_jax.toolbench.passrate import (
 )
 from steptool_jax.types import Status, Task, Trajectory
 
-RULE = "coverage"  # its rate of solved answers is nearer to GPT-4's than that of "plain"
-
 
 class Judging:
   """endpoint: the judge's; None = the rule. runs: judge runs of the llm; a rule has no noise."""
@@ -30,13 +28,10 @@ class Judging:
   def __init__(self, endpoint: Endpoint | None, runs: int):
     self._endpoint = endpoint
     self.runs = runs if endpoint is not None else 1
+    # A rule tells solved from unsolved and no more: equal verdicts are a tie.
+    self._compare, self._in_flight = lambda *_: "tie", 1
     if endpoint is not None:
-      self._judge, self._compare = llm_judge(endpoint), llm_comparer(endpoint)
-      self._in_flight = endpoint.max_in_flight
-    else:
-      self._judge = rule_judge.as_judge(rule_judge.RULES[RULE])
-      # A rule tells solved from unsolved and no more: equal verdicts are a tie.
-      self._compare, self._in_flight = lambda *_: "tie", 1
+      self._compare, self._in_flight = llm_comparer(endpoint), endpoint.max_in_flight
 
   def judge(
     self, tasks: Sequence[Task], trajectories: Sequence[Trajectory]
@@ -46,7 +41,11 @@ class Judging:
     In the PassRate an id is the position in `trajectories`, as text. A trajectory that the judge
     failed on becomes an infrastructure error: it is neither scored nor trained on.
     """
-    rate = pass_rate(_outcomes(tasks, trajectories), self._judge, self.runs, self._in_flight)
+    if self._endpoint is not None:
+      judge = llm_judge(self._endpoint)
+    else:
+      judge = rule_judge.as_judge({t.query: rule_judge.tool_texts(t.tools) for t in tasks})
+    rate = pass_rate(_outcomes(tasks, trajectories), judge, self.runs, self._in_flight)
     scores = {int(n): row.mean() for n, row in zip(rate.task_ids, rate.scores, strict=True)}
     unjudged = set(map(int, rate.unjudged))
 
@@ -73,14 +72,14 @@ class Judging:
   def beside(self, figure: str) -> str:
     """A printed figure with who made it; a rule's with its measured agreement with GPT-4."""
     if self._endpoint is None:
-      return rule_judge.beside(figure, RULE)
+      return rule_judge.beside(figure)
     return f"{figure} (judged by {self._endpoint.model}, {self.runs} runs)"
 
   def report(self) -> dict[str, Any]:
     """JSON data: the judge, and its measured agreement or what it cost."""
     if self._endpoint is None:
-      agreement = dataclasses.asdict(rule_judge.MEASURED[RULE])
-      return {"kind": "rule", "rule": RULE, "runs": 1, "agreement_with_gpt4": agreement}
+      agreement = dataclasses.asdict(rule_judge.MEASURED)
+      return {"kind": "rule", "runs": 1, "agreement_with_gpt4": agreement}
     usage = dataclasses.asdict(self._endpoint.usage())
     return {"kind": "llm", "model": self._endpoint.model, "runs": self.runs, "usage": usage}
 

@@ -154,3 +154,12 @@ def test_score_puts_marks_on_calls_only():
     assert marks == [(0, 0), (1, 1), (0, 0)], rule
   with pytest.raises(ValueError, match="rule is 'x'"):
     responses.score("q", full, "x")
+
+
+@pytest.mark.parametrize("solved", [0.0, 0.5])
+def test_words_copied_into_a_wrong_answer_earn_no_contribution(solved):
+  """They were paid in full: a policy that copies results without solving anything earned r > 0."""
+  seen = Observation(official("Montmartre, Louvre, Sorbonne"), Code.OK)
+  full = trajectory(TASK, (step(CALL, seen), step(Finish("Montmartre, Louvre"))), solved)
+  (call, _) = responses.score("q", full).steps
+  assert (call.success_calling, call.contribution) == (1, solved)

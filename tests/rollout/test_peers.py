@@ -149,33 +149,23 @@ def test_three_processes_have_the_trajectories_of_one_and_share_the_tools(chat_f
   assert all(sorted(e.closed) == sorted(e.opened) for e in environments)
 
 
-@pytest.mark.parametrize("place", ["open", "call", "grade"])
-def test_an_error_of_one_process_is_an_error_of_all(chat_format, place, monkeypatch):
+def test_an_error_of_one_process_is_an_error_of_all(chat_format, monkeypatch):
   environments = [Counter() for _ in range(3)]
-  if place == "open":
-    environments[1].refuse = ("t0", KeyError("ghost"))
-  grade, call = Session.grade, Session.call
-
-  def bad_grade(self, answer):
-    if place == "grade" and self.environment is environments[1]:
-      raise KeyError("ghost")
-    return grade(self, answer)
+  call = Session.call
 
   def bad_value(self, given):
     observation = call(self, given)
-    if place == "call" and self.environment is environments[1]:
+    if self.environment is environments[1]:
       return Observation("x", Code.OK, {1, 2})  # a set is no JSON data
     return observation
 
-  monkeypatch.setattr(Session, "grade", bad_grade)
   monkeypatch.setattr(Session, "call", bad_value)
   found = processes(3, lambda p: roll(chat_format, environments[p.index], p))
-  assert isinstance(found[1], ValueError if place == "call" else KeyError)
+  assert isinstance(found[1], ValueError)
   for index in (0, 2):
     assert isinstance(found[index], RuntimeError)
-    word = "no JSON data" if place == "call" else "KeyError: 'ghost'"
     assert str(found[index]).startswith("process 1: ")
-    assert word in str(found[index])
+    assert "no JSON data" in str(found[index])
   assert all(sorted(e.closed) == sorted(e.opened) for e in environments)
 
 
@@ -216,15 +206,30 @@ def test_all_stop_where_one_is_asked_to(chat_format):
   assert all(sorted(e.closed) == sorted(e.opened) for e in environments)
 
 
-def test_a_session_that_cannot_be_opened_is_lost_for_all(chat_format):
+@pytest.mark.parametrize("place", ["open", "grade"])
+def test_a_conversation_that_cannot_be_opened_or_graded_is_lost_for_all(
+  place, chat_format, monkeypatch
+):
   environments = [Counter() for _ in range(3)]
-  for environment in environments:
-    environment.refuse = ("t2", InfrastructureError("down"))
+  grade = Session.grade
+
+  def bad_grade(self, answer):
+    if place == "grade" and self.key[0] == "t2":
+      raise KeyError("ghost")
+    return grade(self, answer)
+
+  monkeypatch.setattr(Session, "grade", bad_grade)
+  if place == "open":
+    for environment in environments:
+      environment.refuse = ("t2", KeyError("ghost"))
   found = processes(3, lambda p: roll(chat_format, environments[p.index], p))
-  for trajectories, _ in found:
+  for trajectories, stats in found:
     lost = [t.task_id for t in trajectories if t.status is Status.INFRASTRUCTURE_ERROR]
     assert lost == ["t2", "t2"]
     assert [t.task_id for t in trajectories] == [task.id for task, _ in JOBS]
+    assert [("t2" in why, "KeyError: 'ghost'" in why) for why in stats.failures] == [
+      (True,) * 2
+    ] * 2
 
 
 def test_infrastructure_stays_infrastructure():

@@ -59,7 +59,8 @@ def test_eq_2_is_paid_for_the_last_step_in_training(algorithm, scheme, tmp_path)
   costs = {0: (0.5, 10.0), 1: (0.5, 20.0)}
   with scripted(config, tmp_path, costs=costs) as iterations:
     figures = iterations.run()
-    _, evaluated = rollouts.evaluate_policy(iterations.parts, {}, 2, "", 1.0)
+    tasks = iterations.parts.environment.tasks("heldout")[:2]
+    _, evaluated = rollouts.evaluate_policy(iterations.parts, {}, tasks, "", 1.0)
   learnt = iterations.learnt
   assert [t.steps[-1].reward for t in learnt] == pytest.approx([0.8, 0.0] * 4)
   assert all((t.steps[0].reward > 0) == (algorithm == "steptool") for t in learnt)

@@ -163,7 +163,7 @@ def test_a_finished_run_goes_on_with_more_iterations(tmp_path, compiled):
 def test_an_evaluation_that_is_cut_off_is_made_up_for(cut, tmp_path, compiled, monkeypatch):
   """All results and held-out records are there in the end, each once."""
 
-  def figures(parts, variables, num_tasks, label, temperature):
+  def figures(parts, variables, tasks, label, temperature):
     if label == cut:
       raise train.Interrupted
     return {"pass_rate": len(label) / 100}, []

@@ -34,7 +34,7 @@ GOOD = "The address in question is in Berlin, Germany."
 
 @pytest.fixture(scope="module")
 def bench_folder(tmp_path_factory):
-  """Five queries with one API, ids 1 to 5, and a cache that knows two addresses."""
+  """Ten queries with one API, ids 1 to 5 held out, and a cache that knows two addresses."""
   folder = tmp_path_factory.mktemp("bench")
   api = {
     "category_name": "Data",
@@ -51,11 +51,12 @@ def bench_folder(tmp_path_factory):
       "api_list": [api],
       "relevant APIs": [["ip lookup", "find"]],
     }
-    for n in range(1, 6)
+    for n in range(1, 11)
   ]
   path = folder / "solvable_queries/test_instruction/G1_x.json"
   path.parent.mkdir(parents=True)
-  path.write_text(json.dumps(queries))
+  path.write_text(json.dumps(queries[:5]))
+  path.with_name("G2_x.json").write_text(json.dumps(queries[5:]))
   cached = folder / "cache/Data/ip_lookup_for_Data/find.json"
   cached.parent.mkdir(parents=True)
   cached.write_text(json.dumps({"{'ip': '10.0.0.1'}": BERLIN, "{'ip': '10.0.0.2'}": AGAIN}))
@@ -90,7 +91,7 @@ def make(folder, compiled, **changes):
     "environment__name": "toolbench",
     "environment__toolbench__folder": str(folder),
     "environment__toolbench__subsets": ("G1_x",),
-    "environment__toolbench__train_subsets": ("G1_x",),
+    "environment__toolbench__train_subsets": ("G2_x",),
     "simulator__cache": str(folder / "cache"),
     "rollout__max_tokens": 1200,
     "rollout__max_step_tokens": 200,
@@ -158,7 +159,7 @@ def test_chains_over_a_cache(bench_folder, tmp_path, compiled, scripted):
   assert summary["pass_rate_interval"][0] < 1 / 5 < summary["pass_rate_interval"][1]
   for figure in (summary["figure"], summary["subsets"]["G1_x"]["figure"]):
     assert "20.0 % of 5 tasks" in figure
-    assert "rule judge 'coverage', against GPT-4 on 1140 results: accuracy 0.809" in figure
+    assert "rule judge, against GPT-4 on 1140 results: accuracy 0.784" in figure
   first = records[0].trajectory
   # The first call's result stands in the answer, so the step rules give it credit.
   assert first.steps[0].success_calling == 1
@@ -304,9 +305,20 @@ def test_rl_learns_from_the_verdicts(bench_folder, tmp_path, compiled):
     rollout__max_step_tokens=12,
     evaluation__tasks=1,
   )
-  summary = train.run(config, tmp_path)
+  # A rule that a policy is paid by is learnt, and not the task.
+  with pytest.raises(ValueError, match=r"config\.judge\.kind: 'rule' is for evaluation"):
+    train.run(config, tmp_path)
+  with Server(lambda body, number: verdict("solved")) as judge:
+    config = tiny.replace(
+      config,
+      judge__kind="llm",
+      judge__runs=1,
+      judge__endpoint__base_url=judge.url,
+      judge__endpoint__model="judge-1",
+    )
+    summary = train.run(config, tmp_path)
   assert summary["conversations"] == 8
-  assert summary["judge"]["kind"] == "rule"
+  assert summary["judge"]["kind"] == "llm"
   with pytest.raises(ValueError, match=r"config\.rollout\.strategy: 'dfsdt' is for --mode=eval"):
     train.run(tiny.replace(config, rollout__strategy="dfsdt"), tmp_path)
 
@@ -525,7 +537,11 @@ def test_bad_fields(bench_folder, changes, words):
       r"simulator\.llm\.api_key_variable: the environment variable NO_KEY is not set",
     ),
     ({"environment__toolbench__ids": ("77",)}, ValueError, r"ids: query 77 is in none"),
-    ({"environment__toolbench__subsets": ("G9",)}, ValueError, r"subset 'G9': .*there are G1_x"),
+    (
+      {"environment__toolbench__subsets": ("G9",)},
+      ValueError,
+      r"subset 'G9': .*there are G1_x, G2_x",
+    ),
     ({"environment__toolbench__tools": "/nowhere"}, OSError, r"tools folder /nowhere"),
     ({"environment__toolbench__prompt": "/nowhere"}, OSError, r"/nowhere"),
     ({"evaluation__stored": "/nowhere"}, OSError, r"evaluation\.stored: there is no folder"),

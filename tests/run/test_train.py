@@ -44,6 +44,34 @@ def test_what_a_run_leaves_behind(tmp_path, compiled):
   assert rl["train/sampler_gap"] < 1e-3, "log-probs of sampler and trainer agree"
 
 
+def test_the_best_checkpoint_is_chosen_by_tasks_that_no_figure_is_of(
+  tmp_path, compiled, monkeypatch
+):
+  """checkpoint.use=best chose by the reported tasks, and mixed evaluations of different size."""
+  asked = []
+
+  def figures(parts, variables, tasks, label, temperature):
+    asked.append((label, [task.id for task in tasks], temperature))
+    return {"pass_rate": 0.5 if "to choose" in label else 0.9}, []
+
+  monkeypatch.setattr(rollouts, "evaluate_policy", figures)
+  config = tiny.make(
+    compilation_cache=compiled, evaluation__selection=3, evaluation__temperature=1.0
+  )
+  train.run(config, tmp_path)
+  reported = {id for label, ids, _ in asked if "to choose" not in label for id in ids}
+  choosing = [ask[1:] for ask in asked if "to choose" in ask[0]]
+  assert len(choosing) == 3  # after SFT, in between, at the end; before training there is none
+  assert all(ask == choosing[0] and ask[1] == 0 for ask in choosing)
+  assert len(choosing[0][0]) == 3
+  assert not reported & set(choosing[0][0])
+  assert set(checkpoint.read_scores(tmp_path).values()) == {0.5}
+  with pytest.raises(ValueError, match=r"different: evaluation\.selection"):
+    train.run(tiny.replace(config, evaluation__selection=2), tmp_path)
+  with pytest.raises(ValueError, match=r"selection: 8, but of 10 .* the first 4 are reported"):
+    train.run(tiny.replace(config, evaluation__selection=8), tmp_path / "other")
+
+
 # --- one iteration with scripted conversations ---
 
 
@@ -53,6 +81,21 @@ def test_infrastructure_errors_never_reach_the_update(tmp_path):
   assert figures["infrastructure_errors"] == 4
   assert [(t.sample, t.status) for t in iterations.learnt] == [(0, Status.ANSWERED)] * 4
   assert iterations.phase.progress.tokens == sum(t.num_tokens for t in iterations.learnt)
+
+
+def test_an_environment_that_fails_for_every_conversation_stops_the_run_with_its_sentence(
+  tmp_path, monkeypatch
+):
+  """Marking them one by one must not hide that nothing works at all."""
+
+  def full(task, sample):
+    raise OSError("disk full")
+
+  with scripted(tiny.make(), tmp_path) as iterations:
+    monkeypatch.setattr(iterations.parts.environment, "open", full)
+    words = r"every conversation failed, the first: task .*: no session .* \(OSError: disk full\)"
+    with pytest.raises(RuntimeError, match=words):
+      iterations.run()
 
 
 def test_an_iteration_of_infrastructure_errors_only_ends_the_run(tmp_path):

@@ -165,9 +165,33 @@ def test_the_request_is_the_official_one(layout):
 
 
 def test_relevant_apis_are_function_names(layout):
-  relevant = [("My Tool!", "b?"), ("My Tool!", "unknown")]
-  _, task = one(layout, api("a"), api("b?"), relevant=relevant)
+  _, task = one(layout, api("a"), api("b?"), relevant=[("My Tool!", "b?")])
   assert task.metadata["relevant"] == ("b_for_my_tool",)
+
+
+def test_a_relevant_api_that_is_not_offered_stays_in_the_denominator_of_recall(layout, tmp_path):
+  """It was dropped, so a tool environment with half of the tools had a recall of 1."""
+  relevant = [("My Tool!", "a"), ("My Tool!", "gone"), ("My Tool!", "unknown")]
+  _, task = one(
+    layout, api("a"), api("gone"), relevant=relevant, tools_folder=tools_folder(tmp_path)
+  )
+  assert [t.name for t in task.tools] == ["a_for_my_tool"]
+  assert task.metadata["relevant"] == (
+    "a_for_my_tool",
+    "gone_for_my_tool",
+    "unknown_for_my_tool",
+  )
+
+
+def test_a_query_is_not_trained_on_and_held_out(layout):
+  """One query in both splits was taken silently, and held-out figures were those of training."""
+  layout([query(n, api("a")) for n in (2, 3)], subset="G2_y")
+  folder = layout([query(n, api("a")) for n in (1, 2)])
+  with pytest.raises(ValueError, match=r"train_subsets: 1 held-out .*G1_x/2 \(in.*: .*G2_y/2\)"):
+    ToolBench(folder, Fake(), ["G1_x"], train_subsets=["G2_y"])
+  ToolBench(folder, Fake(), ["G1_x"], train_subsets=["G2_y"], ids=[1])
+  with pytest.raises(ValueError, match=r"toolbench\.subsets: .* names one twice"):
+    ToolBench(folder, Fake(), ["G1_x", "G1_x"])
 
 
 def test_observations_are_official_text_cut_at_1024(layout):

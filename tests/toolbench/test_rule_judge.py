@@ -23,9 +23,9 @@ ANSWER = (
 GOOD = Transcript(QUERY, CALLS, ANSWER)
 
 
-@pytest.mark.parametrize("name", rule_judge.RULES)
+@pytest.mark.parametrize("name", measured.RULES)
 def test_both_rules(name):
-  rule = rule_judge.RULES[name]
+  rule = measured.RULES[name]
   assert rule(GOOD) == 1
   for answer in ("", "  ", "Unfortunately, I could not find the forecast or the population."):
     assert rule(dataclasses.replace(GOOD, answer=answer)) == 0
@@ -40,7 +40,7 @@ def test_coverage_sees_what_plain_does_not():
     "The population is not available.",
   ):
     texts = Transcript(QUERY, broken, half + rest)
-    assert rule_judge.plain(texts) == 1
+    assert measured.plain(texts) == 1
     assert rule_judge.coverage(texts) == 0
 
 
@@ -62,7 +62,28 @@ def test_features_by_hand():
   # A tool that works once has not failed, whatever came later.
   again = Transcript(QUERY, (("x {}", "fine"), ("x {}", "error")), ANSWER)
   assert rule_judge.features(again)[rule_judge.FEATURES.index("failed")] == 0
-  assert 0 < rule_judge.probability(worse) < rule_judge.probability(GOOD) < 1
+  assert rule_judge.probability(worse) == 0  # no word of it is from a result
+  assert 0.5 < rule_judge.probability(GOOD) < 1
+
+
+@pytest.mark.parametrize(
+  "changes",
+  [
+    {"answer": QUERY, "steps": ()},
+    {"answer": QUERY, "steps": (("forecast {}", '{"error": "down", "response": ""}'),)},
+    {"answer": QUERY},
+    {"answer": f"Here is everything you asked for: {QUERY}"},
+    {"answer": f"{QUERY} It is answered by census, for the inhabitants.", "tools": "inhabitants"},
+    {"answer": f"{QUERY} " + " ".join(response for _, response in CALLS)},
+    {"answer": ANSWER, "steps": ()},
+    {"answer": ANSWER, "steps": (("forecast {}", '{"error": "no", "response": "thunderstorm"}'),)},
+    {"answer": ANSWER, "steps": (('say {"text": "31 thunderstorm 48131"}', CALLS[0][1]),)},
+  ],
+)
+def test_an_answer_that_no_result_has_told_is_not_solved(changes):
+  """The query given back, without any call, was Solved for 580 of 580 queries."""
+  assert rule_judge.coverage(GOOD) == 1
+  assert rule_judge.coverage(dataclasses.replace(GOOD, **changes)) == 0
 
 
 def test_features_stay_in_range_on_odd_texts():
@@ -73,15 +94,12 @@ def test_features_stay_in_range_on_odd_texts():
 
 
 def test_figures_carry_their_agreement():
-  text = rule_judge.beside("62.0 %", "coverage")
-  m = rule_judge.MEASURED["coverage"]
+  text = rule_judge.beside("62.0 %")
+  m = rule_judge.MEASURED
   assert text.startswith("62.0 % (")
   for value in (m.accuracy, m.precision, m.recall, m.kappa):
     assert f"{value:.3f}" in text
   assert f"on {m.count} results" in text
-  assert set(rule_judge.MEASURED) == set(rule_judge.RULES)
-  with pytest.raises(ValueError, match="judge is 'other'"):
-    rule_judge.beside("1", "other")
 
 
 # --- what results/rule_judges.py measures ------------------------------------------
@@ -130,26 +148,34 @@ def test_the_parts_do_not_meet():
 
 def test_missing_folder(tmp_path):
   with pytest.raises(OSError, match="pass_rate_results"):
-    measured.read_cases(tmp_path)
+    measured.read_cases(tmp_path, tmp_path)
   with pytest.raises(OSError, match="data_train"):
     measured.step_table(tmp_path, [])
 
 
 @pytest.fixture(scope="module")
 def cases(shared):
-  return measured.read_cases(shared / "steptool")
+  return measured.read_cases(shared / "steptool", shared / "stabletoolbench")
 
 
 def test_measured_agreement_is_what_is_printed(cases):
   held_out = [case for case in cases if measured.is_held_out(case)]
-  for name, rule in rule_judge.RULES.items():
-    got = dataclasses.astuple(measured.measure(rule, held_out))
-    assert got == pytest.approx(dataclasses.astuple(rule_judge.MEASURED[name]), abs=6e-4), name
+  got = dataclasses.astuple(measured.measure(rule_judge.coverage, held_out))
+  assert got == pytest.approx(dataclasses.astuple(rule_judge.MEASURED), abs=6e-4)
 
 
 def test_weights_come_from_the_tuning_part(cases):
-  bias, weights = measured.fit([case for case in cases if measured.is_tuning(case)])
+  bias, weights = measured.fit(measured.fitting(cases))
   assert (bias, *weights) == pytest.approx((rule_judge.BIAS, *rule_judge.WEIGHTS), abs=6e-3)
+
+
+def test_few_answers_that_are_written_for_the_rule_pass(cases):
+  """results/rule_judges.md has all rates; the last adversary is why RL on a rule is refused."""
+  some = [case for case in cases if measured.is_held_out(case)][::8]
+  rates = {name: measured.pleased(rule_judge.coverage, name, some) for name in measured.ADVERSARIES}
+  *refused, gameable = rates.values()
+  assert max(refused) < 0.06, rates
+  assert gameable > 0.5
 
 
 def test_evidence_beats_length(shared, cases):

@@ -101,6 +101,7 @@ def _chains(
         parts.config.evaluation.temperature,
         label,
         limits=dataclasses.replace(parts.limits, max_steps=most),
+        some=attempt > 0,
       )
       for n, trajectory in zip(members, found, strict=True):
         made[n].append(trajectory)

@@ -47,12 +47,13 @@ class Will:
   callback for the latter, but cannot hand it its argument: std::bad_cast.)
   """
 
-  def __init__(self):
+  def __init__(self, program: str = _EXECUTOR, *arguments: str):
+    """program: Python that reads what `write` gets; the usual one says the last of it."""
     # Signals to all of a job mean the run. It inherits that they are blocked.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
     try:
       self.process = subprocess.Popen(
-        [sys.executable, "-ISc", _EXECUTOR],
+        [sys.executable, "-ISc", program, *arguments],
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         start_new_session=True,

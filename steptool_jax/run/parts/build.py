@@ -1,5 +1,6 @@
 """The one place that turns a Config into policy, environment, engine and learner."""
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -22,7 +23,7 @@ from steptool_jax.run.hosts import hosts
 from steptool_jax.run.parts import tokenizers
 from steptool_jax.run.parts.services import NO_SERVICES, Services
 from steptool_jax.run.workdir import inputs
-from steptool_jax.simulators.runner import ToolRunner
+from steptool_jax.simulators.runner import Announce, ToolRunner
 
 _A_DAY_S = 86_400.0
 
@@ -87,7 +88,7 @@ def slot_tokens(config: Config) -> int:
   return r.max_tokens + (r.search.room if r.strategy == "dfsdt" else 0)
 
 
-def build_runner(config: Config) -> ToolRunner:
+def build_runner(config: Config, announce: Announce = contextlib.nullcontext) -> ToolRunner:
   r = config.rollout
   # A simulator waits for servers and tries again by itself. Cutting that short would show the
   # model a time-out, and count against it what was infrastructure.
@@ -96,6 +97,7 @@ def build_runner(config: Config) -> ToolRunner:
     timeout_s=_A_DAY_S if simulated else r.tool_timeout,
     workers=r.tool_workers,
     retries=r.tool_retries,
+    announce=announce,
   )
 
 

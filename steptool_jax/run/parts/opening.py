@@ -12,9 +12,10 @@ from jax.sharding import Mesh
 from steptool_jax.config import Config, Limits
 from steptool_jax.environments.base import Environment
 from steptool_jax.policy.engine import Engine
-from steptool_jax.run.hosts import agreement, allocator, ending, hang
+from steptool_jax.run.hosts import agreement, allocator, ending, hang, hosts
 from steptool_jax.run.parts import build
 from steptool_jax.run.parts.services import Services, open_services
+from steptool_jax.run.parts.watchdog import Watchdog
 from steptool_jax.simulators.runner import ToolRunner
 
 
@@ -78,11 +79,13 @@ def open_parts(config: Config, workdir: pathlib.Path, stop: Stop) -> Iterator[Pa
   if jax.default_backend() == "cpu":
     allocator.keep_memory()
   mesh = build.build_mesh(config)
+  name = "frozen.txt" if hosts.primary() else f"frozen_{hosts.peers().index}.txt"
   with (
     hang.watched(config.hang_after, workdir, ending.end),
     jax.set_mesh(mesh),
+    Watchdog(workdir / name) as watchdog,
     open_services(config) as services,
-    build.build_runner(config) as runner,
+    build.build_runner(config, watchdog.during) as runner,
   ):
     environment = build.build_environment(config, services)
     policy = build.build_policy(config, environment, workdir, runner)

@@ -28,14 +28,16 @@ def roll(
   label: str,
   limits: Limits | None = None,
   strategy: Search | None = None,
+  some: bool = False,
 ) -> tuple[list[Any], Stats]:
   """Trajectories of (task, sample) jobs, or SearchResults with a strategy; without rewards.
 
   limits: in the place of those of the parts. Where a judge gives the verdicts later, `solved` says
-  no more than that there is an answer.
+  no more than that there is an answer. some: the jobs are a few of those of an earlier rollout.
 
   Raises:
-    RuntimeError: what tools need is down.
+    RuntimeError: what tools need is down; no session can be opened, or no answer be graded (all of
+      `some` may happen to be odd).
     Interrupted, NonFiniteLogprobs: as rollout.chain.
   """
   word = "pass" if parts.services.judging is None else "answered"
@@ -60,10 +62,14 @@ def roll(
     )
     try:
       if strategy is not None:
-        return tree.search(setting, jobs, strategy, parts.stop, on_done)
-      return chain.rollout(setting, jobs, parts.stop, on_done)
+        found, stats = tree.search(setting, jobs, strategy, parts.stop, on_done)
+      else:
+        found, stats = chain.rollout(setting, jobs, parts.stop, on_done)
     except InfrastructureError as error:
       raise RuntimeError(f"{label}: {error}") from error
+  if len(stats.failures) == len(jobs) and not some:
+    raise RuntimeError(f"{label}: every conversation failed, the first: {stats.failures[0]}")
+  return found, stats
 
 
 def judge(
@@ -103,15 +109,29 @@ def reward(
   )
 
 
+def selection(parts: Parts) -> Sequence[Task]:
+  """The last evaluation.selection held-out tasks, which choose the best checkpoint.
+
+  ValueError where tasks that figures are reported of are among them, or may be.
+  """
+  e, found = parts.config.evaluation, parts.environment.tasks("heldout")
+  if e.selection and max(e.tasks, e.curve_tasks) + e.selection > len(found):
+    raise ValueError(
+      f"config.evaluation.selection: {e.selection}, but of {len(found)} held-out tasks the first "
+      f"{max(e.tasks, e.curve_tasks)} are reported (evaluation.tasks, curve_tasks), and what "
+      "chooses a checkpoint must not be among them; lower one of the three, or hold out more"
+    )
+  return found[len(found) - e.selection :]
+
+
 def evaluate_policy(
-  parts: Parts, variables: dict, num_tasks: int, label: str, temperature: float
+  parts: Parts, variables: dict, tasks: Sequence[Task], label: str, temperature: float
 ) -> tuple[dict[str, float], list[Trajectory]]:
-  """(figures, trajectories) of the first `num_tasks` held-out tasks, one conversation each.
+  """(figures, trajectories) of these held-out tasks, one conversation each.
 
   They are always paid by scheme 'steptool': Eq. 2 compares a task's samples and says nothing about
   a single one, and so the figures of all schemes are the same.
   """
-  tasks = parts.environment.tasks("heldout")[:num_tasks]
   if not tasks:
     raise ValueError(
       "no held-out tasks: the environment has none, or config.evaluation.tasks is 0; evaluation "

@@ -11,6 +11,7 @@ from steptool_jax.config import Config
 from steptool_jax.files import read_json, write_text
 from steptool_jax.policy import lora
 from steptool_jax.run.hosts import hosts
+from steptool_jax.run.parts import rollouts
 from steptool_jax.run.parts.opening import Parts
 from steptool_jax.run.training import setup
 from steptool_jax.run.workdir import checkpoint, inputs
@@ -119,6 +120,9 @@ def newest_variables(parts: Parts) -> tuple[dict, dict[str, Any]] | None:
     ValueError: it belongs to another model or config.
   """
   refuse_other_config(parts.config, parts.workdir, only=POLICY)
+  if parts.config.checkpoint.use == "best":
+    refuse_other_config(parts.config, parts.workdir, only=("evaluation.selection",))
+    rollouts.selection(parts)  # no task that is reported has chosen the checkpoint
 
   def abstract_of(meta: dict[str, Any]) -> TrainState:
     name = "sft" if meta["phase"] == "sft" else parts.config.algorithm
@@ -136,11 +140,12 @@ def _order(parts: Parts) -> list[int]:
   numbers = hosts.lead(lambda: checkpoint.numbers(parts.workdir))
   if parts.config.checkpoint.use == "newest" or not numbers:
     return numbers
-  scores = checkpoint.read_scores(parts.workdir)
+  scores = checkpoint.read_scores(parts.workdir) if parts.config.evaluation.selection else {}
   numbers = [n for n in numbers if n in scores]
   if not numbers:
     raise ValueError(
-      f"config.checkpoint.use: 'best', but no checkpoint of {parts.workdir} was evaluated; set "
-      "evaluation.every to a multiple of checkpoint.every when training, or use 'newest'"
+      f"config.checkpoint.use: 'best', but no checkpoint of {parts.workdir} has a score; train "
+      "with evaluation.selection above 0 and evaluation.every a multiple of checkpoint.every, or "
+      "use 'newest'"
     )
   return sorted(numbers, key=lambda n: (scores[n], n), reverse=True)

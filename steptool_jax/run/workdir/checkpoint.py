@@ -25,7 +25,7 @@ from steptool_jax.policy import sharding
 from steptool_jax.run.hosts import ending, hosts
 from steptool_jax.types import TrainState
 
-SCORES = "scores.json"  # in WORKDIR: {number of a checkpoint: held-out pass rate}
+SCORES = "scores.json"  # in WORKDIR: {number of a checkpoint: pass rate of evaluation.selection}
 _WAIT_S = 600  # for the slowest process to write its part
 
 
@@ -91,7 +91,7 @@ class Checkpoints:
 
     OSError where this or an earlier one cannot be written.
     """
-    if number in self._manager.all_steps():
+    if self.holds(number):
       return
     arrays = _without_empty(state)
     marks = zip(_layout(arrays).items(), fingerprints(arrays), strict=True)
@@ -107,9 +107,13 @@ class Checkpoints:
     with self._explained():
       self._manager.save(number, args=ocp.args.Composite(**items))
 
+  def holds(self, number: int) -> bool:
+    """Whether there is a checkpoint `number`, or one is being written."""
+    return number in self._manager.all_steps()
+
   def score(self, number: int, value: float) -> None:
     """Notes how good the policy of checkpoint `number` is; nothing where there is none."""
-    if number not in self._manager.all_steps():
+    if not self.holds(number):
       return
     self._scores[number] = value
     if hosts.primary():
@@ -167,7 +171,7 @@ def numbers(workdir: pathlib.Path) -> list[int]:
 
 
 def read_scores(workdir: pathlib.Path) -> dict[int, float]:
-  """{number of a checkpoint: its held-out pass rate}, of those that were evaluated."""
+  """{number of a checkpoint: its pass rate in evaluation.selection}, of those that have one."""
   path = workdir / SCORES
   try:
     return {int(number): float(value) for number, value in read_json(path).items()}
