@@ -217,10 +217,10 @@ def _check_environment(config: Config) -> None:
     for name, value in (("functions", c.functions or c.mcp), ("tasks", c.tasks)):
       if not value:
         raise ValueError(f"config.environment.{name}: a file is needed for environment 'custom'")
-    if c.functions and c.mcp:
-      raise ValueError("config.environment.mcp: set together with functions; give one of the two")
   elif c.mcp:
     raise ValueError(f"config.environment.mcp: is for environment 'custom', not {c.name!r}")
+  if c.mcp_shared and not c.mcp:
+    raise ValueError("config.environment.mcp_shared: set, but environment.mcp names no server")
   if c.name == "toolbench":
     for name in ("folder", "subsets"):
       if not getattr(c.toolbench, name):

@@ -33,6 +33,7 @@ from steptool_jax.config import Config
 from steptool_jax.environments.base import SPLITS, Split, check_split
 from steptool_jax.environments.checkers import normal, same_value
 from steptool_jax.simulators.functions import Tool, Toolbox, tool
+from steptool_jax.simulators.mcp import McpServers, McpSession
 from steptool_jax.types import Action, Finish, Observation, Task, ToolCall, ToolSpec
 
 Functions = Sequence[Callable[..., Any] | Tool]
@@ -53,8 +54,9 @@ class Custom:
   without parameters that makes the list anew for every session (shared state lives there); or a
   module ("pkg.mod" or "file.py") that has either TOOLS (a list) or make_tools (a function); its
   other functions are checkers. tasks_path: the JSONL file. heldout_share: share of the tasks
-  without a split field that are held out. All errors in tools and tasks are found here, as
-  ValueError, in tasks with "file:line: reason".
+  without a split field that are held out. servers: lends an MCP server's tools to each session;
+  `functions` is then "" or a module with checkers only. All errors in tools and tasks are found
+  here, as ValueError, in tasks with "file:line: reason".
   """
 
   name = "custom"
@@ -65,14 +67,18 @@ class Custom:
     tasks_path: str | Path,
     heldout_share: float = 0.2,
     max_observation_chars: int = 1024,
+    servers: McpServers | None = None,
   ):
     if not 0 <= heldout_share <= 1:
       raise ValueError(f"heldout_share is {heldout_share}: must be in [0, 1]")
     known: dict[str, Callable[..., Any]] = {}
-    if isinstance(functions, (str, Path)):
+    if functions and isinstance(functions, (str, Path)):
       module = _load_module(str(functions))
       known = {n: f for n, f in vars(module).items() if inspect.isfunction(f) and n[0] != "_"}
-      functions = _tools_of(module, str(functions))
+      functions = _tools_of(module, str(functions), servers is not None)
+    if servers is not None:
+      functions = servers.tools
+    self._servers = servers
     self._checkers = known
     self._max_chars = max_observation_chars
     if callable(functions):
@@ -95,10 +101,11 @@ class Custom:
   def open(self, task: Task, sample: int) -> "CustomSession":
     """A session with functions of its own where a factory was given."""
     offered = {spec.name for spec in task.tools}
-    tools = self._derive()
+    server = self._servers.open() if self._servers is not None else None
+    tools = self._derive() if server is None else server.tools
     box = Toolbox([t for t in tools if t.spec.name in offered], self._max_chars)
     functions = {t.spec.name: t.function for t in tools}
-    return CustomSession(task, box, functions, self._checkers)
+    return CustomSession(task, box, functions, self._checkers, server)
 
   def _read(self, path: Path, heldout_share: float) -> dict[str, tuple[Task, ...]]:
     try:
@@ -197,6 +204,7 @@ class CustomSession:
   box: Toolbox
   functions: Mapping[str, Callable[..., Any]]
   checkers: Mapping[str, Callable[..., Any]]
+  server: McpSession | None = None
 
   def call(self, call: ToolCall) -> Observation:
     return self.box.call(call)
@@ -223,7 +231,9 @@ class CustomSession:
     return float(verdict)
 
   def close(self) -> None:
-    """Nothing is held."""
+    """Ends the MCP server of this session, where it has one."""
+    if self.server is not None:
+      self.server.close()
 
 
 def _matches(checker: Mapping[str, Any], answer: str) -> bool:
@@ -294,8 +304,14 @@ def _load_module(where: str) -> types.ModuleType:
   return module
 
 
-def _tools_of(module: types.ModuleType, where: str) -> Functions | Callable[[], Functions]:
+def _tools_of(
+  module: types.ModuleType, where: str, has_server: bool
+) -> Functions | Callable[[], Functions]:
   found = [name for name in ("TOOLS", "make_tools") if hasattr(module, name)]
+  if has_server:
+    if found:
+      raise ValueError(f"{where} has {found[0]}, and there is an MCP server: keep one of the two")
+    return ()
   if len(found) != 1:
     what = "both TOOLS and make_tools: keep one" if found else "neither TOOLS nor make_tools"
     raise ValueError(f"{where} has {what}")
@@ -306,8 +322,9 @@ def from_config(config: Config, services: Any) -> Custom:
   """The row of base.ENVIRONMENTS; tools of an MCP server where the config names one."""
   c = config.environment
   return Custom(
-    functions=services.mcp.tools if c.mcp else c.functions,
+    functions=c.functions,
     tasks_path=c.tasks,
     heldout_share=c.heldout_share,
     max_observation_chars=config.rollout.max_observation_chars,
+    servers=services.mcp if services is not None else None,
   )
