@@ -106,6 +106,8 @@ class ToolBench:
       key = str(entry.get("query_id", position))
       if (counted is not None and key not in counted) or (wanted is not None and key not in wanted):
         continue
+      if "/" in key or "\0" in key:
+        raise ValueError(f"{where}: the query id {key!r:.80} is no name of a file")
       if key in seen:
         raise ValueError(f"{where}: the query id {key} appears twice")
       seen.add(key)
