@@ -185,7 +185,12 @@ class Environment:
   tools_per_task: int = option(0, "tools offered in a task, its own among them; 0 = all", least=0)
   functions: str = option("", "custom: module or .py file with the tools")
   mcp: tuple[str, ...] = option(
-    (), "custom: instead of functions, an MCP server: the words of its command, or its one http url"
+    (),
+    "custom: an MCP server with the tools: the words of its command, or its one http url; "
+    "`functions` is then empty or has checkers only",
+  )
+  mcp_shared: bool = option(
+    False, "one MCP server for all conversations, not one each: only where it keeps no state"
   )
   tasks: str = option("", "custom: JSONL file with the tasks")
   heldout_share: float = option(
@@ -423,8 +428,11 @@ class Record:
 class Serve:
   """--mode=serve: the simulator as a server of POST /virtual."""
 
-  host: str = option("127.0.0.1", "address to listen on")
+  host: str = option("127.0.0.1", "address to listen on; 0.0.0.0 = every one")
   port: int = option(8080, "0 = any free one", least=0, most=65535)
+  key_variable: str = option(
+    "", "NAME of the environment variable with the key that clients must send; empty = none"
+  )
 
 
 @dataclasses.dataclass(frozen=True)

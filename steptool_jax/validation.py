@@ -163,6 +163,7 @@ def _check(config: Config) -> None:
   if config.lora.rank and not config.lora.targets:
     raise ValueError(f"config.lora.targets: empty; choose from {', '.join(lora.TARGETS)}")
   _check_environment(config)
+  _check_addresses(config)
   _check_market(config)
   _check_rewards(config, get_algorithm(config.algorithm))
   _check_evaluation(config)
@@ -245,16 +246,33 @@ def _check_environment(config: Config) -> None:
     for name, value in (("functions", c.functions or c.mcp), ("tasks", c.tasks)):
       if not value:
         raise ValueError(f"config.environment.{name}: a file is needed for environment 'custom'")
-    if c.functions and c.mcp:
-      raise ValueError("config.environment.mcp: set together with functions; give one of the two")
   elif c.mcp:
     raise ValueError(f"config.environment.mcp: is for environment 'custom', not {c.name!r}")
+  if c.mcp_shared and not c.mcp:
+    raise ValueError("config.environment.mcp_shared: set, but environment.mcp names no server")
   if c.name == "toolbench":
     for name in ("folder", "subsets"):
       if not getattr(c.toolbench, name):
         raise ValueError(
           f"config.environment.toolbench.{name}: is empty, needed for environment 'toolbench'"
         )
+
+
+def _check_addresses(config: Config) -> None:
+  """Before a password in one is written to a run's folder."""
+  (mcp,) = config.environment.mcp if len(config.environment.mcp) == 1 else ("",)
+  for name, url, form in (
+    ("simulator.http", config.simulator.http, "http://host:port/virtual"),
+    ("simulator.llm.base_url", config.simulator.llm.base_url, "http://host:port/v1"),
+    ("judge.endpoint.base_url", config.judge.endpoint.base_url, "http://host:port/v1"),
+    ("environment.mcp", mcp if mcp.startswith("http") and "//" in mcp else "", "http://host/mcp"),
+  ):
+    if url:
+      from steptool_jax.simulators.posting import check_address  # slow: httpx
+
+      check_address(url, f"config.{name}", form)
+  if not config.serve.host:
+    raise ValueError("config.serve.host: is empty; name 0.0.0.0 to listen on every address")
 
 
 def _check_market(config: Config) -> None:

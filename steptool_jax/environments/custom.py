@@ -39,6 +39,7 @@ from steptool_jax.files import parse_json
 from steptool_jax.simulators import starts
 from steptool_jax.simulators.changes import state_digest
 from steptool_jax.simulators.functions import Tool, Toolbox, tool
+from steptool_jax.simulators.mcp import McpServers, McpSession
 from steptool_jax.simulators.schemas import MATCH_S, matches, validator
 from steptool_jax.types import Action, Finish, Observation, Task, ToolCall, ToolSpec
 
@@ -64,7 +65,8 @@ class Custom:
   list) or make_tools (a function); its other functions are checkers. tasks_path: the JSONL file.
   heldout_share: share of the tasks without a split field that are held out. All errors in tools and
   tasks are found here, as ValueError, in tasks with "file:line: reason". problems: a list that
-  takes them in the place of the first error; tools and tasks with one are left out.
+  takes them in the place of the first error; tools and tasks with one are left out. servers: lends
+  an MCP server's tools to each session; `functions` is then "" or a module with checkers only.
   """
 
   name = "custom"
@@ -76,16 +78,20 @@ class Custom:
     heldout_share: float = 0.2,
     max_observation_chars: int = 1024,
     problems: list[Problem] | None = None,
+    servers: McpServers | None = None,
   ):
     if not 0 <= heldout_share <= 1:
       raise ValueError(f"heldout_share is {heldout_share}: must be in [0, 1]")
     known: dict[str, Callable[..., Any]] = {}
     self._own: frozenset[str] = frozenset()  # functions that the module itself defines
-    if isinstance(functions, (str, Path)):
+    if functions and isinstance(functions, (str, Path)):
       module = _load_module(str(functions))
       known = {n: f for n, f in vars(module).items() if inspect.isfunction(f) and n[0] != "_"}
       self._own = frozenset(n for n, f in known.items() if f.__module__ == module.__name__)
-      functions = _tools_of(module, str(functions))
+      functions = _tools_of(module, str(functions), servers is not None)
+    if servers is not None:
+      functions = servers.tools
+    self._servers = servers
     self._checkers = known
     self._max_chars = max_observation_chars
     self._problems = problems
@@ -120,14 +126,13 @@ class Custom:
   def open(self, task: Task, sample: int) -> "CustomSession":
     """A session with functions of its own where a factory was given."""
     offered = {spec.name for spec in task.tools}
-    tools = self._derive(task.metadata.get(starts.STATE))
+    server = self._servers.open() if self._servers is not None else None
+    tools = self._derive(task.metadata.get(starts.STATE)) if server is None else server.tools
     functions = {t.spec.name: t.function for t in tools}
-    box = Toolbox(
-      [t for t in tools if t.spec.name in offered],
-      self._max_chars,
-      functools.partial(state_digest, functions.values()),
-    )
-    return CustomSession(task, box, functions, self._checkers)
+    # What a server holds cannot be compared.
+    digest = functools.partial(state_digest, functions.values() if server is None else ())
+    box = Toolbox([t for t in tools if t.spec.name in offered], self._max_chars, digest)
+    return CustomSession(task, box, functions, self._checkers, server)
 
   def _read(
     self, path: Path, lines: Sequence[str], heldout_share: float
@@ -234,6 +239,7 @@ class CustomSession:
   box: Toolbox
   functions: Mapping[str, Callable[..., Any]]
   checkers: Mapping[str, Callable[..., Any]]
+  server: McpSession | None = None
 
   def call(self, call: ToolCall) -> Observation:
     return self.box.call(call)
@@ -266,7 +272,9 @@ class CustomSession:
     return float(verdict)
 
   def close(self) -> None:
-    """Nothing is held."""
+    """Ends the MCP server of this session, where it has one."""
+    if self.server is not None:
+      self.server.close()
 
 
 def _matches(checker: Mapping[str, Any], answer: str, query: str) -> bool:
@@ -358,8 +366,14 @@ def _load_module(where: str) -> types.ModuleType:
   return module
 
 
-def _tools_of(module: types.ModuleType, where: str) -> Functions | Callable[[], Functions]:
+def _tools_of(
+  module: types.ModuleType, where: str, has_server: bool
+) -> Functions | Callable[[], Functions]:
   found = [name for name in ("TOOLS", "make_tools") if hasattr(module, name)]
+  if has_server:
+    if found:
+      raise ValueError(f"{where} has {found[0]}, and there is an MCP server: keep one of the two")
+    return ()
   if len(found) != 1:
     what = "both TOOLS and make_tools: keep one" if found else "neither TOOLS nor make_tools"
     raise ValueError(f"{where} has {what}")
@@ -370,9 +384,10 @@ def from_config(config: Config, services: Any, problems: list[Problem] | None = 
   """The row of base.ENVIRONMENTS; tools of an MCP server where the config names one."""
   c = config.environment
   return Custom(
-    functions=services.mcp.tools if c.mcp else c.functions,
+    functions=c.functions,
     tasks_path=c.tasks,
     heldout_share=c.heldout_share,
     max_observation_chars=config.rollout.max_observation_chars,
     problems=problems,
+    servers=services.mcp if services is not None else None,
   )

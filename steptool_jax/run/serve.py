@@ -19,11 +19,16 @@ def run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
   summary.json is there from the start (with the address; "running" true), and again at the end
   with what was answered. ValueError or OSError, before it serves, for what the config lacks.
   """
+  c = config.serve
+  key = services.secret(c.key_variable, "serve.key_variable")
   with (
     services.open_answering(config) as answering,
-    Server(answering.simulator, config.serve.host, config.serve.port) as server,
+    Server(answering.simulator, c.host, c.port, key) as server,
   ):
-    summary = {"url": f"http://{server.host}:{server.port}/virtual"}
+    host = f"[{c.host}]" if ":" in c.host else c.host
+    summary = {"url": f"http://{host}:{server.port}/virtual"}
+    if not key and c.host not in ("127.0.0.1", "::1", "localhost"):
+      logging.warning("%s can be asked by everyone; serve.key_variable gives it a key", c.host)
     with Stop().listening() as stop:
       outputs.write_summary(workdir, "serve", summary | {"running": True})
       logging.info("serving %s", summary["url"])

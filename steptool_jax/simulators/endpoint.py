@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from steptool_jax.files import replacing
-from steptool_jax.simulators.posting import Failed, Patience, Poster
+from steptool_jax.simulators.posting import Failed, Patience, Poster, check_address
 
 _RETRIED = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
 _MAX_BODY_BYTES = 16 << 20
@@ -46,7 +46,7 @@ class Usage:
 class Endpoint:
   """POST {base_url}/chat/completions with one model, e.g. base_url = http://localhost:8000/v1.
 
-  timeout_s: seconds for one attempt, from the connection to the last byte. retries: further
+  timeout_s: seconds for one attempt, from the look-up to the last byte. retries: further
   attempts, after backoff_s, 2 backoff_s, ... at most 20 s (each times a random 0.5 to 1.5) and not
   before a Retry-After; a server that asks for more than two minutes has failed. max_in_flight:
   requests at the same time, further ones wait. cache_dir: replies are kept there, one file each,
@@ -67,21 +67,20 @@ class Endpoint:
     prices: tuple[float, float] = (0.0, 0.0),
     backoff_s: float = 0.5,
   ):
-    if not base_url.startswith(("http://", "https://")):
-      raise ValueError(f"base_url is {base_url!r}: give http://host:port/v1")
+    check_address(base_url, "base_url", "http://host:port/v1")
     if not model:
       raise ValueError("model is empty: name the model that the endpoint serves")
     if len(prices) != 2 or not min(prices) >= 0:
       raise ValueError(f"prices is {prices}: must be USD per million (prompt, completion) tokens")
     self.model = model
     self.max_in_flight = max_in_flight
-    self._patience = Patience(retries, backoff_s, _MAX_BACKOFF_S, _MAX_WAIT_S)
     self._poster = Poster(
       base_url.rstrip("/") + "/chat/completions",
+      Patience(retries, backoff_s, _MAX_BACKOFF_S, _MAX_WAIT_S),
       timeout_s=timeout_s,
       max_in_flight=max_in_flight,
       max_body_bytes=_MAX_BODY_BYTES,
-      headers={"authorization": f"Bearer {api_key}"} if api_key else {},
+      key=api_key,
     )
     self._prices = prices
     self._cache = pathlib.Path(cache_dir) if cache_dir is not None else None
@@ -176,8 +175,7 @@ class Endpoint:
   def _ask(self, content: str) -> Any:
     # The place is kept while waiting: an overloaded server sees fewer requests, not others.
     with self._poster.slots:
-      where = f"{self._poster.url}, model {self.model}"
-      return self._patience.persist(lambda: self._attempt(content), where)
+      return self._poster.persist(lambda: self._attempt(content), f", model {self.model}")
 
   def _attempt(self, content: str) -> Any:
     reply = self._poster.post(content)
@@ -202,7 +200,7 @@ def _reply(document: Any, function: str) -> Reply:
     text = message.get("content") or ""
     calls = message.get("tool_calls") or []
     usage = document.get("usage") or {}
-    tokens = [int(usage.get(name) or 0) for name in ("prompt_tokens", "completion_tokens")]
+    tokens = [_count_of(usage.get(name)) for name in ("prompt_tokens", "completion_tokens")]
   except (KeyError, IndexError, TypeError, AttributeError) as error:
     raise ValueError(f"{type(error).__name__}: {error}") from None
   if not isinstance(text, str) or not isinstance(calls, list):
@@ -212,10 +210,16 @@ def _reply(document: Any, function: str) -> Reply:
     for call in calls:
       called = call.get("function") if isinstance(call, dict) else None
       if isinstance(called, dict) and called.get("name") == function:
-        text = text or str(called.get("arguments"))
-        arguments = _object(called.get("arguments"))
+        raw = called.get("arguments")
+        text = text or (raw if isinstance(raw, str) else "")
+        arguments = _object(raw)
         break
   return Reply(text, arguments, *tokens, cached=False)
+
+
+def _count_of(tokens: Any) -> int:
+  """What a server says of its usage; a figure that is none must not cost a good reply."""
+  return int(tokens) if isinstance(tokens, (int, float)) and 0 <= tokens < 1e12 else 0
 
 
 def _object(text: Any) -> dict[str, Any] | None:

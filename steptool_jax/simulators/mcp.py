@@ -1,29 +1,37 @@
-"""The tools of an MCP server as tools: listed once, called from any thread.
+"""The tools of an MCP server: listed once, and a server of its own for each conversation.
 
-A connection that is lost (the server died) is made anew for the call that finds it so, which is
-then asked once more: a tool may have run twice. Its tools are those that were listed at first.
+A conversation changes the state of its server, which nobody else may see. So each one gets a server
+process (a session, where the server is at an address) that ends with it. Where a server keeps no
+state, `shared` is one connection for all: it is made anew for a call that finds it lost, which is
+then asked once more, so that a tool may run twice. A server of one conversation is not: what it
+knew is gone, and the conversation with it (an infrastructure failure).
 
-Needs the optional package `mcp` (extra "mcp"), version 2. Its asyncio loop runs in one thread of
-its own; what a tool says is data, never a command.
+Needs the optional package `mcp` (extra "mcp"), version 2. What a tool says is data, no command.
 """
 
 import asyncio
+import collections
 import concurrent.futures
 import contextlib
+import functools
 import importlib
 import re
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from steptool_jax.simulators import background
 from steptool_jax.simulators.errors import InfrastructureError
-from steptool_jax.simulators.functions import Tool, Toolbox
-from steptool_jax.types import Observation, ToolCall, ToolSpec
+from steptool_jax.simulators.functions import Tool
+from steptool_jax.simulators.posting import check_address, shown
+from steptool_jax.types import ToolSpec
 
 _MAX_PAGES = 100
 _INVALID_PARAMS = -32602  # JSON-RPC: the arguments are to blame
 _CLOSED = -32000  # the package's code for a connection that ended
 _CLOSE_S = 15.0  # the package itself ends a stubborn server process after about 6 seconds
+_AHEAD = 4  # servers that are started before a conversation asks for one
 
 
 class ToolFailed(Exception):
@@ -34,14 +42,15 @@ class _Lost(Exception):
   """The connection has ended."""
 
 
-class McpServer:
-  """A connection to one MCP server; `tools` go into a Toolbox or an environment, `call` answers.
+class McpServers:
+  """Lends the tools of a server to conversations; `tools` describe them and cannot be called.
 
   command: argument list that starts a server on stdin and stdout (never a shell), with `env` added
   to the few variables that the package passes on; or url: of a streamable HTTP server. Exactly one
-  of them. timeout_s: seconds for one call. start_timeout_s: for the connection and the list of
-  tools. Names become valid ones ("get-weather" -> "get_weather"), numbered when two collide.
-  Raises ImportError without the package, OSError when the server does not start or answer.
+  of them. shared: one connection for all conversations. timeout_s: seconds for one call.
+  start_timeout_s: for the connection and the list of tools. Names become valid ones ("get-weather"
+  -> "get_weather"), numbered when two collide. Raises ImportError without the package, OSError when
+  the server does not start or answer.
   """
 
   def __init__(
@@ -50,9 +59,9 @@ class McpServer:
     command: Sequence[str] | None = None,
     url: str | None = None,
     env: Mapping[str, str] | None = None,
+    shared: bool = False,
     timeout_s: float = 30.0,
     start_timeout_s: float = 30.0,
-    max_observation_chars: int = 1024,
   ):
     if (command is None) == (url is None):
       raise ValueError("an MCP server needs either a command or a url")
@@ -62,52 +71,104 @@ class McpServer:
       raise ValueError("env goes with a command only")
     if not min(timeout_s, start_timeout_s) > 0:
       raise ValueError("timeout_s and start_timeout_s must be above 0 seconds")
-    self._where = url or command[0]
-    self._timeout_s = timeout_s
+    if url is not None:
+      check_address(url, "url", "http://host:port/mcp")
+    self.timeout_s, self.shared = timeout_s, shared
     client_class = _package("mcp").Client
     target = url if url is not None else _stdio(command, env)
-    self._connect = lambda: _Connection(lambda: client_class(target), self._where, start_timeout_s)
-    self._renewing = threading.Lock()
-    self._closed = False
-    self._connection = self._connect()
-    self.tools: tuple[Tool, ...] = tuple(
-      self._tool(*entry) for entry in _named(self._connection.listed)
+    where = shown(url) if url is not None else command[0]
+    self._start = lambda: _Connection(lambda: client_class(target), where, start_timeout_s)
+    self._lock, self.closed = threading.RLock(), False
+    self._all: set[_Connection] = set()
+    self._spare: collections.deque[_Connection] = collections.deque()
+    first = self._started()
+    self.named = tuple(
+      (entry.name, ToolSpec(name, entry.description or "", _schema(entry.input_schema)))
+      for name, entry in _named(first.listed())
     )
-    self._box = Toolbox(self.tools, max_observation_chars)
+    self.tools = tuple(Tool(spec, _unlent) for _, spec in self.named)
+    self._session = McpSession(self, first) if shared else None
+    self._spare.append(first)
 
-  @property
-  def specs(self) -> tuple[ToolSpec, ...]:
-    return tuple(tool.spec for tool in self.tools)
+  def open(self) -> "McpSession":
+    """A server for one conversation; blocks until it has started, InfrastructureError if not."""
+    if self._session is not None:
+      return self._session
+    try:
+      with self._lock:
+        connection = self._spare.popleft() if self._spare else self._started()
+        while len(self._spare) < _AHEAD:
+          self._spare.append(self._started())
+      connection.listed()
+      if connection.lost:  # it died while it waited
+        connection = self._started()
+        connection.listed()
+    except OSError as error:
+      raise InfrastructureError(str(error)) from error
+    return McpSession(self, connection)
 
-  def call(self, call: ToolCall) -> Observation:
-    """Validates and runs one call, like Toolbox.call; a lost server is Code.INFRASTRUCTURE."""
-    return self._box.call(call)
+  def renewed(self, old: "_Connection") -> "_Connection":
+    """The connection in the place of a lost one."""
+    old.close()
+    try:
+      connection = self._started()
+      connection.listed()
+    except OSError as error:
+      raise InfrastructureError(f"{error}, after it was lost") from error
+    return connection
 
   def close(self) -> None:
-    """Ends the connection and the server process; harmless when repeated."""
-    self._closed = True
-    with self._renewing:
-      self._connection.close()
+    """Ends all connections and server processes; harmless when repeated."""
+    with self._lock:
+      self.closed, connections = True, tuple(self._all)
+    for connection in connections:
+      connection.close()
+    deadline = time.monotonic() + _CLOSE_S
+    for connection in connections:
+      connection.wait(deadline - time.monotonic())
 
-  def __enter__(self) -> "McpServer":
+  def __enter__(self) -> "McpServers":
     return self
 
   def __exit__(self, *_: object) -> None:
     self.close()
 
-  def _tool(self, name: str, listed: Any) -> Tool:
-    spec = ToolSpec(name, listed.description or "", _schema(listed.input_schema))
-    return Tool(spec, lambda **arguments: self._ask(listed.name, arguments))
+  def _started(self) -> "_Connection":
+    with self._lock:
+      if self.closed:
+        raise OSError("the connection to the MCP server is closed")
+      connection = self._start()
+      self._all = {connection, *(c for c in self._all if not c.ended)}
+      return connection
 
-  def _ask(self, name: str, arguments: dict[str, Any]) -> Any:
-    connection = self._connection
+
+class McpSession:
+  """`tools` of one server, for a Toolbox; they may be called from any thread."""
+
+  def __init__(self, servers: McpServers, connection: "_Connection"):
+    self._servers, self._connection = servers, connection
+    self._renewing = threading.Lock()
+    self.tools = tuple(
+      Tool(spec, functools.partial(self._ask, name)) for name, spec in servers.named
+    )
+
+  def close(self) -> None:
+    """Ends the server, if it is of this conversation only; returns at once."""
+    if not self._servers.shared:
+      self._connection.close()
+
+  def _ask(self, name: str, /, **arguments: Any) -> Any:
+    connection, timeout_s = self._connection, self._servers.timeout_s
     try:
       try:
-        result = connection.ask(name, arguments, self._timeout_s)
+        result = connection.ask(name, arguments, timeout_s)
       except _Lost as lost:
-        result = self._renewed(connection, lost).ask(name, arguments, self._timeout_s)
+        if not self._servers.shared:
+          raise
+        result = self._renewed(connection, lost).ask(name, arguments, timeout_s)
     except _Lost as lost:
-      raise InfrastructureError(f"MCP server {self._where}, tool {name}: {lost}") from lost
+      where = f"MCP server {connection.where}, tool {name}"
+      raise InfrastructureError(f"{where}: {lost}") from lost
     value = _value(result)
     if result.is_error:
       raise ToolFailed(value if isinstance(value, str) else str(value))
@@ -116,47 +177,51 @@ class McpServer:
   def _renewed(self, old: "_Connection", lost: _Lost) -> "_Connection":
     """Another connection than `old`: made here, or by another thread meanwhile."""
     with self._renewing:
-      if self._closed:
+      if self._servers.closed:
         raise lost
       if self._connection is old:
-        old.close()
-        try:
-          self._connection = self._connect()
-        except OSError as error:
-          raise InfrastructureError(f"{error}, after it was lost") from error
+        self._connection = self._servers.renewed(old)
       return self._connection
 
 
 class _Connection:
-  """One life of a connection, with an asyncio loop in a thread. OSError when it does not start."""
+  """One life of a connection, on the background loop."""
 
   def __init__(self, connect: Callable[[], Any], where: str, start_timeout_s: float):
-    self._where = where
+    """Begins to connect, and returns at once."""
+    self.where, self._start_timeout_s = where, start_timeout_s
     self._client: Any = None
-    self._loop = asyncio.new_event_loop()
     self._stop = asyncio.Event()
     self._ready: concurrent.futures.Future[list[Any]] = concurrent.futures.Future()
-    live = self._live(connect, start_timeout_s)
-    self._thread = threading.Thread(target=self._run, args=(live,), name="mcp", daemon=True)
-    self._thread.start()
-    self.listed = self._ready.result()
+    self._life = asyncio.run_coroutine_threadsafe(self._live(connect), background.loop())
+
+  @property
+  def lost(self) -> bool:
+    return self._client is None
+
+  @property
+  def ended(self) -> bool:
+    return self._life.done()
+
+  def listed(self) -> list[Any]:
+    """The server's tools, once it has started; OSError when it does not."""
+    try:
+      # What its own limit has cancelled may take its time to end.
+      return self._ready.result(self._start_timeout_s + _CLOSE_S)
+    except TimeoutError:
+      raise OSError(f"MCP server {self.where} did not start or answer, and does not end") from None
 
   def ask(self, name: str, arguments: dict[str, Any], timeout_s: float) -> Any:
     """The package's result of a call; _Lost when the connection has ended."""
     client = self._client
     if client is None:
       raise _Lost("the connection is closed or lost")
-    asked = client.call_tool(name, arguments, read_timeout_seconds=timeout_s)
-    try:
-      future = asyncio.run_coroutine_threadsafe(asked, self._loop)
-    except RuntimeError as error:
-      asked.close()
-      raise _Lost("the connection is closed") from error
     try:
       # A little more than the package's own limit, which ends the request on the wire.
-      return future.result(timeout_s + 1)
+      return background.run(
+        client.call_tool(name, arguments, read_timeout_seconds=timeout_s), timeout_s + 1
+      )
     except (concurrent.futures.CancelledError, Exception) as error:
-      future.cancel()
       code = getattr(error, "code", None)
       if code == _INVALID_PARAMS:
         raise ToolFailed(str(error.message)) from error
@@ -164,38 +229,40 @@ class _Connection:
         raise _Lost(_reason(error)) from error
       # The protocol: a tool's own failure is a result.
       raise InfrastructureError(
-        f"MCP server {self._where}, tool {name}: {_reason(error)}"
+        f"MCP server {self.where}, tool {name}: {_reason(error)}"
       ) from error
 
   def close(self) -> None:
-    if self._thread.is_alive():
-      with contextlib.suppress(RuntimeError):  # the loop ended meanwhile
-        self._loop.call_soon_threadsafe(self._stop.set)
-      self._thread.join(_CLOSE_S)
+    """Begins to end it, and returns at once."""
+    self._client = None
+    background.loop().call_soon_threadsafe(self._stop.set)
 
-  def _run(self, live: Any) -> None:
-    try:
-      self._loop.run_until_complete(live)
-    finally:
-      self._loop.close()
+  def wait(self, seconds: float) -> None:
+    """Until it has ended."""
+    with contextlib.suppress(Exception, concurrent.futures.CancelledError):
+      self._life.result(max(0.0, seconds))
 
-  async def _live(self, connect: Callable[[], Any], start_timeout_s: float) -> None:
+  async def _live(self, connect: Callable[[], Any]) -> None:
     """The whole life of the connection in one task, as the package's scopes demand."""
     try:
       async with contextlib.AsyncExitStack() as stack:
-        async with asyncio.timeout(start_timeout_s):
-          self._client = await stack.enter_async_context(connect())
-          listed = await _list_tools(self._client)
+        async with asyncio.timeout(self._start_timeout_s):
+          client = await stack.enter_async_context(connect())
+          listed = await _list_tools(client)
+        self._client = client
         self._ready.set_result(listed)
         await self._stop.wait()
     except BaseException as error:
       # Once it was ready, the calls under way say what was lost.
       if not self._ready.done():
-        self._ready.set_exception(
-          OSError(f"MCP server {self._where} did not start or answer: {_reason(error)}")
-        )
+        reason = f"MCP server {self.where} did not start or answer: {_reason(error)}"
+        self._ready.set_exception(OSError(reason))
     finally:
       self._client = None
+
+
+def _unlent(**_: Any) -> None:
+  raise InfrastructureError("no server is lent to this conversation: McpServers.open lends one")
 
 
 def _package(name: str) -> Any:
@@ -259,4 +326,6 @@ def _reason(error: BaseException) -> str:
   """The innermost reason: the package raises groups of groups."""
   while isinstance(error, BaseExceptionGroup):
     error = error.exceptions[0]
-  return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+  # An address in it may have a key in its query.
+  text = re.sub(r"(https?://[^\s?'\"]*)\?[^\s'\"]*", r"\1", str(error))
+  return f"{type(error).__name__}: {text}" if text else type(error).__name__

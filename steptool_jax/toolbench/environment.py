@@ -115,6 +115,8 @@ class ToolBench:
       key = str(entry.get("query_id", position))
       if (counted is not None and key not in counted) or (wanted is not None and key not in wanted):
         continue
+      if "/" in key or "\0" in key:
+        raise ValueError(f"{where}: the query id {key!r:.80} is no name of a file")
       if key in seen:
         raise ValueError(f"{where}: the query id {key} appears twice")
       seen.add(key)
@@ -234,6 +236,8 @@ class _ToolFolder:
     """(the API as the environment describes it, the tool's description); None if unknown."""
     for category in dict.fromkeys((api.category, standardize_category(api.category))):
       path = self._path / category / f"{api.standard_tool}.json"
+      if category == ".." or path.parent.parent != self._path:
+        continue  # no name of a folder: it would lead out of this one
       if path not in self._read:
         self._read[path] = self._load(path) if path.is_file() else None
       found = self._read[path]

@@ -4,6 +4,7 @@ to misbehave. On stdin and stdout as a program; `HttpServer` speaks streamable H
 
 import contextlib
 import http.server
+import itertools
 import json
 import os
 import sys
@@ -20,7 +21,9 @@ TOOLS = [
   {"name": "break", "inputSchema": EMPTY},
   {"name": "hang", "inputSchema": EMPTY},
   {"name": "die", "inputSchema": EMPTY},
+  {"name": "count", "inputSchema": EMPTY},
 ]
+counts = itertools.count(1)  # the state
 
 
 class Fault(Exception):
@@ -54,6 +57,8 @@ def answer(method, params):
     raise Fault(-32602, "a must be even")
   if name == "break":
     raise Fault(-32603, "out of order")
+  if name == "count":
+    return {"content": [{"type": "text", "text": str(next(counts))}]}
   if name == "hang":
     time.sleep(60)
   os._exit(1)

@@ -1,4 +1,5 @@
 import concurrent.futures
+import contextlib
 import datetime
 import email.utils
 import json
@@ -80,6 +81,26 @@ def test_retried_then_well(bad):
     assert endpoint.chat(MESSAGES).text == "ok"
   assert len(server.bodies) == 3
   assert endpoint.usage().calls == 1
+
+
+@pytest.mark.parametrize(
+  ("sent", "counted"),
+  [("1e999", 0), ("NaN", 0), ("-5", 0), ('"many"', 0), ("[]", 0), ("3.0", 3), ("1e300", 0)],
+)
+def test_a_strange_usage_costs_no_good_reply(sent, counted):
+  """prompt_tokens of 1e999 was an OverflowError that ended a judge run."""
+  raw = json.dumps(completion("ok", tokens=("X", 1))).replace('"X"', sent)
+  with Server(script((200, {}, raw))) as server:
+    endpoint = client(server, retries=0)
+    assert endpoint.chat(MESSAGES).text == "ok"
+  assert endpoint.usage().prompt_tokens == counted
+
+
+def test_arguments_that_are_nested_deeply_are_no_call():
+  deep = '{"a":' * 900 + "1" + "}" * 900
+  raw = json.dumps(completion(arguments="X", name="f")).replace('"X"', deep)
+  with Server(script((200, {}, raw))) as server, contextlib.suppress(InfrastructureError):
+    assert client(server, retries=0).chat(MESSAGES, function=FUNCTION).text == ""
 
 
 def test_used_up():

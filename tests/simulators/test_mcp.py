@@ -9,10 +9,12 @@ import types
 
 import pytest
 from mcp_plain_server import HttpServer
+from raw_server import DRIPS, RawServer
 
 from steptool_jax.simulators import mcp as mcp_lib
+from steptool_jax.simulators.errors import InfrastructureError
 from steptool_jax.simulators.functions import Toolbox
-from steptool_jax.simulators.mcp import McpServer
+from steptool_jax.simulators.mcp import McpServers
 from steptool_jax.types import Code, ToolCall
 
 PLAIN = pathlib.Path(__file__).with_name("mcp_plain_server.py")
@@ -22,8 +24,9 @@ SERVER = pathlib.Path(__file__).with_name("mcp_server.py")
 @pytest.fixture(scope="module")
 def server():
   pytest.importorskip("mcp", reason="the optional package mcp is missing")
-  with McpServer(command=[sys.executable, str(SERVER)], timeout_s=10) as server:
-    yield server
+  command = [sys.executable, str(SERVER)]
+  with McpServers(command=command, shared=True, timeout_s=10) as servers:
+    yield Toolbox(servers.open().tools, 1024)
 
 
 def test_tools_are_listed_with_valid_names_and_schemas(server):
@@ -56,17 +59,16 @@ def test_what_goes_wrong_has_its_code(server):
   assert len(server.call(ToolCall("long", {})).text) == 1024
 
 
-def test_the_tools_fit_into_a_toolbox(server):
-  box = Toolbox([tool for tool in server.tools if tool.spec.name == "add"])
-  assert box.call(ToolCall("add", {"a": 1, "b": 1})).value == 2
-
-
 def test_many_threads_share_the_connection(server):
   with concurrent.futures.ThreadPoolExecutor(16) as pool:
     calls = [ToolCall("slow_double", {"a": i}) for i in range(32)]
     started = time.monotonic()
     assert [o.value for o in pool.map(server.call, calls)] == [2 * i for i in range(32)]
   assert time.monotonic() - started < 4  # one after the other: 6.4
+
+
+def lent(servers):
+  return Toolbox(servers.open().tools)
 
 
 @pytest.fixture
@@ -76,7 +78,8 @@ def plain():
   servers = []
 
   def plain(**settings):
-    servers.append(McpServer(command=[sys.executable, str(PLAIN)], **settings))
+    settings = {"command": [sys.executable, str(PLAIN)], "shared": True, **settings}
+    servers.append(McpServers(**settings))
     return servers[-1]
 
   yield plain
@@ -85,7 +88,7 @@ def plain():
 
 
 def test_a_hanging_tool_is_infrastructure_and_the_rest_goes_on(plain):
-  server = plain(timeout_s=0.5)
+  server = lent(plain(timeout_s=0.5))
   started = time.monotonic()
   assert server.call(ToolCall("hang", {})).code == Code.INFRASTRUCTURE
   assert time.monotonic() - started < 5
@@ -93,8 +96,8 @@ def test_a_hanging_tool_is_infrastructure_and_the_rest_goes_on(plain):
 
 
 def test_an_older_server_with_pages_plain_text_and_protocol_errors(plain):
-  server = plain()
-  names = "double environment picture refuse break hang die"
+  server = lent(plain())
+  names = "double environment picture refuse break hang die count"
   assert [spec.name for spec in server.specs] == names.split()
   assert server.call(ToolCall("picture", {})).text == "a map\n<image>"
   refused = server.call(ToolCall("refuse", {}))
@@ -106,7 +109,8 @@ def test_an_older_server_with_pages_plain_text_and_protocol_errors(plain):
 
 
 def test_a_call_that_kills_its_server_twice_is_infrastructure_and_the_rest_goes_on(plain, tmp_path):
-  server = plain(timeout_s=5, env={"STEPTOOL_STARTS": str(tmp_path / "starts")})
+  servers = plain(timeout_s=5, env={"STEPTOOL_STARTS": str(tmp_path / "starts")})
+  server = lent(servers)
   died = server.call(ToolCall("die", {}))
   assert died.code == Code.INFRASTRUCTURE
   assert "tool die" in died.text
@@ -115,14 +119,14 @@ def test_a_call_that_kills_its_server_twice_is_infrastructure_and_the_rest_goes_
     calls = [ToolCall("double", {"a": i}) for i in range(8)]
     assert [o.value for o in pool.map(server.call, calls)] == [str(2 * i) for i in range(8)]
   assert (tmp_path / "starts").read_text() == "xxx"  # one new server for all of them
-  server.close()
+  servers.close()
   assert server.call(ToolCall("double", {"a": 1})).code == Code.INFRASTRUCTURE
   assert (tmp_path / "starts").read_text() == "xxx"
-  server.close()  # again
+  servers.close()  # again
 
 
 def test_a_server_that_does_not_come_back_is_infrastructure(plain, tmp_path):
-  server = plain(timeout_s=5, env={"STEPTOOL_STARTS": str(tmp_path / "starts")})
+  server = lent(plain(timeout_s=5, env={"STEPTOOL_STARTS": str(tmp_path / "starts")}))
   (tmp_path / "starts").write_text("no more")
   died = server.call(ToolCall("die", {}))
   assert died.code == Code.INFRASTRUCTURE
@@ -132,28 +136,102 @@ def test_a_server_that_does_not_come_back_is_infrastructure(plain, tmp_path):
 
 
 def test_close_ends_the_server_process(plain):
-  server = plain(env={"STEPTOOL_TEST": "given"})
-  found = json.loads(server.call(ToolCall("environment", {})).text)
+  servers = plain(env={"STEPTOOL_TEST": "given"})
+  found = json.loads(lent(servers).call(ToolCall("environment", {})).text)
   assert found["given"] == "given"
   os.kill(found["pid"], 0)
-  server.close()
+  servers.close()
   with pytest.raises(ProcessLookupError):
     os.kill(found["pid"], 0)
 
 
+class Own:
+  """Servers of one conversation each, and what they keep apart."""
+
+  def __init__(self, plain, **settings):
+    self.servers = plain(timeout_s=5, **{"shared": False, **settings})
+
+  def count(self, session):
+    return Toolbox(session.tools).call(ToolCall("count", {})).text
+
+  def pid(self, session):
+    return json.loads(Toolbox(session.tools).call(ToolCall("environment", {})).text)["pid"]
+
+
+def test_a_conversation_has_a_server_of_its_own(plain):
+  """All conversations shared one server's state: what one had bought was gone for the next."""
+  own = Own(plain)
+  first, second = own.servers.open(), own.servers.open()
+  assert [own.count(s) for s in (first, first, second)] == ["1", "2", "1"]
+  pids = own.pid(first), own.pid(second)
+  started = time.monotonic()
+  first.close()
+  first.close()
+  assert time.monotonic() - started < 0.2  # others do not wait for its end
+  assert own.count(second) == "2"
+  box = Toolbox(first.tools)
+  assert box.call(ToolCall("count", {})).code == Code.INFRASTRUCTURE
+  own.servers.close()
+  for pid in pids:
+    with pytest.raises(ProcessLookupError):
+      os.kill(pid, 0)
+  with pytest.raises(InfrastructureError, match="closed"):
+    own.servers.open()
+
+
+def test_one_that_dies_is_lost_with_its_state_and_no_other_one(plain):
+  own = Own(plain)
+  first, second = own.servers.open(), own.servers.open()
+  own.count(second)
+  box = Toolbox(first.tools)
+  assert box.call(ToolCall("die", {})).code == Code.INFRASTRUCTURE
+  assert box.call(ToolCall("count", {})).code == Code.INFRASTRUCTURE  # not "1" of a fresh one
+  assert own.count(second) == "2"
+
+
+def test_a_server_that_died_while_it_waited_is_not_lent(plain):
+  own = Own(plain)
+  own.servers.open().close()
+  for spare in list(own.servers._spare):
+    spare.listed()
+    spare.close()
+    spare.wait(10)
+  assert own.count(own.servers.open()) == "1"
+
+
+def test_servers_that_cannot_start_any_more_are_infrastructure(plain, tmp_path):
+  starts = tmp_path / "starts"
+  own = Own(plain, env={"STEPTOOL_STARTS": str(starts)})
+  starts.write_text("no more")
+  own.servers.open()  # the one that listed the tools
+  with pytest.raises(InfrastructureError, match="did not start or answer"):
+    own.servers.open()
+
+
+@pytest.mark.parametrize("drip", DRIPS)
+def test_no_drip_of_bytes_outlives_the_time_limit(drip):
+  pytest.importorskip("mcp")
+  with RawServer(DRIPS[drip]) as server:
+    started = time.monotonic()
+    with pytest.raises(OSError, match="did not start or answer"):
+      McpServers(url=server.url, start_timeout_s=0.5)
+    assert time.monotonic() - started < 5
+
+
 def test_streamable_http():
   pytest.importorskip("mcp")
-  with HttpServer() as http, McpServer(url=http.url, timeout_s=5) as server:
+  with HttpServer() as http, McpServers(url=http.url, timeout_s=5) as servers:
+    server = lent(servers)
     assert server.call(ToolCall("double", {"a": 21})).text == "42"
     assert server.call(ToolCall("refuse", {})).code == Code.TOOL_ERROR
   with pytest.raises(OSError, match=r"127.0.0.1.*did not start or answer"):
-    McpServer(url=http.url, start_timeout_s=5)
+    McpServers(url=http.url, start_timeout_s=5)
 
 
 def test_no_shell_reads_the_command():
   pytest.importorskip("mcp")
   with pytest.raises(OSError, match="did not start or answer"):
-    McpServer(command=[f"{sys.executable} {SERVER}"], start_timeout_s=5)
+    McpServers(command=[f"{sys.executable} {SERVER}"], start_timeout_s=5)
 
 
 @pytest.mark.parametrize(
@@ -163,21 +241,21 @@ def test_no_shell_reads_the_command():
 def test_a_server_that_does_not_start_is_named(command):
   pytest.importorskip("mcp")
   with pytest.raises(OSError, match=re.escape(command[0])):
-    McpServer(command=command, start_timeout_s=10)
+    McpServers(command=command, start_timeout_s=10)
 
 
 def test_a_server_that_says_nothing_is_given_up():
   pytest.importorskip("mcp")
   started = time.monotonic()
   with pytest.raises(OSError, match="did not start or answer"):
-    McpServer(command=[sys.executable, "-c", "import time; time.sleep(60)"], start_timeout_s=0.5)
+    McpServers(command=[sys.executable, "-c", "import time; time.sleep(60)"], start_timeout_s=0.5)
   assert time.monotonic() - started < 10
 
 
 def test_without_the_package_the_remedy_is_named(monkeypatch):
   monkeypatch.setitem(sys.modules, "mcp", None)
   with pytest.raises(ImportError, match=r"pip install 'steptool-jax\[mcp\]'"):
-    McpServer(url="http://localhost:1/mcp")
+    McpServers(url="http://localhost:1/mcp")
 
 
 @pytest.mark.parametrize(
@@ -189,11 +267,12 @@ def test_without_the_package_the_remedy_is_named(monkeypatch):
     ({"command": []}, "list of arguments"),
     ({"url": "http://x", "env": {}}, "env goes with a command"),
     ({"url": "http://x", "timeout_s": 0}, "above 0 seconds"),
+    ({"url": "http://me:secret@x"}, "user name or a password"),
   ],
 )
 def test_bad_settings(settings, wrong):
   with pytest.raises(ValueError, match=wrong):
-    McpServer(**settings)
+    McpServers(**settings)
 
 
 def test_names_become_valid_and_stay_apart():

@@ -370,6 +370,55 @@ def test_recorded_asks_once_and_keeps_answers_but_no_passing_trouble(tmp_path):
   assert live.asked == 3
 
 
+FAILURES = [
+  VirtualResponse("Failed to generate fake response", ""),
+  VirtualResponse("", "Failed to generate fake response."),
+  VirtualResponse("500 Internal Server Error", ""),
+  VirtualResponse("", "Internal Server Error"),
+  VirtualResponse("HTTP error 502: Bad Gateway", None),
+  VirtualResponse("", ""),
+  VirtualResponse("", "\n"),
+  VirtualResponse("", None),
+  VirtualResponse("", float("nan")),
+]
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+def test_a_simulators_own_failure_is_not_kept_and_is_nobodys(tmp_path, failure):
+  """It was scored as the policy's call, and answered every later one from the cache."""
+  live = Says(failure, VirtualResponse("", "well"))
+  recorded = Recorded(Cache(None, tmp_path), live)
+  with pytest.raises(InfrastructureError, match="the answer for find"):
+    recorded.answer(request({"a": 1}))
+  assert recorded.answer(request({"a": 1})).response == "well"
+
+
+def test_a_failure_that_an_earlier_version_kept_is_asked_for_again(tmp_path):
+  cache = Cache(None, tmp_path)
+  cache.append(request({"a": 1}), VirtualResponse("", "x"))
+  failed = json.dumps(FAILURES[0].as_dict())
+  with sqlite3.connect(tmp_path / "answers.sqlite3") as database:
+    database.execute("UPDATE answers SET answer = ?", (failed,))
+  cache = Cache(None, tmp_path)
+  assert cache.examples(request({})) == []
+  assert cache.append(request({"a": 1}), VirtualResponse("", "well")).response == "well"
+  assert Cache(None, tmp_path).answer(request({"a": 1})).response == "well"
+
+
+@pytest.mark.parametrize(
+  "answer",
+  [
+    VirtualResponse("no such city", ""),
+    VirtualResponse("API error 500: internal server error in module x", None),
+    VirtualResponse("", []),
+    VirtualResponse("", 0),
+    VirtualResponse("", "The log says: 500 Internal Server Error."),
+  ],
+)
+def test_an_apis_own_answer_is_kept(tmp_path, answer):
+  assert Recorded(Cache(None, tmp_path), Says(answer)).answer(request({"a": 1})) == answer
+
+
 def test_lookups_are_quick_when_warm(folder, tmp_path):
   entries = {str({"city": f"c{i}", "days": i}): entry(f"answer {i}") for i in range(500)}
   cache = Cache(folder({"find": entries}), tmp_path / "new")

@@ -3,6 +3,7 @@
 import ast
 import json
 import pathlib
+import shutil
 
 import pytest
 
@@ -305,6 +306,24 @@ def test_a_tool_environment_gives_schemas_and_descriptions(layout, tmp_path):
     one(layout, api("gone"), tools_folder=tools)
   with pytest.raises(FileNotFoundError, match="tools folder .* does not exist"):
     one(layout, api("a"), tools_folder=tmp_path / "no")
+
+
+@pytest.mark.parametrize("category", ["..", "../tools", "News_Media/../..", ".", "", "ABSOLUTE"])
+def test_no_category_leads_out_of_the_tools_folder(layout, tmp_path, category):
+  """A query file with the category ".." read a JSON file beside the folder."""
+  tools = tools_folder(tmp_path)
+  for outside in (tmp_path, tools, tmp_path / "ABSOLUTE"):
+    outside.mkdir(exist_ok=True)
+    shutil.copy(tools / "News_Media" / "my_tool.json", outside)
+  outside = category.replace("ABSOLUTE", str(tmp_path / "ABSOLUTE"))
+  env, _ = one(layout, api("a"), api("a", category=outside), tools_folder=tools)
+  assert env.missing == (f"1: {outside}/My Tool!/a",)
+
+
+def test_a_query_id_that_leads_to_another_folder_is_refused(layout):
+  """Answers are written to files of this name."""
+  with pytest.raises(ValueError, match=r"query 0: the query id '../x' is no name of a file"):
+    ToolBench(layout([query("../x", api("a"))]), Fake(), ["G1_x"])
 
 
 def test_prompts(layout):

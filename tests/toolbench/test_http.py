@@ -49,6 +49,12 @@ def test_the_contract_on_the_wire():
     ("reset",),
     ("ok", {"response": "no error field"}),
     ("ok", ["error", "response"]),
+    ("ok", {"error": "Failed to generate fake response", "response": ""}),
+    ("ok", {"error": "", "response": "500 Internal Server Error"}),
+    ("ok", {"error": "", "response": ""}),
+    ("ok", {"error": None, "response": None}),
+    ("ok", {"error": "", "response": {"n": float("nan")}}),
+    ("status", 200, (), '{"error": "", "response": 1e999}'),
   ],
 )
 def test_a_passing_fault_is_retried_and_a_lasting_one_is_infrastructure(fault):
@@ -123,7 +129,10 @@ def test_retry_after_forms():
   past = soon - datetime.timedelta(hours=1)
   assert posting.retry_after_s(email.utils.format_datetime(past, usegmt=True)) == 0
   assert posting.retry_after_s("7") == 7
-  for unreadable in ("", "soon", "-5", "5 minutes"):
+  assert posting.retry_after_s("9" * 400) == float("inf")
+  # Beyond the calendar, and beyond a C integer, which ended a judge run.
+  far = [f"Sat, 01 Jan {year} 00:00:00 GMT" for year in ("10000", "9" * 20)]
+  for unreadable in ("", "soon", "-5", "5 minutes", "²", *far):
     assert posting.retry_after_s(unreadable) == 0
 
 

@@ -8,6 +8,7 @@ import httpx
 import pytest
 
 from steptool_jax.simulators.errors import InfrastructureError
+from steptool_jax.toolbench import server as server_lib
 from steptool_jax.toolbench.server import Server
 from steptool_jax.toolbench.simulators.cache import Cache
 from steptool_jax.toolbench.simulators.http import HttpSimulator
@@ -37,8 +38,8 @@ class Scripted:
 def start():
   servers = []
 
-  def start(simulator):
-    servers.append(Server(simulator, "127.0.0.1", 0))
+  def start(simulator, key=""):
+    servers.append(Server(simulator, "127.0.0.1", 0, key))
     return servers[-1], f"http://127.0.0.1:{servers[-1].port}/virtual"
 
   yield start
@@ -183,3 +184,87 @@ def test_a_taken_port_is_named():
     port = taken.getsockname()[1]
     with pytest.raises(OSError, match=f"127.0.0.1:{port}.*choose another port"):
       Server(Scripted(), "127.0.0.1", port)
+
+
+def test_port_and_host_that_cannot_be():
+  """Port 70000 was a traceback; no host was every address, silently."""
+  with pytest.raises(OSError, match="127.0.0.1:70000.*choose another port"):
+    Server(Scripted(), "127.0.0.1", 70000)
+  with pytest.raises(ValueError, match="name 0.0.0.0 to listen on every address"):
+    Server(Scripted(), "", 0)
+
+
+@pytest.mark.parametrize("length", ["\u00b2", "-1", "1e3", "99999999999999999999"])
+def test_a_content_length_that_is_none_gets_an_answer(start, length):
+  """A superscript 2 counts as a digit in Python, and ended the connection without a word."""
+  server, _ = start(Scripted())
+  head = f"POST /virtual HTTP/1.1\r\nHost: localhost\r\nContent-Length: {length}\r\n\r\n"
+  with socket.create_connection(("127.0.0.1", server.port), timeout=5) as connection:
+    connection.sendall(head.encode("latin-1"))
+    assert connection.recv(100).startswith(b"HTTP/1.1 4")
+
+
+def test_pages_of_a_browser_cannot_ask(start):
+  """A page that the user looks at reaches 127.0.0.1, by an address of its own name, too."""
+  simulator = Scripted()
+  _, url = start(simulator)
+  for headers in ({"Origin": "http://evil.example"}, {"Host": "evil.example:8080"}):
+    reply = httpx.post(url, json=BODY, headers=headers)
+    assert (reply.status_code, list(reply.json())) == (403, ["detail"])
+  assert not simulator.requests
+  for host in ("localhost:1", "10.0.0.1", "[::1]:80", socket.gethostname()):
+    assert httpx.post(url, json=BODY, headers={"Host": host}).status_code == 200
+
+
+def test_a_server_with_a_key_answers_those_who_send_it_and_hands_it_to_nobody(start):
+  simulator = Scripted()
+  _, url = start(simulator, key="server-key")
+  official = {"headers": {"toolbench_key": "server-key"}}
+  ours = BODY | {"toolbench_key": "server-key"}
+  for bad in ({}, {"headers": {"Authorization": "Bearer wrong"}}):
+    assert httpx.post(url, json=ours, **bad).status_code == 401
+  assert httpx.post(url, json=ours, **official).status_code == 200
+  bearer = {"Authorization": "Bearer server-key", "Host": "any.example"}
+  assert httpx.post(url, json=BODY | {"toolbench_key": "theirs"}, headers=bearer).status_code == 200
+  assert [r.toolbench_key for r in simulator.requests] == ["", "theirs"]
+  asked = VirtualRequest("Data", "t", "a", {}, toolbench_key="server-key")
+  assert HttpSimulator(url, retries=0).answer(asked) == FINE
+
+
+def test_names_and_keys_that_no_api_has_are_refused(start):
+  """Caches of names kept what every request sent; a key with a line end broke the next client."""
+  _, url = start(Scripted())
+  for field, value in (("api_name", "x" * 600), ("category", "x" * 600), ("toolbench_key", "a\nb")):
+    reply = httpx.post(url, json=BODY | {field: value})
+    assert reply.status_code == 422
+    assert field in reply.json()["detail"]
+
+
+def test_slow_clients_cost_no_threads_and_are_given_up(start, monkeypatch):
+  """Each of 200 clients that sent a byte now and then held a thread, for as long as it liked."""
+  monkeypatch.setattr(server_lib, "_HEAD_S", 0.3)
+  monkeypatch.setattr(server_lib, "_BODY_S", 0.3)
+  server, url = start(Scripted())
+  threads = threading.active_count()
+  head = b"POST /virtual HTTP/1.1\r\nHost: localhost\r\n"
+  slow = [socket.create_connection(("127.0.0.1", server.port), timeout=5) for _ in range(200)]
+  try:
+    for n, connection in enumerate(slow):
+      connection.sendall(head if n % 2 else head + b"Content-Length: 99\r\n\r\n{")
+    assert httpx.post(url, json=BODY, timeout=5).status_code == 200
+    assert threading.active_count() <= threads + 2
+    assert slow[0].recv(100).startswith(b"HTTP/1.1 408")
+    assert slow[1].recv(100) == b""
+  finally:
+    for connection in slow:
+      connection.close()
+
+
+def test_further_connections_than_the_bound_are_closed(start, monkeypatch):
+  monkeypatch.setattr(server_lib, "_CONNECTIONS", 4)
+  server, url = start(Scripted())
+  held = [socket.create_connection(("127.0.0.1", server.port), timeout=5) for _ in range(4)]
+  with pytest.raises(httpx.TransportError):
+    httpx.post(url, json=BODY, timeout=5)
+  for connection in held:
+    connection.close()

@@ -9,7 +9,8 @@ from typing import Any
 
 from steptool_jax.config import Config, Endpoint
 from steptool_jax.simulators import endpoint as endpoint_lib
-from steptool_jax.simulators.mcp import McpServer
+from steptool_jax.simulators.mcp import McpServers
+from steptool_jax.simulators.posting import clean_key
 from steptool_jax.toolbench.judging import Judging
 from steptool_jax.toolbench.simulators.cache import Cache, Recorded
 from steptool_jax.toolbench.simulators.http import HttpSimulator
@@ -45,7 +46,7 @@ class Services:
   answering: Answering | None = None  # toolbench
   judging: Judging | None = None  # toolbench
   toolbench_key: str = ""  # toolbench: of the http server, sent with every call
-  mcp: McpServer | None = None  # custom, with environment.mcp
+  mcp: McpServers | None = None  # custom, with environment.mcp
 
   def beside(self, figure: str) -> str:
     """A printed figure, with who judged where there is a judge."""
@@ -70,13 +71,13 @@ def open_services(config: Config) -> Iterator[Services]:
       yield Services(answering, Judging(endpoint, config.judge.runs), key)
     elif c.mcp:
       is_url = len(c.mcp) == 1 and c.mcp[0].startswith(("http://", "https://"))
-      server = McpServer(
+      servers = McpServers(
         command=None if is_url else c.mcp,
         url=c.mcp[0] if is_url else None,
+        shared=c.mcp_shared,
         timeout_s=config.rollout.tool_timeout,
-        max_observation_chars=config.rollout.max_observation_chars,
       )
-      yield Services(mcp=stack.enter_context(server))
+      yield Services(mcp=stack.enter_context(servers))
     else:
       yield Services()
 
@@ -147,6 +148,7 @@ def open_endpoint(
 
 def secret(variable: str, name: str) -> str:
   """The value of an environment variable, "" for no variable: keys stay out of configs and logs."""
-  if variable and not os.environ.get(variable):
-    raise ValueError(f"config.{name}: the environment variable {variable} is not set")
-  return os.environ[variable] if variable else ""
+  key = clean_key(os.environ.get(variable, ""), f"config.{name}: the variable {variable}")
+  if variable and not key:
+    raise ValueError(f"config.{name}: the environment variable {variable} is not set, or empty")
+  return key

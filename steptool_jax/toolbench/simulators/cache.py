@@ -24,13 +24,14 @@ from steptool_jax.toolbench.simulators.virtual import (
   Simulator,
   VirtualRequest,
   VirtualResponse,
+  failure_in,
   locate,
   parse_arguments,
   response_of,
 )
 from steptool_jax.toolbench.simulators.written import Place, WrittenAnswers
 
-_MAX_RESOLVED = 1 << 18
+_MAX_RESOLVED, _MAX_KEY = 1 << 16, 1024  # entries, and characters of each one's arguments
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +135,8 @@ class Cache:
       return NOT_PARSED
     if found is None and self._written is not None:
       found, how = self._written.get(place, canonical), "written_hits"
-    if found is not None and how != "exact_hits" and len(self._resolved) < _MAX_RESOLVED:
+    room = len(exact) <= _MAX_KEY and len(self._resolved) < _MAX_RESOLVED
+    if found is not None and how != "exact_hits" and room:
       self._resolved[place, exact] = found, how
     with self._count_lock:
       self._counts[how if found is not None else "misses"] += 1
@@ -144,10 +146,13 @@ class Cache:
     """Keeps a new answer for good and returns the one that counts from now on: an answer that is
     there already, perhaps from another process, is never changed.
 
-    Raises InfrastructureError when it cannot be written.
+    Raises InfrastructureError when it cannot be written, or is a simulator's own failure.
     """
     if self._written is None:
       raise ValueError("this cache is only read: give it a writable folder")
+    wrong = failure_in(response)
+    if wrong:
+      raise InfrastructureError(f"the answer for {request.api_name} {wrong}")
     arguments = parse_arguments(request.tool_input)
     place = locate(request.category, request.tool_name, request.api_name)
     entries, canonical = self._entries(place), canonical_key(arguments)

@@ -12,9 +12,17 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from steptool_jax.simulators.posting import Failed, Patience, Poster, Reply
-from steptool_jax.toolbench.simulators.virtual import VirtualRequest, VirtualResponse, response_of
+from steptool_jax.simulators.posting import (
+  Failed,
+  Patience,
+  Poster,
+  Reply,
+  check_address,
+  clean_key,
+)
+from steptool_jax.toolbench.simulators.virtual import VirtualRequest, VirtualResponse, read_response
 
+_NOT_JSON = (json.JSONDecodeError, UnicodeDecodeError)
 _RETRIED = frozenset({408, 425, 429, 500, 502, 503, 504})
 # The server is well and asks for patience: no reason to open the breaker.
 _PATIENCE = frozenset({425, 429})
@@ -94,16 +102,14 @@ class HttpSimulator:
     failures_to_open: int = 16,
     cooldown_s: float = 30.0,
   ):
-    if not url.startswith(("http://", "https://")):
-      raise ValueError(f"url is {url!r}: give http://host:port/virtual")
-    self._patience = Patience(retries, backoff_s, max_backoff_s, max_wait_s)
+    check_address(url, "url", "http://host:port/virtual")
     self.breaker = Breaker(failures_to_open, cooldown_s)
     self._poster = Poster(
       url,
+      Patience(retries, backoff_s, max_backoff_s, max_wait_s),
       timeout_s=timeout_s,
       max_in_flight=max_in_flight,
       max_body_bytes=max_body_bytes,
-      headers={},
     )
 
   def answer(self, request: VirtualRequest) -> VirtualResponse:
@@ -112,13 +118,14 @@ class HttpSimulator:
       content = json.dumps(_body(request))
     except (TypeError, ValueError, RecursionError) as error:
       raise ValueError(f"tool_input of {request.api_name} is not JSON data: {error}") from None
-    headers = {"toolbench_key": request.toolbench_key}
+    key = clean_key(request.toolbench_key, "toolbench_key")
+    headers = {"toolbench_key": key}
 
     def attempt() -> VirtualResponse:
       with self._poster.slots, self._guarded():
         return _read(self._poster.post(content, headers))
 
-    return self._patience.persist(attempt, self._poster.url)
+    return self._poster.persist(attempt, hidden=(key,))
 
   def close(self) -> None:
     self._poster.close()
@@ -156,15 +163,12 @@ def _body(request: VirtualRequest) -> dict[str, Any]:
 def _read(reply: Reply) -> VirtualResponse:
   """The answer in a reply; Failed when the reply is none."""
   try:
-    response = response_of(json.loads(reply.body))
-    wrong = ""
-  except RecursionError:
-    wrong = "is nested too deeply"
-  except ValueError as error:
-    wrong = str(error)
+    response, wrong = read_response(reply.body), ""
+  except ValueError as error:  # also of text that is no JSON or no UTF-8
+    wrong = f"is not JSON ({error})" if isinstance(error, _NOT_JSON) else str(error)
   if reply.status == 200:
     if wrong:
-      raise Failed(f"answer is no {{error, response}}: {wrong}: {reply.start}")
+      raise Failed(f"the reply is no {{error, response}}, it {wrong}: {reply.start}")
     return response
   if reply.status in _RETRIED:
     raise Failed(

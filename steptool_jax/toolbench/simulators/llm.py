@@ -16,9 +16,10 @@ from steptool_jax.toolbench.simulators.virtual import (
   NOT_PARSED,
   VirtualRequest,
   VirtualResponse,
+  failure_in,
   locate,
   parse_arguments,
-  response_of,
+  read_response,
 )
 
 Style = Literal["gpt", "mirror"]
@@ -152,15 +153,14 @@ def parse_reply(text: str, lenient: bool = False) -> VirtualResponse:
   fenced = re.fullmatch(r"\s*```(?:json)?\s*\n?(.*?)\s*```\s*", text, re.DOTALL)
   body = (fenced.group(1) if fenced else text).strip()
   try:
-    response = response_of(json.loads(body))
-  except RecursionError:
-    raise ValueError("is nested too deeply") from None
+    return read_response(body)
   except json.JSONDecodeError as error:
     response = _read_loosely(body) if lenient else None
     if response is None:
       raise ValueError(f"is not JSON ({error})") from None
-  if not response.error and response.response in ("", None):
-    raise ValueError("has neither an error nor a response")
+  wrong = failure_in(response)
+  if wrong:
+    raise ValueError(wrong)
   return response
 
 

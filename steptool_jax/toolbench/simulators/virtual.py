@@ -7,10 +7,11 @@ the simulator's own side is an InfrastructureError, never an answer.
 import dataclasses
 import functools
 import json
+import math
 import re
 import urllib.parse
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 from steptool_jax.simulators.errors import InfrastructureError
 
@@ -61,6 +62,11 @@ PASSING_ERRORS = frozenset(
 )
 # The official server writes this into its cache when its own language model failed.
 SIMULATOR_FAILED = "Failed to generate fake response"
+_OWN_FAILURE = re.compile(
+  rf"{SIMULATOR_FAILED}\W*|(HTTP )?(error )?(5\d\d\W*)?"
+  r"(internal server error|bad gateway|service unavailable|gateway time-?out)\W*",
+  re.IGNORECASE,
+)
 
 
 class Simulator(Protocol):
@@ -115,6 +121,41 @@ def response_of(data: Any) -> VirtualResponse:
   return VirtualResponse(error or "", data["response"])
 
 
+def failure_in(response: VirtualResponse) -> str:
+  """How it shows that a live simulator failed itself and sent that as its answer; "" for an answer.
+
+  Worded to follow "the reply". Recorded answers may well be empty: those are the API's own.
+  """
+  error, value = response.error.strip(), response.response
+  for text in (error, value):
+    if isinstance(text, str) and _OWN_FAILURE.fullmatch(text.strip()):
+      return f"is the simulator's own failure, {text!r}"
+  nothing = value is None or value != value or (isinstance(value, str) and not value.strip())
+  return "has neither an error nor a response" if nothing and not error else ""
+
+
+def read_response(text: str | bytes) -> VirtualResponse:
+  """What a live simulator sent. ValueError, worded to follow "the reply", if it is no answer."""
+  try:
+    data = json.loads(text, parse_constant=_not_finite, parse_float=_finite)
+  except RecursionError:
+    raise ValueError("is nested too deeply") from None
+  response = response_of(data)
+  wrong = failure_in(response)
+  if wrong:
+    raise ValueError(wrong)
+  return response
+
+
+def _not_finite(text: str) -> NoReturn:
+  raise ValueError(f"holds {text:.20}, which is no JSON number")
+
+
+def _finite(text: str) -> float:
+  value = float(text)
+  return value if math.isfinite(value) else _not_finite(text)
+
+
 def parse_arguments(tool_input: Mapping[str, Any] | str) -> dict[str, Any]:
   """The arguments object; "" means none. ValueError for a text that is no JSON object."""
   if isinstance(tool_input, Mapping):
@@ -136,7 +177,11 @@ _FORBIDDEN = re.compile(r"[^\u4e00-\u9fa5a-zA-Z0-9_^]")
 _RESERVED = frozenset({"from", "class", "return", "false", "true", "id", "and"})
 
 
-@functools.lru_cache(maxsize=1 << 16)
+MAX_NAME = 512  # characters of a name that a server's client may send; real ones have 85
+
+
+# So these caches stay below some 10 MB each, whatever the clients ask for.
+@functools.lru_cache(maxsize=1 << 13)
 def standardize(name: str) -> str:
   """The official rule for names of tools, APIs and parameters; "" when nothing is left."""
   name = re.sub(r"_+", "_", _FORBIDDEN.sub("_", name)).lower().strip("_")
@@ -154,7 +199,7 @@ def standardize_category(category: str) -> str:
   return re.sub(r"_+", "_", re.sub(r"[ ,/]", "_", urllib.parse.unquote(category)))
 
 
-@functools.lru_cache(maxsize=1 << 16)
+@functools.lru_cache(maxsize=1 << 13)
 def locate(category: str, tool_name: str, api_name: str) -> tuple[str, str, str]:
   """(category, tool, api) by the official rules, the tool without its "_for_<category>"."""
   category = standardize_category(category)

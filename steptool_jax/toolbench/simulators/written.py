@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from steptool_jax.simulators.errors import InfrastructureError
-from steptool_jax.toolbench.simulators.virtual import VirtualResponse, response_of
+from steptool_jax.toolbench.simulators.virtual import VirtualResponse, failure_in, response_of
 
 _DATABASE = "answers.sqlite3"
 _BUSY_S = 30.0  # how long a writer waits for the writers of other processes
@@ -42,6 +42,7 @@ class WrittenAnswers:
     """(the answer that counts, whether it is this one)."""
     text = json.dumps(response.as_dict())
     with self._database() as database:
+      self._select(database, place, canonical)  # frees the place of what is no answer
       done = database.execute(
         "INSERT INTO answers VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING",
         (*place, canonical, key, text),
@@ -57,7 +58,8 @@ class WrittenAnswers:
         "ORDER BY rowid LIMIT ?",
         (*place, count),
       ).fetchall()
-    return [(key, response_of(json.loads(answer))) for key, answer in rows]
+    found = [(key, response_of(json.loads(answer))) for key, answer in rows]
+    return [(key, response) for key, response in found if not failure_in(response)]
 
   def close(self) -> None:
     with self._lock:
@@ -71,7 +73,15 @@ class WrittenAnswers:
       "SELECT answer FROM answers WHERE category = ? AND tool = ? AND api = ? AND canonical = ?",
       (*place, canonical),
     ).fetchone()
-    return response_of(json.loads(row[0])) if row else None
+    found = response_of(json.loads(row[0])) if row else None
+    if found is None or not failure_in(found):
+      return found
+    # Kept by an earlier version, which took a simulator's failure for an answer.
+    database.execute(
+      "DELETE FROM answers WHERE category = ? AND tool = ? AND api = ? AND canonical = ?",
+      (*place, canonical),
+    )
+    return None
 
   @contextlib.contextmanager
   def _database(self) -> Iterator[sqlite3.Connection]:
