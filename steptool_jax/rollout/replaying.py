@@ -1,5 +1,6 @@
 """Demonstrated actions -> trajectories, through the same state machine that rollouts use."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -7,7 +8,6 @@ import numpy as np
 
 from steptool_jax.dialogue.template import ChatFormat
 from steptool_jax.environments.base import Environment
-from steptool_jax.rollout.chain import judged, verdict_on
 from steptool_jax.rollout.conversation import Conversation, Limits, State
 from steptool_jax.simulators.errors import InfrastructureError
 from steptool_jax.simulators.runner import ToolRunner, TooManyStuck
@@ -109,7 +109,7 @@ def perform(
 
 
 def unopened(task: Task, sample: int) -> Trajectory:
-  """Of a task whose session could not be opened."""
+  """The empty trajectory of a task whose session could not be opened."""
   return Trajectory(task.id, sample, np.zeros(0, np.int32), (), Status.INFRASTRUCTURE_ERROR)
 
 
@@ -146,9 +146,16 @@ class _Replaying:
     return self._runner.submit(session, call).result()
 
   def graded(self, session, trajectory: Trajectory, answer: str | None) -> Trajectory:
-    what = f"grading task {trajectory.task_id}"
-    verdict = verdict_on(trajectory, lambda: self._within(what, lambda: session.grade(answer)))
-    return judged(trajectory, verdict)
+    """The trajectory with its checker's verdict; one that is down marks it."""
+    if trajectory.status is Status.INFRASTRUCTURE_ERROR:
+      return trajectory
+    try:
+      solved = self._within(f"grading task {trajectory.task_id}", lambda: session.grade(answer))
+    except TooManyStuck:
+      raise
+    except InfrastructureError:
+      return dataclasses.replace(trajectory, status=Status.INFRASTRUCTURE_ERROR)
+    return dataclasses.replace(trajectory, solved=float(solved))
 
   def _within(
     self, what: str, work: Callable[[], T], late: Callable[[T], object] | None = None

@@ -73,6 +73,10 @@ class Will:
 
   def __exit__(self, *_: object) -> None:
     _wills.remove(self)
+    self.close()
+
+  def close(self) -> None:
+    """Ends it, without a word."""
     self.write("")
     with contextlib.suppress(OSError):
       self.process.stdin.close()

@@ -108,7 +108,7 @@ class Watchdog:
     self._done.set()
     self._beat.join()
     self._tell("bye")
-    self._will.__exit__()
+    self._will.close()
 
   def _live(self, every_s: float) -> None:
     while not self._done.wait(every_s):
