@@ -159,7 +159,9 @@ def test_evaluations_say_how_many_prompts_have_no_room(opened, monkeypatch, caps
       *(parts.environment, task, task.demonstration, parts.policy.chat_format, short.limits)
     )
     monkeypatch.setattr(rollouts, "roll", lambda *_: ([trajectory], None))
-    figures, _ = rollouts.evaluate_policy(short, {}, 1, "after SFT", 1.0)
+    figures, _ = rollouts.evaluate_policy(
+      short, {}, short.environment.tasks("heldout")[:1], "after SFT", 1.0
+    )
   assert figures["prompts_without_room"] == 1
   said = capsys.readouterr()
   assert "after SFT: 1 of 1 prompts have no room for one step" in said.out + said.err
