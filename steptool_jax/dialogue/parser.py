@@ -81,8 +81,10 @@ def write_react(action: Action) -> str:
 def parse_react(text: str) -> Action:
   """`[Thought: …\\n]Action: <name>\\nAction Input: <json object>`; Finish ends the task.
 
-  The thought may be missing (the released ToolLLaMA data often has none).
+  The thought may be missing (the released ToolLLaMA data often has none). Blanks and newlines in
+  front of it, which many models sample after the turn's header, do not matter.
   """
+  text = text.lstrip(_BLANK)
   if text.startswith("Thought:"):
     thought, found, rest = text.removeprefix("Thought:").partition("\nAction:")
     if not found:
