@@ -300,6 +300,20 @@ class Advantage:
 
 
 @dataclasses.dataclass(frozen=True)
+class Critic:
+  """What tells how good the state in front of a step is, for algorithms with GAE."""
+
+  kind: str = option(
+    "",
+    "value: a head on the policy; group: the task's other samples at the same step; ridge: a "
+    "closed form, fitted anew each iteration; empty = as the algorithm says",
+    choices=("value", "group", "ridge"),
+  )
+  penalty: float = option(1.0, "ridge: of the squared weights", above=0)
+  folds: int = option(5, "ridge: parts of the tasks, each predicted from the others", least=2)
+
+
+@dataclasses.dataclass(frozen=True)
 class Loss:
   clip_low: float = option(0.2, "lower clip of the ratio", least=0, most=1)
   clip_high: float = option(0.2, "upper clip of the ratio", least=0)
@@ -555,6 +569,7 @@ class Config:
   rollout: Rollout = option(Rollout(), "conversations")
   rewards: Rewards = option(Rewards(), "step rewards")
   advantage: Advantage = option(Advantage(), "GAE")
+  critic: Critic = option(Critic(), "baseline of GAE")
   loss: Loss = option(Loss(), "loss terms")
   dpo: Dpo = option(Dpo(), "algorithm eto")
   archer: Archer = option(Archer(), "algorithm archer")

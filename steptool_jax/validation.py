@@ -223,10 +223,21 @@ def _check_algorithm(config: Config) -> None:
       f"config.loss.kl: 'reward', but algorithm {config.algorithm!r} reads no rewards; leave it "
       "empty, or use 'loss'"
     )
-  if config.advantage.level and algorithm.critic != "value" and algorithm.rewards != "none":
+  if config.advantage.level and not algorithm.gae and algorithm.rewards != "none":
     raise ValueError(
       f"config.advantage.level: {config.advantage.level!r}, but algorithm {config.algorithm!r} has "
       "no GAE; leave it empty, or use 'ppo' or 'steptool'"
+    )
+  kind = config.critic.kind
+  if kind and not algorithm.gae and algorithm.rewards != "none":
+    raise ValueError(
+      f"config.critic.kind: {kind!r}, but algorithm {config.algorithm!r} has no GAE that would "
+      "read its values; leave it empty, or use 'ppo' or 'steptool'"
+    )
+  if kind == "group" and not config.data.path and config.rollout.samples < 2:
+    raise ValueError(
+      "config.critic.kind: 'group' compares samples of a task, and config.rollout.samples is 1; "
+      "set it to 2 or more (4 is usual), or use 'ridge'"
     )
   if config.train.micro_rows % algorithm.select.rows:
     raise ValueError(

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from steptool_jax.config import Config
-from steptool_jax.learning import advantages, critic, groups, losses, segments
+from steptool_jax.learning import advantages, double_critic, groups, losses, segments
 from steptool_jax.learning.outputs import Outputs
 from steptool_jax.learning.selection import EVERYTHING, PAIRS, SOLVED, Selection
 from steptool_jax.types import TokenBatch
@@ -29,7 +29,9 @@ class Algorithm:
   advantage: (batch, rewards, critic's values, config) -> fields of the batch; None: the
     loss reads none. Whitened where there is a critic; without one the baseline sets the scale.
   select: which trajectories are learnt from, and which of them stay together.
-  critic: "value" (the policy's value head), "double" (ArCHer's, with replay) or "none".
+  critic: where config.critic.kind is empty: "value" (the policy's value head), "double" (ArCHer's,
+    with replay), "none", or one of critics.FITTED. An algorithm with GAE takes all but "double" and
+    "none", whichever is its own.
   compares: it learns from differences between samples of a task.
   reference: the loss itself reads the reference policy.
   level, kl, aggregation: where the config's word is empty.
@@ -39,12 +41,17 @@ class Algorithm:
   loss: Callable[[Outputs, TokenBatch, Config], tuple[Terms, Terms]]
   advantage: Callable[..., dict[str, jax.Array]] | None = None
   select: Selection = EVERYTHING
-  critic: Literal["none", "value", "double"] = "none"
+  critic: Literal["none", "value", "group", "ridge", "double"] = "none"
   compares: bool = False
   reference: bool = False
   level: advantages.Level = "token"
   kl: Literal["reward", "loss", "none"] = "reward"
   aggregation: losses.Aggregation = "token"
+
+  @property
+  def gae(self) -> bool:
+    """Whether its advantage is GAE, which takes any critic that gives V."""
+    return self.critic not in ("none", "double")
 
 
 # --- advantages ------------------------------------------------------------------------------
@@ -86,9 +93,9 @@ def _gigpo(batch, rewards_BT, values: None, c: Config):
 
 def _archer(batch, rewards_BT, values: tuple, c: Config):
   online, target = values
-  returns_BT, value_targets_BT = critic.targets(batch, rewards_BT, target, c.advantage.gamma)
+  returns_BT, value_targets_BT = double_critic.targets(batch, rewards_BT, target, c.advantage.gamma)
   return {
-    "advantages": critic.utterance_advantages(batch, online),
+    "advantages": double_critic.utterance_advantages(batch, online),
     "values": online.q,
     "returns": returns_BT,
     "value_targets": value_targets_BT,
@@ -125,6 +132,9 @@ def _policy_loss(outputs: Outputs, batch: TokenBatch, c: Config) -> tuple[Terms,
 
 
 def _ppo_loss(outputs: Outputs, batch: TokenBatch, c: Config) -> tuple[Terms, Terms]:
+  terms, metrics = _policy_loss(outputs, batch, c)
+  if c.critic.kind != "value":  # the others have no weights that a gradient would reach
+    return terms, metrics
   # A broadcast advantage reads V at step starts only, so only those values are fitted.
   value_mask_BT = batch.action_mask
   if c.advantage.level == "step" and c.advantage.broadcast:
@@ -132,14 +142,13 @@ def _ppo_loss(outputs: Outputs, batch: TokenBatch, c: Config) -> tuple[Terms, Te
   value = losses.clipped_value(
     outputs.values, batch.values, batch.returns, value_mask_BT, c.loss.value_clip
   )
-  terms, metrics = _policy_loss(outputs, batch, c)
   terms |= {"value_loss": _scale(value, c.loss.value_coef)}
   return terms, metrics | {"value_error": value}
 
 
 def _archer_loss(outputs: Outputs, batch: TokenBatch, c: Config) -> tuple[Terms, Terms]:
   (online,) = outputs.values
-  q, v = critic.q_loss(online, batch), critic.v_loss(online, batch)
+  q, v = double_critic.q_loss(online, batch), double_critic.v_loss(online, batch)
   terms, metrics = _policy_loss(outputs, batch, c)
   terms |= {"q_loss": _scale(q, c.loss.value_coef), "v_loss": _scale(v, c.loss.value_coef)}
   return terms, metrics | {"q_error": q, "v_error": v}
@@ -207,7 +216,9 @@ def resolve(algorithm: Algorithm, config: Config) -> Config:
     aggregation=c.aggregation or algorithm.aggregation,
   )
   advantage = dataclasses.replace(a, level=a.level or algorithm.level)
-  return dataclasses.replace(config, advantage=advantage, loss=loss)
+  kind = config.critic.kind or algorithm.critic
+  critic = dataclasses.replace(config.critic, kind=kind if algorithm.gae else algorithm.critic)
+  return dataclasses.replace(config, advantage=advantage, loss=loss, critic=critic)
 
 
 def get_algorithm(name: str) -> Algorithm:

@@ -14,9 +14,10 @@ import jax.numpy as jnp
 import optax
 
 from steptool_jax.config import Config
-from steptool_jax.learning import advantages, critic, losses, segments
+from steptool_jax.learning import advantages, critics, double_critic, losses, segments, steptable
 from steptool_jax.learning.algorithms import Algorithm
 from steptool_jax.learning.outputs import Outputs, policy_outputs
+from steptool_jax.learning.steptable import StepTable
 from steptool_jax.policy import lora, model, sharding
 from steptool_jax.types import TokenBatch, TrainState
 
@@ -48,6 +49,11 @@ class Learner:
     return bool(self.config.data.path) and self.config.data.behaviour == "start"
 
   @property
+  def critic(self) -> str:
+    """Where values come from; `algorithms.resolve` has filled it in."""
+    return self.config.critic.kind
+
+  @property
   def critic_steps(self) -> int:
     """First optimizer steps, which train ArCHer's critic alone."""
     t = self.config.train
@@ -63,8 +69,8 @@ def init_state(learner: Learner, trainable: Any, frozen: Any, seed: int = 0) -> 
   reference, target = {}, ()
   if needs_copy:
     reference = jax.tree.map(jnp.copy, _in_compute_dtype(learner.model, trainable))
-  if learner.algorithm.critic == "double":
-    heads = critic.init_critic(learner.model.hidden_size, jax.random.key(seed))
+  if learner.critic == "double":
+    heads = double_critic.init_critic(learner.model.hidden_size, jax.random.key(seed))
     trainable, target = trainable | {"critic": heads}, jax.tree.map(jnp.copy, heads)
   return TrainState(
     step=jnp.zeros((), jnp.int32),
@@ -97,9 +103,15 @@ def reference_variables(state: TrainState) -> dict:
 
 
 def prepare(
-  learner: Learner, state: TrainState, batch_NBT: TokenBatch, count: jax.Array
+  learner: Learner,
+  state: TrainState,
+  batch_NBT: TokenBatch,
+  count: jax.Array,
+  table_NBK: StepTable | None = None,
 ) -> tuple[TokenBatch, Metrics]:
   """Fills old_logprobs, ref_logprobs and what the algorithm's advantage gives (float32 [N, B, T]).
+
+  table_NBK: the batch's step table, for the critics in critics.FITTED.
 
   The KL penalty, where it is a reward, is that of today's policy, whatever old_logprobs are.
   Advantages are whitened here, over the global batch, because whitening per minibatch would erase
@@ -107,35 +119,43 @@ def prepare(
   """
   c = learner.config
   variables = lora.join_variables(state.trainable, state.frozen)
-  critics = (state.trainable.get("critic"), state.target)
+  heads = (state.trainable.get("critic"), state.target)
 
   def of_micro(index):
     micro = _micro(batch_NBT, index)
-    now = _outputs(learner, variables, micro, critics)
+    table = None if table_NBK is None else _micro(table_NBK, index)
+    now = _outputs(learner, variables, micro, _values(learner, variables, micro, heads, table))
     ref_BT = now.logprobs
     if learner.with_reference:
-      ref_BT = _outputs(learner, reference_variables(state), micro, None).logprobs
+      ref_BT = _outputs(learner, reference_variables(state), micro).logprobs
     return now, ref_BT
 
   def one(index, filled):
     return jax.tree.map(lambda whole, part: whole.at[index].set(part), filled, of_micro(index))
 
   shape = batch_NBT.tokens.shape
-  empty = _zero_outputs(learner, shape, critics=2)
+  empty = _zero_outputs(learner, shape, heads=2, table=table_NBK)
   filled = jax.lax.fori_loop(0, count, one, (empty, empty.logprobs))
-  flat, (now, ref_BT) = jax.tree.map(lambda x: x.reshape(-1, shape[-1]), (batch_NBT, filled))
+  flat, (now, ref_BT), table = jax.tree.map(
+    lambda x: x.reshape(-1, *x.shape[2:]), (batch_NBT, filled, table_NBK)
+  )
   old_BT, mask_BT = now.logprobs, flat.action_mask
   log_ratio_BT = jnp.where(mask_BT, old_BT - ref_BT, 0.0)  # k1
   rewards_BT = flat.rewards
   if c.loss.kl == "reward":
     rewards_BT = rewards_BT - state.kl_coef * log_ratio_BT
-  signal = {}
+  signal, values = {}, now.values
+  if learner.critic in critics.FITTED:
+    _, fit = critics.FITTED[learner.critic]
+    returns_BK = steptable.gather(_returns_to_go(learner, flat, rewards_BT), table)
+    values_BK = fit(table, returns_BK, now.values, c.critic.penalty, c.critic.folds)
+    values = steptable.scatter(values_BK, table, flat)
   if learner.algorithm.advantage is not None:
-    signal = learner.algorithm.advantage(flat, rewards_BT, now.values, c)
-  metrics = _signal_metrics(flat, signal)
-  if learner.algorithm.critic != "none" and c.advantage.whiten:
+    signal = learner.algorithm.advantage(flat, rewards_BT, values, c)
+  metrics = _signal_metrics(learner, flat, rewards_BT, values, signal)
+  if learner.critic != "none" and c.advantage.whiten:
     signal |= {"advantages": advantages.whiten(signal["advantages"], mask_BT)}
-  if learner.algorithm.critic == "double":
+  if learner.critic == "double":
     # What an untaught critic says would only lead the actor astray.
     signal |= {
       "advantages": jnp.where(state.step >= learner.critic_steps, signal["advantages"], 0.0)
@@ -156,18 +176,28 @@ def prepare(
   return jax.tree.map(lambda x: x.reshape(shape), prepared), metrics
 
 
-def _signal_metrics(batch: TokenBatch, signal: dict[str, jax.Array]) -> Metrics:
+def _returns_to_go(learner: Learner, batch: TokenBatch, rewards_BT: jax.Array) -> jax.Array:
+  """float32 [B, T]: what GAE gives with lambda = 1 and V = 0; what comes after a cut counts 0."""
+  c = learner.config.advantage
+  zeros_BT = jnp.zeros_like(rewards_BT)
+  return advantages.gae(
+    batch, rewards_BT, zeros_BT, gamma=c.gamma, lam=1.0, level=c.level, broadcast=False
+  )[0]
+
+
+def _signal_metrics(learner, batch, rewards_BT, values, signal: dict[str, jax.Array]) -> Metrics:
   """How far advantages spread before whitening, and how much of the returns V explains."""
   metrics = {}
   if "advantages" in signal:
     variance = _masked_variance(signal["advantages"], batch.action_mask)
     metrics["advantage_std"] = jnp.sqrt(variance)
-  if "returns" in signal:
-    # At step starts, where every level fits the values.
+  if learner.critic != "none":
+    values_BT = values[0].v if learner.critic == "double" else values
+    # At step starts, where every level fits the values; of returns that no V has a part in.
     starts_BT = segments.step_starts(batch)
-    left = _masked_variance(signal["returns"] - signal["values"], starts_BT)
-    whole = _masked_variance(signal["returns"], starts_BT)
-    metrics["explained_variance"] = 1.0 - left / (whole + 1e-8)
+    returns_BT = _returns_to_go(learner, batch, rewards_BT)
+    left = _masked_variance(returns_BT - values_BT, starts_BT)
+    metrics["explained_variance"] = 1.0 - left / (_masked_variance(returns_BT, starts_BT) + 1e-8)
   return metrics
 
 
@@ -177,7 +207,7 @@ def action_logprobs(
   """Today's log-probs of the sampled tokens, float32 [N, B, T], 0 elsewhere."""
 
   def one(index, filled):
-    outputs = _outputs(learner, variables, _micro(batch_NBT, index), None)
+    outputs = _outputs(learner, variables, _micro(batch_NBT, index))
     return filled.at[index].set(outputs.logprobs)
 
   zeros_NBT = jnp.zeros(batch_NBT.tokens.shape, jnp.float32)
@@ -196,7 +226,8 @@ def update(
 
   def outputs_of(trainable, micro):
     variables = lora.join_variables(trainable, state.frozen)
-    return _outputs(learner, variables, micro, (trainable.get("critic"),))
+    heads = (trainable.get("critic"),)
+    return _outputs(learner, variables, micro, _values(learner, variables, micro, heads))
 
   denominators = _total_denominators(learner, batch_NBT, count)
 
@@ -229,8 +260,8 @@ def update(
   updates, opt_state = learner.optimizer.update(grads, state.opt_state, state.trainable)
   trainable = optax.apply_updates(state.trainable, updates)
   target = state.target
-  if learner.algorithm.critic == "double":
-    target = critic.polyak(target, trainable["critic"], learner.config.archer.tau)
+  if learner.critic == "double":
+    target = double_critic.polyak(target, trainable["critic"], learner.config.archer.tau)
   trainable, opt_state, target = jax.tree.map(
     lambda new, old: jnp.where(finite, new, old),
     (trainable, opt_state, target),
@@ -241,14 +272,22 @@ def update(
   return state._replace(step=state.step + 1, **new), metrics
 
 
-def _outputs(learner, variables, micro, critics) -> Outputs:
-  """critics: ArCHer's heads, each of which gives values; None: no values at all."""
-  kind = "none" if critics is None else learner.algorithm.critic
-  heads = {
-    "none": None,
-    "value": lambda hidden_BTD: model.project_values(variables, hidden_BTD),
-    "double": lambda hidden_BTD: tuple(critic.project(c, hidden_BTD, micro) for c in critics),
-  }[kind]
+def _values(learner, variables, micro, heads, table=None) -> Callable[[jax.Array], Any] | None:
+  """hidden states -> what the critic reads of them; heads: ArCHer's, each of which gives values."""
+  if learner.critic == "value":
+    return lambda hidden_BTD: model.project_values(variables, hidden_BTD)
+  if learner.critic == "double":
+    return lambda hidden_BTD: tuple(double_critic.project(h, hidden_BTD, micro) for h in heads)
+  if table is not None and _reads_hidden(learner):
+    return lambda hidden_BTD: steptable.gather(hidden_BTD.astype(jnp.float32), table)
+  return None
+
+
+def _reads_hidden(learner: Learner) -> bool:
+  return learner.critic in critics.FITTED and critics.FITTED[learner.critic][0]
+
+
+def _outputs(learner, variables, micro, heads=None) -> Outputs:
   return policy_outputs(
     learner.model,
     variables,
@@ -259,15 +298,16 @@ def _outputs(learner, variables, micro, critics) -> Outputs:
   )
 
 
-def _zero_outputs(learner: Learner, shape: tuple[int, ...], critics: int) -> Outputs:
+def _zero_outputs(learner, shape: tuple[int, ...], heads: int, table=None) -> Outputs:
   """What `_outputs` gives, as zeros of this shape; a forward pass need not be traced to know it."""
-  zeros = jnp.zeros(shape, jnp.float32)
-  values = {
-    "none": None,
-    "value": zeros,
-    "double": (critic.Utterances(zeros, zeros, zeros),) * critics,
-  }
-  return Outputs(zeros, zeros, values[learner.algorithm.critic])
+  zeros, values = jnp.zeros(shape, jnp.float32), None
+  if learner.critic == "value":
+    values = zeros
+  elif learner.critic == "double":
+    values = (double_critic.Utterances(zeros, zeros, zeros),) * heads
+  elif table is not None and _reads_hidden(learner):
+    values = jnp.zeros((*table.position.shape, learner.model.hidden_size), jnp.float32)
+  return Outputs(zeros, zeros, values)
 
 
 def _terms(learner, outputs, micro, kl_coef):
@@ -282,7 +322,7 @@ def _terms(learner, outputs, micro, kl_coef):
 
 def _total_denominators(learner, batch_NBT, count) -> dict[str, jax.Array]:
   """Denominators depend on masks alone, so zeros stand in for the outputs."""
-  zeros = _zero_outputs(learner, batch_NBT.tokens.shape[1:], critics=1)
+  zeros = _zero_outputs(learner, batch_NBT.tokens.shape[1:], heads=1)
 
   def of_micro(index):
     terms, metrics = _terms(learner, zeros, _micro(batch_NBT, index), jnp.float32(0.0))

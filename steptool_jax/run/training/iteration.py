@@ -69,7 +69,7 @@ def run_iteration(
     figures["nothing_to_learn"] = 1.0
   else:
     rows = len(packed.batch.tokens)
-    prepared, prepare_figures = phase.prepare(packed.batch)
+    prepared, prepare_figures = phase.prepare(packed)
     if recorder.wants(done):
       advantages = prepared.advantages
       if advantages is not None:

@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from steptool_jax.config import Config
-from steptool_jax.learning import algorithms, batching, update
+from steptool_jax.learning import algorithms, batching, critics, steptable, update
 from steptool_jax.policy import lora, sharding
 from steptool_jax.run.hosts import hang
 from steptool_jax.run.parts.build import Policy
@@ -46,6 +46,7 @@ class Phase:
     self.state: TrainState | None = None
     self.past: Sequence[Trajectory] = []  # ArCHer's replay
     self.skipped_in_a_row = 0
+    self.table_width = 0  # never narrower than it was: each width is a compilation
 
   def start(self, variables: dict) -> None:
     """A fresh state over these variables."""
@@ -71,14 +72,20 @@ class Phase:
     self.progress.learnt += packed is not None
     return packed
 
-  def prepare(self, batch: TokenBatch) -> tuple[TokenBatch, dict[str, jax.Array]]:
+  def prepare(self, packed: batching.Packed) -> tuple[TokenBatch, dict[str, jax.Array]]:
     """(the batch on the devices [N, B, T] with log-probs, values and advantages, figures)."""
-    micro_rows = self.config.train.micro_rows
+    batch, micro_rows = packed.batch, self.config.train.micro_rows
     most = self.conversations * self.algorithm.select.rows
     if self.algorithm.critic == "double":
       most += self.config.archer.batch
-    on_device = self._to_device(batch, micro_rows, -(-most // micro_rows))
-    return self.programs[0](self.state, on_device, np.int32(-(-len(batch.tokens) // micro_rows)))
+    capacity = -(-most // micro_rows)
+    on_device, table = self._to_device(batch, micro_rows, capacity), None
+    if self.learner.critic in critics.FITTED:
+      host = steptable.build(packed, self.table_width)
+      self.table_width = host.position.shape[1]
+      table = self._to_device(host, micro_rows, capacity)
+    count = np.int32(-(-len(batch.tokens) // micro_rows))
+    return self.programs[0](self.state, on_device, count, table)
 
   def minibatches(
     self, prepared: TokenBatch, rows: int, epoch: int
@@ -128,5 +135,5 @@ class Phase:
   def _logprobs(self):
     return sharding.jit(functools.partial(update.action_logprobs, self.learner))
 
-  def _to_device(self, batch: TokenBatch, micro_rows: int, capacity: int) -> TokenBatch:
+  def _to_device(self, batch, micro_rows: int, capacity: int):
     return setup.to_device(batch, micro_rows, capacity, self.mesh)

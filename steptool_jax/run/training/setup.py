@@ -11,7 +11,8 @@ import optax.contrib
 from jax.sharding import Mesh
 
 from steptool_jax.config import Config, Optimizer
-from steptool_jax.learning import algorithms, batching, update
+from steptool_jax.learning import algorithms, batching, steptable, update
+from steptool_jax.learning.steptable import StepTable
 from steptool_jax.policy import lora, model, sharding
 from steptool_jax.run.hosts import agreement
 from steptool_jax.run.parts.build import Policy
@@ -110,7 +111,7 @@ def start_phase(config: Config, mesh: Mesh, learner: update.Learner, variables: 
 
 
 def _split(learner: update.Learner, variables: dict) -> tuple[dict, dict]:
-  return lora.split_variables(variables, train_values=learner.algorithm.critic == "value")
+  return lora.split_variables(variables, train_values=learner.critic == "value")
 
 
 def abstract_state(policy: Policy, mesh: Mesh, learner: update.Learner) -> TrainState:
@@ -144,10 +145,16 @@ def pack(
   return packed, replay.remember(past, trajectories, config.archer.replay)
 
 
-def to_device(batch: TokenBatch, micro_rows: int, capacity: int, mesh: Mesh) -> TokenBatch:
-  """A packed batch [R, T] as [capacity, micro_rows, T] on the mesh, padded with empty rows."""
-  rows, length = batch.tokens.shape
-  padding = batching.empty_batch(capacity * micro_rows - rows, length)
+def to_device(
+  batch: TokenBatch | StepTable, micro_rows: int, capacity: int, mesh: Mesh
+) -> TokenBatch | StepTable:
+  """A packed batch [R, T] as [capacity, micro_rows, T] on the mesh, padded with empty rows.
+
+  Likewise a step table [R, K].
+  """
+  rows, length = batch[0].shape
+  empty = steptable.empty if isinstance(batch, StepTable) else batching.empty_batch
+  padding = empty(capacity * micro_rows - rows, length)
   placement = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, sharding.ROWS))
   whole = jax.tree.map(
     lambda x, pad: np.concatenate([x, pad]).reshape(capacity, micro_rows, length), batch, padding

@@ -12,7 +12,7 @@ import pytest
 import samples
 
 from steptool_jax.config import Advantage, Archer, Config, Loss
-from steptool_jax.learning import algorithms, batching, critic, update
+from steptool_jax.learning import algorithms, batching, double_critic, update
 from steptool_jax.learning.outputs import policy_outputs
 from steptool_jax.policy import model
 
@@ -52,7 +52,7 @@ def test_q_reads_after_the_utterance_and_v_before_it():
     "q2": {"kernel": jnp.array([[2.0], [0.0]]), "bias": jnp.ones(1)},
     "v": {"kernel": jnp.array([[1.0], [0.5]]), "bias": jnp.zeros(1)},
   }
-  out = critic.project(heads, hidden, batch)
+  out = double_critic.project(heads, hidden, batch)
   seen = 0
   for row, segment, steps in steps_of(batch):
     for positions in steps:
@@ -73,9 +73,9 @@ def test_targets_and_advantages_equal_loops():
   batch = packed(group[:5], group[5:])
   rng = np.random.default_rng(1)
   shape = batch.tokens.shape
-  target = critic.Utterances(*(jnp.asarray(rng.normal(size=shape), jnp.float32) for _ in range(3)))
-  returns, value_targets = critic.targets(batch, jnp.asarray(batch.rewards), target, GAMMA)
-  adv = critic.utterance_advantages(batch, target)
+  target = double_critic.Utterances(*(jnp.asarray(rng.normal(size=shape), jnp.float32) for _ in range(3)))
+  returns, value_targets = double_critic.targets(batch, jnp.asarray(batch.rewards), target, GAMMA)
+  adv = double_critic.utterance_advantages(batch, target)
   ended, fresh = set(), 0
   for row, segment, steps in steps_of(batch):
     firsts = [positions[0] for positions in steps]
@@ -104,19 +104,19 @@ def test_literal():
   def at(a, b):
     return jnp.zeros((1, 8)).at[0, first].set(a).at[0, second].set(b)
 
-  target = critic.Utterances(at(0.2, 0.9), at(0.1, 0.95), at(0.4, 0.6))
-  returns, values = critic.targets(batch, jnp.asarray(batch.rewards), target, 0.5)
+  target = double_critic.Utterances(at(0.2, 0.9), at(0.1, 0.95), at(0.4, 0.6))
+  returns, values = double_critic.targets(batch, jnp.asarray(batch.rewards), target, 0.5)
   np.testing.assert_allclose(returns[0, [first, second]], [0.3, 1.0], atol=1e-6)
   np.testing.assert_allclose(values[0, [first, second]], [0.1, 0.9], atol=1e-6)
   filled = batch._replace(returns=returns, value_targets=values)
   # ((.2 - .3)^2 + (.1 - .3)^2 + (.9 - 1)^2 + (.95 - 1)^2) / 2; ((.4 - .1)^2 + (.6 - .9)^2) / 2
-  q, v = critic.q_loss(target, filled), critic.v_loss(target, filled)
+  q, v = double_critic.q_loss(target, filled), double_critic.v_loss(target, filled)
   np.testing.assert_allclose(q, (0.03125, 2), atol=1e-6)
   np.testing.assert_allclose(v, (0.09, 2), atol=1e-6)
 
 
 def test_polyak_literal():
-  mean = critic.polyak({"a": jnp.array([1.0])}, {"a": jnp.array([3.0])}, 0.1)
+  mean = double_critic.polyak({"a": jnp.array([1.0])}, {"a": jnp.array([3.0])}, 0.1)
   np.testing.assert_allclose(mean["a"], [1.2], rtol=1e-6)
 
 
