@@ -73,7 +73,9 @@ def test_targets_and_advantages_equal_loops():
   batch = packed(group[:5], group[5:])
   rng = np.random.default_rng(1)
   shape = batch.tokens.shape
-  target = double_critic.Utterances(*(jnp.asarray(rng.normal(size=shape), jnp.float32) for _ in range(3)))
+  target = double_critic.Utterances(
+    *(jnp.asarray(rng.normal(size=shape), jnp.float32) for _ in range(3))
+  )
   returns, value_targets = double_critic.targets(batch, jnp.asarray(batch.rewards), target, GAMMA)
   adv = double_critic.utterance_advantages(batch, target)
   ended, fresh = set(), 0

@@ -11,7 +11,7 @@ import sys
 
 import numpy as np
 
-KINDS = ("grpo", "eto", "archer")
+KINDS = ("grpo", "eto", "archer", "ridge")
 
 
 def test_eight_devices_equal_one():
@@ -31,12 +31,29 @@ def _batch(name):
   if name == "eto":
     solved = [_solved(t, n % 2) for n, t in enumerate(trajectories)]
     return fakes.padded(batching.pack_units(PAIRS.pick(solved), 40), 8)
+  if name == "ridge":
+    return fakes.padded(batching.pack(trajectories, 40), 8)
   units = [(t,) for t in trajectories]
   if name == "archer":
     past = trajectories[12:]
     packed = batching.pack_units(units[:12], 40, replayed=past, whole_actions=True)
     return fakes.padded(packed, 8)
   return fakes.padded(batching.pack_units(units, 40), 8)
+
+
+def _table(name):
+  """The step table of the batch of a critic in closed form."""
+  import samples
+
+  from steptool_jax.learning import batching, steptable
+
+  if name != "ridge":
+    return None
+  trajectories, _ = samples.random_samples(3, tasks=8)
+  packed = batching.pack(trajectories, 40)
+  table = steptable.build(packed)
+  padding = steptable.empty(-len(table.position) % 8, table.position.shape[1])
+  return steptable.StepTable(*map(np.concatenate, zip(table, padding, strict=True)))
 
 
 def _solved(trajectory, solved):
@@ -51,13 +68,15 @@ def _updated(name, mesh):
   import jax
   import optax
 
-  from steptool_jax.config import Config, Loss
+  from steptool_jax.config import Config, Critic, Loss
   from steptool_jax.learning import algorithms, update
   from steptool_jax.policy import lora, model, sharding
 
-  row = algorithms.get_algorithm(name)
+  row = algorithms.get_algorithm("steptool" if name == "ridge" else name)
   config = fakes.tiny_config(vocab_size=64)
-  settings = Config(loss=Loss(value_coef=1.0, kl_coef=0.1, logprob_chunk=16))
+  kind = "ridge" if name == "ridge" else ""
+  loss = Loss(value_coef=1.0, kl_coef=0.1, logprob_chunk=16)
+  settings = Config(loss=loss, critic=Critic(kind=kind))
   learner = update.Learner(
     model=config,
     algorithm=row,
@@ -71,12 +90,12 @@ def _updated(name, mesh):
     layout = sharding.shardings(jax.eval_shape(make, *split), mesh)
     state = jax.jit(make, out_shardings=layout)(*split)
     rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, sharding.ROWS))
-    batch = jax.tree.map(
-      lambda x: jax.device_put(x.reshape(-1, 4, x.shape[-1]), rows), _batch(name)
+    batch, table = jax.tree.map(
+      lambda x: jax.device_put(x.reshape(-1, 4, x.shape[-1]), rows), (_batch(name), _table(name))
     )
     count = batch.tokens.shape[0]
     prepare, step = update.compile_programs(learner)
-    prepared, _ = prepare(state, batch, count)
+    prepared, _ = prepare(state, batch, count, table)
     signal = jax.device_get(prepared.advantages)
     new, _ = step(state, prepared, count)
     if mesh.size > 1:
