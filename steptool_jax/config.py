@@ -307,7 +307,7 @@ class Critic:
     "",
     "value: a head on the policy; group: the task's other samples at the same step; ridge: a "
     "closed form, fitted anew each iteration; empty = as the algorithm says",
-    choices=("value", "group", "ridge"),
+    choices="critics",
   )
   penalty: float = option(1.0, "ridge: of the squared weights", above=0)
   folds: int = option(5, "ridge: parts of the tasks, each predicted from the others", least=2)

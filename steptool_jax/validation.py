@@ -15,6 +15,7 @@ from steptool_jax.environments.base import ENVIRONMENTS
 from steptool_jax.environments.specialists import TIERS
 from steptool_jax.learning.advantages import LEVELS
 from steptool_jax.learning.algorithms import Algorithm, get_algorithm
+from steptool_jax.learning.critics import CRITICS
 from steptool_jax.learning.losses import AGGREGATIONS
 from steptool_jax.policy import lora, model
 from steptool_jax.rewards.assembly import SCHEMES
@@ -25,6 +26,7 @@ TABLES: Mapping[str, Iterable[str]] = {
   "advantage levels": LEVELS,
   "aggregations": AGGREGATIONS,
   "chat formats": template.FORMATS,
+  "critics": CRITICS,
   "dtypes": model.DTYPES,
   "environments": ENVIRONMENTS,
   "model families": model.FAMILIES,

@@ -30,8 +30,7 @@ class Algorithm:
     loss reads none. Whitened where there is a critic; without one the baseline sets the scale.
   select: which trajectories are learnt from, and which of them stay together.
   critic: where config.critic.kind is empty: "value" (the policy's value head), "double" (ArCHer's,
-    with replay), "none", or one of critics.FITTED. An algorithm with GAE takes all but "double" and
-    "none", whichever is its own.
+    with replay), "none", or another of critics.CRITICS. An algorithm with GAE takes any of these.
   compares: it learns from differences between samples of a task.
   reference: the loss itself reads the reference policy.
   level, kl, aggregation: where the config's word is empty.

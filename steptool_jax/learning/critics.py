@@ -8,6 +8,7 @@ variance of the policy gradient and not its mean. (`value`, PPO's head on the tr
 policy/model.py's; `double`, ArCHer's, is double_critic.py.)
 """
 
+import dataclasses
 from collections.abc import Callable
 
 import chex
@@ -101,11 +102,27 @@ def features(
   return x_BKP, penalties_P
 
 
-# Name of config.critic.kind -> (whether it reads hidden states, V of a step table).
-FITTED: dict[str, tuple[bool, Callable[..., jax.Array]]] = {
-  "group": (False, group),
-  "ridge": (True, ridge),
+@dataclasses.dataclass(frozen=True)
+class Critic:
+  """fit: V of a step table, as `ridge`; None: a head that is trained with the policy.
+  hidden: whether `fit` reads hidden states."""
+
+  fit: Callable[..., jax.Array] | None
+  hidden: bool = False
+
+
+CRITICS: dict[str, Critic] = {
+  "value": Critic(None),
+  "group": Critic(group),
+  "ridge": Critic(ridge, hidden=True),
 }
+# What an algorithm without GAE has in its row: nothing to fit.
+_NONE = Critic(None)
+
+
+def get_critic(kind: str) -> Critic:
+  """Row of the table; for "none" and "double" one without a fit."""
+  return CRITICS.get(kind, _NONE)
 
 
 def _fitted(table: StepTable) -> jax.Array:

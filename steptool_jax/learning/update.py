@@ -54,6 +54,11 @@ class Learner:
     return self.config.critic.kind
 
   @property
+  def fits(self) -> Callable[..., jax.Array] | None:
+    """What makes values out of a step table; None: the critic needs no table."""
+    return critics.get_critic(self.critic).fit
+
+  @property
   def critic_steps(self) -> int:
     """First optimizer steps, which train ArCHer's critic alone."""
     t = self.config.train
@@ -111,7 +116,7 @@ def prepare(
 ) -> tuple[TokenBatch, Metrics]:
   """Fills old_logprobs, ref_logprobs and what the algorithm's advantage gives (float32 [N, B, T]).
 
-  table_NBK: the batch's step table, for the critics in critics.FITTED.
+  table_NBK: the batch's step table, for a critic that is fitted to it.
 
   The KL penalty, where it is a reward, is that of today's policy, whatever old_logprobs are.
   Advantages are whitened here, over the global batch, because whitening per minibatch would erase
@@ -145,10 +150,9 @@ def prepare(
   if c.loss.kl == "reward":
     rewards_BT = rewards_BT - state.kl_coef * log_ratio_BT
   signal, values = {}, now.values
-  if learner.critic in critics.FITTED:
-    _, fit = critics.FITTED[learner.critic]
+  if learner.fits is not None:
     returns_BK = steptable.gather(_returns_to_go(learner, flat, rewards_BT), table)
-    values_BK = fit(table, returns_BK, now.values, c.critic.penalty, c.critic.folds)
+    values_BK = learner.fits(table, returns_BK, now.values, c.critic.penalty, c.critic.folds)
     values = steptable.scatter(values_BK, table, flat)
   if learner.algorithm.advantage is not None:
     signal = learner.algorithm.advantage(flat, rewards_BT, values, c)
@@ -278,13 +282,9 @@ def _values(learner, variables, micro, heads, table=None) -> Callable[[jax.Array
     return lambda hidden_BTD: model.project_values(variables, hidden_BTD)
   if learner.critic == "double":
     return lambda hidden_BTD: tuple(double_critic.project(h, hidden_BTD, micro) for h in heads)
-  if table is not None and _reads_hidden(learner):
+  if table is not None and critics.get_critic(learner.critic).hidden:
     return lambda hidden_BTD: steptable.gather(hidden_BTD.astype(jnp.float32), table)
   return None
-
-
-def _reads_hidden(learner: Learner) -> bool:
-  return learner.critic in critics.FITTED and critics.FITTED[learner.critic][0]
 
 
 def _outputs(learner, variables, micro, heads=None) -> Outputs:
@@ -305,7 +305,7 @@ def _zero_outputs(learner, shape: tuple[int, ...], heads: int, table=None) -> Ou
     values = zeros
   elif learner.critic == "double":
     values = (double_critic.Utterances(zeros, zeros, zeros),) * heads
-  elif table is not None and _reads_hidden(learner):
+  elif table is not None and critics.get_critic(learner.critic).hidden:
     values = jnp.zeros((*table.position.shape, learner.model.hidden_size), jnp.float32)
   return Outputs(zeros, zeros, values)
 

@@ -314,3 +314,23 @@ def test_observations_of_failures_do_not_count_as_calls_of_an_answer():
   t = Trajectory("t", 0, np.array([1], np.int32), (step, step), Status.STEP_BUDGET)
   table = steptable.build(batching.pack([t], 20))
   assert table.failed.max() == 0
+
+
+def test_a_new_critic_is_one_row(monkeypatch):
+  """config.critic.kind finds it, and prepare takes advantages over its values."""
+
+  def fit(table, returns_BK, hidden, penalty, folds):
+    return jnp.full_like(returns_BK, 0.25)
+
+  monkeypatch.setitem(critics.CRITICS, "quarter", critics.Critic(fit))
+  config = config_lib.base_config()
+  config.critic.kind = "quarter"
+  assert validate(config).critic.kind == "quarter"
+  learner = learner_with("quarter")
+  params = model.init_params(fakes.tiny_config(), jax.random.key(0))
+  _, batch, table = packed_table(random_group(7))
+  state = update.init_state(learner, {"params": params}, {})
+  stack = functools.partial(jax.tree.map, lambda x: jnp.asarray(x)[None])
+  prepared, _ = update.prepare(learner, state, stack(batch), 1, stack(table))
+  values = np.asarray(prepared.values)[0]
+  assert set(np.unique(values[batch.action_mask])) == {0.25}

@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from steptool_jax.config import Config
-from steptool_jax.learning import algorithms, batching, critics, steptable, update
+from steptool_jax.learning import algorithms, batching, steptable, update
 from steptool_jax.policy import lora, sharding
 from steptool_jax.run.hosts import hang
 from steptool_jax.run.parts.build import Policy
@@ -80,7 +80,7 @@ class Phase:
       most += self.config.archer.batch
     capacity = -(-most // micro_rows)
     on_device, table = self._to_device(batch, micro_rows, capacity), None
-    if self.learner.critic in critics.FITTED:
+    if self.learner.fits is not None:
       host = steptable.build(packed, self.table_width)
       self.table_width = host.position.shape[1]
       table = self._to_device(host, micro_rows, capacity)
