@@ -154,7 +154,10 @@ class Trajectory:
 
 class TokenBatch(NamedTuple):
   """Packed trajectories. Every field is [B, T] and aligned with `targets`: value[t] belongs to
-  the state that emits targets[t]. Segment 0 is padding; positions restart in every segment.
+  the state that emits targets[t]. Segment 0 is padding; positions run along a trajectory.
+
+  A trajectory is one segment. Where samples of a task share their prompt, it stands in front of
+  them, but for its last token, as a segment of its own that they see (`until`).
 
   A trajectory that only a critic reads (ArCHer's replay) has step ids and an empty action mask.
   The second group is None until `prepare` has filled what the algorithm needs of it.
@@ -163,6 +166,7 @@ class TokenBatch(NamedTuple):
   tokens: Any  # int32, the inputs
   targets: Any  # int32, the next tokens
   segment_ids: Any  # int32, 1.. inside a row, 0 = padding
+  until: Any  # int32, end of the token's subtree: those in [t, until[t]) see it
   positions: Any  # int32
   action_mask: Any  # bool, targets[t] was sampled by the policy that learns
   step_ids: Any  # int32, index of the step of targets[t] in its trajectory, -1 outside

@@ -24,18 +24,12 @@ def packed_length(trajectory: Trajectory, whole_actions: bool = False) -> int:
 def first_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]]:
   """Bins of indices whose lengths add up to at most `capacity`; long ones are placed first.
 
-  Raises:
-    ValueError: an item is longer than a row.
+  None may be longer than that.
   """
   bins: list[list[int]] = []
   room = np.zeros(0, np.int64)
   for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
     length = lengths[index]
-    if length > capacity:
-      raise ValueError(
-        f"trajectory {index} has {length} tokens but train.row_tokens is {capacity}; raise it, "
-        "or lower rollout.max_tokens"
-      )
     fits = np.flatnonzero(room >= length)
     if fits.size:
       bins[fits[0]].append(index)
@@ -53,6 +47,7 @@ def empty_batch(num_rows: int, row_tokens: int) -> TokenBatch:
     tokens=np.zeros(shape, np.int32),
     targets=np.zeros(shape, np.int32),
     segment_ids=np.zeros(shape, np.int32),
+    until=np.broadcast_to(np.arange(1, row_tokens + 1, dtype=np.int32), shape).copy(),
     positions=np.zeros(shape, np.int32),
     action_mask=np.zeros(shape, bool),
     step_ids=np.full(shape, -1, np.int32),
@@ -66,11 +61,13 @@ def empty_batch(num_rows: int, row_tokens: int) -> TokenBatch:
 
 
 class Place(NamedTuple):
-  """Where a trajectory lies in a batch: positions [start, stop) of a row."""
+  """Where a trajectory lies in a batch: positions [start, stop) of a row, the first `prompt` of
+  which hold its prompt: all of it, or its last token where it shares the rest."""
 
   row: int
   start: int
   stop: int
+  prompt: int
 
 
 class Packed(NamedTuple):
@@ -81,13 +78,16 @@ class Packed(NamedTuple):
   places: tuple[Place, ...]
 
 
-def pack(trajectories: Sequence[Trajectory], row_tokens: int) -> Packed:
+def pack(trajectories: Sequence[Trajectory], row_tokens: int, share: bool = False) -> Packed:
   """Packs into as few rows of `row_tokens` as first-fit-decreasing finds.
+
+  share: samples of a task stand together, behind their prompt, which is computed once. What
+  follows from it (log-probs, values, gradients) is what separate rows give.
 
   Raises:
     ValueError: a trajectory without steps, or one longer than a row.
   """
-  return pack_units([(t,) for t in trajectories], row_tokens)
+  return pack_units([(t,) for t in trajectories], row_tokens, share=share)
 
 
 def pack_units(
@@ -96,6 +96,7 @@ def pack_units(
   *,
   replayed: Sequence[Trajectory] = (),
   whole_actions: bool = False,
+  share: bool = False,
 ) -> Packed:
   """Packs trajectories that belong together into neighbouring rows.
 
@@ -105,6 +106,7 @@ def pack_units(
     row_tokens: length of a row.
     replayed: further trajectories, for a critic only (W = 1).
     whole_actions: see `packed_length`.
+    share: see `pack` (W = 1, nothing replayed).
 
   Raises:
     ValueError: as `pack`.
@@ -115,26 +117,78 @@ def pack_units(
     if not trajectory.steps:
       raise ValueError(f"trajectory of task {trajectory.task_id!r} has no steps: nothing to train")
   lengths = [[packed_length(t, whole_actions) for t in unit] for unit in units]
-  bins = first_fit_decreasing([max(unit) for unit in lengths], row_tokens)
+  for index, longest in enumerate(map(max, lengths)):
+    if longest > row_tokens:
+      raise ValueError(
+        f"trajectory {index} has {longest} tokens but train.row_tokens is {row_tokens}; raise it, "
+        "or lower rollout.max_tokens"
+      )
+  if share:
+    together = _same_prompts([t for (t,) in units], [length for (length,) in lengths], row_tokens)
+  else:
+    together = [[index] for index in range(len(units))]
+  bins = first_fit_decreasing([_room(units, lengths, group) for group in together], row_tokens)
   batch = empty_batch(max(len(bins), 1) * width, row_tokens)
   tasks, anchors = _Numbers(), _Numbers()
   places: dict[tuple[int, int], Place] = {}
-  for number, indices in enumerate(bins):
+  for number, groups in enumerate(bins):
     for member in range(width):
-      row, start = width * number + member, 0
-      for segment, index in enumerate(indices, start=1):
-        place = Place(row, start, start + lengths[index][member])
-        here = slice(start, place.stop)
-        _write(batch, units[index][member], place, anchors)
-        batch.group_ids[row, here] = tasks[units[index][member].task_id]
-        batch.segment_ids[row, here] = segment
-        if index < fresh:
-          places[index, member] = place
-        else:
-          batch.action_mask[row, here] = False
-        start = place.stop
+      row, start, segment = width * number + member, 0, 0
+      for group in (together[g] for g in groups):
+        if shared := _shared(units, group):
+          segment += 1
+          stop = start + _room(units, lengths, group)
+          _write_prompt(batch, units[group[0]][0], Place(row, start, start + shared, shared))
+          batch.segment_ids[row, start : start + shared] = segment
+          batch.until[row, start : start + shared] = stop
+          start += shared
+        for index in group:
+          trajectory, segment = units[index][member], segment + 1
+          stop = start + lengths[index][member] - shared
+          place = Place(row, start, stop, len(trajectory.prompt_tokens) - shared)
+          here = slice(start, stop)
+          _write(batch, trajectory, place, anchors)
+          batch.group_ids[row, here] = tasks[trajectory.task_id]
+          batch.segment_ids[row, here] = segment
+          batch.until[row, here] = stop
+          if index < fresh:
+            places[index, member] = place
+          else:
+            batch.action_mask[row, here] = False
+          start = stop
   trajectories = tuple(t for unit in units[:fresh] for t in unit)
   return Packed(batch, trajectories, tuple(places[key] for key in sorted(places)))
+
+
+def _same_prompts(
+  trajectories: Sequence[Trajectory], lengths: Sequence[int], row_tokens: int
+) -> list[list[int]]:
+  """Indices of samples with the same task and prompt, in groups that fit a row."""
+  groups: dict[tuple[str, bytes], list[list[int]]] = {}
+  room: dict[tuple[str, bytes], int] = {}
+  for index, (t, length) in enumerate(zip(trajectories, lengths, strict=True)):
+    key, shared = (t.task_id, t.prompt_tokens.tobytes()), len(t.prompt_tokens) - 1
+    if key in groups and length - shared <= room[key]:
+      groups[key][-1].append(index)
+      room[key] -= length - shared
+    else:
+      groups.setdefault(key, []).append([index])
+      room[key] = row_tokens - length
+  return [group for of_key in groups.values() for group in of_key]
+
+
+def _shared(units: Sequence[tuple[Trajectory, ...]], group: Sequence[int]) -> int:
+  """Positions that the members have in common: the prompt but for its last token.
+
+  That one is repeated, since every branch has logits of its own at its first sampled token.
+  """
+  return len(units[group[0]][0].prompt_tokens) - 1 if len(group) > 1 else 0
+
+
+def _room(units, lengths, group: Sequence[int]) -> int:
+  """Positions of a row that a group takes, in the widest of its rows."""
+  shared = _shared(units, group)
+  return shared + sum(max(lengths[index]) - shared for index in group)
 
 
 class _Numbers(dict):
@@ -145,19 +199,27 @@ class _Numbers(dict):
     return self[key]
 
 
+def _write_prompt(batch: TokenBatch, trajectory: Trajectory, place: Place) -> None:
+  here = slice(place.start, place.stop)
+  batch.tokens[place.row, here] = trajectory.prompt_tokens[: place.prompt]
+  batch.targets[place.row, here] = trajectory.prompt_tokens[1 : place.prompt + 1]
+  batch.positions[place.row, here] = np.arange(place.prompt)
+
+
 def _write(batch: TokenBatch, trajectory: Trajectory, place: Place, anchors: _Numbers) -> None:
-  row, start, stop = place
+  row, start, stop, prompt = place
+  before = len(trajectory.prompt_tokens) - prompt  # positions that stand in front, shared
   ids = np.concatenate(
-    [trajectory.prompt_tokens]
+    [trajectory.prompt_tokens[before:]]
     + [part for step in trajectory.steps for part in (step.tokens, step.observation_tokens)]
   ).astype(np.int32)
   length = stop - start
   batch.tokens[row, start:stop] = ids[:length]
   targets = ids[1 : length + 1]
   batch.targets[row, start : start + len(targets)] = targets
-  batch.positions[row, start:stop] = np.arange(length)
+  batch.positions[row, start:stop] = before + np.arange(length)
   # targets[t] is ids[t + 1]: a step whose first token is ids[first] is aligned at first - 1.
-  first = start + len(trajectory.prompt_tokens) - 1
+  first = start + prompt - 1
   seen = trajectory.prompt_tokens
   for index, step in enumerate(trajectory.steps):
     end = first + len(step.tokens)
@@ -176,7 +238,7 @@ def unpack(packed: Packed, values_BT: np.ndarray) -> list[np.ndarray]:
   """Values [B, T] on a packed batch -> those of each trajectory's sampled tokens, in order."""
   mask_BT = packed.batch.action_mask
   return [
-    values_BT[row, start:stop][mask_BT[row, start:stop]] for row, start, stop in packed.places
+    values_BT[row, start:stop][mask_BT[row, start:stop]] for row, start, stop, _ in packed.places
   ]
 
 

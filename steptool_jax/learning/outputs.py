@@ -38,12 +38,14 @@ def policy_outputs(
   Args:
     config: architecture (static).
     variables: {'params': ...} or {'params': ..., 'lora': ...}.
-    batch: tokens, targets, segment_ids, positions and action_mask are read.
+    batch: tokens, targets, segment_ids, until, positions and action_mask are read.
     temperature: of the behaviour policy; one temperature for all log-probs.
     chunk: positions of a row projected at a time.
     heads: hidden [B, T, D] -> values; None leaves a critic out of the program.
   """
-  hidden_BTD = model.forward(config, variables, batch.tokens, batch.positions, batch.segment_ids)
+  hidden_BTD = model.forward(
+    config, variables, batch.tokens, batch.positions, batch.segment_ids, batch.until
+  )
   logprobs_BT, entropy_BT = vocabulary.action_logprobs(
     config, variables, hidden_BTD, batch.targets, batch.action_mask, temperature, chunk
   )

@@ -41,9 +41,10 @@ def build(packed: Packed, width: int = 0) -> StepTable:
   rows = len(packed.batch.tokens)
   entries: list[list[tuple]] = [[] for _ in range(rows)]
   numbers: dict[tuple[int, int], int] = {}
-  for trajectory, (row, start, stop) in zip(packed.trajectories, packed.places, strict=True):
+  for trajectory, place in zip(packed.trajectories, packed.places, strict=True):
+    row, start, stop, prompt = place
     task = int(packed.batch.group_ids[row, start])
-    first, position = len(entries[row]), start + len(trajectory.prompt_tokens) - 1
+    first, position = len(entries[row]), start + prompt - 1
     succeeded = failed = last_failed = 0.0
     for k, step in enumerate(trajectory.steps):
       same = numbers.setdefault((task, k), len(numbers) + 1)

@@ -30,11 +30,21 @@ class KVCache(NamedTuple):
 
 
 def attend(
-  q_BTHh: jax.Array, k_BTKh: jax.Array, v_BTKh: jax.Array, segment_ids_BT: jax.Array
+  q_BTHh: jax.Array,
+  k_BTKh: jax.Array,
+  v_BTKh: jax.Array,
+  segment_ids_BT: jax.Array,
+  until_BT: jax.Array | None = None,
 ) -> jax.Array:
-  """[B, T, H, h]: a token sees what stands before it in its own segment, itself included.
+  """[B, T, H, h]: a token sees itself and what stands before it on its path.
 
-  On a TPU by the splash kernel; elsewhere by XLA, in blocks with a backward pass of their own.
+  until_BT: int32, the end of each token's subtree in its row: token q sees token k if
+    k <= q < until[k]. So a prompt stands in a row once, and what was sampled after it follows as
+    branches that do not see each other; trees of any depth are written in this way. None: every
+    segment is a path of its own, and sees itself only.
+
+  On a TPU by the splash kernel, which knows segments alone: rows hold no trees there. Elsewhere by
+  XLA, in blocks with a backward pass of their own.
   """
   if platform() == "tpu":
     from steptool_jax.policy import splash  # Pallas takes a second to import
@@ -46,46 +56,51 @@ def attend(
   size = -(-T // blocks)
 
   def in_blocks(x_BTXh):
-    """[blocks, B, K, X / K * size, h]; padding is of segment 0, which only padding sees."""
+    """[blocks, B, K, X / K * size, h]; nothing sees the padding, whose subtrees end at 0."""
     x = jnp.pad(x_BTXh, ((0, 0), (0, blocks * size - T), (0, 0), (0, 0)))
     x = x.reshape(B, blocks, size, K, -1, h).transpose(1, 0, 3, 4, 2, 5)
     return x.reshape(blocks, B, K, -1, h)
 
   # Folded into the products, the transposes cost more than the products (XLA on CPU).
   q, k, v = lax.optimization_barrier(tuple(map(in_blocks, (q_BTHh * (h**-0.5), k_BTKh, v_BTKh))))
-  segments = jnp.pad(segment_ids_BT, ((0, 0), (0, blocks * size - T)))
-  out = _attend(q, k, v, segments.reshape(B, blocks, size).swapaxes(0, 1))
+  until_BT = _ends(segment_ids_BT) if until_BT is None else until_BT
+  until_BT = jnp.pad(until_BT, ((0, 0), (0, blocks * size - T)))
+  out = _attend(q, k, v, until_BT.reshape(B, blocks, size).swapaxes(0, 1))
   out = lax.optimization_barrier(out).reshape(blocks, B, K, H // K, size, h)
   return out.transpose(1, 0, 4, 2, 3, 5).reshape(B, blocks * size, H, h)[:, :T]
 
 
 # In blocks: n blocks of s tokens; R = G * s, the queries of a block that share a key-value head.
-# A block of queries works on the blocks of keys from the first that one of them sees to its own, so
-# that packed trajectories do not pay for each other, and what it works on stays in a core's cache.
+# A block of queries works on the blocks of keys that one of them sees, so that packed trajectories
+# do not pay for each other, and what it works on stays in a core's cache.
 
 
-def _first_seen(segments_nBs):
-  """int32[n]: no row's queries of block i see a key of a block before first_seen[i].
+def _ends(segment_ids_BT):
+  """int32 [B, T], the end of each token's segment."""
+  T = segment_ids_BT.shape[1]
+  next_BT = jnp.pad(segment_ids_BT[:, 1:], ((0, 0), (0, 1)), constant_values=-1)
+  ends_BT = jnp.where(segment_ids_BT == next_BT, T, jnp.arange(1, T + 1))
+  return lax.cummin(ends_BT, axis=1, reverse=True)
 
-  Segments are compared by their smallest and largest id in a block, padding's counting as the
-  largest of all: exact for packed rows, never too late for any.
-  """
-  ids = jnp.where(segments_nBs == 0, jnp.iinfo(jnp.int32).max, segments_nBs)
-  least, most = ids.min(axis=-1), ids.max(axis=-1)
-  overlap = (least[:, None] <= most) & (least <= most[:, None])
-  return jnp.argmax(overlap.any(axis=-1), axis=1).astype(jnp.int32)
+
+def _blocks_seen(until_nBs):
+  """bool[n, n]: some row's queries of block i see a key of block j <= i."""
+  blocks, _, size = until_nBs.shape
+  furthest_n = until_nBs.max(axis=(1, 2))
+  # The block of keys itself is always worked on: every query sees its own key.
+  return (furthest_n > jnp.arange(blocks)[:, None] * size) | jnp.eye(blocks, dtype=bool)
 
 
 def _product(a, b):
   return jnp.matmul(a, b, preferred_element_type=jnp.float32)
 
 
-def _scores(q_BKRh, k_BKsh, segments_nBs, i, j):
+def _scores(q_BKRh, k_BKsh, until_nBs, i, j):
   """float32[B, K, R, s] of the queries of block i and the keys of block j, masked."""
   size = k_BKsh.shape[2]
-  at = jnp.arange(size)
-  same = segments_nBs[i][:, :, None] == segments_nBs[j][:, None, :]
-  seen = same & ((i * size + at)[:, None] >= j * size + at)
+  query_s1, key_s = i * size + jnp.arange(size)[:, None], j * size + jnp.arange(size)
+  # A query sees itself whatever `until` says: padding stays finite.
+  seen = (query_s1 >= key_s) & ((query_s1 < until_nBs[j][:, None, :]) | (query_s1 == key_s))
   # Added, and made once for all heads: a select inside of the softmax triples its time on CPU.
   bias_Bss = lax.optimization_barrier(jnp.where(seen, 0.0, MASKED))
   scores = _product(q_BKRh, k_BKsh.swapaxes(2, 3))
@@ -94,20 +109,20 @@ def _scores(q_BKRh, k_BKsh, segments_nBs, i, j):
 
 
 @jax.custom_vjp
-def _attend(q_nBKRh, k_nBKsh, v_nBKsh, segments_nBs):
-  return _attend_forward(q_nBKRh, k_nBKsh, v_nBKsh, segments_nBs)[0]
+def _attend(q_nBKRh, k_nBKsh, v_nBKsh, until_nBs):
+  return _attend_forward(q_nBKRh, k_nBKsh, v_nBKsh, until_nBs)[0]
 
 
-def _attend_forward(q, k, v, segments):
+def _attend_forward(q, k, v, until):
   """Attends with a running softmax; also returns the log of its sum, for the backward pass."""
   blocks, *lead, h = q.shape
 
   def queries(block):
-    i, first, q_i = block
+    i, seen_n, q_i = block
 
     def keys(j, carry):
       top, total, out = carry
-      scores = _scores(q_i, k[j], segments, i, j)
+      scores = _scores(q_i, k[j], until, i, j)
       new_top = jnp.maximum(top, scores.max(axis=-1, keepdims=True))
       probs = jnp.exp(scores - new_top)
       decay = jnp.exp(top - new_top)
@@ -115,25 +130,35 @@ def _attend_forward(q, k, v, segments):
       return new_top, total * decay + probs.sum(axis=-1, keepdims=True), out * decay + part
 
     start = (jnp.full((*lead, 1), MASKED), jnp.zeros((*lead, 1)), jnp.zeros((*lead, h)))
-    top, total, out = lax.fori_loop(first, i + 1, keys, start)
+    top, total, out = _over_seen(seen_n, i, keys, start)
     return (out / total).astype(q.dtype), top + jnp.log(total)
 
-  out, log_total = lax.map(queries, (jnp.arange(blocks), _first_seen(segments), q))
+  out, log_total = lax.map(queries, (jnp.arange(blocks), _blocks_seen(until), q))
   out, log_total = checkpoint_name(out, ATTENTION), checkpoint_name(log_total, ATTENTION)
-  return out, (q, k, v, segments, out, log_total)
+  return out, (q, k, v, until, out, log_total)
+
+
+def _over_seen(seen_n, last, body, start):
+  """body(j, carry) for the blocks j <= last that are seen, in order."""
+  first = jnp.argmax(seen_n)
+
+  def step(j, carry):
+    return lax.cond(seen_n[j], body, lambda j, carry: carry, j, carry)
+
+  return lax.fori_loop(first, last + 1, step, start)
 
 
 def _attend_backward(residuals, d_out):
   """Probabilities are computed again: kept, they would be most of the memory of a step."""
-  q, k, v, segments, out, log_total = residuals
+  q, k, v, until, out, log_total = residuals
   d_total = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(axis=-1, keepdims=True)
 
   def queries(carry, block):
-    i, first, q_i, d_out_i, log_total_i, d_total_i = block
+    i, seen_n, q_i, d_out_i, log_total_i, d_total_i = block
 
     def keys(j, carry):
       d_q, d_k, d_v = carry
-      probs = jnp.exp(_scores(q_i, k[j], segments, i, j) - log_total_i)
+      probs = jnp.exp(_scores(q_i, k[j], until, i, j) - log_total_i)
       d_scores = probs * (_product(d_out_i, v[j].swapaxes(2, 3)) - d_total_i)
       probs, d_scores = probs.astype(q.dtype), d_scores.astype(q.dtype)
       d_k = d_k.at[j].add(_product(d_scores.swapaxes(2, 3), q_i))
@@ -141,11 +166,11 @@ def _attend_backward(residuals, d_out):
       return d_q + _product(d_scores, k[j]), d_k, d_v
 
     start = (jnp.zeros(q_i.shape, jnp.float32), *carry)
-    d_q, *carry = lax.fori_loop(first, i + 1, keys, start)
+    d_q, *carry = _over_seen(seen_n, i, keys, start)
     return tuple(carry), d_q.astype(q.dtype)
 
   start = (jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32))
-  blocks = (jnp.arange(len(q)), _first_seen(segments), q, d_out, log_total, d_total)
+  blocks = (jnp.arange(len(q)), _blocks_seen(until), q, d_out, log_total, d_total)
   (d_k, d_v), d_q = lax.scan(queries, start, blocks)
   return d_q, d_k.astype(k.dtype), d_v.astype(v.dtype), None
 

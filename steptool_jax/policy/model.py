@@ -295,7 +295,7 @@ class _Block(nn.Module):
     if alone:
       q, k, v = map(constrain_heads, (q, k, v))
     if cache is None:
-      out = attend(q, k, v, segments)
+      out = attend(q, k, v, *segments)
     else:
       positions, writes, blocks = cached
       cache = KVCache(
@@ -358,7 +358,7 @@ class _Policy(nn.Module):
 
   def everything(self, tokens):
     """Touches every parameter; for init only."""
-    hidden, _ = self.trunk(tokens, tokens, tokens, None, None)
+    hidden, _ = self.trunk(tokens, tokens, (tokens,), None, None)
     if not self.config.tie_embeddings:
       self.lm_head(hidden)
     return self.value_head(hidden)
@@ -382,14 +382,21 @@ def forward(
   tokens_BT: jax.Array,
   positions_BT: jax.Array,
   segment_ids_BT: jax.Array,
+  until_BT: jax.Array | None = None,
 ) -> jax.Array:
   """Hidden states [B, T, D] after the final norm, in the compute dtype.
 
-  A token sees what stands before it in its own segment. Padding (segment 0) sees padding only, so
-  it stays finite and nothing else sees it.
+  A token sees what stands before it in its own segment, or with `until_BT` on its path through a
+  tree (attention.attend). Nothing else sees padding (segment 0), and it stays finite.
   """
   hidden, _ = _Policy(config).apply(
-    variables, tokens_BT, positions_BT, segment_ids_BT, None, None, method=_Policy.trunk
+    variables,
+    tokens_BT,
+    positions_BT,
+    (segment_ids_BT, until_BT),
+    None,
+    None,
+    method=_Policy.trunk,
   )
   return hidden
 

@@ -253,7 +253,7 @@ def test_packing_says_where_everything_lies():
   assert packed.trajectories == tuple(trajectories)
   assert len(set(packed.places)) == 41
   at = batching.unpack(packed, columns)
-  for t, (row, start, stop), act in zip(trajectories, packed.places, at, strict=True):
+  for t, (row, start, stop, _), act in zip(trajectories, packed.places, at, strict=True):
     parts = [t.prompt_tokens, *(p for s in t.steps for p in (s.tokens, s.observation_tokens))]
     expected = np.concatenate(parts)[: batching.packed_length(t)]
     np.testing.assert_array_equal(batch.tokens[row, start:stop], expected)

@@ -27,7 +27,7 @@ def oracle(q, k, v, segments):
   "segments",
   [
     [[1, 1, 1, 1, 1, 2, 2, 2, 0, 0], [1] * 10],
-    [[3, 1, 1, 3, 0, 2, 2, 1, 3, 0], [0] * 10],  # not as rows are packed
+    [[3, 3, 1, 1, 2, 2, 2, 2, 2, 4], [0] * 10],
   ],
 )
 def test_values_and_gradients(segments, block, monkeypatch):
@@ -39,12 +39,49 @@ def test_values_and_gradients(segments, block, monkeypatch):
   assert_agree(attention.attend, oracle, (q, k, v), np.array(segments), weight)
 
 
-def test_first_seen_by_hand():
-  # Two rows in four blocks of two: row 0 changes inside of a block, row 1 between blocks, and
-  # its padding sees padding only. The earlier of the two counts.
-  rows = jnp.array([[[1, 1], [1, 2], [2, 2], [2, 3]], [[1, 1], [1, 1], [2, 2], [0, 0]]])
-  assert attention._first_seen(rows.swapaxes(0, 1)).tolist() == [0, 0, 1, 1]
-  assert attention._first_seen(rows[1:].swapaxes(0, 1)).tolist() == [0, 0, 2, 3]
+def tree_oracle(q, k, v, until):
+  """Token by token: those on the way from the root."""
+  B, T, H, h = q.shape
+  k, v = (jnp.repeat(x, H // x.shape[2], axis=2) for x in (k, v))
+  rows = []
+  for b in range(B):
+    for t in range(T):
+      seen = np.array([s for s in range(t + 1) if t < until[b][s] or s == t])
+      probs = jax.nn.softmax(jnp.einsum("shd,hd->hs", k[b, seen], q[b, t]) / np.sqrt(h))
+      rows.append(jnp.einsum("hs,shd->hd", probs, v[b, seen]))
+  return jnp.stack(rows).reshape(B, T, H, h)
+
+
+# A root of two tokens with two branches, the second of which has two of its own; then a path.
+TREE = [8, 8, 4, 4, 8, 6, 8, 8, 10, 10]
+
+
+@pytest.mark.parametrize("block", [128, 4])
+def test_a_token_sees_its_own_path_through_a_tree(block, monkeypatch):
+  """Branches that saw each other would be trained on what was never in their context."""
+  monkeypatch.setattr(attention, "CPU_BLOCK", block)
+  keys = jax.random.split(jax.random.key(0), 4)
+  q, weight = (jax.random.normal(key, (2, 10, 4, 6)) for key in keys[:2])
+  k, v = (jax.random.normal(key, (2, 10, 2, 6)) for key in keys[2:])
+  until = np.array([TREE, [*range(1, 11)]])  # the second row is padding: each sees itself
+
+  def attend(q, k, v, until):
+    return attention.attend(q, k, v, jnp.zeros_like(until), until)
+
+  assert_agree(attend, tree_oracle, (q, k, v), until, weight)
+
+
+def test_blocks_seen_by_hand():
+  """Blocks of two: the root is seen by all, the first branch by nobody after it."""
+  until = jnp.array(TREE).reshape(5, 1, 2)
+  seen = np.tril(attention._blocks_seen(until))
+  assert seen.astype(int).tolist() == [
+    [1, 0, 0, 0, 0],
+    [1, 1, 0, 0, 0],
+    [1, 0, 1, 0, 0],
+    [1, 0, 1, 1, 0],
+    [0, 0, 0, 0, 1],
+  ]
 
 
 def test_keys_of_another_trajectory_are_not_worked_on(monkeypatch):

@@ -14,6 +14,7 @@ from steptool_jax.config import Config, Optimizer
 from steptool_jax.learning import algorithms, batching, steptable, update
 from steptool_jax.learning.steptable import StepTable
 from steptool_jax.policy import lora, model, sharding
+from steptool_jax.policy.sharding import platform
 from steptool_jax.run.hosts import agreement
 from steptool_jax.run.parts.build import Policy
 from steptool_jax.run.training import replay
@@ -139,7 +140,8 @@ def pack(
   if not units:
     return None, past
   if algorithm.critic != "double":
-    return batching.pack_units(units, row_tokens), past
+    share = config.train.share_prompts and algorithm.select.rows == 1
+    return batching.pack_units(units, row_tokens, share=share and platform() != "tpu"), past
   replayed = replay.draw(past, config.archer.batch, (config.seed, done))
   packed = batching.pack_units(units, row_tokens, replayed=replayed, whole_actions=True)
   return packed, replay.remember(past, trajectories, config.archer.replay)
