@@ -295,7 +295,16 @@ class Advantage:
   lam: float = option(0.95, "lambda of GAE", least=0, most=1)
   level: str = option("", "unit of GAE; empty = as the algorithm says", choices="advantage levels")
   broadcast: bool = option(True, "level step: one advantage for all tokens of a step (the paper)")
-  whiten: bool = option(True, "mean 0, deviation 1 over the global batch; for critics' advantages")
+  bootstrap: tuple[str, ...] = option(
+    (),
+    "spent budgets after which a conversation is worth V of what would come next; any other end is "
+    "worth 0, as the budgets belong to the graded task",
+    choices=("step_budget", "token_budget"),
+  )
+  whiten: bool = option(
+    True,
+    "mean 0, deviation 1 over the global batch, under the loss's weights; for critics' advantages",
+  )
   omega: float = option(1.0, "gigpo: weight of the step-relative part (the authors': 1)", least=0)
 
 

@@ -1,6 +1,6 @@
 """Trajectories -> packed TokenBatch: first-fit-decreasing rows, static shapes, host side only."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Container, Hashable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -8,14 +8,16 @@ import numpy as np
 from steptool_jax.types import TokenBatch, Trajectory
 
 
-def packed_length(trajectory: Trajectory, whole_actions: bool = False) -> int:
+def packed_length(
+  trajectory: Trajectory, whole_actions: bool = False, bootstrap: Container[str] = ()
+) -> int:
   """Positions that a trajectory takes in a row.
 
-  A terminated one ends with its last sampled token, which is a target but never an input, unless
-  `whole_actions` asks for it: Q(s, a) reads the state after all of a. A truncated one keeps all:
-  after its last token comes the state whose value it bootstraps from.
+  One that ends there ends with its last sampled token, which is a target but never an input, unless
+  `whole_actions` asks for it: Q(s, a) reads the state after all of a. One whose status is in
+  `bootstrap` keeps all: after its last token comes the state whose value it bootstraps from.
   """
-  if trajectory.truncated:
+  if trajectory.status in bootstrap:
     return trajectory.num_tokens
   length = trajectory.num_tokens - len(trajectory.steps[-1].observation_tokens)
   return length if whole_actions else length - 1
@@ -81,13 +83,17 @@ class Packed(NamedTuple):
   places: tuple[Place, ...]
 
 
-def pack(trajectories: Sequence[Trajectory], row_tokens: int) -> Packed:
+def pack(
+  trajectories: Sequence[Trajectory], row_tokens: int, bootstrap: Container[str] = ()
+) -> Packed:
   """Packs into as few rows of `row_tokens` as first-fit-decreasing finds.
+
+  bootstrap: the statuses whose trajectories go on beyond their last token (see `pack_units`).
 
   Raises:
     ValueError: a trajectory without steps, or one longer than a row.
   """
-  return pack_units([(t,) for t in trajectories], row_tokens)
+  return pack_units([(t,) for t in trajectories], row_tokens, bootstrap=bootstrap)
 
 
 def pack_units(
@@ -96,6 +102,7 @@ def pack_units(
   *,
   replayed: Sequence[Trajectory] = (),
   whole_actions: bool = False,
+  bootstrap: Container[str] = (),
 ) -> Packed:
   """Packs trajectories that belong together into neighbouring rows.
 
@@ -105,6 +112,8 @@ def pack_units(
     row_tokens: length of a row.
     replayed: further trajectories, for a critic only (W = 1).
     whole_actions: see `packed_length`.
+    bootstrap: statuses (config.advantage.bootstrap) whose trajectories are worth V of the state
+      after them; all others are worth 0 there.
 
   Raises:
     ValueError: as `pack`.
@@ -114,7 +123,7 @@ def pack_units(
   for trajectory in (t for unit in units for t in unit):
     if not trajectory.steps:
       raise ValueError(f"trajectory of task {trajectory.task_id!r} has no steps: nothing to train")
-  lengths = [[packed_length(t, whole_actions) for t in unit] for unit in units]
+  lengths = [[packed_length(t, whole_actions, bootstrap) for t in unit] for unit in units]
   bins = first_fit_decreasing([max(unit) for unit in lengths], row_tokens)
   batch = empty_batch(max(len(bins), 1) * width, row_tokens)
   tasks, anchors = _Numbers(), _Numbers()
@@ -125,7 +134,7 @@ def pack_units(
       for segment, index in enumerate(indices, start=1):
         place = Place(row, start, start + lengths[index][member])
         here = slice(start, place.stop)
-        _write(batch, units[index][member], place, anchors)
+        _write(batch, units[index][member], place, anchors, bootstrap)
         batch.group_ids[row, here] = tasks[units[index][member].task_id]
         batch.segment_ids[row, here] = segment
         if index < fresh:
@@ -145,7 +154,13 @@ class _Numbers(dict):
     return self[key]
 
 
-def _write(batch: TokenBatch, trajectory: Trajectory, place: Place, anchors: _Numbers) -> None:
+def _write(
+  batch: TokenBatch,
+  trajectory: Trajectory,
+  place: Place,
+  anchors: _Numbers,
+  bootstrap: Container[str],
+) -> None:
   row, start, stop = place
   ids = np.concatenate(
     [trajectory.prompt_tokens]
@@ -168,7 +183,7 @@ def _write(batch: TokenBatch, trajectory: Trajectory, place: Place, anchors: _Nu
     batch.behaviour_logprobs[row, first:end] = step.logprobs
     batch.anchor_ids[row, first:end] = anchors[trajectory.task_id, seen.tobytes()]
     first, seen = end + len(step.observation_tokens), step.observation_tokens
-  if trajectory.truncated:
+  if trajectory.status in bootstrap:
     batch.bootstrap[row, stop - 1] = True
 
 

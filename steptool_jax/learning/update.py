@@ -134,7 +134,8 @@ def prepare(
     signal = learner.algorithm.advantage(flat, rewards_BT, now.values, c)
   metrics = _signal_metrics(flat, signal)
   if learner.algorithm.critic != "none" and c.advantage.whiten:
-    signal |= {"advantages": advantages.whiten(signal["advantages"], mask_BT)}
+    weights_BT = losses.action_weights(flat, c.loss.aggregation)
+    signal |= {"advantages": advantages.whiten(signal["advantages"], weights_BT)}
   if learner.algorithm.critic == "double":
     # What an untaught critic says would only lead the actor astray.
     signal |= {
