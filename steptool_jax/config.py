@@ -274,10 +274,20 @@ class Filters:
 @dataclasses.dataclass(frozen=True)
 class Rewards:
   alpha: float = option(1.0, "weight of SuccCalling against Contribution", least=0)
-  normalization: str = option(
-    "mean",
-    "divides intermediate rewards by their number; none: the paper",
-    choices=("mean", "none"),
+  source: str = option(
+    "progress",
+    "what SC and Con of rollouts are made of: what is known at a step ('progress'), or also what "
+    "came of it later ('hindsight', which needs `unsafe`)",
+    choices="reward sources",
+  )
+  shaping: str = option(
+    "progress",
+    "how the scores of intermediate steps become rewards; 'sum' is the paper's",
+    choices="shapings",
+  )
+  weight: float = option(1.0, "of intermediate rewards, where a solved task earns 1", least=0)
+  unsafe: bool = option(
+    False, "allow rollouts to be paid by what comes later (shaping 'episode_mean', 'hindsight')"
   )
   scheme: str = option(
     "steptool",

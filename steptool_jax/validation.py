@@ -17,7 +17,8 @@ from steptool_jax.learning.advantages import LEVELS
 from steptool_jax.learning.algorithms import Algorithm, get_algorithm
 from steptool_jax.learning.losses import AGGREGATIONS
 from steptool_jax.policy import lora, model
-from steptool_jax.rewards.assembly import SCHEMES
+from steptool_jax.rewards.assembly import SCHEMES, SOURCES
+from steptool_jax.rewards.shaping import SHAPINGS
 
 # Name in config.py -> the table whose keys, or entries, are the choices.
 TABLES: Mapping[str, Iterable[str]] = {
@@ -29,8 +30,17 @@ TABLES: Mapping[str, Iterable[str]] = {
   "environments": ENVIRONMENTS,
   "model families": model.FAMILIES,
   "remat policies": model.REMAT,
+  "reward sources": SOURCES,
   "schemes": SCHEMES,
+  "shapings": SHAPINGS,
   "specialists": TIERS,
+}
+
+
+# Removed field -> what stands in its place.
+_RENAMED = {
+  "config.rewards.normalization": "config.rewards.shaping: 'none' is now 'sum', and 'mean', which "
+  "reads the future, is 'episode_mean'",
 }
 
 
@@ -59,6 +69,12 @@ def differences(config: Config, saved: Mapping[str, Any]) -> list[str]:
   that change nothing in a folder with a run. One that it lacks came later: it had our default.
   """
   mine, theirs = _flatten(json.loads(to_json(config))), _flatten(saved)
+  if "rewards.normalization" in theirs:  # the rewards of before had other defaults than ours
+    theirs |= {
+      "rewards.shaping": {"mean": "episode_mean"}.get(theirs["rewards.normalization"], "sum"),
+      "rewards.source": "hindsight",
+      "advantage.bootstrap": ["step_budget", "token_budget"],
+    }
   usual = _flatten(json.loads(to_json(Config())))
   return sorted(name for name, value in mine.items() if value != theirs.get(name, usual[name]))
 
@@ -85,6 +101,8 @@ def _build(cls: type, values: Mapping[str, Any], path: str) -> Any:
   fields = {f.name: f for f in dataclasses.fields(cls)}
   for name in values:
     if name not in fields:
+      if f"{path}.{name}" in _RENAMED:
+        raise ValueError(f"{path}.{name}: no such field; use {_RENAMED[f'{path}.{name}']}")
       near = difflib.get_close_matches(name, fields, n=1, cutoff=0.4)
       hint = f"; did you mean {path}.{near[0]}?" if near else f"; valid: {', '.join(fields)}"
       raise ValueError(f"{path}.{name}: no such field{hint}")
@@ -301,6 +319,8 @@ def _check_rewards(config: Config, algorithm: Algorithm) -> None:
       "config.rewards: stored trajectories (config.data.path) are trained on with the rewards of "
       "their file; leave scheme and filters at their defaults"
     )
+  if paid == "step" and not (r.unsafe or config.data.path or config.annotate.input):
+    _check_causal(config)
   if r.filters.min_deviation and config.rollout.samples < 2:
     raise ValueError(
       "config.rewards.filters.min_deviation: with config.rollout.samples = 1 no group deviates, so "
@@ -332,6 +352,22 @@ def _check_rewards(config: Config, algorithm: Algorithm) -> None:
     )
   if not (r.orchestra.outcome or r.orchestra.cost or r.orchestra.latency):
     raise ValueError("config.rewards.orchestra: all weights are 0, so nothing is paid; raise one")
+
+
+def _check_causal(config: Config) -> None:
+  """What a step of a rollout earns must not depend on what the policy does later."""
+  r = config.rewards
+  for field, chosen, table, nearest in (
+    ("shaping", r.shaping, SHAPINGS, "progress"),
+    ("source", r.source, SOURCES, "progress"),
+  ):
+    if not table[chosen].causal:
+      raise ValueError(
+        f"config.rewards.{field}: {chosen!r} reads the future: later calls change what earlier "
+        f"ones earned, so calls without use can pay; use {nearest!r}, or set "
+        "config.rewards.unsafe=True to train on it all the same (to annotate stored trajectories "
+        "it is fine)"
+      )
 
 
 def _check_evaluation(config: Config) -> None:
