@@ -181,7 +181,7 @@ _ROWS = (
   *((f"`{name}`", {"shaping": name}, {}) for name in shaping.SHAPINGS),
   *(
     (f"`{name}`, `source=hindsight`", {"shaping": name, "source": "hindsight"}, {})
-    for name in shaping.SHAPINGS
+    for name in ("prefix_mean", "progress", "potential", "episode_mean")
   ),
 )
 
