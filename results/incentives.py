@@ -123,7 +123,8 @@ def train(
     cut, taken = alive, kinds >= 0
     codes, where = np.unique(5 ** np.arange(MOST) @ (kinds + 1), return_inverse=True)
     rewards = np.array([paid(code) for code in codes.tolist()])[where].T
-    after = values[np.ravel_multi_index((np.full(batch, MOST), done, failed), table)]
+    # V of a state beyond the budget, which no table has seen: as a critic says that cannot count.
+    after = values[np.ravel_multi_index((np.full(batch, MOST - 1), done, failed), table)]
     next_value = np.where(cut, after, 0.0) if "step_budget" in bootstrap else np.zeros(batch)
     following, gains = np.zeros(batch), np.zeros((MOST, batch))
     for k in reversed(range(MOST)):
