@@ -75,7 +75,6 @@ def train(
   chance: float = 0.7,
   *,
   outcome_only: bool = False,
-  bootstrap: tuple[str, ...] = (),
   iterations: int = 300,
   batch: int = 256,
   rate: float = 8.0,
@@ -96,7 +95,6 @@ def train(
       options,
       outcome_only=outcome_only,
       gamma=GAMMA,
-      bootstrap=bootstrap,
     )
     rewards = np.array([step.reward for step in result.steps])
     return np.pad(rewards, (0, MOST - len(rewards)))
@@ -123,10 +121,8 @@ def train(
     cut, taken = alive, kinds >= 0
     codes, where = np.unique(5 ** np.arange(MOST) @ (kinds + 1), return_inverse=True)
     rewards = np.array([paid(code) for code in codes.tolist()])[where].T
-    # V of a state beyond the budget, which no table has seen: as a critic says that cannot count.
-    after = values[np.ravel_multi_index((np.full(batch, MOST - 1), done, failed), table)]
-    next_value = np.where(cut, after, 0.0) if "step_budget" in bootstrap else np.zeros(batch)
-    following, gains = np.zeros(batch), np.zeros((MOST, batch))
+    next_value, following = np.zeros((2, batch))  # a spent budget is worth 0
+    gains = np.zeros((MOST, batch))
     for k in reversed(range(MOST)):
       here = values[states[k]]
       delta = rewards[k] + GAMMA * next_value - here
@@ -174,11 +170,9 @@ _TAIL = """
 - `hindsight` did no harm with `progress` and `potential` here. But what a step earned then changes
   with what comes later, so that a right answer is paid to the steps before it and not to itself;
   training on rollouts refuses it without `rewards.unsafe=True`.
-- A cut that bootstraps (`advantage.bootstrap`) is chosen in the place of a wrong answer.
 """
 _ROWS = (
   ("outcome only", {}, {"outcome_only": True}),
-  ("outcome only, a cut bootstraps", {}, {"outcome_only": True, "bootstrap": ("step_budget",)}),
   *((f"`{name}`", {"shaping": name}, {}) for name in shaping.SHAPINGS),
   *(
     (f"`{name}`, `source=hindsight`", {"shaping": name, "source": "hindsight"}, {})

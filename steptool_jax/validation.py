@@ -17,7 +17,7 @@ from steptool_jax.learning.advantages import LEVELS
 from steptool_jax.learning.algorithms import Algorithm, get_algorithm
 from steptool_jax.learning.losses import AGGREGATIONS
 from steptool_jax.policy import lora, model
-from steptool_jax.rewards.assembly import SCHEMES, SOURCES
+from steptool_jax.rewards.assembly import SCHEMES, SOURCES, refuse_hindsight
 from steptool_jax.rewards.shaping import SHAPINGS
 
 # Name in config.py -> the table whose keys, or entries, are the choices.
@@ -319,8 +319,8 @@ def _check_rewards(config: Config, algorithm: Algorithm) -> None:
       "config.rewards: stored trajectories (config.data.path) are trained on with the rewards of "
       "their file; leave scheme and filters at their defaults"
     )
-  if paid == "step" and not (r.unsafe or config.data.path or config.annotate.input):
-    _check_causal(config)
+  if paid == "step" and not (config.data.path or config.annotate.input):
+    refuse_hindsight(r)
   if r.filters.min_deviation and config.rollout.samples < 2:
     raise ValueError(
       "config.rewards.filters.min_deviation: with config.rollout.samples = 1 no group deviates, so "
@@ -352,22 +352,6 @@ def _check_rewards(config: Config, algorithm: Algorithm) -> None:
     )
   if not (r.orchestra.outcome or r.orchestra.cost or r.orchestra.latency):
     raise ValueError("config.rewards.orchestra: all weights are 0, so nothing is paid; raise one")
-
-
-def _check_causal(config: Config) -> None:
-  """What a step of a rollout earns must not depend on what the policy does later."""
-  r = config.rewards
-  for field, chosen, table, nearest in (
-    ("shaping", r.shaping, SHAPINGS, "progress"),
-    ("source", r.source, SOURCES, "progress"),
-  ):
-    if not table[chosen].causal:
-      raise ValueError(
-        f"config.rewards.{field}: {chosen!r} reads the future: later calls change what earlier "
-        f"ones earned, so calls without use can pay; use {nearest!r}, or set "
-        "config.rewards.unsafe=True to train on it all the same (to annotate stored trajectories "
-        "it is fine)"
-      )
 
 
 def _check_evaluation(config: Config) -> None:

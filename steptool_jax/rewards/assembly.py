@@ -70,6 +70,21 @@ def _eq_2(
 SCHEMES: dict[str, Scheme] = {"steptool": _is_solved, "orchestra": _eq_2, "orchestra_steps": _eq_2}
 
 
+def refuse_hindsight(options: Rewards) -> None:
+  """ValueError where what a step of a rollout earns depends on what comes later, unless asked for."""
+  for field, chosen, table in (
+    ("shaping", options.shaping, shaping.SHAPINGS),
+    ("source", options.source, SOURCES),
+  ):
+    if not table[chosen].causal and not options.unsafe:
+      raise ValueError(
+        f"config.rewards.{field}: {chosen!r} reads the future: later calls change what earlier "
+        "ones earned, so calls without use can pay; use 'progress', or set "
+        "config.rewards.unsafe=True to train on it all the same (to annotate stored trajectories "
+        "it is fine)"
+      )
+
+
 def described(options: Rewards) -> dict[str, str | float | bool]:
   """How rollouts' steps are paid, for a summary.
 

@@ -23,8 +23,8 @@ SAFE = [name for name, row in SHAPINGS.items() if row.safe]
 
 
 @functools.cache
-def learnt(chance, outcome_only=False, bootstrap=(), **options):
-  return SCRIPT["train"](Rewards(**options), chance, outcome_only=outcome_only, bootstrap=bootstrap)
+def learnt(chance, outcome_only=False, **options):
+  return SCRIPT["train"](Rewards(**options), chance, outcome_only=outcome_only)
 
 
 @pytest.mark.parametrize("chance", [OFTEN, SELDOM])
@@ -59,14 +59,6 @@ def test_the_defaults_optimum_answers_rightly():
   assert got.useless <= MOST
   assert got.early <= outcome.early
   assert got.solved > outcome.solved - 0.01
-
-
-def test_a_cut_that_bootstraps_is_sought():
-  """Paid V like a success, a spent budget is better than a wrong answer; worth 0, it is not."""
-  ends = learnt(SELDOM, outcome_only=True)
-  goes_on = learnt(SELDOM, outcome_only=True, bootstrap=("step_budget",))
-  assert goes_on.cut > 1.5 * ends.cut
-  assert ends.solved > goes_on.solved - 0.005
 
 
 def test_the_toys_trajectories_are_what_they_say():

@@ -464,6 +464,7 @@ def test_by_the_command_line(config, tokenizer, tmp_path):
     "annotate.input": path,
     "annotate.format": "converted",
     "train.row_tokens": 4096,
+    "rewards.shaping": "sum",
     "model.tokenizer": tokenizer,
     "model.chat_format": "chatml_react",
   }
