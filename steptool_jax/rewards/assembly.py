@@ -71,7 +71,7 @@ SCHEMES: dict[str, Scheme] = {"steptool": _is_solved, "orchestra": _eq_2, "orche
 
 
 def refuse_hindsight(options: Rewards) -> None:
-  """ValueError where what a step of a rollout earns depends on what comes later, unless asked for."""
+  """ValueError where a step of a rollout is paid by what comes later, unless that is asked for."""
   for field, chosen, table in (
     ("shaping", options.shaping, shaping.SHAPINGS),
     ("source", options.source, SOURCES),
