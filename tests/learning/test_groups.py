@@ -134,29 +134,29 @@ def test_step_rewards_are_normalised_first_and_summed_up_then():
 
 
 def test_a_right_answer_is_praised_and_a_call_without_use_is_not():
-  """A group at the start of training: one solves the task by two calls, one makes a call without
-  use in between and answers wrongly, one answers at once, one only makes calls without use.
-  As normalised returns-to-go the right answer had an advantage below 0, the last useless call none.
+  """Two solve a task of two calls, one of them with a call without use in between; one makes such a
+  call and answers wrongly, one makes nothing else. As normalised returns-to-go, which fall along an
+  episode by themselves, the right answers had advantages below 0.
   """
-  made = [
-    samples.sample(0, r, [1] * len(r), seed=n, status=status)
-    for n, (r, status) in enumerate(
-      (
-        ([0.5, 0.5, 1.0], Status.ANSWERED),
-        ([0.5, 0.0, 0.0], Status.ANSWERED),
-        ([0.0], Status.ANSWERED),
-        ([0.0] * 4, Status.STEP_BUDGET),
-      )
-    )
-  ]
-  batch = samples.pack(made)
-  adv = groups.step_relative(batch, jnp.asarray(batch.rewards), 0.99)
-  right, wrong, at_once, spam = samples.found(batch, adv, made)
-  assert (right > 0.5).all()
-  assert wrong[1] < 0
-  assert wrong[2] < 0
-  assert at_once[0] < 0
-  assert (spam < 0).all()
+  ends = (
+    ([0.5, 0.5, 1.0], Status.ANSWERED),
+    ([0.5, 0.0, 0.5, 1.0], Status.ANSWERED),
+    ([0.5, 0.0, 0.0], Status.ANSWERED),
+    ([0.0] * 4, Status.STEP_BUDGET),
+  )
+  for group in (ends[:3], ends):
+    made = [
+      samples.sample(0, r, [1] * len(r), seed=n, status=status)
+      for n, (r, status) in enumerate(group)
+    ]
+    batch = samples.pack(made)
+    adv = groups.step_relative(batch, jnp.asarray(batch.rewards), 1.0)
+    right, detour, wrong, *spam = samples.found(batch, adv, made)
+    assert (right > 0).all()
+    assert detour[-1] > 0
+    assert detour[1] < right[1], "the call without use, beside the one of use"
+    assert (wrong[1:] < 0).all()
+    assert all((s < 0).all() for s in spam)
 
 
 @pytest.mark.parametrize("name", ["rloo", "grpo", "grpo_step", "gigpo"])
