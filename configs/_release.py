@@ -41,8 +41,9 @@ def online(algorithm, path, chat_format, **architecture):
   r.max_steps, r.max_step_tokens, r.decode_chunk = 12, 1024, 128
   # The release cuts at 4,096 from the left, which removes the query first.
   r.max_tokens = config.train.row_tokens = 8192
-  # The release sums alpha = 1 rewards; 'mean' keeps a retry from outscoring a first-try success.
-  config.rewards.alpha, config.rewards.normalization = 1.0, "mean"
+  # The release sums alpha = 1 rewards, offline; of a policy's own rollouts that pays for calls
+  # without use (results/incentives.md).
+  config.rewards.alpha, config.rewards.shaping = 1.0, "progress"
   config.loss.logprob_chunk = 1024  # the output matrix is read once for so many positions
   # Set sft.steps for your data; 0 starts RL from the model as it is.
   config.sft.steps, config.sft.batch, config.sft.micro_rows = 0, 16, 16

@@ -33,7 +33,7 @@ def get_config(arg=""):
   released = arg == "released"
   config = _RELEASE["released"]("steptool" if released else arg or "steptool")
   config.model.path, config.model.chat_format = "Qwen2-7B-Instruct", "chatml_react"
-  config.rewards.alpha, config.rewards.normalization = 1.0, "none"
+  config.rewards.alpha, config.rewards.shaping = 1.0, "sum"
   d = config.data
   d.path, d.format = "annotated.jsonl", "jsonl"
   d.passes, d.batch = 5, 8

@@ -274,10 +274,20 @@ class Filters:
 @dataclasses.dataclass(frozen=True)
 class Rewards:
   alpha: float = option(1.0, "weight of SuccCalling against Contribution", least=0)
-  normalization: str = option(
-    "mean",
-    "divides intermediate rewards by their number; none: the paper",
-    choices=("mean", "none"),
+  source: str = option(
+    "progress",
+    "what SC and Con of rollouts are made of: what is known at a step ('progress'), or also what "
+    "came of it later ('hindsight', which needs `unsafe`)",
+    choices="reward sources",
+  )
+  shaping: str = option(
+    "progress",
+    "how the scores of intermediate steps become rewards; 'sum' is the paper's",
+    choices="shapings",
+  )
+  weight: float = option(1.0, "of intermediate rewards, where a solved task earns 1", least=0)
+  unsafe: bool = option(
+    False, "allow rollouts to be paid by what comes later (shaping 'episode_mean', 'hindsight')"
   )
   scheme: str = option(
     "steptool",
@@ -295,7 +305,16 @@ class Advantage:
   lam: float = option(0.95, "lambda of GAE", least=0, most=1)
   level: str = option("", "unit of GAE; empty = as the algorithm says", choices="advantage levels")
   broadcast: bool = option(True, "level step: one advantage for all tokens of a step (the paper)")
-  whiten: bool = option(True, "mean 0, deviation 1 over the global batch; for critics' advantages")
+  bootstrap: tuple[str, ...] = option(
+    (),
+    "spent budgets after which a conversation is worth V of what would come next; any other end is "
+    "worth 0, as the budgets belong to the graded task",
+    choices=("step_budget", "token_budget"),
+  )
+  whiten: bool = option(
+    True,
+    "mean 0, deviation 1 over the global batch, under the loss's weights; for critics' advantages",
+  )
   omega: float = option(1.0, "gigpo: weight of the step-relative part (the authors': 1)", least=0)
 
 

@@ -18,7 +18,8 @@ from steptool_jax.learning.algorithms import Algorithm, get_algorithm
 from steptool_jax.learning.critics import CRITICS
 from steptool_jax.learning.losses import AGGREGATIONS
 from steptool_jax.policy import lora, model
-from steptool_jax.rewards.assembly import SCHEMES
+from steptool_jax.rewards.assembly import SCHEMES, SOURCES, refuse_hindsight
+from steptool_jax.rewards.shaping import SHAPINGS
 
 # Name in config.py -> the table whose keys, or entries, are the choices.
 TABLES: Mapping[str, Iterable[str]] = {
@@ -31,8 +32,17 @@ TABLES: Mapping[str, Iterable[str]] = {
   "environments": ENVIRONMENTS,
   "model families": model.FAMILIES,
   "remat policies": model.REMAT,
+  "reward sources": SOURCES,
   "schemes": SCHEMES,
+  "shapings": SHAPINGS,
   "specialists": TIERS,
+}
+
+
+# Removed field -> what stands in its place.
+_RENAMED = {
+  "config.rewards.normalization": "config.rewards.shaping: 'none' is now 'sum', and 'mean', which "
+  "reads the future, is 'episode_mean'",
 }
 
 
@@ -61,6 +71,12 @@ def differences(config: Config, saved: Mapping[str, Any]) -> list[str]:
   that change nothing in a folder with a run. One that it lacks came later: it had our default.
   """
   mine, theirs = _flatten(json.loads(to_json(config))), _flatten(saved)
+  if "rewards.normalization" in theirs:  # the rewards of before had other defaults than ours
+    theirs |= {
+      "rewards.shaping": {"mean": "episode_mean"}.get(theirs["rewards.normalization"], "sum"),
+      "rewards.source": "hindsight",
+      "advantage.bootstrap": ["step_budget", "token_budget"],
+    }
   usual = _flatten(json.loads(to_json(Config())))
   return sorted(name for name, value in mine.items() if value != theirs.get(name, usual[name]))
 
@@ -87,6 +103,8 @@ def _build(cls: type, values: Mapping[str, Any], path: str) -> Any:
   fields = {f.name: f for f in dataclasses.fields(cls)}
   for name in values:
     if name not in fields:
+      if f"{path}.{name}" in _RENAMED:
+        raise ValueError(f"{path}.{name}: no such field; use {_RENAMED[f'{path}.{name}']}")
       near = difflib.get_close_matches(name, fields, n=1, cutoff=0.4)
       hint = f"; did you mean {path}.{near[0]}?" if near else f"; valid: {', '.join(fields)}"
       raise ValueError(f"{path}.{name}: no such field{hint}")
@@ -314,6 +332,8 @@ def _check_rewards(config: Config, algorithm: Algorithm) -> None:
       "config.rewards: stored trajectories (config.data.path) are trained on with the rewards of "
       "their file; leave scheme and filters at their defaults"
     )
+  if paid == "step" and not (config.data.path or config.annotate.input):
+    refuse_hindsight(r)
   if r.filters.min_deviation and config.rollout.samples < 2:
     raise ValueError(
       "config.rewards.filters.min_deviation: with config.rollout.samples = 1 no group deviates, so "

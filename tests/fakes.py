@@ -9,7 +9,7 @@ import numpy as np
 
 from steptool_jax.learning import batching
 from steptool_jax.policy import engine, model
-from steptool_jax.types import Finish, Malformed, Status, Step, TokenBatch, Trajectory
+from steptool_jax.types import TRUNCATED, Finish, Malformed, Status, Step, TokenBatch, Trajectory
 
 VOCAB = 61
 ROOT = pathlib.Path(__file__).parents[1]
@@ -67,7 +67,7 @@ def padded(packed: batching.Packed, multiple: int) -> TokenBatch:
 def random_trajectory(rng, max_steps=4, status=None, prompt=5) -> Trajectory:
   """Random ids, log-probs and fractional rewards; each step but a final one is observed."""
   if status is None:
-    status = rng.choice([Status.ANSWERED, Status.STEP_BUDGET])
+    status = rng.choice([Status.ANSWERED, *sorted(TRUNCATED)])
   count = int(rng.integers(1, max_steps + 1))
   steps = []
   for k in range(count):

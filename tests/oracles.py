@@ -104,10 +104,11 @@ def episode_advantages(samples, gamma, kind):
       for i, a in zip(members, relative(totals), strict=True):
         out[i] += a
     elif kind == "grpo_step":
-      weights = [1 / len(steps) for steps in later for _ in steps]
-      flat = iter(standardised([g for steps in later for g in steps], weights))
+      paid = [samples[i][1] for i in members]
+      weights = [1 / len(rewards) for rewards in paid for _ in rewards]
+      flat = iter(standardised([r for rewards in paid for r in rewards], weights))
       for i in members:
-        out[i] = np.array([next(flat) for _ in out[i]])
+        out[i] = np.array(returns_to_go([next(flat) for _ in out[i]], gamma))
     else:
       places = [(i, k) for i in members for k in range(len(out[i]))]
       for anchor in {samples[i][2][k] for i, k in places}:

@@ -50,7 +50,8 @@ def gae(
     step_episodes: cut the trajectory at step ends, so that each step is an episode of its own (the
       paper's ablation without step-grained optimisation).
 
-  A truncated trajectory bootstraps from V at its `bootstrap` position, a terminated one from 0.
+  A trajectory with a `bootstrap` position is worth V of it after its end (batching.pack sets one
+  for the statuses of config.advantage.bootstrap), any other one 0.
   """
   chex.assert_rank([rewards_BT, values_BT, batch.action_mask], 2)
   chex.assert_equal_shape([rewards_BT, values_BT, batch.action_mask])
@@ -105,15 +106,17 @@ def _released_gae(batch, rewards_BT, values_BT, gamma, lam):
   return segments.linear_recurrence(gamma * lam * continues_BT, delta_BT, reverse=True)
 
 
-def whiten(x_BT: jax.Array, mask_BT: jax.Array) -> jax.Array:
-  """(x - mean) / std over the mask, 0 outside; call it on the global batch, never on a minibatch.
+def whiten(x_BT: jax.Array, weights_BT: jax.Array) -> jax.Array:
+  """(x - mean) / std under the weights, 0 where there is none; call it on the global batch, never
+  on a minibatch.
 
+  The weights are those of the loss (losses.action_weights), so that what it sums up has mean 0.
   Under jit the sums run over the global array, so all hosts see one mean and one deviation.
   """
-  chex.assert_rank([x_BT, mask_BT], 2)
-  chex.assert_type(x_BT, jnp.float32)
-  mask_BT = mask_BT.astype(jnp.float32)
-  count = jnp.maximum(mask_BT.sum(), 1.0)
-  mean = (x_BT * mask_BT).sum() / count
-  variance = (jnp.square(x_BT - mean) * mask_BT).sum() / count
-  return (x_BT - mean) * jax.lax.rsqrt(variance + 1e-8) * mask_BT
+  chex.assert_rank([x_BT, weights_BT], 2)
+  chex.assert_type([x_BT, weights_BT], jnp.float32)
+  total = weights_BT.sum()
+  total = jnp.where(total > 0, total, 1.0)
+  mean = (x_BT * weights_BT).sum() / total
+  variance = (jnp.square(x_BT - mean) * weights_BT).sum() / total
+  return jnp.where(weights_BT > 0, (x_BT - mean) * jax.lax.rsqrt(variance + 1e-8), 0.0)

@@ -189,7 +189,7 @@ ALGORITHMS: dict[str, Algorithm] = {
   "rloo": Algorithm("outcome", _policy_loss, _baseline(groups.leave_one_out), compares=True),
   # Outcome, normalised over the task's samples.
   "grpo": Algorithm("outcome", _policy_loss, _baseline(groups.group_relative), **_GROUP),
-  # Step rewards' discounted returns-to-go, normalised over all steps of the task's samples.
+  # Step rewards, normalised over all steps of the task's samples, then summed up from each step on.
   "grpo_step": Algorithm(
     "step", _policy_loss, _baseline(groups.step_relative, discounted=True), **_GROUP
   ),

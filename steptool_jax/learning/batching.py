@@ -1,6 +1,6 @@
 """Trajectories -> packed TokenBatch: first-fit-decreasing rows, static shapes, host side only."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Container, Hashable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -8,14 +8,16 @@ import numpy as np
 from steptool_jax.types import TokenBatch, Trajectory
 
 
-def packed_length(trajectory: Trajectory, whole_actions: bool = False) -> int:
+def packed_length(
+  trajectory: Trajectory, whole_actions: bool = False, bootstrap: Container[str] = ()
+) -> int:
   """Positions that a trajectory takes in a row.
 
-  A terminated one ends with its last sampled token, which is a target but never an input, unless
-  `whole_actions` asks for it: Q(s, a) reads the state after all of a. A truncated one keeps all:
-  after its last token comes the state whose value it bootstraps from.
+  One that ends there ends with its last sampled token, which is a target but never an input, unless
+  `whole_actions` asks for it: Q(s, a) reads the state after all of a. One whose status is in
+  `bootstrap` keeps all: after its last token comes the state whose value it bootstraps from.
   """
-  if trajectory.truncated:
+  if trajectory.status in bootstrap:
     return trajectory.num_tokens
   length = trajectory.num_tokens - len(trajectory.steps[-1].observation_tokens)
   return length if whole_actions else length - 1
@@ -78,16 +80,22 @@ class Packed(NamedTuple):
   places: tuple[Place, ...]
 
 
-def pack(trajectories: Sequence[Trajectory], row_tokens: int, share: bool = False) -> Packed:
+def pack(
+  trajectories: Sequence[Trajectory],
+  row_tokens: int,
+  bootstrap: Container[str] = (),
+  share: bool = False,
+) -> Packed:
   """Packs into as few rows of `row_tokens` as first-fit-decreasing finds.
 
   share: samples of a task stand together, behind their prompt, which is computed once. What
   follows from it (log-probs, values, gradients) is what separate rows give.
+  bootstrap: the statuses whose trajectories go on beyond their last token (see `pack_units`).
 
   Raises:
     ValueError: a trajectory without steps, or one longer than a row.
   """
-  return pack_units([(t,) for t in trajectories], row_tokens, share=share)
+  return pack_units([(t,) for t in trajectories], row_tokens, share=share, bootstrap=bootstrap)
 
 
 def pack_units(
@@ -97,6 +105,7 @@ def pack_units(
   replayed: Sequence[Trajectory] = (),
   whole_actions: bool = False,
   share: bool = False,
+  bootstrap: Container[str] = (),
 ) -> Packed:
   """Packs trajectories that belong together into neighbouring rows.
 
@@ -107,6 +116,8 @@ def pack_units(
     replayed: further trajectories, for a critic only (W = 1).
     whole_actions: see `packed_length`.
     share: see `pack` (W = 1, nothing replayed).
+    bootstrap: statuses (config.advantage.bootstrap) whose trajectories are worth V of the state
+      after them; all others are worth 0 there.
 
   Raises:
     ValueError: as `pack`.
@@ -116,7 +127,7 @@ def pack_units(
   for trajectory in (t for unit in units for t in unit):
     if not trajectory.steps:
       raise ValueError(f"trajectory of task {trajectory.task_id!r} has no steps: nothing to train")
-  lengths = [[packed_length(t, whole_actions) for t in unit] for unit in units]
+  lengths = [[packed_length(t, whole_actions, bootstrap) for t in unit] for unit in units]
   for index, longest in enumerate(map(max, lengths)):
     if longest > row_tokens:
       raise ValueError(
@@ -147,7 +158,7 @@ def pack_units(
           stop = start + lengths[index][member] - shared
           place = Place(row, start, stop, len(trajectory.prompt_tokens) - shared)
           here = slice(start, stop)
-          _write(batch, trajectory, place, anchors)
+          _write(batch, trajectory, place, anchors, bootstrap)
           batch.group_ids[row, here] = tasks[trajectory.task_id]
           batch.segment_ids[row, here] = segment
           batch.until[row, here] = stop
@@ -206,7 +217,13 @@ def _write_prompt(batch: TokenBatch, trajectory: Trajectory, place: Place) -> No
   batch.positions[place.row, here] = np.arange(place.prompt)
 
 
-def _write(batch: TokenBatch, trajectory: Trajectory, place: Place, anchors: _Numbers) -> None:
+def _write(
+  batch: TokenBatch,
+  trajectory: Trajectory,
+  place: Place,
+  anchors: _Numbers,
+  bootstrap: Container[str],
+) -> None:
   row, start, stop, prompt = place
   before = len(trajectory.prompt_tokens) - prompt  # positions that stand in front, shared
   ids = np.concatenate(
@@ -230,7 +247,7 @@ def _write(batch: TokenBatch, trajectory: Trajectory, place: Place, anchors: _Nu
     batch.behaviour_logprobs[row, first:end] = step.logprobs
     batch.anchor_ids[row, first:end] = anchors[trajectory.task_id, seen.tobytes()]
     first, seen = end + len(step.observation_tokens), step.observation_tokens
-  if trajectory.truncated:
+  if trajectory.status in bootstrap:
     batch.bootstrap[row, stop - 1] = True
 
 

@@ -91,16 +91,19 @@ def group_relative(batch: TokenBatch, rewards_BT: jax.Array) -> jax.Array:
 
 
 def step_relative(batch: TokenBatch, rewards_BT: jax.Array, gamma: float) -> jax.Array:
-  """(G_k - mean) / std over all steps of the task's samples, each sample with a weight of 1.
+  """A_k = sum_{i >= k} gamma^(i - k) (r_i - mean) / std, over all steps of the task's samples.
 
-  GRPO's process supervision (Shao et al. 2024, section 4.1.3) on discounted returns-to-go. Steps
-  are not compared by their number: the policy decides how many there are, which would bias that.
+  GRPO's process supervision (Shao et al. 2024, section 4.1.3, with gamma = 1): rewards are
+  normalised first and summed up then. (Returns-to-go that are normalised fall along an episode by
+  themselves, so that its last step, a right answer, would be punished.) Each sample has a weight
+  of 1 in mean and std.
   """
   start_BT = _step_starts(batch)
   steps_BT = segments.group_totals(start_BT, segments.starts(batch.segment_ids))
   weights_BT = start_BT / jnp.maximum(steps_BT, 1.0)
-  returns_BT = step_returns(batch, rewards_BT, gamma)
-  return _on_steps(batch, _standardised(returns_BT, weights_BT, batch.group_ids))
+  own_BT = step_returns(batch, rewards_BT, 0.0)
+  normal_BT = start_BT * _standardised(own_BT, weights_BT, batch.group_ids)
+  return step_returns(batch, normal_BT, gamma)
 
 
 def anchor_relative(batch: TokenBatch, rewards_BT: jax.Array, gamma: float) -> jax.Array:

@@ -1,9 +1,9 @@
 """The step table of a packed batch: where its steps start, and what is known in front of each.
 
 Critics that need no value at every token (learning/critics.py) read this table and not the rows: an
-entry is the state in front of a step, or the state in which a truncated trajectory was cut. It is
-built on the host; entries lie in the table's row of their own row, so it is sharded as the batch is
-and what is gathered from a row never leaves its device.
+entry is the state in front of a step, or the one that a trajectory which was cut bootstraps from.
+It is built on the host; entries lie in the table's row of their own row, so it is sharded as the
+batch is, and what is gathered from a row never leaves its device.
 """
 
 from typing import Any, NamedTuple
@@ -23,7 +23,7 @@ class StepTable(NamedTuple):
   """Every field is [B, K]: K entries for the steps of each of B packed rows, in row order."""
 
   position: Any  # int32, of the state's token in its row; -1 where there is no entry
-  final: Any  # bool, the state after a truncated trajectory: it has a value and no return
+  final: Any  # bool, the state that a cut trajectory bootstraps from: a value and no return
   task: Any  # int32, 1.. as TokenBatch.group_ids
   peers: Any  # int32, 1.. one number for each (task, step): what the `group` critic compares
   first: Any  # int32, entry in this row with which the trajectory begins
@@ -54,7 +54,7 @@ def build(packed: Packed, width: int = 0) -> StepTable:
       if isinstance(step.action, ToolCall):
         last_failed = 1.0 - step.success_calling
         succeeded, failed = succeeded + step.success_calling, failed + last_failed
-    if trajectory.truncated:
+    if packed.batch.bootstrap[row, stop - 1]:
       k = len(trajectory.steps)
       same = numbers.setdefault((task, k), len(numbers) + 1)
       known = (succeeded, failed, last_failed)

@@ -158,7 +158,8 @@ def prepare(
     signal = learner.algorithm.advantage(flat, rewards_BT, values, c)
   metrics = _signal_metrics(learner, flat, rewards_BT, values, signal)
   if learner.critic != "none" and c.advantage.whiten:
-    signal |= {"advantages": advantages.whiten(signal["advantages"], mask_BT)}
+    weights_BT = losses.action_weights(flat, c.loss.aggregation)
+    signal |= {"advantages": advantages.whiten(signal["advantages"], weights_BT)}
   if learner.critic == "double":
     # What an untaught critic says would only lead the actor astray.
     signal |= {

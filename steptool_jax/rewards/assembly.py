@@ -2,22 +2,47 @@
 
     trajectory --source--> SC, Con of every step --scheme, shaping--> r of every step
 
-A new source or scheme is one row of SOURCES or SCHEMES.
+A new source or scheme is one row of SOURCES or SCHEMES; how marks become rewards is a row of
+shaping.SHAPINGS.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Container, Mapping, Sequence
 
 from steptool_jax.config import Rewards
 from steptool_jax.rewards import orchestra, responses, rules, shaping
 from steptool_jax.types import Task, Trajectory
 
 # (task, trajectory) -> the same trajectory with SC and Con on every step.
-Source = Callable[[Task, Trajectory], Trajectory]
+Mark = Callable[[Task, Trajectory], Trajectory]
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+  """One row.
+
+  mark: where answers are checked by rule.
+  texts: where answers are free text (ToolBench).
+  causal: the marks of a step depend on the steps up to it alone.
+  """
+
+  mark: Mark
+  texts: Mark
+  causal: bool = True
+
+
 SOURCES: dict[str, Source] = {
-  # By comparison with the demonstration and the final answer, where answers are checked by rule.
-  "rules": rules.annotate,
-  # By the text rule "evidence", where answers are free text.
-  "evidence": lambda task, trajectory: responses.score(task.query, trajectory),
+  # What is done of the demonstration and obtained of what the goal needs; in texts, what is new.
+  "progress": Source(
+    lambda task, trajectory: rules.annotate(task, trajectory, causal=True),
+    lambda task, trajectory: responses.score(task.query, trajectory, "news"),
+  ),
+  # What was used later, in a right answer or on the way to it.
+  "hindsight": Source(
+    rules.annotate,
+    lambda task, trajectory: responses.score(task.query, trajectory, "evidence"),
+    causal=False,
+  ),
 }
 
 # (tasks, trajectories, options) -> what each last step earns, by part; None for IsSolved.
@@ -45,14 +70,47 @@ def _eq_2(
 SCHEMES: dict[str, Scheme] = {"steptool": _is_solved, "orchestra": _eq_2, "orchestra_steps": _eq_2}
 
 
+def refuse_hindsight(options: Rewards) -> None:
+  """ValueError where a step of a rollout is paid by what comes later, unless that is asked for."""
+  for field, chosen, table in (
+    ("shaping", options.shaping, shaping.SHAPINGS),
+    ("source", options.source, SOURCES),
+  ):
+    if not table[chosen].causal and not options.unsafe:
+      raise ValueError(
+        f"config.rewards.{field}: {chosen!r} reads the future: later calls change what earlier "
+        "ones earned, so calls without use can pay; use 'progress', or set "
+        "config.rewards.unsafe=True to train on it all the same (to annotate stored trajectories "
+        "it is fine)"
+      )
+
+
+def described(options: Rewards) -> dict[str, str | float | bool]:
+  """How rollouts' steps are paid, for a summary.
+
+  causal: what a step earned no longer changes. safe: and calls without use earn nothing.
+  """
+  row, source = shaping.SHAPINGS[options.shaping], SOURCES[options.source]
+  causal = row.causal and source.causal
+  return {
+    "source": options.source,
+    "shaping": options.shaping,
+    "weight": options.weight,
+    "causal": causal,
+    "safe": causal and row.safe,
+  }
+
+
 def pay(
   tasks: Sequence[Task],
   trajectories: Sequence[Trajectory],
   options: Rewards,
   *,
-  source: str = "rules",
   scheme: str = "steptool",
   outcome_only: bool = False,
+  texts: bool = False,
+  gamma: float = 1.0,
+  bootstrap: Container[str] = (),
 ) -> list[Trajectory]:
   """The same trajectories with SC, Con and r on every step.
 
@@ -60,13 +118,23 @@ def pay(
     tasks: of the trajectories, one each.
     trajectories: those of a task together, where the scheme compares them.
     options: config.rewards; `scheme` is given apart, since evaluations always use "steptool".
-    source: a name in SOURCES.
     scheme: a name in SCHEMES.
     outcome_only: the steps before the last one earn nothing.
+    texts: answers are free text, which no rule checks.
+    gamma, bootstrap: config.advantage's, see shaping.shape.
   """
-  mark = SOURCES[source]
+  source = SOURCES[options.source]
+  mark = source.texts if texts else source.mark
   finals = SCHEMES[scheme](tasks, trajectories, options)
   return [
-    shaping.shape(mark(task, t), options.alpha, options.normalization, outcome_only, final)
+    shaping.shape(
+      mark(task, t),
+      options,
+      outcome_only=outcome_only,
+      final=final,
+      needed=rules.needed(task),
+      gamma=gamma,
+      bootstrap=bootstrap,
+    )
     for task, t, final in zip(tasks, trajectories, finals, strict=True)
   ]

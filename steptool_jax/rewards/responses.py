@@ -14,7 +14,7 @@ from typing import Literal
 
 from steptool_jax.types import Finish, Malformed, Step, ToolCall, Trajectory
 
-Rule = Literal["evidence", "lcs"]
+Rule = Literal["evidence", "lcs", "news"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +55,8 @@ def score(query: str, trajectory: Trajectory, rule: Rule = "evidence") -> Trajec
   """The same trajectory with success_calling (0 or 1) and contribution (in [0, 1]) on every call.
 
   Rule "lcs" is the released pair of rules, "evidence" our own, whose contribution is one to a
-  solution: it is scaled by `solved`, so that words copied into a wrong answer earn nothing.
+  solution: it is scaled by `solved`, so that words copied into a wrong answer earn nothing. Both
+  know the answer; "news" depends on the calls up to a step alone.
   ValueError for an unknown rule.
   """
   texts = transcript(query, trajectory)
@@ -79,8 +80,11 @@ def marks_of(texts: Transcript, rule: Rule) -> list[tuple[float, float]]:
   elif rule == "evidence":
     scs = map(has_result, responses)
     cons = evidence_contribution(texts)
+  elif rule == "news":
+    scs = map(has_result, responses)
+    cons = news_contribution(texts)
   else:
-    raise ValueError(f"rule is {rule!r}: must be 'evidence' or 'lcs'")
+    raise ValueError(f"rule is {rule!r}: must be 'evidence', 'lcs' or 'news'")
   return [(float(sc), con) for sc, con in zip(scs, cons, strict=True)]
 
 
@@ -241,6 +245,24 @@ def evidence_contribution(texts: Transcript) -> list[float]:
     hits = sum(map(_weight, new & use))
     share = hits / max(1.0, sum(map(_weight, new)))
     scores.append(min(1.0, max(hits / _ENOUGH_WORDS, share / _ENOUGH_SHARE)))
+  return scores
+
+
+def news_contribution(texts: Transcript) -> list[float]:
+  """How much each response tells that is new, in [0, 1]: three informative words are enough.
+
+  New is what neither the query nor the call itself nor an earlier result holds. Whether it is of
+  use only hindsight knows (`evidence_contribution`).
+  """
+  known = evidence_words(texts.query)
+  scores = []
+  for action, response in texts.steps:
+    new: frozenset[str] = frozenset()
+    if has_result(response):
+      words = evidence_words(action.partition(" ")[2])
+      new = evidence_words(split_response(response)[1]) - known - words
+    known = known | new
+    scores.append(min(1.0, sum(map(_weight, new)) / _ENOUGH_WORDS))
   return scores
 
 

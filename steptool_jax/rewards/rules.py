@@ -1,10 +1,14 @@
 """SuccCalling and Contribution by rules, from what a trajectory really did. Exact, no model.
 
 SC = 1: the call was executed (code OK) and repeats nothing.
-Con = 1: SC = 1 and the step is one of the demonstration's in a solved trajectory, made a required
-change, or was the first to produce a value that is used later: in the arguments of a correct step
-or in the correct final answer. Correct steps are those of the demonstration and, so that other ways
-to the goal count too, those that contribute.
+Con = 1, by progress (`causal`): SC = 1 and the step is one of the demonstration's, or the first to
+obtain a value that the goal needs: an argument of a demonstrated call, or the answer. It depends on
+the steps up to this one alone. Where a session's handles are the values, and where neither
+demonstration nor answer is known, nobody can tell what the goal needs but from the demonstration.
+Con = 1, in hindsight: SC = 1 and the step is one of the demonstration's in a solved trajectory,
+made a required change, or was the first to produce a value that is used later: in the arguments of
+a correct step or in the correct final answer. Correct steps are those of the demonstration and, so
+that other ways to the goal count too, those that contribute.
 Where a demonstrated step produces a value again, the credit is its own and not a distractor's.
 """
 
@@ -22,8 +26,10 @@ from steptool_jax.types import Code, Finish, Step, Task, ToolCall, Trajectory
 _STATE_CHECKERS = frozenset({"state", "table"})
 
 
-def annotate(task: Task, trajectory: Trajectory) -> Trajectory:
+def annotate(task: Task, trajectory: Trajectory, causal: bool = False) -> Trajectory:
   """The same trajectory with success_calling and contribution (0 or 1) on every step.
+
+  causal: contribution is progress, which no later step changes; else hindsight tells it.
 
   Reads task.demonstration, task.query and, for environments whose intermediate results go by a
   session's own handles (t1, t2, ...), task.metadata["handles"]: the handle that each demonstrated
@@ -32,12 +38,17 @@ def annotate(task: Task, trajectory: Trajectory) -> Trajectory:
   if trajectory.task_id != task.id:
     raise ValueError(f"trajectory of task {trajectory.task_id!r} annotated with task {task.id!r}")
   facts = _forward(task, trajectory.steps)
-  contributions = _backward(task, trajectory, facts)
+  contributions = _progress(task, facts) if causal else _backward(task, trajectory, facts)
   steps = tuple(
     dataclasses.replace(step, success_calling=float(fact.success), contribution=float(con))
     for step, fact, con in zip(trajectory.steps, facts, contributions, strict=True)
   )
   return dataclasses.replace(trajectory, steps=steps)
+
+
+def needed(task: Task) -> int:
+  """Contributions (by progress) that the goal needs: the demonstrated calls; 0: nobody knows."""
+  return sum(isinstance(action, ToolCall) for action in task.demonstration)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +106,26 @@ def _forward(task: Task, steps: Sequence[Step]) -> list[_Fact]:
     arguments = frozenset(_leaves(call.arguments))
     facts.append(_Fact(True, is_gold, observation.changed, new, arguments))
   return facts
+
+
+def _progress(task: Task, facts: Sequence[_Fact]) -> list[bool]:
+  wanted: set[str] = set()
+  answer = ""
+  if "handles" not in task.metadata:
+    for action in task.demonstration:
+      if isinstance(action, ToolCall):
+        wanted |= set(_leaves(action.arguments))
+    if task.checker.get("type") not in _STATE_CHECKERS:
+      last = task.demonstration[-1] if task.demonstration else None
+      value = last.answer if isinstance(last, Finish) else task.checker.get("value", "")
+      answer = str(value)
+  obtained: set[str] = set()
+  contributions = []
+  for fact in facts:
+    values = {v for v in fact.produced - obtained if v in wanted or _mentions(answer, v)}
+    obtained |= values
+    contributions.append(fact.gold or bool(values))
+  return contributions
 
 
 def _backward(task: Task, trajectory: Trajectory, facts: Sequence[_Fact]) -> list[bool]:

@@ -1,7 +1,7 @@
 """SC, Con and IsSolved of a judged trajectory, and what several judge runs come to on average.
 
 Judges give SC in {0, 1}, Con in 0..5 and a status a run; here both are means over runs in [0, 1],
-so that shaping.shape(alpha=1, normalization="none") gives r = .5 SC + .5 Con / 5.
+so that shaping.shape with alpha = 1 and shaping "sum" gives r = .5 SC + .5 Con / 5.
 """
 
 import dataclasses

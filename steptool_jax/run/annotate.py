@@ -5,8 +5,9 @@ WORKDIR/annotated_trajectories (train on it with data.path=WORKDIR and data.form
 
 SC, Con and IsSolved come from one of SOURCES: rules, an LLM judge (the mean over its runs) or a
 table of existing annotations. A new source is a function and its row there; the choices of
-annotate.source name it. rewards/shaping.py makes rewards of the scores, with rewards.alpha and
-rewards.normalization. Train on the file with --config.data.path=WORKDIR/annotated.jsonl.
+annotate.source name it. rewards/shaping.py makes rewards of the scores, with rewards.alpha,
+rewards.shaping and rewards.weight. Con is told in hindsight: was the step of use later? Train on
+the file with --config.data.path=WORKDIR/annotated.jsonl.
 
 What the judge failed on is counted and left out, never scored. Its replies are kept on disk, so the
 same command goes on after a stop and asks again only for what is missing.
@@ -70,12 +71,19 @@ def run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
   a = config.annotate
   if not a.input:
     raise ValueError("config.annotate.input: empty; name the trajectories to annotate")
+  r = config.rewards
+  if shaping.SHAPINGS[r.shaping].by_goal:
+    raise ValueError(
+      f"config.rewards.shaping: {r.shaping!r} counts what the goal needs, which stored "
+      "trajectories do not tell; use 'sum', as the release, or 'prefix_mean'"
+    )
   if a.output == "tfds":
     annotated_trajectories.refuse_existing(workdir)
   origin = {
     "source": a.source,
-    "alpha": config.rewards.alpha,
-    "normalization": config.rewards.normalization,
+    "alpha": r.alpha,
+    "shaping": r.shaping,
+    "weight": r.weight,
   }
   with Stop().listening() as stop:
     work = _read(config, workdir)
@@ -142,7 +150,7 @@ def _stored_calls(kind: str, path: pathlib.Path) -> list[conversations.Calls]:
 
 
 def _shaped(config: Config, record: AnnotatedTrajectory, origin: dict) -> AnnotatedTrajectory:
-  shaped = shaping.shape(record.trajectory, config.rewards.alpha, config.rewards.normalization)
+  shaped = shaping.shape(record.trajectory, config.rewards)
   metadata = {**record.metadata, "annotation": origin}
   return dataclasses.replace(record, trajectory=shaped, metadata=metadata)
 

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from steptool_jax.config import Config
 from steptool_jax.learning import algorithms
 from steptool_jax.policy import sharding
+from steptool_jax.rewards import assembly
 from steptool_jax.rollout.chain import Interrupted
 from steptool_jax.run import export
 from steptool_jax.run.checks import before_training
@@ -121,6 +122,13 @@ class Run:
       self.data = offline.load(config, parts.policy.chat_format, parts.policy.model)
       self.most = self.data.most
       self.iterations = config.data.passes * self.data.batches_per_pass
+    elif self.algorithm.rewards == "step" and not assembly.described(config.rewards)["safe"]:
+      logging.warning(
+        "config.rewards: shaping %r with source %r also pays for calls without use "
+        "(results/incentives.md); 'progress' with 'progress' does not",
+        config.rewards.shaping,
+        config.rewards.source,
+      )
     check_rows(config, parts.mesh)
     self.selection = rollouts.selection(parts)
     self.recorder = record.Recorder(

@@ -4,10 +4,12 @@ import fakes
 import numpy as np
 
 from steptool_jax.learning import batching
-from steptool_jax.types import Finish, Status, Step, Trajectory
+from steptool_jax.types import TRUNCATED, Finish, Status, Step, Trajectory
+
+ENDS = (Status.ANSWERED, Status.GAVE_UP, Status.STEP_BUDGET, Status.TOKEN_BUDGET)
 
 
-def sample(task, rewards, lengths=None, anchors=None, solved=0.0, truncated=False, seed=0):
+def sample(task, rewards, lengths=None, anchors=None, solved=0.0, status=Status.ANSWERED, seed=0):
   """One trajectory; anchors: what is observed before step 1, 2, … (equal numbers, equal texts)."""
   rng = np.random.default_rng((seed, len(rewards), *(lengths or ())))
   lengths = lengths or [2] * len(rewards)
@@ -15,7 +17,7 @@ def sample(task, rewards, lengths=None, anchors=None, solved=0.0, truncated=Fals
   steps = []
   for k, (reward, length) in enumerate(zip(rewards, lengths, strict=True)):
     last = k == len(rewards) - 1
-    observed = [7] if last and truncated else [] if last else [10 + anchors[k], 3]
+    observed = [] if last and status not in TRUNCATED else [7] if last else [10 + anchors[k], 3]
     steps.append(
       Step(
         tokens=rng.integers(0, 61, length).astype(np.int32),
@@ -25,7 +27,6 @@ def sample(task, rewards, lengths=None, anchors=None, solved=0.0, truncated=Fals
         reward=reward,
       )
     )
-  status = Status.STEP_BUDGET if truncated else Status.ANSWERED
   return Trajectory(f"t{task}", seed, np.array([5, task], np.int32), tuple(steps), status, solved)
 
 
@@ -43,7 +44,7 @@ def random_samples(seed, tasks=3, most=4):
       made.append((task, rewards, anchors, lengths))
   made = [made[i] for i in rng.permutation(len(made))]
   trajectories = [
-    sample(task, rewards, lengths, anchors, seed=n, truncated=bool(rng.integers(2)))
+    sample(task, rewards, lengths, anchors, seed=n, status=ENDS[rng.integers(4)])
     for n, (task, rewards, anchors, lengths) in enumerate(made)
   ]
   return trajectories, [(task, rewards, ("prompt", *anchors)) for task, rewards, anchors, _ in made]
@@ -64,6 +65,6 @@ def found(batch, values_BT, trajectories):
   return out
 
 
-def pack(trajectories, row_tokens=40, rows=12):
+def pack(trajectories, row_tokens=40, rows=12, bootstrap=()):
   """One shape for all examples: one compilation."""
-  return fakes.padded(batching.pack(trajectories, row_tokens), rows)
+  return fakes.padded(batching.pack(trajectories, row_tokens, bootstrap), rows)

@@ -18,20 +18,31 @@ from steptool_jax.types import Finish, Status, Step, Trajectory
 GAMMA, LAM = 0.9, 0.8
 
 
-def packed(seed, count=6, row_tokens=64, **kwargs):
+BUDGETS = (Status.STEP_BUDGET, Status.TOKEN_BUDGET)
+choices = st.sampled_from(
+  [(), ("step_budget",), ("token_budget",), ("step_budget", "token_budget")]
+)
+
+
+def packed(seed, count=6, row_tokens=64, bootstrap=("step_budget", "token_budget"), **kwargs):
+  """([(trajectory, row, its positions)], the batch, values). Where a trajectory lies, and how it
+  ends, is asked of the trajectory and not of the batch, which may be what is wrong."""
   rng = np.random.default_rng(seed)
   trajectories = [fakes.random_trajectory(rng, **kwargs) for _ in range(count)]
+  found = batching.pack(trajectories, row_tokens, bootstrap)
   # One shape for all examples: one compilation.
-  batch = fakes.padded(batching.pack(trajectories, row_tokens), 6)
+  batch = fakes.padded(found, 6)
   values = rng.normal(size=batch.tokens.shape).astype(np.float32)
-  return trajectories, batch, values
+  places = [
+    (t, row, np.arange(start, stop))
+    for t, (row, start, stop, _) in zip(found.trajectories, found.places, strict=True)
+  ]
+  return places, batch, values
 
 
-def segments_of(batch):
-  """(row, positions) of every packed trajectory."""
-  for row in range(batch.tokens.shape[0]):
-    for segment in range(1, batch.segment_ids[row].max() + 1):
-      yield row, np.flatnonzero(batch.segment_ids[row] == segment)
+def value_after(trajectory, row_values, bootstrap):
+  """V of the state after a trajectory: at its last position, or 0 where it ends for good."""
+  return row_values[-1] if trajectory.status in bootstrap else 0.0
 
 
 @functools.partial(jax.jit, static_argnames=("level", "broadcast", "step_episodes"))
@@ -45,18 +56,17 @@ def run_gae(batch, values, gamma=GAMMA, lam=LAM, **kwargs):
 
 
 @settings(max_examples=15, deadline=None)
-@given(st.integers(0, 10_000), st.sampled_from(["step", "token"]))
-def test_gae_equals_the_token_oracle_on_packed_rows(seed, level):
-  _, batch, values = packed(seed)
+@given(st.integers(0, 10_000), st.sampled_from(["step", "token"]), choices)
+def test_gae_equals_the_token_oracle_on_packed_rows(seed, level, bootstrap):
+  places, batch, values = packed(seed, bootstrap=bootstrap)
   adv, ret = run_gae(batch, values, level=level, broadcast=False)
-  for row, at in segments_of(batch):
+  for t, row, at in places:
     act = at[batch.action_mask[row, at]]
-    boot = at[batch.bootstrap[row, at]]
     expected = oracles.gae_tokens(
       batch.rewards[row, act],
       values[row, act],
       batch.step_end[row, act],
-      values[row, boot[0]] if boot.size else 0.0,
+      value_after(t, values[row, at], bootstrap),
       GAMMA,
       LAM,
       level,
@@ -67,19 +77,18 @@ def test_gae_equals_the_token_oracle_on_packed_rows(seed, level):
 
 
 @settings(max_examples=15, deadline=None)
-@given(st.integers(0, 10_000))
-def test_step_level_broadcast_equals_gae_over_steps(seed):
+@given(st.integers(0, 10_000), choices)
+def test_step_level_broadcast_equals_gae_over_steps(seed, bootstrap):
   """The paper: one advantage a step, shared by its tokens; checked against oracle and rlax."""
   # With a prompt of one token, sampled tokens of two trajectories stand side by side.
-  _, batch, values = packed(seed, prompt=1)
+  places, batch, values = packed(seed, prompt=1, bootstrap=bootstrap)
   adv, ret = run_gae(batch, values)
-  for row, at in segments_of(batch):
+  for t, row, at in places:
     act = at[batch.action_mask[row, at]]
     ids = batch.step_ids[row, act]
     firsts = np.array([act[ids == k][0] for k in range(ids.max() + 1)])
     ends = np.array([act[ids == k][-1] for k in range(ids.max() + 1)])
-    boot = at[batch.bootstrap[row, at]]
-    last = values[row, boot[0]] if boot.size else 0.0
+    last = value_after(t, values[row, at], bootstrap)
     r, v = batch.rewards[row, ends], values[row, firsts]
     expected = oracles.gae_steps(r, v, last, GAMMA, LAM)
     np.testing.assert_allclose(adv[row, act], expected[ids], atol=1e-5)
@@ -94,9 +103,9 @@ def test_step_level_broadcast_equals_gae_over_steps(seed):
 @settings(max_examples=10, deadline=None)
 @given(st.integers(0, 10_000))
 def test_released_level_equals_the_authors_formula(seed):
-  _, batch, values = packed(seed)  # truncated ones too: the authors never bootstrap
+  places, batch, values = packed(seed)  # truncated ones too: the authors never bootstrap
   adv, _ = run_gae(batch, values, level="released", gamma=0.99, lam=0.95)
-  for row, at in segments_of(batch):
+  for _, row, at in places:
     expected = oracles.gae_released(
       batch.rewards[row, at][batch.step_end[row, at]],
       values[row, at],
@@ -123,11 +132,11 @@ def test_released_weights_are_on_rewards_and_not_on_a_kl_penalty():
 
 
 def test_step_episodes_cut_the_flow_at_step_ends():
-  trajectories, batch, values = packed(3, count=1)
+  places, batch, values = packed(3, count=1)
   adv, _ = run_gae(batch, values, level="token", step_episodes=True)
-  for row, at in segments_of(batch):
+  for t, row, at in places:
     act = at[batch.action_mask[row, at]]
-    for k in range(len(trajectories[0].steps)):
+    for k in range(len(t.steps)):
       part = act[batch.step_ids[row, act] == k]
       expected = oracles.gae_tokens(
         batch.rewards[row, part],
@@ -190,13 +199,28 @@ def test_the_advantage_of_every_algorithm_by_hand(name, level, expected):
   np.testing.assert_allclose(adv[0, [1, 2, 4]], expected, atol=1e-6)
 
 
-def test_truncation_bootstraps_and_termination_does_not():
-  truncated = batching.pack([literal_trajectory(Status.STEP_BUDGET)], 8).batch
-  # ids: 2 prompt, 2 sampled, 1 observed, 1 sampled, 1 observed; the next state stands at the last.
+@pytest.mark.parametrize("status", BUDGETS)
+@pytest.mark.parametrize("level", ["step", "token"])
+def test_a_spent_budget_is_worth_nothing_unless_it_is_to_bootstrap(status, level):
+  """A cut that is paid V like a success teaches to run into the budget; and a batch that knows one
+  of the two budgets only would pay the other one so.
+
+  ids: 2 prompt, 2 sampled, 1 observed, 1 sampled, 1 observed; the next state stands at position 6.
+  """
+  cut = literal_trajectory(status)
   values = np.array([[9, 0.5, 0.1, 9, 0.2, 9, 4.0, 9]], np.float32)
-  assert np.flatnonzero(truncated.bootstrap[0]).tolist() == [6]
-  adv, _ = run_gae(truncated, values, gamma=0.5, lam=0.5)
+  for bootstrap in ((), tuple(other for other in BUDGETS if other != status)):
+    ends = batching.pack([cut], 8, bootstrap).batch
+    assert not ends.bootstrap.any()
+    adv, _ = run_gae(ends, values, gamma=0.5, lam=0.5, level=level)
+    np.testing.assert_allclose(adv[0, 4], 1 - 0.2, atol=1e-6)
+    assert batching.packed_length(cut, bootstrap=bootstrap) == 5
+  goes_on = batching.pack([cut], 8, (str(status),)).batch  # the config's word
+  assert np.flatnonzero(goes_on.bootstrap[0]).tolist() == [6]
+  adv, _ = run_gae(goes_on, values, gamma=0.5, lam=0.5, level=level)
   np.testing.assert_allclose(adv[0, 4], 1 + 0.5 * 4.0 - 0.2, atol=1e-6)
+  whole = batching.pack([literal_trajectory(Status.ANSWERED)], 8, BUDGETS).batch
+  assert not whole.bootstrap.any()
 
 
 def test_a_fractional_reward_reaches_the_advantage():
@@ -216,12 +240,42 @@ def test_wrong_dtype_and_rank_are_refused():
     advantages.gae(batch, jnp.zeros(8), jnp.zeros(8), gamma=1, lam=1)
 
 
-def test_whitening_uses_the_mask_and_the_whole_batch():
+def test_whitening_uses_the_weights_and_the_whole_batch():
   x = jnp.array([[1.0, 2.0, 100.0], [3.0, 6.0, 100.0]])
-  mask = jnp.array([[True, True, False], [True, True, False]])
-  out = np.asarray(advantages.whiten(x, mask))
+  weights = jnp.array([[1.0, 1.0, 0.0], [1.0, 1.0, 0.0]])
+  out = np.asarray(advantages.whiten(x, weights))
   std = np.sqrt(14 / 4)
   np.testing.assert_allclose(out, [[-2 / std, -1 / std, 0], [0, 3 / std, 0]], atol=1e-5)
+  # Weights 1 and 3: mean 2.5, variance (2.25 + 3 * .25) / 4 = .75.
+  out = np.asarray(advantages.whiten(jnp.array([[1.0, 3.0]]), jnp.array([[0.5, 1.5]])))
+  np.testing.assert_allclose(out, [[-1.5 / np.sqrt(0.75), 0.5 / np.sqrt(0.75)]], atol=1e-5)
+  assert not np.any(advantages.whiten(x, jnp.zeros_like(weights)))
+
+
+@pytest.mark.parametrize(
+  ("aggregation", "expected"),
+  [
+    # Two steps of 1 and 9 tokens with advantages 1 and -1. By token: mean -.8, deviation .6.
+    ("token", [1.8 / 0.6, -0.2 / 0.6]),
+    ("step", [1.0, -1.0]),
+    ("trajectory", [1.8 / 0.6, -0.2 / 0.6]),  # both are of one trajectory
+  ],
+)
+def test_whitening_takes_the_losss_weights(aggregation, expected):
+  """Whitened over tokens, a loss that weighs steps sums up advantages whose mean is 1.33, not 0."""
+  steps = tuple(
+    Step(np.arange(n, dtype=np.int32), np.zeros(n, np.float32), Finish("x")) for n in (1, 9)
+  )
+  trajectory = Trajectory("t", 0, np.arange(2, dtype=np.int32), steps, Status.ANSWERED)
+  batch = batching.pack([trajectory], 16).batch
+  ids = batch.step_ids[0]
+  x = jnp.asarray(np.where(ids == 0, 1.0, np.where(ids == 1, -1.0, 7.0)), jnp.float32)[None]
+  weights = losses.action_weights(batch, aggregation)
+  out = np.asarray(advantages.whiten(x, weights))[0]
+  np.testing.assert_allclose([out[ids == 0][0], out[ids == 1][0]], expected, atol=1e-5)
+  assert not out[ids < 0].any()
+  total, _ = losses.weighted(jnp.asarray(out)[None], weights)
+  np.testing.assert_allclose(total, 0.0, atol=1e-5)
 
 
 weights_of = jax.jit(losses.action_weights, static_argnums=1)
@@ -230,13 +284,14 @@ weights_of = jax.jit(losses.action_weights, static_argnums=1)
 @settings(max_examples=15, deadline=None)
 @given(st.integers(0, 10_000))
 def test_aggregation_weights(seed):
-  trajectories, batch, _ = packed(seed)
+  places, batch, _ = packed(seed)
+  trajectories = [t for t, *_ in places]
   total = {a: np.asarray(weights_of(batch, a)) for a in losses.AGGREGATIONS}
   steps = sum(len(t.steps) for t in trajectories)
   assert total["token"].sum() == sum(len(s.tokens) for t in trajectories for s in t.steps)
   np.testing.assert_allclose(total["step"].sum(), steps, atol=1e-4)
   np.testing.assert_allclose(total["trajectory"].sum(), len(trajectories), atol=1e-4)
-  for row, at in segments_of(batch):
+  for _, row, at in places:
     np.testing.assert_allclose(total["trajectory"][row, at].sum(), 1.0, atol=1e-5)
     for k in np.unique(batch.step_ids[row, at])[1:]:
       inside = at[batch.step_ids[row, at] == k]

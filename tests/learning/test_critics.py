@@ -18,7 +18,16 @@ from steptool_jax import config as config_lib
 from steptool_jax.config import Advantage, Config, Critic, Loss
 from steptool_jax.learning import algorithms, batching, critics, steptable, update
 from steptool_jax.policy import model
-from steptool_jax.types import Code, Finish, Observation, Status, Step, ToolCall, Trajectory
+from steptool_jax.types import (
+  TRUNCATED,
+  Code,
+  Finish,
+  Observation,
+  Status,
+  Step,
+  ToolCall,
+  Trajectory,
+)
 from steptool_jax.validation import validate
 
 GAMMA = 0.9
@@ -42,7 +51,7 @@ def random_group(seed, tasks=6):
 
 def packed_table(trajectories, row_tokens=40, rows=12, width=24):
   """(packed, batch, table), all of one shape for one compilation."""
-  packed = batching.pack(trajectories, row_tokens)
+  packed = batching.pack(trajectories, row_tokens, TRUNCATED)
   table = steptable.build(packed, width)
   padding = steptable.empty(rows - len(table.position), width)
   table = steptable.StepTable(*map(np.concatenate, zip(table, padding, strict=True)))
@@ -127,7 +136,7 @@ def test_the_group_critic_by_hand():
   group_of_three = [
     samples.sample(0, [0.0, 1.0], seed=0),
     samples.sample(0, [0.0], seed=1),
-    samples.sample(0, [0.1, 0.4], seed=2, truncated=True),
+    samples.sample(0, [0.1, 0.4], seed=2, status=Status.STEP_BUDGET),
     samples.sample(1, [0.7], seed=3),
   ]
   packed, _, table = packed_table(group_of_three)
@@ -314,7 +323,7 @@ def test_observations_of_failures_do_not_count_as_calls_of_an_answer():
     observation_tokens=np.array([3], np.int32),
   )
   t = Trajectory("t", 0, np.array([1], np.int32), (step, step), Status.STEP_BUDGET)
-  table = steptable.build(batching.pack([t], 20))
+  table = steptable.build(batching.pack([t], 20, TRUNCATED))
   assert table.failed.max() == 0
 
 

@@ -25,9 +25,11 @@ def trajectories(count=6, seed=0):
   return [fakes.random_trajectory(rng) for _ in range(count)]
 
 
-def packed(fresh, past=(), row_tokens=48, rows=4):
+def packed(fresh, past=(), row_tokens=48, rows=4, bootstrap=()):
   units = [(t,) for t in fresh]
-  packed = batching.pack_units(units, row_tokens, replayed=past, whole_actions=True)
+  packed = batching.pack_units(
+    units, row_tokens, replayed=past, whole_actions=True, bootstrap=bootstrap
+  )
   return fakes.padded(packed, rows)
 
 
@@ -68,9 +70,11 @@ def test_q_reads_after_the_utterance_and_v_before_it():
   assert seen > 8
 
 
-def test_targets_and_advantages_equal_loops():
-  group = trajectories(8)
-  batch = packed(group[:5], group[5:])
+@pytest.mark.parametrize("bootstrap", [(), ("step_budget",), ("token_budget",)])
+def test_targets_and_advantages_equal_loops(bootstrap):
+  group = trajectories(12)
+  statuses = {np.concatenate([s.tokens for s in t.steps]).tobytes(): t.status for t in group}
+  batch = packed(group[:7], group[7:], bootstrap=bootstrap, rows=8)
   rng = np.random.default_rng(1)
   shape = batch.tokens.shape
   target = double_critic.Utterances(
@@ -81,21 +85,22 @@ def test_targets_and_advantages_equal_loops():
   ended, fresh = set(), 0
   for row, segment, steps in steps_of(batch):
     firsts = [positions[0] for positions in steps]
-    last = np.flatnonzero((batch.segment_ids[row] == segment) & batch.bootstrap[row])
+    status = statuses[batch.targets[row, np.concatenate(steps)].tobytes()]
+    last = np.flatnonzero(batch.segment_ids[row] == segment)[-1]
     q1, q2, v = (np.asarray(x)[row, firsts] for x in target)
     rewards = [batch.rewards[row, positions[-1]] for positions in steps]
-    bootstrap = float(target.v[row, last[0]]) if last.size else 0.0
-    expected = oracles.archer_targets(rewards, v, q1, q2, bootstrap, GAMMA)
+    after = float(target.v[row, last]) if status in bootstrap else 0.0
+    expected = oracles.archer_targets(rewards, v, q1, q2, after, GAMMA)
     np.testing.assert_allclose(returns[row, firsts], expected[0], atol=1e-5)
     np.testing.assert_allclose(value_targets[row, firsts], expected[1], atol=1e-6)
     learns = batch.action_mask[row, firsts[0]]
     for k, positions in enumerate(steps):
       wanted = min(q1[k], q2[k]) - v[k] if learns else 0.0
       np.testing.assert_allclose(adv[row, positions], wanted, atol=1e-6)
-    ended.add(bool(last.size))
+    ended.add(status)
     fresh += learns
-  assert ended == {True, False}, "both ways of ending are to be seen"
-  assert fresh == 5
+  assert ended == {"answered", "step_budget", "token_budget"}, "all ways of ending are to be seen"
+  assert fresh == 7
 
 
 def test_literal():

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from steptool_jax.config import Advantage, Config
 from steptool_jax.learning import algorithms, batching, groups, losses
 from steptool_jax.learning.algorithms import ALGORITHMS
+from steptool_jax.types import Status
 
 GAMMA = 0.9
 CONFIG = Config(advantage=Advantage(gamma=GAMMA, omega=0.5))
@@ -119,6 +120,45 @@ def test_anchor_groups_by_hand():
   assert not np.any(groups.anchor_relative(batch, jnp.asarray(batch.rewards), 0.5))
 
 
+def test_step_rewards_are_normalised_first_and_summed_up_then():
+  """By hand, gamma .5: rewards .5, 1 and 0, 0; means .75 and 0, in all .375, variance
+  (.125^2 + .625^2 + 2 * .375^2) / 4 = .171875."""
+  made = [samples.sample(0, r, [2, 1], seed=n) for n, r in enumerate(([0.5, 1.0], [0.0, 0.0]))]
+  batch = samples.pack(made)
+  adv = groups.step_relative(batch, jnp.asarray(batch.rewards), 0.5)
+  one, other = samples.found(batch, adv, made)
+  std = np.sqrt(0.171875) + 1e-4
+  first = 0.125 + 0.5 * 0.625
+  np.testing.assert_allclose(one, np.array([first, first, 0.625]) / std, atol=1e-5)
+  np.testing.assert_allclose(other, np.array([-0.5625, -0.5625, -0.375]) / std, atol=1e-5)
+
+
+def test_a_right_answer_is_praised_and_a_call_without_use_is_not():
+  """Two solve a task of two calls, one of them with a call without use in between; one makes such a
+  call and answers wrongly, one makes nothing else. As normalised returns-to-go, which fall along an
+  episode by themselves, the right answers had advantages below 0.
+  """
+  ends = (
+    ([0.5, 0.5, 1.0], Status.ANSWERED),
+    ([0.5, 0.0, 0.5, 1.0], Status.ANSWERED),
+    ([0.5, 0.0, 0.0], Status.ANSWERED),
+    ([0.0] * 4, Status.STEP_BUDGET),
+  )
+  for group in (ends[:3], ends):
+    made = [
+      samples.sample(0, r, [1] * len(r), seed=n, status=status)
+      for n, (r, status) in enumerate(group)
+    ]
+    batch = samples.pack(made)
+    adv = groups.step_relative(batch, jnp.asarray(batch.rewards), 1.0)
+    right, detour, wrong, *spam = samples.found(batch, adv, made)
+    assert (right > 0).all()
+    assert detour[-1] > 0
+    assert detour[1] < right[1], "the call without use, beside the one of use"
+    assert (wrong[1:] < 0).all()
+    assert all((s < 0).all() for s in spam)
+
+
 @pytest.mark.parametrize("name", ["rloo", "grpo", "grpo_step", "gigpo"])
 def test_a_missing_rollout_is_in_no_baseline(name):
   """Three of four samples are there: their mean is over three."""
@@ -151,12 +191,12 @@ def test_long_trajectories_do_not_weigh_more_in_a_baseline(name):
     results.append([a[0] for a in samples.found(batch, advantages_of(name, batch), made)])
   np.testing.assert_allclose(results[0], results[1], atol=1e-6)
   if name == "grpo_step":
-    # Six steps of return 1 count as much as one: mean 1 / 3.
-    many = [samples.sample(0, [*[0.0] * 5, 1.0], [1] * 6, seed=0), *short[1:]]
+    # Six steps of reward 1 count as much as one: mean 1 / 3, and nobody else's moves.
+    many = [samples.sample(0, [1.0] * 6, [1] * 6, seed=0), *short[1:]]
     batch = samples.pack(many)
     config = Config(advantage=Advantage(gamma=1.0))
     got = samples.found(batch, advantages_of(name, batch, config), many)
-    np.testing.assert_allclose(got[0], results[0][0], atol=1e-5)
+    np.testing.assert_allclose(got[0], results[0][0] * np.arange(6, 0, -1), rtol=1e-5)
     np.testing.assert_allclose(got[1], results[0][1], atol=1e-5)
 
 

@@ -26,13 +26,14 @@ def _batch(name):
 
   from steptool_jax.learning import batching
   from steptool_jax.learning.selection import PAIRS
+  from steptool_jax.types import TRUNCATED
 
   trajectories, _ = samples.random_samples(3, tasks=8)
   if name == "eto":
     solved = [_solved(t, n % 2) for n, t in enumerate(trajectories)]
     return fakes.padded(batching.pack_units(PAIRS.pick(solved), 40), 8)
   if name == "ridge":
-    return fakes.padded(batching.pack(trajectories, 40), 8)
+    return fakes.padded(batching.pack(trajectories, 40, TRUNCATED), 8)
   units = [(t,) for t in trajectories]
   if name == "archer":
     past = trajectories[12:]
@@ -46,11 +47,12 @@ def _table(name):
   import samples
 
   from steptool_jax.learning import batching, steptable
+  from steptool_jax.types import TRUNCATED
 
   if name != "ridge":
     return None
   trajectories, _ = samples.random_samples(3, tasks=8)
-  packed = batching.pack(trajectories, 40)
+  packed = batching.pack(trajectories, 40, TRUNCATED)
   table = steptable.build(packed)
   padding = steptable.empty(-len(table.position) % 8, table.position.shape[1])
   return steptable.StepTable(*map(np.concatenate, zip(table, padding, strict=True)))

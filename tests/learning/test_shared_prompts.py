@@ -13,6 +13,7 @@ import samples
 from steptool_jax.config import Advantage, Config, Loss
 from steptool_jax.learning import algorithms, batching, steptable, update
 from steptool_jax.policy import lora, model
+from steptool_jax.types import TRUNCATED
 
 CONFIG = fakes.tiny_config()
 
@@ -27,7 +28,9 @@ def groups(seed=0, prompt=9, tasks=5):
 
 def both(trajectories, row_tokens=64, rows=12):
   """(alone, shared): packed without and with sharing, each padded to `rows` rows."""
-  found = [batching.pack(trajectories, row_tokens, share=share) for share in (False, True)]
+  found = [
+    batching.pack(trajectories, row_tokens, TRUNCATED, share=share) for share in (False, True)
+  ]
   return found, [fakes.padded(packed, rows) for packed in found]
 
 
@@ -41,8 +44,8 @@ def path_of(batch, place):
 def test_every_trajectory_is_on_a_path_of_its_own(row_tokens):
   """Tokens and positions along the path are those of the trajectory, whoever stands between."""
   trajectories = groups()
-  packed = batching.pack(trajectories, row_tokens, share=True)
-  rows_alone = len(batching.pack(trajectories, row_tokens).batch.tokens)
+  packed = batching.pack(trajectories, row_tokens, TRUNCATED, share=True)
+  rows_alone = len(batching.pack(trajectories, row_tokens, TRUNCATED).batch.tokens)
   assert len(packed.batch.tokens) < rows_alone
   for t, place in zip(packed.trajectories, packed.places, strict=True):
     ids = np.concatenate(
@@ -50,11 +53,11 @@ def test_every_trajectory_is_on_a_path_of_its_own(row_tokens):
     )
     path = path_of(packed.batch, place)
     np.testing.assert_array_equal(
-      packed.batch.tokens[place.row, path], ids[: batching.packed_length(t)]
+      packed.batch.tokens[place.row, path], ids[: batching.packed_length(t, bootstrap=TRUNCATED)]
     )
     np.testing.assert_array_equal(packed.batch.positions[place.row, path], np.arange(len(path)))
   shared = (packed.batch.segment_ids > 0).sum()
-  alone = sum(map(batching.packed_length, trajectories))
+  alone = sum(batching.packed_length(t, bootstrap=TRUNCATED) for t in trajectories)
   assert shared < alone
 
 

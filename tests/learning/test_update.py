@@ -74,7 +74,7 @@ def test_packed_chunked_outputs_equal_single_forward_passes(params, chunk):
   for t in group:
     ids = np.concatenate(
       [t.prompt_tokens, *(p for s in t.steps for p in (s.tokens, s.observation_tokens))]
-    )[: batching.packed_length(t) + (0 if t.truncated else 1)]
+    )[: batching.packed_length(t) + 1]
     by_tokens[tuple(ids[: batching.packed_length(t)])] = ids
   for row in range(batch.tokens.shape[0]):
     for segment in range(1, batch.segment_ids[row].max() + 1):
@@ -124,6 +124,22 @@ def test_the_kl_penalty_in_the_reward_by_hand(params):
   np.testing.assert_allclose(metrics["kl"], gap[mask].sum() / len(group), rtol=1e-4)
   np.testing.assert_allclose(metrics["advantage_std"], expected[mask].std(), rtol=1e-4)
   assert (np.asarray(prepared.ref_logprobs)[~mask] == 0).all()
+
+
+def test_prepare_whitens_under_the_losss_own_weights(params):
+  """Whitened over tokens, the advantages that a loss over steps sums up would lean to one side."""
+  loss = Loss(kl="none", aggregation="step", logprob_chunk=16)
+  learner = make_learner(loss=loss)
+  state = update.init_state(learner, {"params": params}, {})
+  batch = stacked(fakes.padded(batching.pack(trajectories(), 64), 2), 2)
+  prepared, _ = jitted(learner)[0](state, batch, batch.tokens.shape[0])
+  flat = jax.tree.map(lambda x: x.reshape(-1, 64), prepared)
+  mean = {
+    unit: float(np.divide(*losses.weighted(flat.advantages, losses.action_weights(flat, unit))))
+    for unit in ("step", "token")
+  }
+  assert abs(mean["step"]) < 1e-5
+  assert abs(mean["token"]) > 0.01, "both are the same here: an empty comparison"
 
 
 def test_the_kl_penalty_in_the_loss_by_hand(params):

@@ -5,6 +5,7 @@ import pytest
 from rewards.replays import step, trajectory
 from simulators.openai_server import Server, completion, script
 
+from steptool_jax.config import Rewards
 from steptool_jax.rewards.judge import StepJudge, parse
 from steptool_jax.rewards.responses import Transcript, transcript
 from steptool_jax.rewards.scores import apply
@@ -119,7 +120,7 @@ def test_failures_are_kept_apart():
   for k in (0, 2):
     got = apply(judged.scores[k], items[k])
     assert got.solved == 0.5
-    assert [s.reward for s in shape(got, 1.0, "none").steps] == pytest.approx([0.8, 0.5])
+    assert [s.reward for s in shape(got, Rewards(shaping="sum")).steps] == pytest.approx([0.8, 0.5])
   assert list(judged.failures) == [1, 3, 4]
   assert "status 500" in judged.failures[1]
   assert "no valid grades" in judged.failures[4]  # two calls, graded as one

@@ -12,7 +12,7 @@ from steptool_jax.environments.market import Market, MarketEnvironment
 from steptool_jax.environments.nested_api import NestedApi
 from steptool_jax.rewards import orchestra
 from steptool_jax.rewards.orchestra import Filters, Preference
-from steptool_jax.rewards.rules import annotate
+from steptool_jax.rewards.rules import annotate, needed
 from steptool_jax.rewards.shaping import shape
 from steptool_jax.types import Code, Finish, Malformed, Observation, Status, Task, ToolCall
 
@@ -152,7 +152,10 @@ ENV = MarketEnvironment(NestedApi(25, 0, seed=4), Market(specialists=("small", "
 def rewarded(task, group, preference):
   """The group's trajectories under Eq. 2 plus step rewards."""
   finals = orchestra.final_rewards(group, [preference] * len(group))
-  return [shape(annotate(task, t), final=final) for t, final in zip(group, finals, strict=True)]
+  return [
+    shape(annotate(task, t, causal=True), final=final, needed=needed(task))
+    for t, final in zip(group, finals, strict=True)
+  ]
 
 
 def test_eq_2_is_the_last_steps_reward_and_parts_add_up():
@@ -165,13 +168,15 @@ def test_eq_2_is_the_last_steps_reward_and_parts_add_up():
   count = len(task.demonstration) - 1
   assert [s.reward for s in first.steps] == pytest.approx([1 / count] * count + [1.0])
   assert retry.steps[-1].reward == 0.0
-  assert retry.steps[0].reward == pytest.approx(1 / (count + 1))
+  assert [s.reward for s in retry.steps] == pytest.approx(
+    [1 / count, 0.0, *[1 / count] * (count - 1), 0.0]
+  )
   names = {"success_calling", "contribution", *orchestra.PARTS}
   for t in (first, retry):
     assert set(t.reward_parts) == names
     assert sum(t.reward_parts.values()) == pytest.approx(sum(s.reward for s in t.steps))
   assert first.reward_parts == pytest.approx(
-    dict.fromkeys(("success_calling", "contribution", "cost", "latency"), 0.5)
+    {"success_calling": 0.0, "contribution": 1.0, "cost": 0.5, "latency": 0.5}
     | {"outcome": 0.0, "preference": 0.0}
   )
 
@@ -193,11 +198,14 @@ def test_a_retry_never_outscores_and_spam_earns_less_in_a_group():
       replay(ENV, task, [*useless, *spam * 2], Status.STEP_BUDGET),
     ]
     preference = Preference(1.0, rng.random(), rng.random())
-    steps = [sum(s.reward for s in t.steps) for t in rewarded(task, group, preference)]
+    steps = [
+      sum(0.99**k * s.reward for k, s in enumerate(t.steps))
+      for t in rewarded(task, group, preference)
+    ]
     alone = total(group, preference)
     assert steps[0] > max(steps[1:])
     assert alone[0] >= max(alone[1:])
-    assert steps[0] >= 1.0 > 0.5 >= steps[-1]
+    assert steps[0] > 0.9 > 0.5 >= steps[-1]
     assert alone[-1] == 0.0
 
 

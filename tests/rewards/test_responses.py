@@ -163,3 +163,34 @@ def test_words_copied_into_a_wrong_answer_earn_no_contribution(solved):
   full = trajectory(TASK, (step(CALL, seen), step(Finish("Montmartre, Louvre"))), solved)
   (call, _) = responses.score("q", full).steps
   assert (call.success_calling, call.contribution) == (1, solved)
+
+
+# --- news ---
+
+
+def test_news_by_hand():
+  """Ten words: three informative ones are a full contribution, short ones count half."""
+  texts = Transcript(
+    "weather of Oslo",
+    (
+      ('now {"place": "Oslo"}', official({"wind": "northwest", "sky": "rain"})),  # 1 + .5
+      ('now {"place": "Oslo"}', official({"wind": "northwest", "sky": "rain"})),  # nothing new
+      ('week {"place": "Oslo"}', official("Monday cloudy, Tuesday sunny, Wednesday storm")),
+      ('week {"place": "Bergen"}', official("", error="Timeout error...")),
+    ),
+    "It rains.",
+  )
+  assert responses.marks_of(texts, "news") == [(1, 0.5), (1, 0), (1, 1), (0, 0)]
+
+
+@given(st.integers(0, 3), st.text(max_size=20))
+def test_news_does_not_change_when_later_steps_or_the_answer_do(cut, answer):
+  """The rule "evidence" knows the answer: what a call earned changes with what comes later."""
+  calls = (
+    ("a {}", "northwest storm"),
+    ("b {}", "monday cloudy"),
+    ("c {}", "storm sunny"),
+  )
+  whole = responses.marks_of(Transcript("q", calls, "storm"), "news")
+  part = responses.marks_of(Transcript("q", (*calls[:cut], ("d {}", "x")), answer), "news")
+  assert part[:cut] == whole[:cut]

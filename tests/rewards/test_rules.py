@@ -1,4 +1,5 @@
 import dataclasses
+import random
 
 import numpy as np
 import pytest
@@ -6,8 +7,9 @@ from rewards.replays import replay, step, trajectory
 
 from steptool_jax.environments.custom import Custom
 from steptool_jax.environments.data_pipeline import DataPipeline
+from steptool_jax.environments.mistakes import imperfect
 from steptool_jax.environments.nested_api import NestedApi
-from steptool_jax.rewards.rules import annotate
+from steptool_jax.rewards.rules import annotate, needed
 from steptool_jax.types import Code, Finish, Malformed, Observation, Status, Task, ToolCall
 
 SHOP = NestedApi(300, 100, seed=2)
@@ -323,3 +325,63 @@ def test_a_call_that_the_demonstration_makes_twice_is_no_repeat():
   calls = [step(gold, Observation("", Code.OK, None))] * 3
   marked = annotate(task, trajectory(task, (*calls, step(Finish("x"))), 1.0)).steps
   assert [s.success_calling for s in marked] == [1, 1, 0, 0]
+
+
+# --- progress: what is known at a step ---
+
+
+def progress(env, task, actions, **rest):
+  """[(SC, Con)] of the steps, by progress."""
+  result = annotate(task, replay(env, task, actions, **rest), causal=True)
+  return [(s.success_calling, s.contribution) for s in result.steps]
+
+
+@pytest.mark.parametrize("env", [SHOP, PIPELINE], ids=lambda e: e.name)
+def test_progress_of_a_step_does_not_change_when_later_steps_do(env):
+  """Else a step is paid for what the policy does later, and the later step is not."""
+  rng = random.Random(1)
+  for task in env.tasks("heldout"):
+    one, other = (list(imperfect(env, task, rng, 0.5)) for _ in range(2))
+    cut = rng.randrange(len(one))
+    whole = progress(env, task, one)
+    assert progress(env, task, one[:cut], status=Status.STEP_BUDGET) == whole[:cut]
+    assert progress(env, task, [*one[:cut], *other])[:cut] == whole[:cut]
+    assert progress(env, task, [*one[:cut], Finish("7")])[:cut] == whole[:cut]
+
+
+@pytest.mark.parametrize("env", [SHOP, PIPELINE], ids=lambda e: e.name)
+def test_demonstrations_make_all_the_progress_there_is(env):
+  for task in env.tasks("heldout"):
+    marks = progress(env, task, task.demonstration)
+    assert marks == [FULL] * needed(task) + [LAST], task
+    assert needed(task) == len(task.demonstration) - 1
+
+
+def test_progress_is_known_before_the_answer_and_whatever_it_is():
+  calls = CHAIN.demonstration
+  useless, failed = ToolCall("get_weather", {"city": "x"}), ToolCall("get_order", {"id": "o0"})
+  marks = progress(SHOP, CHAIN, [calls[0], useless, calls[1], calls[1], failed, Finish("7")])
+  assert marks == [FULL, (1, 0), FULL, (0, 0), (0, 0), LAST]
+
+
+def test_a_value_that_the_goal_needs_is_progress_once():
+  """By other calls than the demonstrated ones; without a demonstration, the answer's alone."""
+  gold = (ToolCall("g", {"name": "ann"}), ToolCall("h", {"id": "c17"}), Finish("karo"))
+  for demonstration, marks in (
+    (gold, [(1, 0), FULL, (1, 0), FULL]),
+    ((), [(1, 0), (1, 0), (1, 0), FULL]),
+  ):
+    checker = {"type": "exact", "value": "karo"}
+    task = Task("t", "x", "what is it for ann?", (), checker, demonstration)
+    seen = [ok("ann"), ok({"id": "c17"}), ok("c17 again"), ok("karo")]
+    steps = [step(ToolCall("f", {"k": i}), o) for i, o in enumerate(seen)]
+    result = annotate(task, trajectory(task, steps, 0.0, Status.TOKEN_BUDGET), causal=True)
+    assert [(s.success_calling, s.contribution) for s in result.steps] == marks
+
+
+def test_a_pipelines_handles_are_no_values_of_the_demonstration():
+  """t2 of this session is not t2 of the demonstration: a call counts by what it was made of."""
+  load, right, *_, done = JOINED.demonstration
+  useless = ToolCall("load_csv", {"file": "items"})
+  marks = progress(PIPELINE, JOINED, [useless, load, useless, right, done])
+  assert marks == [(1, 0), FULL, (0, 0), FULL, LAST]

@@ -1,18 +1,20 @@
 import dataclasses
 import random
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rewards.replays import replay, step, trajectory
 
+from steptool_jax.config import Rewards
 from steptool_jax.environments.data_pipeline import DataPipeline
 from steptool_jax.environments.faults import Faults, FaultyEnvironment
 from steptool_jax.environments.mistakes import imperfect
 from steptool_jax.environments.nested_api import NestedApi
-from steptool_jax.rewards.rules import annotate
-from steptool_jax.rewards.shaping import shape
-from steptool_jax.types import Code, Finish, Malformed, Status, Task, ToolCall
+from steptool_jax.rewards.rules import annotate, needed
+from steptool_jax.rewards.shaping import SHAPINGS, shape
+from steptool_jax.types import TRUNCATED, Code, Finish, Malformed, Status, Task, ToolCall
 
 TASK = Task("t", "x", "q", (), {})
 
@@ -20,13 +22,17 @@ TASK = Task("t", "x", "q", (), {})
 def made(marks, solved=1.0, status=Status.ANSWERED):
   """A trajectory with these (SC, Con) on its calls, and Finish unless it is truncated."""
   steps = [step(ToolCall("f", {}), None, success_calling=a, contribution=b) for a, b in marks]
-  if status not in (Status.STEP_BUDGET, Status.TOKEN_BUDGET):
+  if status not in TRUNCATED:
     steps.append(step(Finish("x")))
   return trajectory(TASK, steps, solved, status)
 
 
-def rewards(*args, **options):
-  return [s.reward for s in shape(*args, **options).steps]
+def rewards(found, shaping="progress", alpha=1.0, weight=1.0, **rest):
+  options = Rewards(shaping=shaping, alpha=alpha, weight=weight)
+  return [s.reward for s in shape(found, options, **rest).steps]
+
+
+# --- by hand ---
 
 
 @pytest.mark.parametrize(
@@ -43,34 +49,61 @@ def rewards(*args, **options):
   ],
 )
 def test_paper_numbers(alpha, sc, con, expected):
-  assert rewards(made([(sc, con)]), alpha=alpha, normalization="none") == pytest.approx(
-    [expected, 1]
-  )
+  assert rewards(made([(sc, con)]), "sum", alpha) == pytest.approx([expected, 1])
 
 
 def test_fractions_survive():
-  got = rewards(made([(0.7, 0.7)], solved=0.5))
+  got = rewards(made([(0.7, 0.7)], solved=0.5), "sum")
   assert got == pytest.approx([0.7, 0.5], abs=1e-12)
   assert all(type(r) is float for r in got)
 
 
-def test_mean_by_hand():
-  marks = [(1, 1), (1, 0), (0, 0), (1, 0.6)]
-  assert rewards(made(marks), normalization="mean") == pytest.approx([0.25, 0.125, 0, 0.2, 1])
-  assert rewards(made(marks), normalization="none") == pytest.approx([1, 0.5, 0, 0.8, 1])
-  assert rewards(made(marks)) == rewards(made(marks), normalization="mean")
+# Four calls: good, useless, failed, good for the most part; m = 1, .5, 0, .8; two are needed.
+MARKS = [(1, 1), (1, 0), (0, 0), (1, 0.6)]
+ANSWERED = {
+  "sum": [1, 0.5, 0, 0.8, 1],
+  "prefix_mean": [1, -0.25, -0.25, 0.075, 1],  # M = 1, .75, .5, .575
+  "progress": [0.5, 0, 0, 0.3, 1],  # P = .5, .5, .5, .8
+  # gamma .5: .25; .25 - .5, twice; .4 - .5; 1 - .8
+  "potential": [0.25, -0.25, -0.25, -0.1, 0.2],
+  "failed_cost": [0, 0, -0.1, 0, 1],
+  "episode_mean": [0.25, 0.125, 0, 0.2, 1],
+}
+CUT = ANSWERED | {"potential": [0.25, -0.25, -0.25, -0.5]}  # Phi = 0 after the budget is spent
+
+
+@pytest.mark.parametrize("name", SHAPINGS)
+def test_every_row_by_hand(name):
+  options = {"needed": 2, "gamma": 0.5}
+  assert rewards(made(MARKS), name, **options) == pytest.approx(ANSWERED[name])
+  for status in TRUNCATED:
+    cut = made(MARKS, 0.0, status)
+    assert rewards(cut, name, **options) == pytest.approx(CUT[name][:4])
+  half = rewards(made(MARKS), name, weight=0.5, **options)
+  outcome = [0, 0, 0, 0, 1]
+  assert half == pytest.approx([(a + b) / 2 for a, b in zip(ANSWERED[name], outcome, strict=True)])
+
+
+def test_a_cut_that_bootstraps_keeps_its_potential():
+  """V of the state after it holds what is left to earn, - Phi included: 0 there would be paid."""
+  for status in TRUNCATED:
+    cut = made(MARKS, 0.0, status)
+    got = rewards(cut, "potential", needed=2, gamma=0.5, bootstrap=(status.value,))
+    assert got == pytest.approx(ANSWERED["potential"][:4])
+
+
+def test_progress_never_exceeds_the_goal():
+  """Where nobody knows how many contributions are needed, one is all."""
+  assert rewards(made([(1, 1)] * 3), needed=2) == pytest.approx([0.5, 0.5, 0, 1])
+  assert rewards(made([(1, 1)] * 2)) == pytest.approx([1, 0, 1])
+  assert rewards(made([(1, 0.4)] * 2)) == pytest.approx([0.4, 0.4, 1])
 
 
 def test_outcome_only():
-  assert rewards(made([(1, 1), (1, 0)], 0.5), outcome_only=True) == [0, 0, 0.5]
-  cut = made([(1, 1), (1, 0)], 0.0, Status.STEP_BUDGET)
-  assert rewards(cut, outcome_only=True) == [0, 0]
-
-
-def test_truncated_last_step_is_intermediate():
-  cut = made([(1, 1), (1, 0)], 0.0, Status.TOKEN_BUDGET)
-  assert rewards(cut, normalization="none") == [1, 0.5]
-  assert rewards(cut, normalization="mean") == [0.5, 0.25]
+  for name in SHAPINGS:
+    assert rewards(made(MARKS, 0.5), name, outcome_only=True) == [0, 0, 0, 0, 0.5]
+    cut = made([(1, 1), (1, 0)], 0.0, Status.STEP_BUDGET)
+    assert rewards(cut, name, outcome_only=True) == [0, 0]
 
 
 def test_last_step_is_the_outcome_even_where_it_is_a_call():
@@ -78,15 +111,18 @@ def test_last_step_is_the_outcome_even_where_it_is_a_call():
   calls = made([(1, 1), (0, 0)], 0.0, Status.STEP_BUDGET)
   ended = dataclasses.replace(calls, status=Status.GAVE_UP)
   assert rewards(ended) == [1, 0]
+  assert rewards(ended, "potential", gamma=0.5) == [0.5, -1]
 
 
-def test_lone_answer_and_no_step():
-  assert rewards(made([], 1.0)) == [1]
-  assert rewards(made([], 0.0, Status.STEP_BUDGET)) == []
+@pytest.mark.parametrize("name", SHAPINGS)
+def test_lone_answer_and_no_step(name):
+  assert rewards(made([], 1.0), name) == [1]
+  assert rewards(made([], 0.0, Status.STEP_BUDGET), name) == []
 
 
-def test_infrastructure_error_earns_nothing():
-  assert rewards(made([(1, 1)], 1.0, Status.INFRASTRUCTURE_ERROR)) == [0, 0]
+@pytest.mark.parametrize("name", SHAPINGS)
+def test_infrastructure_error_earns_nothing(name):
+  assert rewards(made([(1, 1), (0, 0)], 1.0, Status.INFRASTRUCTURE_ERROR), name) == [0, 0, 0]
 
 
 @pytest.mark.parametrize(
@@ -94,12 +130,12 @@ def test_infrastructure_error_earns_nothing():
   [
     ({"alpha": -1}, "alpha"),
     ({"alpha": float("nan")}, "alpha"),
-    ({"normalization": "sum"}, "normalization"),
+    ({"shaping": "mean"}, "shaping is 'mean': must be one of sum, prefix_mean"),
   ],
 )
 def test_settings_are_checked(kind, match):
   with pytest.raises(ValueError, match=match):
-    shape(made([(1, 1)]), **kind)
+    shape(made([(1, 1)]), Rewards(**kind))
 
 
 def test_marks_are_checked():
@@ -111,25 +147,79 @@ def test_marks_are_checked():
     shape(made([(1, 1)], 2))
 
 
+# --- over all sequences of marks ---
+
 unit = st.floats(0, 1)
+marks_of = st.lists(st.tuples(unit, unit), max_size=8)
+statuses = st.sampled_from([s for s in Status if s is not Status.INFRASTRUCTURE_ERROR])
 
 
-@given(st.lists(st.tuples(unit, unit), max_size=20), unit, st.floats(0, 10))
-def test_mean_never_sums_above_one(marks, solved, alpha):
-  got = rewards(made(marks, solved), alpha=alpha)
-  assert -1e-9 <= sum(got[:-1]) <= 1 + 1e-9
-  assert got[-1] == solved
-
-
-@given(st.lists(st.tuples(unit, unit), min_size=1, max_size=8), st.integers(0, 7))
-def test_a_failed_call_in_between_never_raises_the_return(marks, at):
-  """Whatever the discount: earlier rewards shrink, later ones come later."""
-  plain = rewards(made(marks))
-  retried = rewards(
-    made([*marks[: at % (len(marks) + 1)], (0, 0), *marks[at % (len(marks) + 1) :]])
+@given(marks_of, marks_of, marks_of, st.tuples(statuses, statuses), st.tuples(unit, unit))
+def test_what_a_step_earned_does_not_change_when_later_steps_do(past, one, other, ends, solved):
+  """A reward that a later call can still shrink is charged to nobody, and so calls without use
+  pay. `episode_mean` is such a reward, and the only one."""
+  a, b = (
+    made(past + rest, s, end) for rest, s, end in zip((one, other), solved, ends, strict=True)
   )
-  for gamma in (1.0, 0.9):
-    assert returns(retried, gamma) <= returns(plain, gamma) + 1e-9
+  # A step that is the last one has the outcome, and the end, in its reward.
+  same = min(len(past), len(a.steps) - 1, len(b.steps) - 1)
+  for name, row in SHAPINGS.items():
+    earned = [rewards(t, name, needed=3, gamma=0.9)[: max(same, 0)] for t in (a, b)]
+    if row.causal:
+      assert earned[0] == earned[1], name
+
+
+def test_the_mean_of_an_episode_reads_the_future():
+  short, long = (
+    rewards(made([(1, 1)]), "episode_mean"),
+    rewards(made([(1, 1), (0, 0)]), "episode_mean"),
+  )
+  assert (short[0], long[0]) == (1, 0.5)
+  assert [name for name, row in SHAPINGS.items() if not row.causal] == ["episode_mean"]
+
+
+@given(marks_of, unit, st.floats(0, 5), st.sampled_from([0, 2, 5]), statuses)
+def test_rows_equal_loops(marks, solved, alpha, goal, status):
+  """A second writing of the formulas, each over whole lists with NumPy."""
+  gamma = 0.9
+  found = made(marks, solved, status)
+  count = len(marks)
+  sc, con = (np.array([m[i] for m in marks]) for i in range(2))
+  m = (alpha * sc + con) / (alpha + 1)
+  means = np.concatenate([[0.0], np.cumsum(m) / np.arange(1, count + 1)])
+  progress = np.concatenate([[0.0], np.minimum(1, np.cumsum(con) / max(goal, 1))])
+  last = [] if status in TRUNCATED else [solved]
+  phi = [*progress, 0.0] if last else [*progress[:count], 0.0]
+  shaped = gamma * np.array(phi[1:]) - phi[:-1] + ([0.0] * count + last)
+  expected = {
+    "sum": [*m, *last],
+    "prefix_mean": [*np.diff(means), *last],
+    "progress": [*np.diff(progress), *last],
+    "potential": shaped,
+    "failed_cost": [*(0.1 * (sc - 1)), *last],
+    "episode_mean": [*(m / max(count, 1)), *last],
+  }
+  assert set(expected) == set(SHAPINGS)
+  for name, theirs in expected.items():
+    mine = rewards(found, name, alpha, needed=goal, gamma=gamma)
+    assert mine == pytest.approx(list(theirs), abs=1e-9), name
+
+
+@given(marks_of, marks_of, unit, statuses, statuses)
+def test_potentials_add_up_to_nothing(one, other, solved, a, b):
+  """Discounted, whatever a trajectory does: so the best policy is that of the outcome alone."""
+  for marks, status in ((one, a), (other, b)):
+    found = made(marks, solved, status)
+    plain = returns(rewards(found, outcome_only=True), 0.9)
+    assert returns(rewards(found, "potential", needed=3, gamma=0.9), 0.9) == pytest.approx(plain)
+
+
+@given(marks_of, unit, st.integers(0, 5), statuses)
+def test_progress_sums_up_to_one_at_most(marks, solved, goal, status):
+  got = rewards(made(marks, solved, status), needed=goal)
+  earned = sum(got) - (0 if status in TRUNCATED else solved)
+  assert -1e-9 <= earned <= 1 + 1e-9
+  assert min(got, default=0) >= 0
 
 
 def returns(got, gamma=1.0):
@@ -139,8 +229,9 @@ def returns(got, gamma=1.0):
 ENVS = [NestedApi(30, 0, seed=4), DataPipeline(30, 0, seed=4)]
 
 
-def total(env, task, actions, gamma=1.0, **options):
-  return returns(rewards(annotate(task, replay(env, task, actions)), **options), gamma)
+def total(env, task, actions, gamma=1.0, causal=True):
+  marked = annotate(task, replay(env, task, actions), causal)
+  return returns(rewards(marked, needed=needed(task)), gamma)
 
 
 @pytest.mark.parametrize("gamma", [1.0, 0.95])
@@ -150,6 +241,7 @@ def test_first_try_success_is_never_outscored(env, gamma):
   for task in env.tasks("train"):
     gold = task.demonstration
     best = total(env, task, gold, gamma)
+    assert gamma < 1 or best == pytest.approx(2)
     retries = [gold[0], *gold]  # repeated
     wrong_first = [ToolCall(gold[0].name, {"x": 1}), *gold]
     malformed_first = [Malformed("?"), *gold]
@@ -167,85 +259,30 @@ def test_first_try_success_is_never_outscored(env, gamma):
       if gamma == 1.0 or len(actions) >= len(gold):
         assert total(env, task, actions, gamma) <= best + 1e-9, actions
     for actions in (retries, wrong_first, malformed_first, [*gold[:-1], *gold]):
-      assert total(env, task, actions, gamma) < best
+      assert total(env, task, actions, 0.95) < total(env, task, gold, 0.95)
 
 
 @pytest.mark.parametrize("env", ENVS, ids=lambda e: e.name)
 def test_spam_earns_less_than_answering(env):
   for task in env.tasks("train"):
-    best = total(env, task, task.demonstration)
     spam = [ToolCall(s.name, dict.fromkeys(s.parameters["properties"], "x")) for s in task.tools]
-    cut = replay(env, task, spam * 3, Status.STEP_BUDGET)
-    assert returns(rewards(annotate(task, cut))) <= 0.5
-    assert returns(rewards(annotate(task, cut))) < best / 3
-    # Asking the same once more, after every useful call, is worth nothing even when it adds up.
-    doubled = [a for call in task.demonstration[:-1] for a in (call, call)]
-    repeated = total(env, task, [*doubled, task.demonstration[-1]], normalization="none")
-    assert repeated <= total(env, task, task.demonstration, normalization="none")
+    cut = annotate(task, replay(env, task, spam * 3, Status.STEP_BUDGET), causal=True)
+    assert returns(rewards(cut, needed=needed(task))) <= 0.5
+    assert returns(rewards(cut, "prefix_mean")) <= 0.5
 
 
 def test_retries_after_injected_faults_earn_nothing_themselves():
   env = FaultyEnvironment(ENVS[0], Faults(seed=1, transient=1.0, max_consecutive=1))
   for task in env.tasks("train"):
     calls = [a for call in task.demonstration[:-1] for a in (call, call)]
-    result = annotate(task, replay(env, task, [*calls, task.demonstration[-1]]))
-    assert result.solved == 1
-    marks = [(s.success_calling, s.contribution) for s in result.steps[:-1]]
-    assert marks == [(0, 0), (1, 1)] * (len(calls) // 2)
-    assert {s.observation.code for s in result.steps[:-1]} == {Code.UNAVAILABLE, Code.OK}
-    assert sum(rewards(result)[:-1]) == pytest.approx(0.5)
-
-
-# --- a retry, and spam, over all sequences of marks ---
-
-useful = st.lists(st.tuples(st.just(1.0), unit), min_size=1, max_size=6)
-wasted = st.sampled_from([(0.0, 0.0), (1.0, 0.0)])  # failed or repeated; executed, but no use
-discounts = st.sampled_from([1.0, 0.99, 0.9])
-
-
-@given(useful, st.lists(st.tuples(st.integers(0, 6), st.just((0.0, 0.0))), min_size=1, max_size=6))
-def test_a_retry_never_outscores_a_first_try(marks, tries):
-  """Failed tries before any of the calls, then the same calls: less at any discount and alpha."""
-  for alpha in (0.0, 1.0, 5.0):
-    first = rewards(made(marks), alpha=alpha)
-    retried = rewards(made(with_others(marks, tries)), alpha=alpha)
-    for gamma in (1.0, 0.9):
-      assert returns(retried, gamma) <= returns(first, gamma)
-    if alpha:
-      assert sum(retried) < sum(first)
-
-
-@given(st.integers(1, 6), st.lists(st.tuples(st.integers(0, 6), wasted), min_size=1), discounts)
-def test_no_useless_call_raises_what_useful_ones_earn(count, others, gamma):
-  """Here successful ones too: a policy that answers has nothing to gain from calls that it adds."""
-  marks = [(1.0, 1.0)] * count
-  assert returns(rewards(made(with_others(marks, others))), gamma) < returns(
-    rewards(made(marks)), gamma
-  )
-
-
-@given(
-  st.lists(st.just((1.0, 0.0)), min_size=1, max_size=30),
-  st.lists(st.tuples(unit, unit), max_size=8),
-  st.floats(0, 3),
-  st.sampled_from([Status.STEP_BUDGET, Status.GAVE_UP, Status.ANSWERED]),
-)
-def test_spam_of_successful_calls_earns_less_than_an_answer(spam, marks, alpha, status):
-  """However the spam ends, and however badly the way to the right answer went."""
-  answered = returns(rewards(made(marks, 1.0), alpha=alpha), 0.99)
-  assert returns(rewards(made(spam, 0.0, status), alpha=alpha), 0.99) < answered
-  # What the paper's sum pays for it, and what a naive reward would:
-  if len(spam) > 4:
-    summed = rewards(made(spam, 0.0, status), alpha=1.0, normalization="none")
-    assert sum(summed) > sum(rewards(made([(1.0, 1.0)]), normalization="none"))
-
-
-def with_others(marks, others):
-  """The marks in their order, with others at the places that they name."""
-  out = [[mark] for mark in marks]
-  for at, mark in others:
-    out[at % len(marks)].insert(0, mark)
-  return [mark for group in out for mark in group]
+    for causal in (True, False):
+      result = annotate(task, replay(env, task, [*calls, task.demonstration[-1]]), causal)
+      assert result.solved == 1
+      marks = [(s.success_calling, s.contribution) for s in result.steps[:-1]]
+      assert marks == [(0, 0), (1, 1)] * (len(calls) // 2)
+      assert {s.observation.code for s in result.steps[:-1]} == {Code.UNAVAILABLE, Code.OK}
+      assert sum(rewards(result, needed=needed(task))[:-1]) == pytest.approx(1)
+      assert sum(rewards(result, "prefix_mean")[:-1]) == pytest.approx(0.5)
 
 
 @given(
@@ -253,13 +290,18 @@ def with_others(marks, others):
   unit,
   st.floats(0, 5),
   st.sampled_from(list(Status)),
-  st.sampled_from(["mean", "none"]),
+  st.sampled_from(sorted(SHAPINGS)),
   st.none() | st.dictionaries(st.sampled_from("abc"), unit),
 )
-def test_parts_add_up_to_the_rewards(marks, solved, alpha, status, normalization, final):
+def test_parts_add_up_to_the_rewards(marks, solved, alpha, status, name, final):
   """The last step may be a call too, whose marks are not paid."""
   steps = [step(ToolCall("f", {}), None, success_calling=a, contribution=b) for a, b in marks]
-  shaped = shape(trajectory(TASK, steps, solved, status), alpha, normalization, False, final)
+  found = trajectory(TASK, steps, solved, status)
+  shaped = shape(found, Rewards(alpha=alpha, shaping=name, weight=0.7), final=final, needed=2)
   assert sum(shaped.reward_parts.values()) == pytest.approx(sum(s.reward for s in shaped.steps))
   last = {"solved"} if final is None else set(final)
   assert set(shaped.reward_parts) == {"success_calling", "contribution", *last}
+  if name == "failed_cost":
+    assert shaped.reward_parts["contribution"] == pytest.approx(0)
+  if name in ("progress", "potential"):
+    assert shaped.reward_parts["success_calling"] == pytest.approx(0)

@@ -12,6 +12,7 @@ from rewards.replays import replay
 from simulators.openai_server import Server, completion
 from toolbench.official_rows import OBSERVED
 
+from steptool_jax.config import Rewards
 from steptool_jax.data import annotated_trajectories
 from steptool_jax.data.trajectories import (
   AnnotatedTrajectory,
@@ -85,7 +86,7 @@ def config(tokenizer):
       "model__tokenizer": str(tokenizer),
       "model__chat_format": "chatml_react",
       "train__row_tokens": 4096,
-      "rewards__normalization": "none",
+      "rewards__shaping": "sum",
       "annotate__source": source,
     }
     return tiny.make(**(base | changes))
@@ -121,7 +122,12 @@ def test_a_table_gives_the_released_numbers(kind, config, tmp_path):
   assert (first.success_calling, first.contribution) == pytest.approx((2 / 3, 0.8))
   assert record.trajectory.task_id == "7"
   assert not record.logprobs_known
-  assert record.metadata["annotation"] == {"source": "table", "alpha": 1.0, "normalization": "none"}
+  assert record.metadata["annotation"] == {
+    "source": "table",
+    "alpha": 1.0,
+    "shaping": "sum",
+    "weight": 1.0,
+  }
   assert json.loads((tmp_path / "summary.json").read_text()) == summary
   assert (summary["trajectories"], summary["annotated"], summary["runs"]) == (1, 1, 3)
   assert summary["calls"] == 2
@@ -130,13 +136,24 @@ def test_a_table_gives_the_released_numbers(kind, config, tmp_path):
   assert summary["mean_reward"] == pytest.approx(sum(REWARDS))
 
 
-def test_alpha_and_normalization_are_those_of_the_config(config, tmp_path):
+def test_alpha_and_shaping_are_those_of_the_config(config, tmp_path):
   table = dump(tmp_path / "table.json", {"7": annotation([CALL, CALL, FINISH], RUNS)})
   changes = {"annotate__input": table, "annotate__format": "annotations"}
-  changes |= {"rewards__alpha": 3.0, "rewards__normalization": "mean"}
+  changes |= {"rewards__alpha": 3.0, "rewards__shaping": "episode_mean"}
   annotate.run(config("table", **changes), tmp_path)
   expected = [(3 * 2 / 3 + 0.8) / 4 / 2, (3 * 2 / 3 + 0.2) / 4 / 2, 0.5]
   assert rewards(annotated(tmp_path)[0]) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("shaping", ["progress", "potential"])
+def test_what_the_goal_needs_is_not_known_of_stored_trajectories(shaping, config, tmp_path):
+  """Counted against a goal of one call, the first call that helps would earn everything."""
+  table = dump(tmp_path / "table.json", {"7": annotation([CALL, FINISH], RUNS)})
+  changes = {"annotate__input": table, "annotate__format": "annotations"}
+  with pytest.raises(
+    ValueError, match=r"rewards\.shaping: .*use 'sum', as the release, or 'prefix"
+  ):
+    annotate.run(config("table", rewards__shaping=shaping, **changes), tmp_path)
 
 
 def test_stored_calls_become_one_conversation(config, tmp_path):
@@ -216,7 +233,7 @@ def test_the_rules_of_the_environment(replayed, config, tmp_path):
   summary = annotate.run(config("rules", **changes), tmp_path)
   records = annotated(tmp_path)
   expected = [
-    shaping.shape(rules.annotate(task, t), 1.0, "none")
+    shaping.shape(rules.annotate(task, t), Rewards(shaping="sum"))
     for task, t in zip(tasks[:3], made[:3], strict=True)
   ]
   assert [rewards(r) for r in records] == [[s.reward for s in t.steps] for t in expected]
@@ -235,7 +252,7 @@ def test_the_rules_on_texts_keep_the_verdict(rule, replayed, config, tmp_path):
   tasks, made, path = replayed
   annotate.run(config("rules", annotate__input=path, annotate__rule=rule), tmp_path)
   for task, before, record in zip(tasks, made, annotated(tmp_path), strict=False):
-    expected = shaping.shape(responses.score(task.query, before, rule), 1.0, "none")
+    expected = shaping.shape(responses.score(task.query, before, rule), Rewards(shaping="sum"))
     assert rewards(record) == [s.reward for s in expected.steps]
     assert record.trajectory.solved == before.solved == 1.0
 
@@ -447,6 +464,7 @@ def test_by_the_command_line(config, tokenizer, tmp_path):
     "annotate.input": path,
     "annotate.format": "converted",
     "train.row_tokens": 4096,
+    "rewards.shaping": "sum",
     "model.tokenizer": tokenizer,
     "model.chat_format": "chatml_react",
   }

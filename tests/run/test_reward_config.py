@@ -1,6 +1,9 @@
+import json
+
 import pytest
 import tiny
 
+from steptool_jax import validation
 from steptool_jax.environments.market import MarketEnvironment
 from steptool_jax.run.parts import build
 
@@ -44,6 +47,20 @@ PRICES = {"environment__market__prices": True}
       | {f"rewards__orchestra__{name}": 0.0 for name in ("outcome", "cost", "latency")},
       r"config\.rewards\.orchestra: all weights are 0",
     ),
+    (
+      {"rewards__shaping": "episode_mean"},
+      r"config\.rewards\.shaping: 'episode_mean' reads the future.*use 'progress', or set "
+      r"config\.rewards\.unsafe=True",
+    ),
+    (
+      {"rewards__source": "hindsight", "algorithm": "grpo_step"},
+      r"config\.rewards\.source: 'hindsight' reads the future.*use 'progress'",
+    ),
+    (
+      {"rewards__shaping": "prefix_means"},
+      r"config\.rewards\.shaping: 'prefix_means' is not one of .*did you mean 'prefix_mean'",
+    ),
+    ({"rewards__weight": -1.0}, r"config\.rewards\.weight: must not be negative"),
     ({"rewards__orchestra__cost": 1.5}, r"config\.rewards\.orchestra\.cost: must be in \[0, 1\]"),
     ({"rewards__filters__min_deviation": -0.1}, r"min_deviation: must not be negative"),
     (
@@ -106,3 +123,35 @@ def test_the_market_is_built_where_it_is_asked_for():
   assert {"ask_small", "ask_large"} <= names
   assert "ask_medium" not in names
   assert not isinstance(build.build_environment(tiny.make()), MarketEnvironment)
+
+
+@pytest.mark.parametrize(
+  "changes",
+  [
+    {"rewards__shaping": "episode_mean", "rewards__source": "hindsight", "rewards__unsafe": True},
+    {"rewards__shaping": "episode_mean", "algorithm": "ppo"},  # pays outcomes alone
+    {"rewards__shaping": "episode_mean", "data__path": "x.jsonl"},  # paid by the file
+    {"rewards__shaping": "episode_mean", "annotate__input": "x.jsonl"},
+    {"rewards__shaping": "sum"},
+  ],
+)
+def test_what_reads_the_future_is_for_stored_trajectories_or_for_who_asks_for_it(changes):
+  tiny.make(**changes)
+
+
+def test_a_config_of_before_is_told_the_new_name():
+  """The nearest name alone would be that of another field."""
+  old = {"rewards": {"normalization": "mean"}}
+  with pytest.raises(
+    ValueError, match=r"normalization: no such field; use config\.rewards\.shaping"
+  ):
+    validation.validate(old)
+
+
+def test_a_run_of_before_does_not_go_on_with_other_rewards():
+  """Its saved config has no shaping: taken for today's default, it would be paid otherwise."""
+  saved = json.loads(validation.to_json(tiny.make()))
+  saved["rewards"] = {"alpha": 1.0, "normalization": "mean"}
+  del saved["advantage"]["bootstrap"]
+  found = validation.differences(tiny.make(), saved)
+  assert found == ["advantage.bootstrap", "rewards.shaping", "rewards.source"]

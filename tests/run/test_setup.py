@@ -1,12 +1,15 @@
-"""The optimizers of a run: rates, and what they store."""
+"""The optimizers of a run: rates, and what they store; and what its batches are worth at a cut."""
 
+import fakes
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
 from steptool_jax.config import Optimizer
 from steptool_jax.run.training import setup
+from steptool_jax.types import TRUNCATED
 
 
 @pytest.mark.parametrize(
@@ -57,3 +60,19 @@ def test_the_first_moment_can_be_bfloat16():
     }
     assert sorted(map(str, dtypes.values())) == ["bfloat16", "float32"], dtypes
     assert updates["w"].dtype == jnp.float32
+
+
+@pytest.mark.parametrize("algorithm", ["steptool", "archer"])
+def test_the_config_says_which_spent_budgets_bootstrap(algorithm):
+  """A field that the packing of a run does not read would leave all cuts worth 0."""
+  rng = np.random.default_rng(0)
+  cuts = [fakes.random_trajectory(rng, status=status) for status in sorted(TRUNCATED)]
+  for bootstrap in ((), ("step_budget",), ("token_budget",)):
+    config = tiny.make(algorithm=algorithm, advantage__bootstrap=bootstrap)
+    batches = [setup.pack(config, [cut], (), 0)[0].batch for cut in cuts]
+    found = tuple(
+      cut.status.value for cut, b in zip(cuts, batches, strict=True) if b.bootstrap.any()
+    )
+    assert found == bootstrap
+  with pytest.raises(ValueError, match=r"advantage\.bootstrap: .*'steps'.*'step_budget'"):
+    tiny.make(advantage__bootstrap=("steps",))

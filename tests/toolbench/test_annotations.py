@@ -4,6 +4,7 @@ import pytest
 from rewards.replays import step, trajectory
 from toolbench.measuring import measured
 
+from steptool_jax.config import Rewards
 from steptool_jax.rewards import scores as scores_lib
 from steptool_jax.rewards.scores import StepScores
 from steptool_jax.rewards.shaping import shape
@@ -20,7 +21,7 @@ def made(calls, status=Status.ANSWERED):
 
 
 def rewards(scores):
-  got = shape(scores_lib.apply(scores, made(len(scores.contribution))), 1.0, "none")
+  got = shape(scores_lib.apply(scores, made(len(scores.contribution))), Rewards(shaping="sum"))
   return [s.reward for s in got.steps]
 
 

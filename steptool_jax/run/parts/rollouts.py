@@ -103,9 +103,11 @@ def reward(
     tasks,
     trajectories,
     parts.config.rewards,
-    source="rules" if parts.services.judging is None else "evidence",
     scheme=scheme,
     outcome_only=get_algorithm(parts.config.algorithm).rewards == "outcome",
+    texts=parts.services.judging is not None,
+    gamma=parts.config.advantage.gamma,
+    bootstrap=parts.config.advantage.bootstrap,
   )
 
 

@@ -1,7 +1,7 @@
 """Stored trajectories in the place of rollouts: what --mode=train reads with data.path.
 
 The paper's set-up: trajectories that were annotated once, trained on for several passes. Rewards
-are those of the file. (--mode=annotate put rewards.alpha and rewards.normalization into them;
+are those of the file. (--mode=annotate put rewards.alpha and rewards.shaping into them;
 official rows come with theirs.) An algorithm with outcome rewards sees IsSolved alone; one that
 compares samples of a task gets all its trajectories in one batch; sft imitates every step, of
 official SFT and RFT instances ("dialogues") the last one.

@@ -7,6 +7,7 @@ from typing import Any
 
 from steptool_jax.config import Config
 from steptool_jax.learning.algorithms import get_algorithm
+from steptool_jax.rewards import assembly
 from steptool_jax.rollout.setting import Stats
 from steptool_jax.run.parts.opening import Parts
 from steptool_jax.run.training import offline
@@ -124,6 +125,8 @@ def summarise(
     "tokens_per_second": p.tokens / p.rl_seconds if p.rl_seconds else 0.0,
     "interrupted": interrupted,
   }
+  if data is None and get_algorithm(config.algorithm).rewards == "step":
+    summary["step_rewards"] = assembly.described(config.rewards)
   if data is not None:
     phase = "sft" if get_algorithm(config.algorithm).rewards == "none" else "rl"
     summary["iterations"] = p.done if p.phase == phase else 0

@@ -135,15 +135,21 @@ def pack(
 
   The first is None where there is nothing to learn from; only ArCHer has a past.
   """
-  algorithm, row_tokens = algorithms.get_algorithm(config.algorithm), config.train.row_tokens
+  algorithm = algorithms.get_algorithm(config.algorithm)
   units = algorithm.select.pick(trajectories)
   if not units:
     return None, past
+  pack_units = functools.partial(
+    batching.pack_units,
+    units,
+    config.train.row_tokens,
+    bootstrap=config.advantage.bootstrap,
+  )
   if algorithm.critic != "double":
     share = config.train.share_prompts and algorithm.select.rows == 1
-    return batching.pack_units(units, row_tokens, share=share and platform() != "tpu"), past
+    return pack_units(share=share and platform() != "tpu"), past
   replayed = replay.draw(past, config.archer.batch, (config.seed, done))
-  packed = batching.pack_units(units, row_tokens, replayed=replayed, whole_actions=True)
+  packed = pack_units(replayed=replayed, whole_actions=True)
   return packed, replay.remember(past, trajectories, config.archer.replay)
 
 
