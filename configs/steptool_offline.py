@@ -26,6 +26,8 @@ argument is an algorithm. Hyper-parameters: configs/_release.py; departures have
 import pathlib
 import runpy
 
+from steptool_jax.learning import algorithms
+
 _RELEASE = runpy.run_path(str(pathlib.Path(__file__).with_name("_release.py")))
 
 
@@ -34,6 +36,8 @@ def get_config(arg=""):
   config = _RELEASE["released"]("steptool" if released else arg or "steptool")
   config.model.path, config.model.chat_format = "Qwen2-7B-Instruct", "chatml_react"
   config.rewards.alpha, config.rewards.shaping = 1.0, "sum"
+  if algorithms.get_algorithm(config.algorithm).gae:
+    config.critic.kind = "value"  # as the release; 8 trajectories are too few to fit one to
   d = config.data
   d.path, d.format = "annotated.jsonl", "jsonl"
   d.passes, d.batch = 5, 8

@@ -175,10 +175,10 @@ ALGORITHMS: dict[str, Algorithm] = {
   "rft": Algorithm("outcome", _sft_loss, select=SOLVED, kl="none"),
   # Outcome-only PPO: IsSolved on the last token, GAE over tokens.
   "ppo": Algorithm("outcome", _ppo_loss, _gae(), critic="value"),
-  # StepTool: step rewards, GAE over steps.
-  "steptool": Algorithm("step", _ppo_loss, _gae(), critic="value", level="step"),
+  # StepTool: step rewards, GAE over steps, a critic that is fitted anew to each batch.
+  "steptool": Algorithm("step", _ppo_loss, _gae(), critic="ridge", level="step"),
   # Ablation "without step rewards": intermediate rewards are 0.
-  "steptool_no_step_rewards": Algorithm("outcome", _ppo_loss, _gae(), critic="value", level="step"),
+  "steptool_no_step_rewards": Algorithm("outcome", _ppo_loss, _gae(), critic="ridge", level="step"),
   # Ablation "without step-grained optimisation": sub-trajectories, plain PPO on each.
   "steptool_no_step_grained": Algorithm(
     "step", _ppo_loss, _gae(step_episodes=True), critic="value"

@@ -68,14 +68,24 @@ def ridge(
   chex.assert_rank([returns_BK, hidden_BKD], [2, 3])
   chex.assert_type([returns_BK, hidden_BKD], jnp.float32)
   x_BKP, penalties_P = features(table, returns_BK, hidden_BKD)
-  fold_BKF = jax.nn.one_hot(table.task % folds, folds, dtype=jnp.float32)
-  fitted_BKF = fold_BKF * _fitted(table)[..., None]
-  gram_FPP = jnp.einsum("bkp,bkq,bkf->fpq", x_BKP, x_BKP, fitted_BKF, precision=_HIGHEST)
-  moment_FP = jnp.einsum("bkp,bk,bkf->fp", x_BKP, returns_BK, fitted_BKF, precision=_HIGHEST)
-  others_FPP = gram_FPP.sum(0) - gram_FPP + penalty * jnp.diag(penalties_P)
-  others_FP = moment_FP.sum(0) - moment_FP
-  weights_FP = jax.vmap(_solve)(others_FPP, others_FP)
-  return jnp.einsum("bkp,fp,bkf->bk", x_BKP, weights_FP, fold_BKF, precision=_HIGHEST)
+  fitted_BK = _fitted(table).astype(jnp.float32)
+  fold_BK = table.task % folds
+
+  def moments(weights_BK):
+    """(X'X + c P, X'G) of the entries with a weight."""
+    weighted_BKP = x_BKP * weights_BK[..., None]
+    gram_PP = jnp.einsum("bkp,bkq->pq", weighted_BKP, x_BKP, precision=_HIGHEST)
+    moment_P = jnp.einsum("bkp,bk->p", weighted_BKP, returns_BK, precision=_HIGHEST)
+    return gram_PP + penalty * jnp.diag(penalties_P), moment_P
+
+  def of_fold(fold):
+    gram_PP, moment_P = moments(fitted_BK * (fold_BK != fold))
+    weights_P = jax.scipy.linalg.cho_solve(jax.scipy.linalg.cho_factor(gram_PP), moment_P)
+    values_BK = jnp.einsum("bkp,p->bk", x_BKP, weights_P, precision=_HIGHEST)
+    return jnp.where(fold_BK == fold, values_BK, 0.0)
+
+  # One by one: X'X of a large model is as large as one of its kernels.
+  return jax.lax.map(of_fold, jnp.arange(folds)).sum(axis=0)
 
 
 def features(
@@ -138,8 +148,3 @@ def _totals(ids_BK, weights_BK, x_BK):
     return jax.ops.segment_sum((weights_BK * y_BK).reshape(-1), ids, most)[ids_BK]
 
   return total(x_BK), total(jnp.ones_like(x_BK))
-
-
-def _solve(gram_PP, moment_P):
-  """Symmetric and positive definite: by Cholesky."""
-  return jax.scipy.linalg.cho_solve(jax.scipy.linalg.cho_factor(gram_PP), moment_P)

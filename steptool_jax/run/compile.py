@@ -20,7 +20,8 @@ from absl import logging
 from jax.sharding import Mesh
 
 from steptool_jax.config import Config, Lora
-from steptool_jax.learning import batching, update
+from steptool_jax.learning import batching, steptable, update
+from steptool_jax.learning.steptable import StepTable
 from steptool_jax.policy import attention, hfconfig, lora, model, sharding
 from steptool_jax.policy import engine as engine_lib
 from steptool_jax.run.cost import pricing, roofline
@@ -32,6 +33,7 @@ from steptool_jax.types import TokenBatch, TrainState
 
 APPEND_TOKENS = 1024  # the chunk that append is compiled for, at most
 STOP_IDS = 4
+STEPS_OF_A_ROW = 32  # entries of a packed row in the step table
 HOST = [2, 2, 1]  # chips of a whole host, by side
 KNOWN = "v4:2x2x2, v5e:1x1, v5e:2x2, v5e:4x4, v5e:8x8, v5p:2x2x4, v6e:2x4, v6e:4x4, tpu7x:2x2x1"
 
@@ -135,7 +137,11 @@ def programs(config: Config, policy: AbstractPolicy, mesh: Mesh) -> list[Program
   minibatch = -(-most // t.minibatches)
   count = jax.ShapeDtypeStruct((), np.int32)
   whole = abstract_batch(batching.empty_batch(1, 1), config, most, mesh)
-  filled, _ = jax.eval_shape(prepare, state, whole, count)
+  table = None
+  if learner.fits is not None:
+    host = steptable.empty(1, STEPS_OF_A_ROW)
+    table = abstract_batch(host, config, most, mesh, STEPS_OF_A_ROW)
+  filled, _ = jax.eval_shape(prepare, state, whole, count, table)
   prepared = abstract_batch(filled, config, most, mesh)
   part = abstract_batch(filled, config, minibatch, mesh)
   tokens = {n: n * t.micro_rows * t.row_tokens for n in (most, minibatch)}
@@ -145,7 +151,7 @@ def programs(config: Config, policy: AbstractPolicy, mesh: Mesh) -> list[Program
     Program(
       "prepare",
       prepare,
-      arguments=(state, whole, count),
+      arguments=(state, whole, count, table),
       alive=(state, whole),
       trips=(most,),
       useful_flops=passes * tokens[most] * train(backward=False),
@@ -207,9 +213,11 @@ def engine_programs(
   ]
 
 
-def abstract_batch(batch: TokenBatch, config: Config, number: int, mesh: Mesh) -> TokenBatch:
-  """The fields of `batch` as [number, micro_rows, row_tokens], placed as by to_device."""
-  shape = (number, config.train.micro_rows, config.train.row_tokens)
+def abstract_batch(
+  batch: TokenBatch | StepTable, config: Config, number: int, mesh: Mesh, length: int = 0
+) -> TokenBatch | StepTable:
+  """The fields of `batch` as [number, micro_rows, length or row_tokens], placed as by to_device."""
+  shape = (number, config.train.micro_rows, length or config.train.row_tokens)
   place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, sharding.ROWS))
   return jax.tree.map(lambda x: jax.ShapeDtypeStruct(shape, x.dtype, sharding=place), batch)
 
