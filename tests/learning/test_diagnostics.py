@@ -10,7 +10,7 @@ import pytest
 from steptool_jax import config as config_lib
 from steptool_jax import validation
 from steptool_jax.evaluation import figures, metrics
-from steptool_jax.learning import algorithms, batching, update
+from steptool_jax.learning import algorithms, batching, steptable, update
 from steptool_jax.policy import model
 from steptool_jax.rewards import orchestra
 from steptool_jax.rollout.setting import Stats
@@ -28,13 +28,16 @@ def written(name):
   rng = np.random.default_rng(0)
   packed = batching.pack([fakes.random_trajectory(rng) for _ in range(4)], 128)
   batch = jax.tree.map(lambda x: x[None], fakes.padded(packed, 2))
+  table = None
+  if learner.fits is not None:
+    table = jax.tree.map(lambda x: x[None], steptable.build(packed))
 
   def run(batch):
     params = model.init_params(fakes.tiny_config(), jax.random.key(0))
     state = update.init_state(learner, {"params": params}, {})
     found = {}
     if learner.algorithm.rewards != "none":
-      batch, found = update.prepare(learner, state, batch, 1)
+      batch, found = update.prepare(learner, state, batch, 1, table)
     return found | update.update(learner, state, batch, 1)[1]
 
   return set(jax.eval_shape(run, batch))

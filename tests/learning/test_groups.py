@@ -60,7 +60,7 @@ def test_packed_equals_one_trajectory_a_row(name):
   alone = samples.pack(trajectories[:1], rows=12)
   parts = [batching.pack([t], 40).batch for t in trajectories]
   # Numbers of tasks and anchors are those of the whole batch.
-  fields = {name: np.concatenate([getattr(p, name) for p in parts]) for name in alone._fields[:10]}
+  fields = {name: np.concatenate([getattr(p, name) for p in parts]) for name in alone._fields[:11]}
   tasks = {t.task_id: n for n, t in enumerate(trajectories)}
   group_ids = np.array([[tasks[t.task_id] + 1] * 40 for t in trajectories], np.int32)
   keys = {}

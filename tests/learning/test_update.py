@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 
-from steptool_jax.config import Advantage, Config, Loss, Rollout
+from steptool_jax.config import Advantage, Config, Critic, Loss, Rollout
 from steptool_jax.learning import algorithms, batching, losses, update
 from steptool_jax.learning.outputs import policy_outputs
 from steptool_jax.policy import lora, model
@@ -19,7 +19,12 @@ LOSS = Loss(entropy_coef=0.01, kl="reward", kl_coef=0.3, logprob_chunk=16)
 
 def make_learner(name="steptool", advantage=ADVANTAGE, loss=LOSS, optimizer=None, temperature=1.0):
   row = algorithms.get_algorithm(name)
-  config = Config(advantage=advantage, loss=loss, rollout=Rollout(temperature=temperature))
+  config = Config(
+    advantage=advantage,
+    critic=Critic(kind="value" if row.gae else ""),
+    loss=loss,
+    rollout=Rollout(temperature=temperature),
+  )
   optimizer = optimizer or optax.sgd(0.5)
   return update.Learner(CONFIG, row, algorithms.resolve(row, config), optimizer)
 
