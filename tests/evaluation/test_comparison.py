@@ -59,9 +59,11 @@ def test_fewer_seeds_are_never_clear():
 
 
 def test_an_interval_with_zero_is_not_clear():
-  uneven = [-0.05, 0.03, 0.05, 0.04, -0.03, 0.02, 0.06, 0.03]
+  """One seed makes the whole difference: all have one sign, but the mean is not known well."""
+  uneven = [0.001, 0.001, 0.001, 0.001, 0.001, 0.001, 0.3, 0.001]
   found = contrasts(cells(ppo=BASE, new=plus(BASE, uneven)))["new", "ppo"]
   assert found.low < 0 < found.high
+  assert found.adjusted == 2 / 256
   assert not found.clear
 
 
