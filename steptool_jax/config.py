@@ -301,8 +301,26 @@ class Advantage:
 
 @dataclasses.dataclass(frozen=True)
 class Loss:
-  clip_low: float = option(0.2, "lower clip of the ratio", least=0, most=1)
+  surrogate: str = option(
+    "",
+    "what the policy's loss makes of the ratio; empty = as the algorithm says",
+    choices="surrogates",
+  )
+  ratio: str = option(
+    "",
+    "unit that has one ratio to the old policy (GSPO: trajectory, with clips of about 3e-4); empty "
+    "= as the algorithm says",
+    choices="units",
+  )
+  clip_low: float = option(0.2, "lower clip of the ratio; cispo has none", least=0, most=1)
   clip_high: float = option(0.2, "upper clip of the ratio", least=0)
+  dual_clip: float = option(
+    3.0, "surrogate dual_clip: most that a ratio counts where the advantage is negative", above=1
+  )
+  sapo_positive: float = option(
+    1.0, "surrogate sapo: temperature of its gate, advantage above 0", above=0
+  )
+  sapo_negative: float = option(1.05, "the same, advantage below 0 (the authors': 1.05)", above=0)
   value_clip: float = option(0.2, "clip of the value around the old one", least=0)
   value_coef: float = option(0.1, "weight of the value loss, or of archer's critic losses", least=0)
   entropy_coef: float = option(0.0, "weight of the entropy bonus", least=0)
@@ -316,7 +334,10 @@ class Loss:
   kl_target: float = option(6.0, "nats per trajectory", above=0)
   kl_horizon: float = option(10000.0, "trajectories", above=0)
   aggregation: str = option(
-    "", "what weighs the same; empty = as the algorithm says", choices="aggregations"
+    "",
+    "what weighs the same (constant: a token, whatever the length; Dr. GRPO); empty = as the "
+    "algorithm says",
+    choices="aggregations",
   )
   logprob_chunk: int = option(128, "positions projected to the vocabulary at a time", above=0)
 

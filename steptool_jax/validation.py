@@ -15,7 +15,7 @@ from steptool_jax.environments.base import ENVIRONMENTS
 from steptool_jax.environments.specialists import TIERS
 from steptool_jax.learning.advantages import LEVELS
 from steptool_jax.learning.algorithms import Algorithm, get_algorithm
-from steptool_jax.learning.losses import AGGREGATIONS
+from steptool_jax.learning.losses import AGGREGATIONS, SURROGATES, UNITS
 from steptool_jax.policy import lora, model
 from steptool_jax.rewards.assembly import SCHEMES
 
@@ -31,6 +31,8 @@ TABLES: Mapping[str, Iterable[str]] = {
   "remat policies": model.REMAT,
   "schemes": SCHEMES,
   "specialists": TIERS,
+  "surrogates": SURROGATES,
+  "units": UNITS,
 }
 
 
@@ -223,6 +225,13 @@ def _check_algorithm(config: Config) -> None:
       f"config.loss.kl: 'reward', but algorithm {config.algorithm!r} reads no rewards; leave it "
       "empty, or use 'loss'"
     )
+  if algorithm.advantage is None:
+    for name in ("surrogate", "ratio"):
+      if getattr(config.loss, name):
+        raise ValueError(
+          f"config.loss.{name}: {getattr(config.loss, name)!r}, but the loss of algorithm "
+          f"{config.algorithm!r} has no ratio to an old policy; leave it empty, or use 'grpo'"
+        )
   if config.advantage.level and algorithm.critic != "value" and algorithm.rewards != "none":
     raise ValueError(
       f"config.advantage.level: {config.advantage.level!r}, but algorithm {config.algorithm!r} has "
