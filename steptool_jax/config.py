@@ -233,6 +233,12 @@ class Rollout(Limits):
   search: Search = option(Search(), "strategy dfsdt")
   tasks: int = option(16, "tasks in one iteration", above=0)
   samples: int = option(4, "conversations per task", above=0)
+  rounds: int = option(
+    1,
+    "rollouts in one iteration at most: tasks whose samples are all paid the same are left out, "
+    "and others drawn (DAPO's dynamic sampling); 1 = off",
+    above=0,
+  )
   slots: int = option(64, "conversations decoded at the same time", above=0)
   decode_chunk: int = option(32, "tokens that one decode call samples at most", above=0)
   temperature: float = option(1.0, "of sampling, and of all log-probs in the update", least=1e-4)

@@ -315,6 +315,17 @@ def _check_rewards(config: Config, algorithm: Algorithm) -> None:
       "config.rewards.filters.min_deviation: with config.rollout.samples = 1 no group deviates, so "
       "all would be left out; set it to 0, or samples to 2 or more"
     )
+  if config.rollout.rounds > 1:
+    where_rounds = f"config.rollout.rounds: {config.rollout.rounds}"
+    if config.data.path:
+      raise ValueError(f"{where_rounds}, but stored trajectories are not drawn again; set it to 1")
+    if paid == "none":
+      raise ValueError(f"{where_rounds}, but algorithm {name!r} rolls nothing out; set it to 1")
+    if config.rollout.samples < 2:
+      raise ValueError(
+        f"{where_rounds}, but with config.rollout.samples = 1 no task has contrast, so all would "
+        "be left out; set it to 1, or samples to 2 or more"
+      )
   if r.scheme == "steptool":
     return
   if algorithm.advantage is None:

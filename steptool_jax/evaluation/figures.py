@@ -104,7 +104,13 @@ ITERATIONS = {
   "nothing_to_learn": Figure(NUMBER, "1 where the algorithm found no trajectory to learn from"),
   "dropped_malformed": Figure("trajectories", "taken by rewards.filters.malformed"),
   "dropped_unfinished": Figure("trajectories", "taken by rewards.filters.unfinished"),
-  "dropped_even": Figure("trajectories", "taken by rewards.filters.min_deviation"),
+  "dropped_even": Figure(
+    "trajectories", "taken by rewards.filters.min_deviation, or for rollout.rounds"
+  ),
+  "rounds": Figure(NUMBER, "rollouts of the iteration, where rollout.rounds allows several"),
+  "without_contrast": Figure(
+    SHARE, "of the tasks drawn: all samples were paid the same, so that others were drawn"
+  ),
   "tokens_per_second": Figure("tokens", "trained on"),
   "sampled_tokens_per_second": Figure("tokens", "sampled, of the rollout's time"),
   "device_share": Figure(SHARE, "of the time: on the device (rollout and update)"),

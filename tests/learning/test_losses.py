@@ -42,7 +42,7 @@ def filled(trajectories, alone=False):
   for row, at in units(batch, "trajectory"):
     rng = np.random.default_rng(batch.targets[row, at])
     logprobs[row, at] = rng.normal(-1.5, 0.5, at.size)
-    old[row, at] = logprobs[row, at] - rng.normal(0, 0.6, at.size)
+    old[row, at] = logprobs[row, at] - rng.normal(0, 1.2, at.size)
     advantage[row, at] = rng.normal()
   return batch._replace(old_logprobs=old, advantages=advantage), logprobs
 
@@ -210,19 +210,37 @@ def test_the_gradient_is_that_of_gspos_own_objective(unit):
 
 
 def test_cispo_keeps_the_gradient_of_a_token_that_ppo_drops():
-  """Where the ratio is above 1 + clip_high and A > 0, PPO learns nothing and CISPO 1.3 A."""
+  """Ratio 2 and A = 1: PPO learns nothing, CISPO 1.3 A. At ratio 1.1 it learns 1.1 A, since the
+  weight itself has no gradient."""
   batch, _ = filled(made(count=1))
-  at = np.flatnonzero(batch.action_mask[0])[:1]
-  old, ones = np.full_like(batch.old_logprobs, -2.0), np.ones_like(batch.advantages)
+  at = np.flatnonzero(batch.action_mask[0])[:2]
+  old, ones = np.zeros_like(batch.old_logprobs), np.ones_like(batch.advantages)
+  old[0, at] = -1.0 - np.log([2.0, 1.1])
   batch = batch._replace(old_logprobs=old, advantages=ones)
-  for surrogate, expected in (("ppo", 0.0), ("cispo", -1.3)):
+  for surrogate, expected in (("ppo", [0.0, -1.1]), ("cispo", [-1.3, -1.1])):
     c = config_of(surrogate).loss
 
     def total(x, c=c):
       return losses.policy(x, batch, c)[0].sum()
 
-    gradient = np.asarray(jax.grad(total)(jnp.zeros(batch.tokens.shape)))
-    np.testing.assert_allclose(gradient[0, at], [expected], atol=1e-6)
+    gradient = np.asarray(jax.grad(total)(jnp.full(batch.tokens.shape, -1.0)))
+    np.testing.assert_allclose(gradient[0, at], expected, atol=1e-6)
+
+
+def test_tokens_of_one_ratio_keep_their_own_advantages():
+  """GSPO-token: the gradient of token t is s A_t, and not the mean of all: step rewards stay with
+  their steps."""
+  batch, logprobs = filled(made(count=1))
+  at = np.flatnonzero(batch.action_mask[0])
+  advantages = np.zeros_like(batch.advantages)
+  advantages[0, at[0]] = -2.0  # no clip binds from above where A is negative
+  batch = batch._replace(advantages=advantages, old_logprobs=logprobs - 0.1 * batch.action_mask)
+
+  def total(x):
+    return losses.policy(x, batch, config_of("ppo", "trajectory").loss)[0].sum()
+
+  gradient = np.asarray(jax.grad(total)(jnp.asarray(logprobs)))[0, at]
+  np.testing.assert_allclose(gradient, [2 * np.exp(0.1), *[0.0] * (at.size - 1)], rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["gspo", "dr_grpo", "cispo"])
