@@ -430,6 +430,13 @@ class Evaluation:
   greedy: bool = option(
     False, "--mode=train: evaluate the end greedily as well, where temperature is above 0"
   )
+  samples: int = option(
+    1,
+    "--mode=train: conversations a task at the start of RL and at its end, for pass@k up to 16 and "
+    "tool sequences that the start never sampled; 1 = off",
+    above=0,
+  )
+  sampled_tasks: int = option(40, "samples above 1: the first held-out tasks", above=0)
   attempts: int = option(
     1, "--mode=evaluate: chains until one answers, within the budget (CoT@n)", above=0
   )

@@ -370,7 +370,8 @@ def _check_evaluation(config: Config) -> None:
       f"config.evaluation.attempts: {e.attempts}, but 'dfsdt' searches a task once; set it to 1, "
       "and rollout.budget to what the search may spend"
     )
-  for name, value in (("attempts", e.attempts), ("rollouts", e.rollouts)):
+  for name in ("attempts", "rollouts", "samples"):
+    value = getattr(e, name)
     if value > 1 and not e.temperature:
       raise ValueError(
         f"config.evaluation.{name}: {value}, but at temperature 0 all are the same; set "

@@ -18,6 +18,7 @@ from steptool_jax.types import Trajectory
 DONE, FAILED, STARTED, WAITING = "done", "failed", "unfinished", "not started"
 LEVELS = (0.5, 0.7, 0.9)  # of the best final pass rate
 COMPARED = ("final", "greedy", "area")
+_AREAS = {"heldout/pass_rate": "area", "train/pass_rate": "train_area"}  # under which curve
 # Of a difference that is called clear. The smallest p of 8 pairs is 2 / 256, so that of at most six
 # comparisons in a family; more of them need more seeds.
 FEWEST_SEEDS = 8
@@ -199,10 +200,12 @@ def cell_figures(cell: Cell) -> dict[str, float]:
     "seconds": s.get("seconds"),
   }
   last = next((r for r in reversed(cell.run.metrics) if "heldout/pass_rate" in r), {})
-  for name in ("calls_per_task", "invalid_call_rate", "invocation_success"):
+  for name in ("calls_per_task", "useless_calls", "invalid_call_rate", "invocation_success"):
     found[name] = last.get(f"heldout/{name}", s.get(name))
-  diverse = [r["train/diversity"] for r in cell.run.metrics if "train/diversity" in r]
-  found["diversity"] = diverse[-1] if diverse else None
+  for name in ("diversity", "entropy"):
+    values = [r[f"train/{name}"] for r in cell.run.metrics if f"train/{name}" in r]
+    found[name] = values[-1] if values else None
+  found |= {name: s[name] for name in s if name.startswith("pass_at_") or name == "new_sequences"}
   moment = cell.run.after or cell.run.before or "trajectories"
   if moment in cell.facts:
     facts = cell.facts[moment]
@@ -217,19 +220,26 @@ def cell_figures(cell: Cell) -> dict[str, float]:
 
 def _measured(panel: Sequence[Cell]) -> dict[str, dict[int, dict[str, float]]]:
   """{method: {seed: figures}} of what is done; area: up to the budget that all have spent."""
-  ends = [curve[0][-1] for curve in _learning_curves(panel)]
+  ends = {
+    figure: min((curve[0][-1] for curve in _learning_curves(panel, figure)), default=math.nan)
+    for figure in _AREAS
+  }
   out: dict[str, dict[int, dict[str, float]]] = {}
   for cell in panel:
     seeds = out.setdefault(cell.method, {})
     if cell.status == DONE:
       seeds[cell.seed] = cell_figures(cell)
-      for curve in _learning_curves([cell]):
-        seeds[cell.seed]["area"] = analysis.area(curve, min(ends))
+      for figure, name in _AREAS.items():
+        for curve in _learning_curves([cell], figure):
+          if curve[0][0] < ends[figure]:  # a training curve begins after an iteration's calls
+            seeds[cell.seed][name] = analysis.area(curve, ends[figure])
   return out
 
 
-def _learning_curves(cells: Iterable[Cell]) -> list[analysis.Curve]:
-  return [curve for curve in curves(cells, "llm_calls") if len(curve[0]) > 1]
+def _learning_curves(
+  cells: Iterable[Cell], figure: str = "heldout/pass_rate"
+) -> list[analysis.Curve]:
+  return [curve for curve in curves(cells, "llm_calls", figure) if len(curve[0]) > 1]
 
 
 def _rows(panel: Sequence[Cell]) -> list[Row]:
