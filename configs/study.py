@@ -14,7 +14,7 @@ One cell alone, with the bits that it has in the study (which gives every cell o
     taskset -c 0 python -m steptool_jax.main --config=configs/study.py:$CELL --workdir=runs/cell
 
 configs/study.py:algorithms is a smaller one: every row of the algorithm table on the quickstart's
-tasks, SFT warm-up included, 13 x 3 cells with the study's budget, about an hour:
+tasks, SFT warm-up included, 16 x 3 cells with the study's budget, over an hour:
 
     python -m steptool_jax.main --config=configs/study.py:algorithms --mode=study --workdir=runs/all
 

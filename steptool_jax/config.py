@@ -233,6 +233,12 @@ class Rollout(Limits):
   search: Search = option(Search(), "strategy dfsdt")
   tasks: int = option(16, "tasks in one iteration", above=0)
   samples: int = option(4, "conversations per task", above=0)
+  rounds: int = option(
+    1,
+    "rollouts in one iteration at most: tasks whose samples are all paid the same are left out, "
+    "and others drawn (DAPO's dynamic sampling); 1 = off",
+    above=0,
+  )
   slots: int = option(64, "conversations decoded at the same time", above=0)
   decode_chunk: int = option(32, "tokens that one decode call samples at most", above=0)
   temperature: float = option(1.0, "of sampling, and of all log-probs in the update", least=1e-4)
@@ -334,8 +340,26 @@ class Critic:
 
 @dataclasses.dataclass(frozen=True)
 class Loss:
-  clip_low: float = option(0.2, "lower clip of the ratio", least=0, most=1)
+  surrogate: str = option(
+    "",
+    "what the policy's loss makes of the ratio; empty = as the algorithm says",
+    choices="surrogates",
+  )
+  ratio: str = option(
+    "",
+    "unit that has one ratio to the old policy (GSPO: trajectory, with clips of about 3e-4); empty "
+    "= as the algorithm says",
+    choices="units",
+  )
+  clip_low: float = option(0.2, "lower clip of the ratio; cispo has none", least=0, most=1)
   clip_high: float = option(0.2, "upper clip of the ratio", least=0)
+  dual_clip: float = option(
+    3.0, "surrogate dual_clip: most that a ratio counts where the advantage is negative", above=1
+  )
+  sapo_positive: float = option(
+    1.0, "surrogate sapo: temperature of its gate, advantage above 0", above=0
+  )
+  sapo_negative: float = option(1.05, "the same, advantage below 0 (the authors': 1.05)", above=0)
   value_clip: float = option(0.2, "clip of the value around the old one", least=0)
   value_coef: float = option(0.1, "weight of the value loss, or of archer's critic losses", least=0)
   entropy_coef: float = option(0.0, "weight of the entropy bonus", least=0)
@@ -349,7 +373,10 @@ class Loss:
   kl_target: float = option(6.0, "nats per trajectory", above=0)
   kl_horizon: float = option(10000.0, "trajectories", above=0)
   aggregation: str = option(
-    "", "what weighs the same; empty = as the algorithm says", choices="aggregations"
+    "",
+    "what weighs the same (constant: a token, whatever the length; Dr. GRPO); empty = as the "
+    "algorithm says",
+    choices="aggregations",
   )
   logprob_chunk: int = option(128, "positions projected to the vocabulary at a time", above=0)
 
@@ -439,6 +466,13 @@ class Evaluation:
   greedy: bool = option(
     False, "--mode=train: evaluate the end greedily as well, where temperature is above 0"
   )
+  samples: int = option(
+    1,
+    "--mode=train: conversations a task at the start of RL and at its end, for pass@k up to 16 and "
+    "tool sequences that the start never sampled; 1 = off",
+    above=0,
+  )
+  sampled_tasks: int = option(40, "samples above 1: the first held-out tasks", above=0)
   attempts: int = option(
     1, "--mode=evaluate: chains until one answers, within the budget (CoT@n)", above=0
   )

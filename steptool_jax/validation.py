@@ -16,7 +16,7 @@ from steptool_jax.environments.specialists import TIERS
 from steptool_jax.learning.advantages import LEVELS
 from steptool_jax.learning.algorithms import Algorithm, get_algorithm
 from steptool_jax.learning.critics import CRITICS
-from steptool_jax.learning.losses import AGGREGATIONS
+from steptool_jax.learning.losses import AGGREGATIONS, SURROGATES, UNITS
 from steptool_jax.policy import lora, model
 from steptool_jax.rewards.assembly import SCHEMES, SOURCES, refuse_hindsight
 from steptool_jax.rewards.shaping import SHAPINGS
@@ -36,6 +36,8 @@ TABLES: Mapping[str, Iterable[str]] = {
   "schemes": SCHEMES,
   "shapings": SHAPINGS,
   "specialists": TIERS,
+  "surrogates": SURROGATES,
+  "units": UNITS,
 }
 
 
@@ -243,6 +245,13 @@ def _check_algorithm(config: Config) -> None:
       f"config.loss.kl: 'reward', but algorithm {config.algorithm!r} reads no rewards; leave it "
       "empty, or use 'loss'"
     )
+  if algorithm.advantage is None:
+    for name in ("surrogate", "ratio"):
+      if getattr(config.loss, name):
+        raise ValueError(
+          f"config.loss.{name}: {getattr(config.loss, name)!r}, but the loss of algorithm "
+          f"{config.algorithm!r} has no ratio to an old policy; leave it empty, or use 'grpo'"
+        )
   if config.advantage.level and not algorithm.gae and algorithm.rewards != "none":
     raise ValueError(
       f"config.advantage.level: {config.advantage.level!r}, but algorithm {config.algorithm!r} has "
@@ -339,6 +348,17 @@ def _check_rewards(config: Config, algorithm: Algorithm) -> None:
       "config.rewards.filters.min_deviation: with config.rollout.samples = 1 no group deviates, so "
       "all would be left out; set it to 0, or samples to 2 or more"
     )
+  if config.rollout.rounds > 1:
+    where_rounds = f"config.rollout.rounds: {config.rollout.rounds}"
+    if config.data.path:
+      raise ValueError(f"{where_rounds}, but stored trajectories are not drawn again; set it to 1")
+    if paid == "none":
+      raise ValueError(f"{where_rounds}, but algorithm {name!r} rolls nothing out; set it to 1")
+    if config.rollout.samples < 2:
+      raise ValueError(
+        f"{where_rounds}, but with config.rollout.samples = 1 no task has contrast, so all would "
+        "be left out; set it to 1, or samples to 2 or more"
+      )
   if r.scheme == "steptool":
     return
   if algorithm.advantage is None:
@@ -383,7 +403,8 @@ def _check_evaluation(config: Config) -> None:
       f"config.evaluation.attempts: {e.attempts}, but 'dfsdt' searches a task once; set it to 1, "
       "and rollout.budget to what the search may spend"
     )
-  for name, value in (("attempts", e.attempts), ("rollouts", e.rollouts)):
+  for name in ("attempts", "rollouts", "samples"):
+    value = getattr(e, name)
     if value > 1 and not e.temperature:
       raise ValueError(
         f"config.evaluation.{name}: {value}, but at temperature 0 all are the same; set "

@@ -8,16 +8,16 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from steptool_jax.evaluation import intervals
+
 Curve = tuple[Sequence[float], Sequence[float]]
 
 TOLERANCE = 0.02  # of a pass rate: less rise over a curve's last third is a plateau
-_RESAMPLES = 2000
-_TAILS = [50 * (1 - 0.95), 100 - 50 * (1 - 0.95)]  # percentiles that leave 5 % outside
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Band:
-  """Mean over runs and its bootstrap percentile interval; every field float64[X].
+  """Mean over runs and its 95 % t interval, point by point; every field float64[X].
 
   With one run there is no spread to see: low and high are NaN.
   """
@@ -46,9 +46,8 @@ class Plateau:
 def band(curves: Sequence[Curve]) -> Band:
   """The band of several runs, on the union of their points that all runs cover.
 
-  Between its points a curve is a straight line; nothing is extrapolated. Runs are drawn with
-  replacement, whole curves together. ValueError without a curve, for an x that does not increase,
-  or when no x is covered by all.
+  Between its points a curve is a straight line; nothing is extrapolated. ValueError without a
+  curve, for an x that does not increase, or when no x is covered by all.
   """
   checked = [_checked(curve) for curve in curves]
   if not checked:
@@ -59,7 +58,7 @@ def band(curves: Sequence[Curve]) -> Band:
   grid = np.unique(np.concatenate([x for x, _ in checked]))
   grid = grid[(grid >= first) & (grid <= last)]
   values = np.stack([np.interp(grid, x, y) for x, y in checked])  # [runs, X]
-  low, high = _interval(values)
+  low, high = intervals.t_bounds(values)
   return Band(grid, values.mean(axis=0), low, high, len(checked))
 
 
@@ -93,23 +92,28 @@ def steps_to(curve: Curve, level: float) -> float | None:
 def crossing(curves: Sequence[Curve], level: float) -> tuple[float, float, float]:
   """(x, low, high) at which the mean curve of several runs is first at `level`; inf for never.
 
-  low and high: percentiles over mean curves of runs drawn with replacement; NaN for one run.
+  low and high: from the first x at which the band reaches the level to the last at which it has not
+  left it behind. Where the true mean curve crosses, the band holds the level in 95 % of studies, so
+  this holds the crossing at least as often. NaN for one run.
   """
   found = band(curves)
-  values = np.stack([np.interp(found.x, *_checked(curve)) for curve in curves])
+  x = _or_never(steps_to((found.x, found.mean), level))
+  if found.runs == 1:
+    return x, float("nan"), float("nan")
+  return x, _or_never(steps_to((found.x, found.high), level)), _last_below(found, level)
 
-  def first(y: np.ndarray) -> float:
-    at = steps_to((found.x, y), level)
-    return float("inf") if at is None else at
 
-  if len(values) == 1:
-    return first(values[0]), float("nan"), float("nan")
-  drawn = np.random.default_rng(0).integers(0, len(values), (_RESAMPLES, len(values)))
-  # Runs in another order give the same mean: few means have to be looked at.
-  chosen, counts = np.unique(np.sort(drawn, axis=1), axis=0, return_counts=True)
-  firsts = np.repeat([first(values[rows].mean(axis=0)) for rows in chosen], counts)
-  low, high = np.percentile(firsts, _TAILS, method="nearest")
-  return first(found.mean), float(low), float(high)
+def _or_never(x: float | None) -> float:
+  return float("inf") if x is None else x
+
+
+def _last_below(found: Band, level: float) -> float:
+  """The x from which on the band's lower bound stays at `level` or above; inf for none."""
+  below = np.flatnonzero(found.low < level)
+  if not below.size:
+    return float(found.x[0])
+  k = int(below[-1])
+  return _or_never(steps_to((found.x[k:], found.low[k:]), level))
 
 
 def plateau(curves: Sequence[Curve]) -> Plateau:
@@ -132,24 +136,12 @@ def plateau(curves: Sequence[Curve]) -> Plateau:
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
-  """(mean, low, high) of one figure over runs; low and high are NaN for a single run."""
+  """(mean, low, high) of one figure over runs: the 95 % t interval, NaN for a single run."""
   array = np.asarray(values, np.float64)
   if array.ndim != 1 or not array.size:
     raise ValueError("the figure of at least one run is needed")
-  low, high = _interval(array[:, None])
-  return float(array.mean()), float(low[0]), float(high[0])
-
-
-def _interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """Percentile interval of the mean over axis 0 of [runs, X]; NaN for one run."""
-  runs = len(values)
-  if runs == 1:
-    return np.full(values.shape[1], np.nan), np.full(values.shape[1], np.nan)
-  drawn = np.random.default_rng(0).integers(0, runs, (_RESAMPLES, runs))
-  # How often each run was drawn, as weights: one product instead of resamples x runs x X numbers.
-  weights = np.stack([(drawn == run).sum(axis=1) for run in range(runs)], axis=1) / runs
-  low, high = np.percentile(weights @ values, _TAILS, axis=0)
-  return low, high
+  low, high = intervals.t_bounds(array)
+  return float(array.mean()), float(low), float(high)
 
 
 def _checked(curve: Curve) -> tuple[np.ndarray, np.ndarray]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from steptool_jax.evaluation import analysis, behaviour, records
+from steptool_jax.evaluation import analysis, behaviour, intervals, records
 from steptool_jax.evaluation.behaviour import Recovery, Transitions
 from steptool_jax.evaluation.records import Run
 from steptool_jax.types import Trajectory
@@ -18,6 +18,11 @@ from steptool_jax.types import Trajectory
 DONE, FAILED, STARTED, WAITING = "done", "failed", "unfinished", "not started"
 LEVELS = (0.5, 0.7, 0.9)  # of the best final pass rate
 COMPARED = ("final", "greedy", "area")
+_AREAS = {"heldout/pass_rate": "area", "train/pass_rate": "train_area"}  # under which curve
+# Of a difference that is called clear. The smallest p of 8 pairs is 2 / 256, so that of at most six
+# comparisons in a family; more of them need more seeds.
+FEWEST_SEEDS = 8
+LARGEST_P = 0.05  # adjusted for the number of comparisons
 
 Triple = tuple[float, float, float]  # mean, low, high
 
@@ -63,6 +68,25 @@ class Row:
   crossings: Mapping[float, Triple]  # share of the best final pass rate -> LLM calls, inf = never
 
 
+@dataclasses.dataclass(frozen=True)
+class Contrast:
+  """A mean difference over paired seeds. low and high: its 95 % t interval, NaN for one seed.
+
+  p: of the exact sign-flip test. adjusted: Holm's p among the comparisons of this figure on this
+  environment that have FEWEST_SEEDS; None with fewer, which can be no claim and cost none of the
+  others anything. clear: FEWEST_SEEDS or more, the interval leaves 0 out, and adjusted is at most
+  LARGEST_P.
+  """
+
+  mean: float
+  low: float
+  high: float
+  seeds: int
+  p: float
+  adjusted: float | None = None
+  clear: bool = False
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Difference:
   """What a method has more than another one on the same environment, seed by seed."""
@@ -71,7 +95,7 @@ class Difference:
   method: str
   against: str
   seeds: int  # done by both
-  figures: Mapping[str, Triple]  # of COMPARED, those that all have
+  figures: Mapping[str, Contrast]  # of COMPARED, those that all have
 
 
 def facts_of(trajectories: Sequence[Trajectory]) -> Facts:
@@ -95,7 +119,8 @@ def differences(cells: Iterable[Cell]) -> list[Difference]:
   """Each method against the environment's first one, and against the one whose name it extends.
 
   So steptool_no_step_rewards is compared with steptool, and grpo_step with grpo. Seeds are paired,
-  since both start at the same weights and see the same tasks.
+  since both start at the same weights and see the same tasks. Each environment is a family of
+  comparisons of its own.
   """
   out = []
   environments: dict[str, list[Cell]] = {}
@@ -104,6 +129,7 @@ def differences(cells: Iterable[Cell]) -> list[Difference]:
   for environment, panel in environments.items():
     found = _measured(panel)
     first = next(iter(found))
+    family = []
     for method in found:
       others = [other for other in found if other == first or method.startswith(f"{other}_")]
       for other in others:
@@ -111,12 +137,32 @@ def differences(cells: Iterable[Cell]) -> list[Difference]:
         if other == method or not pairs:
           continue
         figures = {
-          key: analysis.mean_interval([mine[key] - theirs[key] for mine, theirs in pairs])
+          key: _contrast([mine[key] - theirs[key] for mine, theirs in pairs])
           for key in COMPARED
           if all(key in mine and key in theirs for mine, theirs in pairs)
         }
-        out.append(Difference(environment, method, other, len(pairs), figures))
+        family.append(Difference(environment, method, other, len(pairs), figures))
+    out += _adjusted(family)
   return out
+
+
+def _contrast(differences_: Sequence[float]) -> Contrast:
+  mean, low, high = analysis.mean_interval(differences_)
+  return Contrast(mean, low, high, len(differences_), intervals.sign_flip(differences_))
+
+
+def _adjusted(family: Sequence[Difference]) -> list[Difference]:
+  """The same with Holm's p, and what is clear, for each figure."""
+  figures = [dict(difference.figures) for difference in family]
+  for key in COMPARED:
+    members = [f for f in figures if key in f and f[key].seeds >= FEWEST_SEEDS]
+    for f, adjusted in zip(members, intervals.holm([f[key].p for f in members]), strict=True):
+      c = f[key]
+      # Means of tenths leave 1e-17 where they should be 0.
+      outside = c.low > 1e-9 or c.high < -1e-9
+      clear = outside and adjusted <= LARGEST_P
+      f[key] = dataclasses.replace(c, adjusted=adjusted, clear=clear)
+  return [dataclasses.replace(d, figures=f) for d, f in zip(family, figures, strict=True)]
 
 
 def by_environment(cells: Iterable[Cell]) -> list[list[Cell]]:
@@ -154,10 +200,12 @@ def cell_figures(cell: Cell) -> dict[str, float]:
     "seconds": s.get("seconds"),
   }
   last = next((r for r in reversed(cell.run.metrics) if "heldout/pass_rate" in r), {})
-  for name in ("calls_per_task", "invalid_call_rate", "invocation_success"):
+  for name in ("calls_per_task", "useless_calls", "invalid_call_rate", "invocation_success"):
     found[name] = last.get(f"heldout/{name}", s.get(name))
-  diverse = [r["train/diversity"] for r in cell.run.metrics if "train/diversity" in r]
-  found["diversity"] = diverse[-1] if diverse else None
+  for name in ("diversity", "entropy"):
+    values = [r[f"train/{name}"] for r in cell.run.metrics if f"train/{name}" in r]
+    found[name] = values[-1] if values else None
+  found |= {name: s[name] for name in s if name.startswith("pass_at_") or name == "new_sequences"}
   moment = cell.run.after or cell.run.before or "trajectories"
   if moment in cell.facts:
     facts = cell.facts[moment]
@@ -172,19 +220,26 @@ def cell_figures(cell: Cell) -> dict[str, float]:
 
 def _measured(panel: Sequence[Cell]) -> dict[str, dict[int, dict[str, float]]]:
   """{method: {seed: figures}} of what is done; area: up to the budget that all have spent."""
-  ends = [curve[0][-1] for curve in _learning_curves(panel)]
+  ends = {
+    figure: min((curve[0][-1] for curve in _learning_curves(panel, figure)), default=math.nan)
+    for figure in _AREAS
+  }
   out: dict[str, dict[int, dict[str, float]]] = {}
   for cell in panel:
     seeds = out.setdefault(cell.method, {})
     if cell.status == DONE:
       seeds[cell.seed] = cell_figures(cell)
-      for curve in _learning_curves([cell]):
-        seeds[cell.seed]["area"] = analysis.area(curve, min(ends))
+      for figure, name in _AREAS.items():
+        for curve in _learning_curves([cell], figure):
+          if curve[0][0] < ends[figure]:  # a training curve begins after an iteration's calls
+            seeds[cell.seed][name] = analysis.area(curve, ends[figure])
   return out
 
 
-def _learning_curves(cells: Iterable[Cell]) -> list[analysis.Curve]:
-  return [curve for curve in curves(cells, "llm_calls") if len(curve[0]) > 1]
+def _learning_curves(
+  cells: Iterable[Cell], figure: str = "heldout/pass_rate"
+) -> list[analysis.Curve]:
+  return [curve for curve in curves(cells, "llm_calls", figure) if len(curve[0]) > 1]
 
 
 def _rows(panel: Sequence[Cell]) -> list[Row]:

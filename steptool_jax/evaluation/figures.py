@@ -28,6 +28,11 @@ ROLLOUTS = {
   "success_calling": Figure(SHARE, "mean SC of calls"),
   "contribution": Figure(SHARE, "mean Con of calls"),
   "calls_per_task": Figure("calls", "tool calls of a trajectory", "calls per task"),
+  "useless_calls": Figure(
+    "calls",
+    "of a trajectory, that contributed nothing (Con 0): failed, repeated, beside the goal",
+    "useless calls per task",
+  ),
   "tokens_per_task": Figure("tokens", "of a trajectory, prompt and observations included"),
   "cost_per_task": Figure("USD", "of a trajectory's calls; 0 without environment.market"),
   "latency_per_task": Figure("seconds", "simulated, of a trajectory's calls"),
@@ -86,7 +91,7 @@ UPDATES = {
   "v_error": Figure(NUMBER, "ArCHer: V's loss without its weight"),
   "pair_margin": Figure(NUMBER, "DPO: margin of the success over the failure"),
   "pair_accuracy": Figure(SHARE, "DPO: pairs with a margin above 0"),
-  "entropy": Figure("nats", "per sampled token"),
+  "entropy": Figure("nats", "per sampled token", "entropy"),
   "clip_fraction": Figure(SHARE, "tokens whose ratio is clipped"),
   "old_kl": Figure("nats", "KL to the old policy"),
   "grad_norm": Figure(NUMBER, "global norm of the gradient, before its clip"),
@@ -104,7 +109,13 @@ ITERATIONS = {
   "nothing_to_learn": Figure(NUMBER, "1 where the algorithm found no trajectory to learn from"),
   "dropped_malformed": Figure("trajectories", "taken by rewards.filters.malformed"),
   "dropped_unfinished": Figure("trajectories", "taken by rewards.filters.unfinished"),
-  "dropped_even": Figure("trajectories", "taken by rewards.filters.min_deviation"),
+  "dropped_even": Figure(
+    "trajectories", "taken by rewards.filters.min_deviation, or for rollout.rounds"
+  ),
+  "rounds": Figure(NUMBER, "rollouts of the iteration, where rollout.rounds allows several"),
+  "without_contrast": Figure(
+    SHARE, "of the tasks drawn: all samples were paid the same, so that others were drawn"
+  ),
   "tokens_per_second": Figure("tokens", "trained on"),
   "sampled_tokens_per_second": Figure("tokens", "sampled, of the rollout's time"),
   "device_share": Figure(SHARE, "of the time: on the device (rollout and update)"),
@@ -117,13 +128,31 @@ ITERATIONS = {
 }
 
 # The figures of a study's cell, which evaluation/comparison.py and behaviour.py compute from its
-# summary and its last held-out trajectories. calls_per_task, invalid_call_rate, invocation_success
-# (of the last evaluation) and diversity (of the last iteration) are those of ROLLOUTS.
+# summary and its last held-out trajectories. calls_per_task, useless_calls, invalid_call_rate,
+# invocation_success (of the last evaluation) and diversity (of the last iteration) are those of
+# ROLLOUTS; entropy, of the last iteration, is that of UPDATES.
 CELLS = {
   "start": Figure(SHARE, "pass rate before RL", "start"),
   "final": Figure(SHARE, "pass rate after RL", "final"),
   "greedy": Figure(SHARE, "pass rate at the end, decoded greedily", "greedy"),
   "area": Figure(SHARE, "mean height of the learning curve up to the budget of all", "area"),
+  "train_area": Figure(
+    SHARE, "mean height of the curve of training rollouts up to the budget of all", "training area"
+  ),
+  "pass_at_1_start": Figure(
+    SHARE,
+    "tasks solved in one try before RL, of evaluation.samples (Chen et al. 2021, eq. 1); "
+    "pass_at_2 to pass_at_16 alike",
+    "pass@1, start",
+  ),
+  "pass_at_1_end": Figure(SHARE, "the same after RL", "pass@1, end"),
+  "pass_at_16_start": Figure(SHARE, "tasks solved in one of 16 tries before RL", "pass@16, start"),
+  "pass_at_16_end": Figure(SHARE, "the same after RL", "pass@16, end"),
+  "new_sequences": Figure(
+    SHARE,
+    "of the tasks solved after RL: by sequences of tools none of which was among the tries before",
+    "solved in a new way",
+  ),
   "recovered_from_fault": Figure(
     SHARE,
     "errors of the fault injector after which the same tool answered OK",

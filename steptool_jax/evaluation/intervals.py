@@ -1,4 +1,7 @@
-"""How sure a figure is: bootstrap intervals over tasks, and where its variance comes from.
+"""How sure a figure is: intervals, tests of paired differences, and where its variance comes from.
+
+Over a few seeds an interval is Student's t: a percentile bootstrap of 3 or 5 values that is called
+95 % covers 76 or 83 %. Over the tasks of one run, of which there are dozens, it is a bootstrap.
 
 A score y[t, r, j] of task t, rollout r and judge run j is modelled as
 
@@ -16,13 +19,17 @@ rollout a task, judge and rollout with one judge run.
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
+from scipy import special
+
+MOST_EXACT = 20  # paired differences whose sign flips are all looked at: a million
 
 
 @dataclasses.dataclass(frozen=True)
 class Interval:
-  """A mean and its bootstrap percentile interval."""
+  """A mean and its interval."""
 
   mean: float
   low: float
@@ -67,6 +74,58 @@ def bootstrap(
     means[start : start + size] = values[drawn].mean(axis=1)
   low, high = np.percentile(means, [tail, 100 - tail])
   return Interval(float(values.mean()), float(low), float(high), confidence)
+
+
+def t_bounds(values: np.ndarray, confidence: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
+  """Bounds of the mean over axis 0 of [N, …]: mean -/+ t(N - 1) s / sqrt(N).
+
+  Exact for normal values, and close to it for others that have no long tail (Student 1908). NaN for
+  a single one.
+  """
+  values = np.asarray(values, np.float64)
+  number = len(values)
+  if number < 2:
+    nothing = np.full(values.shape[1:], np.nan)
+    return nothing, nothing
+  quantile = special.stdtrit(number - 1, (1 + confidence) / 2)
+  half = quantile * values.std(axis=0, ddof=1) / np.sqrt(number)
+  return values.mean(axis=0) - half, values.mean(axis=0) + half
+
+
+def sign_flip(differences: Sequence[float]) -> float:
+  """Two-sided p that paired differences have mean 0: the exact sign-flip test (Fisher 1935).
+
+  If neither side is better, a difference is as likely to have the other sign. p is the share of all
+  2^N ways to choose the signs whose sum is at least as far from 0; the smallest that N pairs can
+  give is 2 / 2^N. Of more than MOST_EXACT pairs 100,000 drawn ways, and the one that was seen.
+  ValueError for no difference, or one that is not finite.
+  """
+  d = np.asarray(differences, np.float64)
+  if d.ndim != 1 or not d.size or not np.isfinite(d).all():
+    raise ValueError("differences: at least one pair is needed, and all must be finite")
+  if d.size <= MOST_EXACT:
+    sums = np.zeros(1)
+    for value in d:
+      sums = np.concatenate([sums + value, sums - value])
+  else:
+    signs = np.random.default_rng(0).choice([-1.0, 1.0], (100_000, d.size))
+    sums = np.append(signs @ d, d.sum())
+  # Sums of the same numbers in another order may differ in their last bits.
+  return float(np.mean(np.abs(sums) >= abs(d.sum()) - 1e-9 * np.abs(d).sum()))
+
+
+def holm(pvalues: Sequence[float]) -> list[float]:
+  """p of each of a family of comparisons, adjusted for their number (Holm 1979), in their order.
+
+  The k-th smallest of m (from 0) is multiplied by m - k, never below those before it, at most 1:
+  with all below .05 called clear, the chance of one wrong call or more is at most 5 %.
+  """
+  p = np.asarray(pvalues, np.float64)
+  order = np.argsort(p, kind="stable")
+  steps = np.minimum(p[order] * np.arange(len(p), 0, -1), 1.0)
+  out = np.empty(len(p))
+  out[order] = np.maximum.accumulate(steps)
+  return out.tolist()
 
 
 def components(scores: np.ndarray) -> Components:

@@ -99,6 +99,7 @@ MEASURES: dict[str, Callable[[Sequence[Trajectory]], float]] = {
   "success_calling": _per(lambda t: [s.success_calling for s in _calls(t)]),
   "contribution": _per(lambda t: [s.contribution for s in _calls(t)]),
   "calls_per_task": _per(lambda t: [len(_calls(t))]),
+  "useless_calls": _per(lambda t: [sum(s.contribution == 0 for s in _calls(t))]),
   "tokens_per_task": _per(lambda t: [t.num_tokens]),
   "cost_per_task": _per(lambda t: [t.cost]),
   "latency_per_task": _per(lambda t: [t.latency]),

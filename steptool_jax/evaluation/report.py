@@ -63,6 +63,8 @@ def write(title: str, cells: Sequence[Cell], problems: Sequence[str], most: int)
     recoveries=panels.recoveries(cells),
     reactions=behaviour.REACTIONS,
     levels=comparison.LEVELS,
+    fewest_seeds=comparison.FEWEST_SEEDS,
+    largest_p=comparison.LARGEST_P,
     more_titles=[FIGURES[name].label for name in _MORE],
     cases=[_case(pair, entries) for pair in pairs[:_MOST_CASES]],
     more_cases=max(len(pairs) - _MOST_CASES, 0),
@@ -230,12 +232,13 @@ def _difference(found: comparison.Difference) -> dict[str, Any]:
   def points(share: float) -> str:
     return f"{100 * share:+.1f}"
 
-  figures = [found.figures.get(key) for key in comparison.COMPARED]
-  # Means of tenths leave 1e-17 where they should be 0.
-  shown = [
-    interval(f, points) | {"sure": f is not None and (f[1] > 1e-9 or f[2] < -1e-9)} for f in figures
-  ]
-  return vars(found) | {"figures": shown}
+  def cell(c: comparison.Contrast | None) -> dict[str, Any]:
+    if c is None:
+      return interval(None, points) | {"p": "", "sure": False}
+    p = f"p {c.p:.3f}" + ("" if c.adjusted is None else f", Holm {c.adjusted:.3f}")
+    return interval((c.mean, c.low, c.high), points) | {"p": p, "sure": c.clear}
+
+  return vars(found) | {"figures": [cell(found.figures.get(key)) for key in comparison.COMPARED]}
 
 
 def interval(value: tuple[float, float, float] | None, form) -> dict[str, str]:
@@ -258,12 +261,20 @@ def crossing(value: tuple[float, float, float] | None) -> dict[str, str]:
 
 _MORE = (  # further columns of the table
   "calls_per_task",
+  "useless_calls",
   "invalid_call_rate",
   "invocation_success",
   "recovered_from_fault",
   "solved_after_fault",
   "repeated_after_ok",
   "diversity",
+  "entropy",
+  "train_area",
+  "pass_at_1_start",
+  "pass_at_1_end",
+  "pass_at_16_start",
+  "pass_at_16_end",
+  "new_sequences",
   "llm_calls_per_solved",
   "tokens_per_solved",
   "cost_per_solved",

@@ -33,7 +33,7 @@ class Algorithm:
     with replay), "none", or another of critics.CRITICS. An algorithm with GAE takes any of these.
   compares: it learns from differences between samples of a task.
   reference: the loss itself reads the reference policy.
-  level, kl, aggregation: where the config's word is empty.
+  level, kl, aggregation, ratio, surrogate: where the config's word is empty.
   """
 
   rewards: Literal["step", "outcome", "none"]
@@ -46,6 +46,8 @@ class Algorithm:
   level: advantages.Level = "token"
   kl: Literal["reward", "loss", "none"] = "reward"
   aggregation: losses.Aggregation = "token"
+  ratio: losses.Unit = "token"
+  surrogate: str = "ppo"
 
   @property
   def gae(self) -> bool:
@@ -83,6 +85,14 @@ def _baseline(function: Callable, discounted: bool = False) -> Callable:
   return advantage
 
 
+def _centred(batch, rewards_BT):
+  """R - mean of the task's samples, not divided by their deviation: Dr. GRPO (Liu et al. 2025)."""
+  returns_BT, one_BT = groups.episode_returns(batch, rewards_BT)
+  centred_BT, _, _ = groups.relative(returns_BT, one_BT, batch.group_ids)
+  inside_BT = ~segments.starts(batch.segment_ids)
+  return jnp.where(batch.action_mask, segments.spread(centred_BT, one_BT, inside_BT), 0.0)
+
+
 def _gigpo(batch, rewards_BT, values: None, c: Config):
   """Feng et al. 2025: episode-relative + omega step-relative."""
   episode_BT = groups.group_relative(batch, rewards_BT)
@@ -105,29 +115,23 @@ def _archer(batch, rewards_BT, values: tuple, c: Config):
 
 
 def _sft_loss(outputs: Outputs, batch: TokenBatch, c: Config) -> tuple[Terms, Terms]:
-  weights_BT = losses.action_weights(batch, c.loss.aggregation)
-  loss = losses.cross_entropy(outputs.logprobs, weights_BT)
-  return {"loss": loss}, {"entropy": losses.weighted(outputs.entropy, weights_BT)}
+  loss = losses.aggregate(-outputs.logprobs, batch, c)
+  return {"loss": loss}, {"entropy": _mean(outputs.entropy, batch, c)}
 
 
 def _policy_loss(outputs: Outputs, batch: TokenBatch, c: Config) -> tuple[Terms, Terms]:
-  """Clipped surrogate and entropy bonus.
+  """The surrogate and the entropy bonus.
 
-  At the policy that sampled, the surrogate's gradient is REINFORCE's, - A grad log pi; after the
+  At the policy that sampled, every surrogate's gradient is REINFORCE's, - A grad log pi; after the
   first minibatch its ratio makes up for how far the policy has moved.
   """
-  weights_BT = losses.action_weights(batch, c.loss.aggregation)
-  policy, metrics = losses.ppo_policy(
-    outputs.logprobs,
-    batch.old_logprobs,
-    batch.advantages,
-    weights_BT,
-    c.loss.clip_low,
-    c.loss.clip_high,
-  )
-  entropy = losses.weighted(outputs.entropy, weights_BT)
-  terms = {"policy_loss": policy, "entropy_loss": _scale(entropy, -c.loss.entropy_coef)}
-  return terms, metrics | {"entropy": entropy}
+  loss_BT, metrics = losses.policy(outputs.logprobs, batch, c.loss)
+  entropy = losses.aggregate(outputs.entropy, batch, c)
+  terms = {
+    "policy_loss": losses.aggregate(loss_BT, batch, c),
+    "entropy_loss": _scale(entropy, -c.loss.entropy_coef),
+  }
+  return terms, metrics | {"entropy": _mean(outputs.entropy, batch, c)}
 
 
 def _ppo_loss(outputs: Outputs, batch: TokenBatch, c: Config) -> tuple[Terms, Terms]:
@@ -155,8 +159,12 @@ def _archer_loss(outputs: Outputs, batch: TokenBatch, c: Config) -> tuple[Terms,
 
 def _dpo_loss(outputs: Outputs, batch: TokenBatch, c: Config) -> tuple[Terms, Terms]:
   loss, metrics = losses.dpo(outputs.logprobs, batch.ref_logprobs, batch, c.dpo.beta)
-  weights_BT = losses.action_weights(batch, c.loss.aggregation)
-  return {"loss": loss}, metrics | {"entropy": losses.weighted(outputs.entropy, weights_BT)}
+  return {"loss": loss}, metrics | {"entropy": _mean(outputs.entropy, batch, c)}
+
+
+def _mean(x_BT, batch: TokenBatch, c: Config) -> losses.SumAndDenominator:
+  """A figure's mean over sampled tokens, weighted as in the loss."""
+  return losses.weighted(x_BT, losses.action_weights(batch, c.loss.aggregation))
 
 
 def _scale(term: losses.SumAndDenominator, factor: float) -> losses.SumAndDenominator:
@@ -189,6 +197,23 @@ ALGORITHMS: dict[str, Algorithm] = {
   "rloo": Algorithm("outcome", _policy_loss, _baseline(groups.leave_one_out), compares=True),
   # Outcome, normalised over the task's samples.
   "grpo": Algorithm("outcome", _policy_loss, _baseline(groups.group_relative), **_GROUP),
+  # grpo with one ratio a trajectory (Zheng et al. 2025); its clip wants about 3e-4.
+  "gspo": Algorithm(
+    "outcome", _policy_loss, _baseline(groups.group_relative), ratio="trajectory", **_GROUP
+  ),
+  # grpo without its two biases: no division by the deviation, none by a trajectory's length.
+  "dr_grpo": Algorithm(
+    "outcome", _policy_loss, _baseline(_centred), compares=True, kl="none", aggregation="constant"
+  ),
+  # grpo with a clipped weight in the place of a clipped objective (MiniMax-M1 2025).
+  "cispo": Algorithm(
+    "outcome",
+    _policy_loss,
+    _baseline(groups.group_relative),
+    compares=True,
+    kl="none",
+    surrogate="cispo",
+  ),
   # Step rewards, normalised over all steps of the task's samples, then summed up from each step on.
   "grpo_step": Algorithm(
     "step", _policy_loss, _baseline(groups.step_relative, discounted=True), **_GROUP
@@ -213,6 +238,8 @@ def resolve(algorithm: Algorithm, config: Config) -> Config:
     c,
     kl=algorithm.kl if imitates else c.kl or algorithm.kl,
     aggregation=c.aggregation or algorithm.aggregation,
+    ratio=c.ratio or algorithm.ratio,
+    surrogate=c.surrogate or algorithm.surrogate,
   )
   advantage = dataclasses.replace(a, level=a.level or algorithm.level)
   kind = config.critic.kind or algorithm.critic

@@ -315,8 +315,8 @@ def _terms(learner, outputs, micro, kl_coef):
   c = learner.config
   terms, metrics = learner.algorithm.loss(outputs, micro, c)
   if c.loss.kl == "loss":
-    weights_BT = losses.action_weights(micro, c.loss.aggregation)
-    total, denominator = losses.kl_to_reference(outputs.logprobs, micro.ref_logprobs, weights_BT)
+    kl_BT = losses.kl_to_reference(outputs.logprobs, micro.ref_logprobs, micro.action_mask)
+    total, denominator = losses.aggregate(kl_BT, micro, c)
     terms = terms | {"kl_loss": (kl_coef * total, denominator)}
   return terms, metrics
 

@@ -23,6 +23,7 @@ from steptool_jax.rewards import assembly
 from steptool_jax.rollout.chain import Interrupted
 from steptool_jax.run import export
 from steptool_jax.run.checks import before_training
+from steptool_jax.run.evaluating import tries
 from steptool_jax.run.hosts import hosts, maintenance
 from steptool_jax.run.parts import build, opening, rollouts
 from steptool_jax.run.parts.opening import Parts
@@ -214,10 +215,12 @@ def _train(run: Run) -> dict[str, Any]:
       warm_up(run)
       _evaluate(run, "pass_rate_sft", "after SFT")
       if run.algorithm.rewards != "none":
+        _measure_tries(run, tries.START)
         enter_rl(run)
     if run.progress.phase == "rl":
       _reinforce(run)
       _evaluate(run, "pass_rate_rl", "after RL")
+      _measure_tries(run, tries.END)
     if run.config.evaluation.greedy and run.config.evaluation.temperature:
       _evaluate(run, "pass_rate_greedy", "at the end, greedily", temperature=0.0)
     if run.config.train.export:
@@ -316,6 +319,12 @@ def _evaluate_between(run: Run) -> None:
   if every and done % every == 0 and done > run.progress.evaluated:
     _evaluate(run, "", f"iteration {done}", run.config.evaluation.curve_tasks)
     run.progress.evaluated = done
+
+
+def _measure_tries(run: Run, moment: str) -> None:
+  """pass@k and new sequences into the results, where evaluation.samples asks for them."""
+  if run.config.evaluation.samples > 1:
+    run.progress.results |= tries.measure(run.parts, run.phase.variables(), moment)
 
 
 def _evaluate(

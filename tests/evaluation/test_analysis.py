@@ -14,17 +14,18 @@ def test_a_band_on_points_that_differ():
   np.testing.assert_array_equal(found.x, [5, 10, 15, 20])
   # First run: .1 .2 .2 .2; second: .3 .4 .5 .6.
   np.testing.assert_allclose(found.mean, [0.2, 0.3, 0.35, 0.4])
-  # Of two runs a quarter of the resamples is the first alone, a quarter the second alone.
-  np.testing.assert_allclose(found.low, [0.1, 0.2, 0.2, 0.2])
-  np.testing.assert_allclose(found.high, [0.3, 0.4, 0.5, 0.6])
+  # Of two values the standard error is half their difference, and t(1) at .975 is 12.7062.
+  half = 12.7062 * np.array([0.2, 0.2, 0.3, 0.4]) / 2
+  np.testing.assert_allclose(found.low, found.mean - half, rtol=1e-5)
+  np.testing.assert_allclose(found.high, found.mean + half, rtol=1e-5)
   assert found.runs == 2
 
 
 def test_the_interval_is_that_of_the_mean_over_runs():
-  """Five runs at 0 and 1 with mean .4: a mean of 5 draws is binomial(5, .4) / 5."""
-  _, low, high = analysis.mean_interval([0, 0, 0, 1, 1])
-  # P(0 of 5) = .078 > .025, P(5 of 5) = .0102 < .025 < P(>= 4 of 5) = .087.
-  assert (low, high) == (0.0, 0.8)
+  """Five runs at 0 and 1 with mean .4: variance .3, t(4) at .975 is 2.77645."""
+  mean, low, high = analysis.mean_interval([0, 0, 0, 1, 1])
+  half = 2.77645 * math.sqrt(0.3 / 5)
+  assert (mean, low, high) == pytest.approx((0.4, 0.4 - half, 0.4 + half), rel=1e-5)
 
 
 def test_one_run_has_no_interval():
@@ -63,11 +64,26 @@ def test_steps_to_a_level():
 
 
 def test_where_the_mean_curve_crosses_a_level():
-  """Means of the two runs: 0, .3, .6; the runs alone cross .3 at 5 and never."""
-  runs = [([0, 10, 20], [0.0, 0.6, 1.0]), ([0, 10, 20], [0.0, 0.0, 0.2])]
-  assert analysis.crossing(runs, 0.3) == (10.0, 5.0, math.inf)
-  x, low, high = analysis.crossing(runs[:1], 0.3)
-  assert (x, math.isnan(low), math.isnan(high)) == (5.0, True, True)
+  """Three runs whose mean rises by .1 in 10 and which lie .01 apart: the half of the band is
+  4.30265 * .01 / sqrt(3) = .02484, which the mean covers in 2.484."""
+  x = [0, 10, 20]
+  runs = [(x, [0.0 + d, 0.1 + d, 0.2 + d]) for d in (-0.01, 0.0, 0.01)]
+  assert analysis.crossing(runs, 0.1) == pytest.approx((10, 10 - 2.484, 10 + 2.484), abs=1e-3)
+  # The mean gets there, and the lower bound never does; or neither.
+  found, low, high = analysis.crossing(runs, 0.19)
+  assert (found, low, high) == (pytest.approx(19), pytest.approx(19 - 2.484, abs=1e-3), math.inf)
+  assert analysis.crossing(runs, 0.5) == (math.inf, math.inf, math.inf)
+  found, low, high = analysis.crossing(runs[:1], 0.1)
+  assert (found, math.isnan(low), math.isnan(high)) == (pytest.approx(11), True, True)
+
+
+def test_a_band_that_falls_back_has_not_left_the_level():
+  """The lower bound crosses 10 % twice; only behind the last time is the level left behind."""
+  x = [0, 10, 20, 30]
+  runs = [(x, [0.0 + d, 0.2 + d, 0.1 + d, 0.3 + d]) for d in (-0.01, 0.0, 0.01)]
+  _, low, high = analysis.crossing(runs, 0.1)
+  assert low == pytest.approx(5 - 0.02484 / 0.02, abs=1e-3)
+  assert high == pytest.approx(20 + 0.02484 / 0.02, abs=1e-3)
 
 
 def test_a_plateau_is_seen_in_the_last_third():

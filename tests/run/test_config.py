@@ -87,6 +87,8 @@ def test_an_argument_picks_the_algorithm(config, name):
     ("environment.min_calls", 6, r"min_calls: 6 is more than max_calls = 5"),
     ("environment.num_train", -1, r"environment\.num_train: must not be negative"),
     ("lora.targets", ("q", "q"), r"config\.lora\.targets: names 'q' twice"),
+    ("loss.surrogate", "dualclip", r"surrogate: 'dualclip' is not one of .*mean 'dual_clip'"),
+    ("loss.dual_clip", 1.0, r"config\.loss\.dual_clip: must be above 1"),
   ],
 )
 def test_bad_fields_are_refused_by_name(path, value, words):
@@ -98,6 +100,16 @@ def test_bad_fields_are_refused_by_name(path, value, words):
   target[last] = value
   with pytest.raises(ValueError, match=words):
     validation.validate(values)
+
+
+@pytest.mark.parametrize(("name", "value"), [("ratio", "step"), ("surrogate", "cispo")])
+def test_a_ratio_is_refused_where_the_loss_has_none(name, value):
+  """It would be read by nothing, and a study of it would compare equals."""
+  values = base_config().to_dict()
+  values["loss"][name] = value
+  validation.validate(values | {"algorithm": "steptool"})
+  with pytest.raises(ValueError, match=rf"loss\.{name}: '{value}', but .* 'eto' has no ratio"):
+    validation.validate(values | {"algorithm": "eto"})
 
 
 def test_an_int_is_a_float_and_a_list_is_a_tuple():

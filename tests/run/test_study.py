@@ -121,7 +121,8 @@ def fake(monkeypatch):
 
 
 def table(workdir):
-  return {row["method"]: row for row in json.loads((workdir / "results/table.json").read_text())}
+  found = json.loads((workdir / "results/table.json").read_text())
+  return {row["method"]: row for row in found["rows"]}
 
 
 def test_a_failed_cell_is_tried_again_then_marked_and_in_no_mean(fake, tmp_path):
@@ -172,9 +173,15 @@ def test_differences_are_between_equal_seeds(fake, tmp_path):
     assert [float(row["final"]), float(row["area"])] == pytest.approx([final, area])
     assert row["greedy"] == "", "no cell has it"
     assert bool(row["final_low"]) == (seeds > 1), "one seed has no interval"
+    assert row["final_p"] == ("0.5" if seeds == 2 else "1.0")
+    assert (row["final_holm"], row["final_clear"]) == ("", "False"), "clear with too few seeds"
   page = (tmp_path / "results/report.html").read_text()
-  assert "<b>+30.0</b><small>+30.0 to +30.0</small>" in page
-  assert ">-30.0<small></small>" in page, "bold without an interval"
+  assert ">+30.0<small>+30.0 to +30.0</small><small>p 0.500</small>" in page
+  assert ">-30.0<small></small><small>p 1.000</small>" in page
+  assert "Bold, a clear difference: 8 seeds or more" in page
+  stored = json.loads((tmp_path / "results/table.json").read_text())
+  assert stored["clear"] == {"fewest_seeds": 8, "largest_p": 0.05}
+  assert stored["differences"][0]["figures"]["final"]["mean"] == pytest.approx(0.3)
 
 
 def test_an_interrupted_study_goes_on(fake, tmp_path, monkeypatch):
@@ -309,6 +316,7 @@ def test_the_committed_study(committed):
   sizes = collections.Counter(cell.group for cell in cells)
   assert sizes == {"core": 6 * 4 * 5, "wide": 8 * 3, "depth": 2 * 4 * 3}
   learning = {name for name, row in ALGORITHMS.items() if row.rewards != "none"}
+  learning -= {"gspo", "dr_grpo", "cispo"}  # grpo with another loss
   assert {cell.overrides["algorithm"] for cell in cells} == learning
   found = grid.configs(validate(committed()), cells)
   faulty = found["core/data_pipeline_faults/ppo/4"]

@@ -1,5 +1,6 @@
 """What a run leaves behind; iterations, updates, warm-up, order and keys."""
 
+import collections
 import json
 import types
 
@@ -221,7 +222,9 @@ TASKS = [types.SimpleNamespace(id=f"t{n}") for n in range(40)]
 
 
 def jobs_at(done, **changes):
-  return jobs(tiny.make(**changes), TASKS, done)
+  config = tiny.make(**changes)
+  count = min(config.rollout.tasks, len(TASKS))
+  return jobs(config, TASKS, done * count, count, collections.Counter())
 
 
 def test_every_task_once_an_epoch_in_a_seeded_order():
@@ -251,7 +254,7 @@ def test_a_task_on_both_sides_of_an_epochs_end_has_other_samples():
 def test_more_tasks_than_there_are_and_none():
   assert len(jobs_at(0, rollout__tasks=99)) == 80
   with pytest.raises(ValueError, match="no training tasks"):
-    jobs(tiny.make(), [], 0)
+    jobs(tiny.make(), [], 0, 0, collections.Counter())
 
 
 def test_the_same_task_gives_new_samples_in_every_iteration(tmp_path, compiled):

@@ -8,7 +8,7 @@ import numpy as np
 from tqdm import tqdm
 
 from steptool_jax.data.trajectories import AnnotatedTrajectory
-from steptool_jax.evaluation import intervals
+from steptool_jax.evaluation import intervals, tries
 from steptool_jax.evaluation.metrics import rollout_metrics
 from steptool_jax.run.evaluating import work
 from steptool_jax.run.evaluating.attempts import Solution
@@ -91,6 +91,9 @@ def figures(
 def _passed(scores: np.ndarray) -> dict[str, Any]:
   """Pass rate of float64[T, R, J], its spread and where that comes from; all in [0, 1]."""
   interval = intervals.bootstrap(scores)
+  most = min(scores.shape[1], tries.MOST_TRIES)
+  # A repetition counts as a try that solved the task where most of its judge runs say so.
+  solved = [(len(runs), int((runs.mean(axis=1) > 0.5).sum())) for runs in scores]
   out: dict[str, Any] = {
     "pass_rate": interval.mean,
     "pass_rate_interval": [interval.low, interval.high],
@@ -98,6 +101,7 @@ def _passed(scores: np.ndarray) -> dict[str, Any]:
     "pass_rate_std_judge": float(scores.mean(axis=(0, 1)).std()),
     "pass_rate_std_rollouts": float(scores.mean(axis=(0, 2)).std()),
     "scored": len(scores),
+    "pass_at": [tries.pass_at(solved, k) for k in range(1, most + 1)],
   }
   if len(scores) > 1 and scores[0].size > 1:
     parts = dataclasses.asdict(intervals.components(scores))

@@ -19,15 +19,25 @@ _CURVES = ("heldout/pass_rate", "heldout/reward", "heldout/calls_per_task", "tra
 
 
 def write(workdir: pathlib.Path, plan: Sequence[Planned], most: int) -> list[dict[str, Any]]:
-  """Writes report.html, curves, cells and differences.csv, and table.json; returns the table."""
+  """Writes report.html, curves, cells and differences.csv, and table.json; returns its rows.
+
+  table.json: {"rows": one a method and environment, "differences": one a comparison, "clear": the
+  rule by which one is called so}.
+  """
   page = pages.write_study(workdir, plan, most)
   cells, folder = page.cells, page.path.parent
   write_text(folder / "curves.csv", _curves(cells))
   write_text(folder / "cells.csv", _cells(cells))
-  write_text(folder / "differences.csv", _differences(cells))
-  table = [_json(dataclasses.asdict(row)) for row in comparison.rows(cells)]
+  differences = comparison.differences(cells)
+  write_text(folder / "differences.csv", _differences(differences))
+  rows = [_json(dataclasses.asdict(row)) for row in comparison.rows(cells)]
+  table = {
+    "rows": rows,
+    "differences": [_json(dataclasses.asdict(d)) for d in differences],
+    "clear": {"fewest_seeds": comparison.FEWEST_SEEDS, "largest_p": comparison.LARGEST_P},
+  }
   write_text(folder / "table.json", json.dumps(table, indent=1) + "\n")
-  return table
+  return rows
 
 
 def interrupted(cell_folder: pathlib.Path) -> bool:
@@ -73,13 +83,19 @@ def _cells(cells: Sequence[Cell]) -> str:
   return _csv(lines)
 
 
-def _differences(cells: Sequence[Cell]) -> str:
-  """One line a pair of methods; low and high: the 95 % interval, empty for one seed."""
-  bounds = [f"{key}{end}" for key in comparison.COMPARED for end in ("", "_low", "_high")]
-  lines = [("environment", "method", "against", "seeds", *bounds)]
-  for d in comparison.differences(cells):
-    figures = [d.figures.get(key, (math.nan,) * 3) for key in comparison.COMPARED]
-    known = ["" if math.isnan(x) else x for triple in figures for x in triple]
+def _differences(differences: Sequence[comparison.Difference]) -> str:
+  """One line a pair of methods; low and high: the 95 % t interval, empty for one seed."""
+  parts = {"": "mean", "_low": "low", "_high": "high", "_p": "p", "_holm": "adjusted"}
+  parts |= {"_clear": "clear"}
+  names = [f"{key}{end}" for key in comparison.COMPARED for end in parts]
+  lines = [("environment", "method", "against", "seeds", *names)]
+  for d in differences:
+    found = [
+      getattr(d.figures[key], part) if key in d.figures else None
+      for key in comparison.COMPARED
+      for part in parts.values()
+    ]
+    known = ["" if x is None or math.isnan(x) else x for x in found]
     lines.append((d.environment, d.method, d.against, d.seeds, *known))
   return _csv(lines)
 

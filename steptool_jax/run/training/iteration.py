@@ -7,19 +7,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from steptool_jax.config import Config
 from steptool_jax.evaluation.metrics import rollout_metrics
 from steptool_jax.learning import batching
 from steptool_jax.policy import sharding
-from steptool_jax.rewards import orchestra
 from steptool_jax.rollout.conversation import NonFiniteLogprobs
-from steptool_jax.run.parts import rollouts
 from steptool_jax.run.parts.opening import Parts
-from steptool_jax.run.training import offline, order
+from steptool_jax.run.training import drawing, offline
 from steptool_jax.run.training.phase import Phase
 from steptool_jax.run.training.progress import shares
 from steptool_jax.run.training.record import Recorder
-from steptool_jax.types import Status, Trajectory
 
 
 def run_iteration(
@@ -45,19 +41,14 @@ def run_iteration(
 
   # Task -> rollout -> Trajectory -> rewards. Stored trajectories come with theirs.
   if data is None:
-    work = order.jobs(config, parts.environment.tasks("train"), done)
-    tasks = [task for task, _ in work]
     try:
-      trajectories, stats = rollouts.roll(
-        parts, phase.variables(), work, done, config.rollout.temperature, "rollout"
-      )
+      drawn = drawing.draw(parts, phase.variables(), done, progress.redrawn)
     except NonFiniteLogprobs as error:
       phase.count_skipped(True, str(error))
       return {"skipped": 1.0}
-    trajectories = rollouts.judge(parts, tasks, trajectories)
-    trajectories = rollouts.reward(parts, tasks, trajectories, config.rewards.scheme)
-    kept, dropped = _trainable(config, trajectories)
-    figures = rollout_metrics(trajectories) | dropped
+    trajectories, kept, stats = drawn.trajectories, drawn.kept, drawn.stats
+    figures = rollout_metrics(trajectories) | drawn.figures
+    progress.redrawn += drawn.redrawn
   else:
     trajectories = kept = data.batch(done)
     figures = rollout_metrics(trajectories)
@@ -97,19 +88,6 @@ def run_iteration(
     return figures | {"tokens_per_second": tokens / (time.monotonic() - started)}
   progress.train_curve.append((progress.conversations, figures["pass_rate"]))
   return figures | shares(stats, now - update_started, now - started, tokens)
-
-
-def _trainable(
-  config: Config, trajectories: Sequence[Trajectory]
-) -> tuple[list[Trajectory], dict[str, float]]:
-  """(trajectories that may reach the update, how many each filter dropped)."""
-  usable = [t for t in trajectories if t.steps and t.status is not Status.INFRASTRUCTURE_ERROR]
-  if not usable:
-    raise RuntimeError(
-      "no conversation of this iteration can be trained on: all ended in infrastructure errors "
-      "or before the first call; look at the tools and at rollout.max_tokens"
-    )
-  return orchestra.keep(usable, config.rewards.filters)
 
 
 def _learning_figures(

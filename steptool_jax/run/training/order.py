@@ -27,19 +27,24 @@ class Order:
     return int(permutation(self._size, self._seed, number)[place])
 
 
-def jobs(config: Config, tasks: Sequence[Task], done: int) -> list[tuple[Task, int]]:
-  """(task, number of the sample) of RL iteration `done`: a permutation per pass over the tasks.
+def jobs(
+  config: Config,
+  tasks: Sequence[Task],
+  start: int,
+  count: int,
+  seen: collections.Counter[int],
+) -> list[tuple[Task, int]]:
+  """(task, number of the sample) of `count` places of the order: a permutation per pass.
 
-  A task that ends one pass and begins the next gets further sample numbers, and with them other
-  keys. ValueError when there is no task.
+  seen: how often the iteration has drawn each task so far, which is counted on. A task that ends
+  one pass and begins the next gets further sample numbers, and with them other keys. ValueError
+  when there is no task.
   """
   if not tasks:
     raise ValueError("environment: there are no training tasks; RL needs at least one")
-  count, samples = min(config.rollout.tasks, len(tasks)), config.rollout.samples
-  order = Order(len(tasks), config.seed)
-  seen: collections.Counter[int] = collections.Counter()
+  samples, order = config.rollout.samples, Order(len(tasks), config.seed)
   out = []
-  for position in range(done * count, (done + 1) * count):
+  for position in range(start, start + count):
     index = order[position]
     out += [(tasks[index], samples * seen[index] + k) for k in range(samples)]
     seen[index] += 1

@@ -21,6 +21,7 @@ class Progress:
 
   phase: str = "sft"  # sft, rl
   done: int = 0  # iterations of the phase
+  redrawn: int = 0  # tasks that RL drew again (rollout.rounds)
   learnt: int = 0  # iterations of RL that had something to learn from
   evaluated: int = 0  # RL iteration of the newest evaluation between start and end
   records: int = 0  # lines of metrics.jsonl

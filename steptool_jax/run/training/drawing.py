@@ -1,0 +1,99 @@
+"""What an iteration of RL learns from: tasks in the run's order, rolled out, judged and paid.
+
+Dynamic sampling (DAPO, Yu et al. 2025, arXiv 2503.14476, eq. 11), with rollout.rounds above 1:
+where all samples of a task are paid the same, they compare with nothing. Such groups are left out,
+and as many tasks, the next of the order, are drawn in another round, until the iteration has its
+number of tasks with contrast or the rounds are used up. A group is what one place of the order
+drew: a task that comes twice in an iteration makes two, with other samples. All conversations count
+as spent.
+"""
+
+import collections
+import dataclasses
+
+from steptool_jax.config import Filters
+from steptool_jax.rewards import orchestra
+from steptool_jax.rollout.setting import Stats
+from steptool_jax.run.parts import rollouts
+from steptool_jax.run.parts.opening import Parts
+from steptool_jax.run.training import order
+from steptool_jax.types import Status, Trajectory
+
+# Returns are sums of fractions: equal ones may differ in their last bits.
+_CONTRAST = 1e-6
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Drawn:
+  """trajectories: all, paid. kept: those that may reach the update. redrawn: tasks of later rounds,
+  by which the order has moved on."""
+
+  trajectories: list[Trajectory]
+  kept: list[Trajectory]
+  figures: dict[str, float]
+  stats: Stats
+  redrawn: int
+
+
+def draw(parts: Parts, variables: dict, done: int, redrawn: int) -> Drawn:
+  """The trajectories of iteration `done`; redrawn: tasks that earlier iterations drew again.
+
+  RuntimeError where no conversation can be trained on; Interrupted, NonFiniteLogprobs as rollout.
+  """
+  config, r, tasks = parts.config, parts.config.rollout, parts.environment.tasks("train")
+  count = min(r.tasks, len(tasks))
+  position, wanted, rounds, groups = done * count + redrawn, count, 0, 0
+  seen: collections.Counter[int] = collections.Counter()
+  everything: list[Trajectory] = []
+  kept: list[Trajectory] = []
+  dropped: collections.Counter[str] = collections.Counter()
+  stats = Stats()
+  while rounds < r.rounds and (wanted or not rounds):
+    work = order.jobs(config, tasks, position, wanted, seen)
+    position, groups, rounds = position + wanted, groups + wanted, rounds + 1
+    rolled, more = rollouts.roll(
+      *(parts, variables, work, done, r.temperature, "rollout"), some=rounds > 1
+    )
+    stats = _sum(stats, more)
+    drawn = [task for task, _ in work]
+    paid = rollouts.judge(parts, drawn, rolled)
+    paid = rollouts.reward(parts, drawn, paid, config.rewards.scheme)
+    everything += paid
+    if r.rounds == 1:
+      parted = [paid]
+    else:
+      parted = [paid[k : k + r.samples] for k in range(0, len(paid), r.samples)]
+    for group in parted:
+      found, taken = orchestra.keep(list(filter(_usable, group)), _filters(parts))
+      kept += found
+      dropped.update(taken)
+      wanted -= bool(found)
+  _refuse_nothing(everything)
+  figures: dict[str, float] = dict(dropped)
+  if r.rounds > 1:
+    figures |= {"rounds": float(rounds), "without_contrast": 1 - (count - wanted) / groups}
+  return Drawn(everything, kept, figures, stats, groups - count)
+
+
+def _filters(parts: Parts) -> Filters:
+  filters = parts.config.rewards.filters
+  if parts.config.rollout.rounds == 1:
+    return filters
+  return dataclasses.replace(filters, min_deviation=max(filters.min_deviation, _CONTRAST))
+
+
+def _usable(trajectory: Trajectory) -> bool:
+  return bool(trajectory.steps) and trajectory.status is not Status.INFRASTRUCTURE_ERROR
+
+
+def _refuse_nothing(trajectories: list[Trajectory]) -> None:
+  if not any(map(_usable, trajectories)):
+    raise RuntimeError(
+      "no conversation of this iteration can be trained on: all ended in infrastructure errors "
+      "or before the first call; look at the tools and at rollout.max_tokens"
+    )
+
+
+def _sum(a: Stats, b: Stats) -> Stats:
+  names = [field.name for field in dataclasses.fields(Stats)]
+  return Stats(**{name: getattr(a, name) + getattr(b, name) for name in names})
