@@ -21,6 +21,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import anyio
+
 from steptool_jax.simulators import background
 from steptool_jax.simulators.errors import InfrastructureError
 from steptool_jax.simulators.functions import Tool
@@ -246,7 +248,8 @@ class _Connection:
     """The whole life of the connection in one task, as the package's scopes demand."""
     try:
       async with contextlib.AsyncExitStack() as stack:
-        async with asyncio.timeout(self._start_timeout_s):
+        # Not asyncio.timeout: that also cuts off what ends a server that has failed to start.
+        with anyio.fail_after(self._start_timeout_s):
           client = await stack.enter_async_context(connect())
           listed = await _list_tools(client)
         self._client = client

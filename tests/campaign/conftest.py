@@ -1,6 +1,6 @@
 """The campaign borrows the valid files of the other rooms' tests; it ends with a table.
 
-    STEPTOOL_CAMPAIGN_FIGURES=FILE python -m pytest -m campaign tests/campaign   # also as JSON
+STEPTOOL_CAMPAIGN_FIGURES=FILE python -m pytest -m campaign tests/campaign   # also as JSON
 """
 
 import json

@@ -314,9 +314,16 @@ def _official(folder: pathlib.Path) -> dict[str, Kind]:
 
   described = folder / "tools/Weather/sky.json"
   described.parent.mkdir(parents=True)
-  entry = {"name": "Rain", "description": "rain", "required_parameters": [], "optional_parameters": []}
+  entry = {
+    "name": "Rain",
+    "description": "rain",
+    "required_parameters": [],
+    "optional_parameters": [],
+  }
   entry["required_parameters"] = api["required_parameters"]
-  described.write_text(json.dumps({"tool_name": "Sky", "tool_description": "s", "api_list": [entry]}))
+  described.write_text(
+    json.dumps({"tool_name": "Sky", "tool_description": "s", "api_list": [entry]})
+  )
 
   return {
     "official rows": Kind(out / "rows.tsv", damage_text, rows),

@@ -24,7 +24,6 @@ from steptool_jax.toolbench.simulators.cache import Cache
 from steptool_jax.toolbench.simulators.virtual import VirtualRequest, VirtualResponse
 from steptool_jax.validation import to_json
 
-
 HELD: list = []  # open files, whose locks last as long as they
 
 
@@ -57,9 +56,7 @@ def _checkpoints(folder: pathlib.Path) -> dict[str, Kind]:
     "checkpoint's meta": Kind(meta / "meta/metadata", damage_json, whole(meta)),
     "checkpoint's check": Kind(check / "check/metadata", damage_json, whole(check)),
     "checkpoint's arrays": Kind(checkpoints.largest(arrays), damage_bytes, whole(arrays)),
-    "checkpoint's manifest": Kind(
-      manifest / "state/manifest.ocdbt", damage_bytes, whole(manifest)
-    ),
+    "checkpoint's manifest": Kind(manifest / "state/manifest.ocdbt", damage_bytes, whole(manifest)),
   }
 
 
@@ -80,7 +77,7 @@ def _run(folder: pathlib.Path) -> dict[str, Kind]:
 
   digests, resumed, summary, page = map(place, ("w-inputs", "w-metrics", "w-summary", "w-page"))
   study = folder / "w-study"
-  cells = grid.plan(config.study)[:2]
+  cells = [grid.Planned(f"c{n}", "g", "e", "m", n, {"seed": str(n)}) for n in range(2)]
   grid.write_plan(study, cells)
   cell = grid.folder(study, cells[0].name)
   grid.write_state(cell, grid.read_state(cell))
@@ -118,9 +115,7 @@ def _run(folder: pathlib.Path) -> dict[str, Kind]:
     ),
     "metrics.jsonl of a resumed run": Kind(resumed / "metrics.jsonl", damage_lines, go_on),
     "summary.json": Kind(summary / "summary.json", damage_json, summarise),
-    "recorded conversations": Kind(
-      page / "moments/heldout_rl.jsonl", damage_lines, reported(page)
-    ),
+    "recorded conversations": Kind(page / "moments/heldout_rl.jsonl", damage_lines, reported(page)),
     "plan of a study": Kind(plan, damage_json, planned),
   }
 
@@ -148,7 +143,9 @@ def _locks(folder: pathlib.Path) -> dict[str, Kind]:
   fcntl.flock(HELD[-1], fcntl.LOCK_EX)
   return {
     "lock of an ended run": Kind(ended / "lock", damage_json, take(ended)),
-    "lock of a living run": Kind(living / "lock", damage_json, take(living), str(living), "refused"),
+    "lock of a living run": Kind(
+      living / "lock", damage_json, take(living), str(living), "refused"
+    ),
   }
 
 
