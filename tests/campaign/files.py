@@ -334,7 +334,9 @@ def _official(folder: pathlib.Path) -> dict[str, Kind]:
     ),
     "converted answers": Kind(out / "converted.json", damage_json, chains),
     "official queries": Kind(out / "test_instruction/G1_instruction.json", damage_json, queries),
-    "tool descriptions": Kind(described, damage_json, lambda: queries(described.parents[1])),
+    "tool descriptions": Kind(
+      described, damage_json, lambda: queries(described.parents[1]), str(folder)
+    ),
   }
 
 

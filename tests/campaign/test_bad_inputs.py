@@ -37,7 +37,8 @@ def kinds(tmp_path_factory):
   folder = tmp_path_factory.mktemp("campaign")
   made = files.make(folder) | workdirs.make(folder)
   assert made.keys() == set(NAMES)
-  return made
+  yield made
+  workdirs.HELD.close()
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -115,7 +115,8 @@ def test_kills(kind, forks, whole, tmp_path, capsys):
   while hits.total() < KILLS[kind]:
     number = next(runs)
     assert number < 4 * KILLS[kind], f"the kills come too late: {hits}"
-    workdir = tmp_path / f"{kind}{number}"
+    workdir = tmp_path / f"{kind}{number}" / reference.name  # a page says the name
+    workdir.parent.mkdir()
     if kind in ("export", "report"):
       shutil.copytree(reference, workdir)
       if kind == "export":
@@ -164,12 +165,14 @@ def results(workdir):
 
 
 def conversations(workdir):
-  """{file: its trajectories without the sampler's log-probs}."""
+  """{file: its trajectories without the sampler's log-probs and how long calls took}."""
 
   def timeless(line):
     found = json.loads(line)
     for step in found["steps"]:
       del step["logprobs"]
+      if step["observation"]:
+        del step["observation"]["seconds"]
     return found
 
   return {

@@ -1,7 +1,7 @@
 """The kinds of file that a run writes into its workdir, or into its caches, and reads again."""
 
+import contextlib
 import dataclasses
-import fcntl
 import json
 import os
 import pathlib
@@ -19,12 +19,13 @@ from steptool_jax.data import trajectories
 from steptool_jax.run.studies import grid, pages
 from steptool_jax.run.training import restore
 from steptool_jax.run.workdir import checkpoint, lock, outputs
+from steptool_jax.simulators import render
 from steptool_jax.simulators.endpoint import Endpoint
 from steptool_jax.toolbench.simulators.cache import Cache
 from steptool_jax.toolbench.simulators.virtual import VirtualRequest, VirtualResponse
 from steptool_jax.validation import to_json
 
-HELD: list = []  # open files, whose locks last as long as they
+HELD = contextlib.ExitStack()  # locks of living runs
 
 
 def make(folder: pathlib.Path) -> dict[str, Kind]:
@@ -138,9 +139,8 @@ def _locks(folder: pathlib.Path) -> dict[str, Kind]:
     return read
 
   ended, living = place("l-ended", 2**22 - 3), place("l-living", os.getpid())
-  # Kept by this process, through another description of the file than the reader's.
-  HELD.append((living / "lock").open())
-  fcntl.flock(HELD[-1], fcntl.LOCK_EX)
+  # By this process, which mends the file at every beat.
+  HELD.enter_context(lock.held(living, "train"))
   return {
     "lock of an ended run": Kind(ended / "lock", damage_json, take(ended)),
     "lock of a living run": Kind(
@@ -171,7 +171,8 @@ def _caches(folder: pathlib.Path) -> dict[str, Kind]:
   def recorded():
     cache = Cache(folder / "k-recorded")
     try:
-      return cache.answer(request), cache.examples(request)
+      found = [cache.answer(request), *(answer for _, answer in cache.examples(request))]
+      return render.as_json(found, 1000)  # as the model sees them
     finally:
       cache.close()
 
