@@ -171,7 +171,7 @@ def conversations(workdir):
     found = json.loads(line)
     for step in found["steps"]:
       del step["logprobs"]
-      if step["observation"]:
+      if step.get("observation"):
         del step["observation"]["seconds"]
     return found
 
