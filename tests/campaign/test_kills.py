@@ -50,7 +50,7 @@ def forks(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(forks, tmp_path_factory):
-  """(workdir, words) by kind of command, each run once to its end; and how long it takes."""
+  """(workdir, words) by kind of command, each run once to its end."""
   folder = tmp_path_factory.mktemp("whole")
   cache = f"--config.compilation_cache={folder / 'compiled'}"
   train, stored = folder / "train", folder / "stored"
