@@ -248,8 +248,8 @@ class _Connection:
   async def _live(self, connect: Callable[[], Any]) -> None:
     """The whole life of the connection in one task, as the package's scopes demand."""
     try:
-      # One scope around all, which the package's own nest in: asyncio.timeout would also cut off what
-      # ends the process of a server that has failed to start.
+      # One scope around all, which the package's own nest in: asyncio.timeout would also cut off
+      # what ends the process of a server that has failed to start.
       with anyio.CancelScope(deadline=anyio.current_time() + self._start_timeout_s) as life:
         async with connect() as client:
           listed = await _list_tools(client)
