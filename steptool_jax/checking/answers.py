@@ -6,12 +6,12 @@ They are graded in a fresh session, before any call: what is right without work 
 import dataclasses
 import math
 import random
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from steptool_jax.checking.findings import ERROR, WARNING, Finding
 from steptool_jax.environments.base import Environment
 from steptool_jax.environments.checkers import normal, number
+from steptool_jax.simulators.render import clean_text, leaves
 from steptool_jax.simulators.runner import ToolRunner, TooManyStuck
 from steptool_jax.types import Finish, Task, Trajectory
 
@@ -46,7 +46,7 @@ def wrong_answers(
   """
   gold = gold_answer(task)
   known = set() if gold is None else {normal(gold)}
-  right = known | {normal(str(v)) for v in _leaves(task.checker)}
+  right = known | {normal(str(v)) for v in leaves(task.checker)}
   found = [
     Wrong("empty", "", ERROR, "let the checker look at the answer, or at what the calls changed"),
     Wrong("echo", task.query, ERROR, "let the checker ask for something that the query lacks"),
@@ -65,7 +65,7 @@ def wrong_answers(
   candidates = [*other[:_CANDIDATES], *([gold] if gold else [])]
   for step in trajectory.steps if trajectory is not None else ():
     if step.observation is not None:
-      candidates += [str(v) for v in _leaves(step.observation.value)]
+      candidates += [str(v) for v in leaves(step.observation.value)]
   distinct = list({normal(c): c for c in candidates if normal(c)}.values())
   # Where all that there is belongs into the answer, the list is no guess.
   if gold and any(not _within(c, gold) for c in distinct):
@@ -101,7 +101,7 @@ def passing(
         found[answer.kind] = Finding(
           *(answer.level, f"wrong answer ({answer.kind})", task.id),
           f"the checker gives {verdict:g} to {_NAMES[answer.kind]}, before any call"
-          + (f": {_short(answer.text)!r}" if answer.text else ""),
+          + (f": {clean_text(answer.text, 60)!r}" if answer.text else ""),
           answer.remedy,
         )
   except TooManyStuck:
@@ -140,18 +140,3 @@ def _around(gold: str, others: Sequence[str]) -> str:
   """A list with the right answer in its middle: neither its first nor its last word."""
   half = (len(others) + 1) // 2
   return ", ".join([*others[:half], gold, *others[half:]])
-
-
-def _leaves(value: Any) -> Iterator[Any]:
-  if isinstance(value, Mapping):
-    for entry in value.values():
-      yield from _leaves(entry)
-  elif isinstance(value, (list, tuple)):
-    for entry in value:
-      yield from _leaves(entry)
-  elif value is not None and not isinstance(value, bool):
-    yield value
-
-
-def _short(text: str) -> str:
-  return text if len(text) <= 60 else text[:57] + "..."

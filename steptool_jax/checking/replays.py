@@ -9,6 +9,7 @@ from steptool_jax.environments.base import Environment
 from steptool_jax.rewards import rules
 from steptool_jax.rollout.conversation import Limits
 from steptool_jax.rollout.replaying import perform, replay_actions, unopened
+from steptool_jax.simulators.render import clean_text
 from steptool_jax.simulators.runner import ToolRunner, TooManyStuck
 from steptool_jax.types import Code, Malformed, Status, Step, Task, Trajectory
 
@@ -118,7 +119,7 @@ def _calls(task: Task, trajectory: Trajectory) -> list[Finding]:
     remedy = "mend the call, or the tool"
     if observation.code is Code.TIMEOUT:
       remedy = "give the tool a time-out of its own, or raise rollout.tool_timeout"
-    what = f"call {number}, {_name(step)}: {observation.code}, {_short(observation.text)}"
+    what = f"call {number}, {_name(step)}: {observation.code}, {clean_text(observation.text, 90)}"
     findings.append(_finding(ERROR if bad else WARNING, "call", task, what, remedy))
   if not trajectory.steps:
     what = "no session could be opened in time"
@@ -205,7 +206,3 @@ def _finding(level: str, kind: str, task: Task, what: str, remedy: str) -> Findi
 
 def _name(step: Step) -> str:
   return "malformed turn" if isinstance(step.action, Malformed) else step.action.name
-
-
-def _short(text: str) -> str:
-  return text if len(text) <= 90 else text[:87] + "..."

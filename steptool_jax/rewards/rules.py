@@ -20,6 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from steptool_jax.environments.checkers import number
+from steptool_jax.simulators.render import leaves
 from steptool_jax.types import Code, Finish, Step, Task, ToolCall, Trajectory
 
 # Here the final state is checked and the answer's text is free, so it proves no use of a value.
@@ -199,14 +200,7 @@ def _values(result: Any) -> Iterator[str]:
 
 def _leaves(value: Any) -> Iterator[str]:
   """Keys of all leaf values; booleans, None and empty strings carry no information."""
-  if isinstance(value, Mapping):
-    for entry in value.values():
-      yield from _leaves(entry)
-  elif isinstance(value, (list, tuple)):
-    for entry in value:
-      yield from _leaves(entry)
-  elif value is not None and not isinstance(value, bool) and _key(value):
-    yield _key(value)
+  yield from filter(None, map(_key, leaves(value)))
 
 
 def _key(value: Any) -> str:

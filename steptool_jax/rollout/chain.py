@@ -25,6 +25,7 @@ from steptool_jax.data.trajectories import observation_document, observation_of
 from steptool_jax.environments.base import Session
 from steptool_jax.rollout.conversation import Conversation, State
 from steptool_jax.rollout.peers import together
+from steptool_jax.rollout.replaying import unopened
 from steptool_jax.rollout.setting import Setting, Stats, step_seed
 from steptool_jax.simulators.runner import TooManyStuck
 from steptool_jax.types import Observation, Status, Task, Trajectory
@@ -228,16 +229,8 @@ class Loop:
     return self._defer_error(within)
 
   def _unopened(self, task: Task, sample: int) -> Trajectory:
-    """The empty trajectory of a conversation whose session never opened."""
-    nothing = np.zeros(0, np.int32)
-    return Trajectory(
-      task.id,
-      sample,
-      nothing,
-      (),
-      Status.INFRASTRUCTURE_ERROR,
-      policy_version=self.sampling.version,
-    )
+    """What a conversation leaves whose session never opened."""
+    return unopened(task, sample, self.sampling.version)
 
   def _within(self, what: str, function: Callable, late: Callable | None = None) -> Any:
     """The environment's work that a slot waits for, with the time-out of a tool call."""

@@ -108,9 +108,11 @@ def perform(
     session.close()
 
 
-def unopened(task: Task, sample: int) -> Trajectory:
-  """The empty trajectory of a task whose session could not be opened."""
-  return Trajectory(task.id, sample, np.zeros(0, np.int32), (), Status.INFRASTRUCTURE_ERROR)
+def unopened(task: Task, sample: int, version: int = 0) -> Trajectory:
+  """The empty trajectory of a task whose session could not be opened; version: of the policy."""
+  nothing = np.zeros(0, np.int32)
+  status = Status.INFRASTRUCTURE_ERROR
+  return Trajectory(task.id, sample, nothing, (), status, policy_version=version)
 
 
 def hung(trajectory: Trajectory) -> bool:

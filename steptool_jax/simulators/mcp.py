@@ -15,11 +15,14 @@ import concurrent.futures
 import contextlib
 import functools
 import importlib
+import math
 import re
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+import anyio
 
 from steptool_jax.simulators import background
 from steptool_jax.simulators.errors import InfrastructureError
@@ -245,13 +248,17 @@ class _Connection:
   async def _live(self, connect: Callable[[], Any]) -> None:
     """The whole life of the connection in one task, as the package's scopes demand."""
     try:
-      async with contextlib.AsyncExitStack() as stack:
-        async with asyncio.timeout(self._start_timeout_s):
-          client = await stack.enter_async_context(connect())
+      # One scope around all, which the package's own nest in: asyncio.timeout would also cut off
+      # what ends the process of a server that has failed to start.
+      with anyio.CancelScope(deadline=anyio.current_time() + self._start_timeout_s) as life:
+        async with connect() as client:
           listed = await _list_tools(client)
-        self._client = client
-        self._ready.set_result(listed)
-        await self._stop.wait()
+          life.deadline = math.inf
+          self._client = client
+          self._ready.set_result(listed)
+          await self._stop.wait()
+      if not self._ready.done():
+        raise TimeoutError
     except BaseException as error:
       # Once it was ready, the calls under way say what was lost.
       if not self._ready.done():

@@ -3,7 +3,7 @@
 import json
 import math
 import numbers
-from collections.abc import Mapping, Set
+from collections.abc import Iterator, Mapping, Set
 from typing import Any
 
 import numpy as np
@@ -90,6 +90,18 @@ def as_json(value: Any, limit: int) -> Any:
     return out
 
   return convert(value, 0)
+
+
+def leaves(value: Any) -> Iterator[Any]:
+  """The values inside of JSON-like data that say something: no booleans, no None."""
+  if isinstance(value, Mapping):
+    for entry in value.values():
+      yield from leaves(entry)
+  elif isinstance(value, (list, tuple)):
+    for entry in value:
+      yield from leaves(entry)
+  elif value is not None and not isinstance(value, bool):
+    yield value
 
 
 def render(value: Any, limit: int) -> str:

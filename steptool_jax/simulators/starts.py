@@ -5,6 +5,8 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from steptool_jax.simulators.render import clean_text
+
 STATE = "state"  # field of a task record, and name of the parameter
 
 
@@ -35,7 +37,7 @@ def made(make: Callable[..., Any], with_state: bool, state: Any) -> list[Any]:
     return list(make(copy.deepcopy(state)) if with_state else make())
   except Exception as error:
     name = getattr(make, "__name__", "make_tools")
-    given = f"({STATE} = {_short(state)})" if with_state else "()"
+    given = f"({STATE} = {clean_text(repr(state), 60)})" if with_state else "()"
     raise ValueError(f"{name}{given} raised {type(error).__name__}: {error}") from error
 
 
@@ -50,8 +52,3 @@ def metadata_of(record: Mapping[str, Any], with_state: bool) -> dict[str, Any]:
       "`def make_tools(state)`, which is called with it for every conversation"
     )
   return {STATE: state}
-
-
-def _short(value: Any) -> str:
-  text = repr(value)
-  return text if len(text) <= 60 else text[:57] + "..."

@@ -31,12 +31,14 @@ from steptool_jax.validation import to_json
 @dataclasses.dataclass(frozen=True)
 class Kind:
   """path: of the file that is damaged. damage: (content, random.Random) -> content, of its type.
-  read: reads it, and everything that belongs to it. names: what a refusal has to name."""
+  read: reads it, and everything that belongs to it. names: what a refusal has to name. whole: how
+  the file as it was is taken."""
 
   path: pathlib.Path
   damage: Callable[[Any, Any], Any]
   read: Callable[[], Any]
   names: str = ""
+  whole: str = "accepted"
 
   @property
   def binary(self) -> bool:
@@ -306,9 +308,22 @@ def _official(folder: pathlib.Path) -> dict[str, Kind]:
     found = read_converted(out / "converted.json")
     return found, _converted([conversations.calls_of_converted(e) for e in found.values()])
 
-  def queries():
-    bench = ToolBench(out, None, ("G1_instruction",))
+  def queries(tools=None):
+    bench = ToolBench(out, None, ("G1_instruction",), tools_folder=tools)
     return [dataclasses.astuple(task) for task in bench.tasks("heldout")]
+
+  described = folder / "tools/Weather/sky.json"
+  described.parent.mkdir(parents=True)
+  entry = {
+    "name": "Rain",
+    "description": "rain",
+    "required_parameters": [],
+    "optional_parameters": [],
+  }
+  entry["required_parameters"] = api["required_parameters"]
+  described.write_text(
+    json.dumps({"tool_name": "Sky", "tool_description": "s", "api_list": [entry]})
+  )
 
   return {
     "official rows": Kind(out / "rows.tsv", damage_text, rows),
@@ -319,6 +334,9 @@ def _official(folder: pathlib.Path) -> dict[str, Kind]:
     ),
     "converted answers": Kind(out / "converted.json", damage_json, chains),
     "official queries": Kind(out / "test_instruction/G1_instruction.json", damage_json, queries),
+    "tool descriptions": Kind(
+      described, damage_json, lambda: queries(described.parents[1]), str(folder)
+    ),
   }
 
 

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from steptool_jax.simulators.errors import InfrastructureError
+
 SECONDS = 20
 
 
@@ -41,9 +43,10 @@ def outcome(read, name: str) -> str:
       value = read()
   except Hang:
     return f"hangs: more than {SECONDS} s"
-  except (ValueError, OSError) as error:
-    return "refused" if name in str(error) else f"does not name {name}: {error!r:.200}"
   except BaseException as error:
+    # main makes a sentence of these; RecursionError, a kind of RuntimeError, is none.
+    if isinstance(error, (ValueError, OSError, InfrastructureError)) or type(error) is RuntimeError:
+      return "refused" if name in str(error) else f"does not name {name}: {error!r:.200}"
     return f"{type(error).__name__}: {error!s:.200}"
   problem = unsound(value)
   return f"accepted {problem}" if problem else "accepted"

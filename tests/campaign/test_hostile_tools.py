@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 
+import figures
 import numpy as np
 import pytest
 import tiny
@@ -239,4 +240,5 @@ def test_hostile_tools(tmp_path, capsys):
   assert [s.observation for s in read.trajectory.steps] == [s.observation for s in found.steps]
   with capsys.disabled():
     print(f"\n{len(TOOLS)} hostile tools: {dict(counts)}")
+  figures.add("hostile tools", len(TOOLS), counts)
   assert not bad, "\n".join(bad)

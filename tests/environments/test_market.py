@@ -11,12 +11,12 @@ from steptool_jax.environments import shop_specialists as specialists
 from steptool_jax.environments.base import Environment, Session
 from steptool_jax.environments.data_pipeline import DataPipeline
 from steptool_jax.environments.faults import Faults, FaultyEnvironment
-from steptool_jax.environments.market import Market, MarketEnvironment
+from steptool_jax.environments.market import Market, MarketEnvironment, MarketSession
 from steptool_jax.environments.nested_api import NestedApi
 from steptool_jax.environments.tables import PipelineTools, Table
 from steptool_jax.rewards import rules
 from steptool_jax.simulators.errors import NotFound
-from steptool_jax.types import Code, Finish, ToolCall
+from steptool_jax.types import Code, Finish, Observation, ToolCall
 
 PLAIN = NestedApi(300, 100, seed=1)
 ALL = ("small", "medium", "large")
@@ -266,6 +266,22 @@ def test_refused_calls_are_free_and_failed_ones_are_not():
   assert odd.code is missing.code is Code.NOT_FOUND
   assert [odd.cost, odd.latency] == task.metadata["prices"][name]
   assert [missing.cost, missing.latency] == task.metadata["prices"]["get_customer"]
+
+
+@pytest.mark.parametrize("code", list(Code))
+def test_what_never_ran_is_free(code):
+  """A call that broke off in the simulator was paid for, and lowered Eq. 2's reward."""
+  task = ENV.tasks("train")[0]
+  name = task.tools[0].name
+
+  class Answers:
+    def call(self, call):
+      return Observation("x", code)
+
+  session = MarketSession(Answers(), task, Market(), None)
+  seen = session.call(ToolCall(name, {}))
+  free = code in (Code.MALFORMED, Code.UNKNOWN_TOOL, Code.BAD_ARGUMENTS, Code.INFRASTRUCTURE)
+  assert [seen.cost, seen.latency] == ([0.0, 0.0] if free else task.metadata["prices"][name])
 
 
 def test_an_injected_fault_is_free_and_nobody_waits_for_a_latency():

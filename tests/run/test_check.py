@@ -10,6 +10,8 @@ import pytest
 import tiny
 
 from steptool_jax.run import check
+from steptool_jax.run.checks import environments
+from steptool_jax.run.parts import watchdog
 
 
 def checked(folder, **changes):
@@ -31,6 +33,21 @@ def faulty(tmp_path_factory):
   started = time.monotonic()
   found = checked(folder, **fields, rollout__tool_timeout=0.3, rollout__max_tokens=320)
   return *found, time.monotonic() - started
+
+
+def test_the_watchdog_hears_of_all_that_is_the_users(tmp_path, monkeypatch):
+  """A tool that held the interpreter's lock froze --mode=check without a word."""
+  heard = []
+
+  class Hears(watchdog.Watchdog):
+    def during(self, what):
+      heard.append(what.partition(" ")[0])
+      return super().during(what)
+
+  monkeypatch.setattr(environments, "Watchdog", Hears)
+  fields = faulty_tasks.write(tmp_path, faulty_tasks.GOOD)
+  checked(tmp_path, **fields, rollout__tool_timeout=3.0)
+  assert {"opening", "grading", "balance"} <= set(heard), set(heard)
 
 
 @pytest.mark.parametrize("name", faulty_tasks.FAULTS)

@@ -53,6 +53,25 @@ def assert_newest(workdir, value, number):
   jax.tree.map(np.testing.assert_array_equal, found, state(value))
 
 
+@pytest.mark.parametrize("damage", ["arrays a number", "a pair of three", "another layout"])
+@pytest.mark.parametrize("marked", [True, False])
+def test_damage_to_the_check_is_damage_to_the_checkpoint(damage, marked, tmp_path):
+  """It ended in a traceback, or said that the checkpoint belongs to another model."""
+  write(tmp_path, 1, 2)
+  path = tmp_path / "checkpoints/2/check/metadata"
+  check = json.loads(path.read_text())
+  if damage == "arrays a number":
+    check["arrays"] = 5
+  elif damage == "a pair of three":
+    check["arrays"]["kl_coef"].append(1)
+  else:
+    check["arrays"]["kl_coef"][0 if marked else 1] = "int8[7]"
+  if not marked:  # as older ones are
+    del check["itself"]
+  path.write_text(json.dumps(check))
+  assert_newest(tmp_path, 1, 1)
+
+
 def largest(folder):
   """The file with the arrays' bytes."""
   files = [path for path in folder.rglob("*") if path.is_file()]

@@ -151,7 +151,9 @@ def test_a_run_over_stored_rows(whole):
   assert (summary["iterations"], summary["conversations"]) == (6, 20)  # 4, 4, 2; twice
   data = summary["data"]
   assert (data["total"], data["kept"], data["recorded_logprobs"], data["passes"]) == (10, 10, 0, 2)
-  assert data["left_out"] == {"too_long": 0, "infrastructure_error": 0, "no_steps": 0}
+  assert data["left_out"] == {
+    **{"too_long": 0, "infrastructure_error": 0, "no_steps": 0, "duplicates": 0}
+  }
   assert summary["heldout_tasks"] == 0
   assert not any(name.startswith("pass_rate") for name in summary)
   records = read_jsonl(workdir / "metrics.jsonl")
@@ -248,10 +250,35 @@ def test_what_cannot_be_trained_on_is_counted_and_nothing_is_cut(
     long = sum(length > limit for length in lengths)
     assert 0 < long < 10
     assert (report["total"], report["kept"], report["max_tokens"]) == (12, 10 - long, limit)
-    assert report["left_out"] == {"too_long": long, "infrastructure_error": 1, "no_steps": 1}
+    other = {"infrastructure_error": 1, "no_steps": 1, "duplicates": 0}
+    assert report["left_out"] == {"too_long": long, **other}
     assert len(report["left_out_names"]["too_long"]) == long
     fitting = [r.trajectory for r in recorded if r.trajectory.num_tokens <= limit]
     assert [ids(t) for t in data] == [ids(t) for t in fitting]
+
+
+@pytest.mark.parametrize("algorithm", ["steptool", "grpo_step"])
+def test_what_stands_twice_in_the_data_is_trained_on_once(
+  algorithm, recorded, offline_config, tmp_path
+):
+  """Two files with one trajectory weighed it twice, silently; another sample is no twin."""
+  recorded = by_task(recorded, 4, lambda n: n % 3 / 2)
+  again = dataclasses.replace(recorded[3].trajectory, sample=99)
+  other = dataclasses.replace(recorded[3], trajectory=again)
+  config = {"algorithm": algorithm, "train__row_tokens": TOKENS, "rollout__max_tokens": TOKENS}
+  found = []
+  for name, records in (("once", [*recorded, other]), ("twice", [*recorded, recorded[2], other])):
+    write_trajectories(tmp_path / f"{name}.jsonl", records)
+    path = str(tmp_path / f"{name}.jsonl")
+    found.append(load(offline_config(data__path=path, data__format="jsonl", **config), tmp_path))
+  once, twice = found
+  assert (once.report["kept"], once.report["left_out"]["duplicates"]) == (11, 0)
+  assert (twice.report["kept"], twice.report["left_out"]["duplicates"]) == (11, 1)
+  twin = recorded[2].trajectory
+  (named,) = twice.report["left_out_names"]["duplicates"]
+  assert named.startswith(f"{twin.task_id}, sample {twin.sample} ")
+  assert [ids(t) for t in twice.batch(0)] == [ids(t) for t in once.batch(0)]
+  assert twice.most == once.most
 
 
 def test_official_rows_that_are_too_long_are_named(rows, folder, offline_config, tmp_path):
@@ -458,7 +485,10 @@ def test_memory_does_not_grow_with_an_array_record(recorded, offline_config, tmp
   def held(count):
     """Bytes that the data of `count` trajectories hold, and the most while they were read."""
     folder = tmp_path / str(count)
-    annotated_trajectories.build({"train": [recorded[0]] * count}, folder)
+    same = recorded[0]
+    samples = (dataclasses.replace(same.trajectory, sample=n) for n in range(count))
+    records = [dataclasses.replace(same, trajectory=t) for t in samples]
+    annotated_trajectories.build({"train": records}, folder)
     config = offline_config(data__path=str(folder), data__format="tfds")
     load(config, folder).batch(0)  # what is made once: imports, caches
     tracemalloc.start()

@@ -23,6 +23,16 @@ from steptool_jax.run.workdir import lock, outputs
 # --- one run at a time ---
 
 
+@pytest.mark.parametrize("process", [[], "7", True, -1, 10**30, None])
+def test_a_lock_that_names_no_process_is_anybodys(process, tmp_path):
+  """A damaged process number was a TypeError; what holds the lock is still in the way."""
+  with lock.held(tmp_path, "train"):
+    text = json.dumps({"host": "h", "machine": lock._machine(), "process": process})
+    (tmp_path / "lock").write_text(text)
+    with pytest.raises(RuntimeError, match="in use by"), lock.held(tmp_path, "train"):
+      pass
+
+
 def test_a_second_run_in_a_workdir_is_refused_and_told_whose_it_is(tmp_path):
   """Two runs used to train into one workdir."""
   with lock.held(tmp_path, "train"):

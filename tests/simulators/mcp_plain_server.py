@@ -7,6 +7,7 @@ import http.server
 import itertools
 import json
 import os
+import socket
 import sys
 import threading
 import time
@@ -73,12 +74,22 @@ def reply_to(message):
 
 
 class HttpServer:
+  """elsewhere: a port of a server of bytes, which answers calls from now on; 0 = none."""
+
   def __init__(self):
+    self.elsewhere = 0
+    owner = self
+
     class Handler(http.server.BaseHTTPRequestHandler):
       protocol_version = "HTTP/1.1"
 
       def do_POST(self):
         message = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        if owner.elsewhere and message["method"] == "tools/call":
+          with socket.create_connection(("127.0.0.1", owner.elsewhere)) as other:
+            other.sendall(b"x")
+            while piece := other.recv(4096):
+              self.wfile.write(piece)
         asked = "id" in message
         body = json.dumps(reply_to(message)).encode() if asked else b""
         self.send_response(200 if asked else 202)

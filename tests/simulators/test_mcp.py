@@ -218,6 +218,33 @@ def test_no_drip_of_bytes_outlives_the_time_limit(drip):
     assert time.monotonic() - started < 5
 
 
+@pytest.mark.parametrize("drip", DRIPS)
+def test_no_drip_of_bytes_outlives_the_time_limit_of_a_call(drip):
+  """Each byte of a reply's head set the clock of a call back."""
+  pytest.importorskip("mcp")
+  with (
+    HttpServer() as http,
+    RawServer(DRIPS[drip]) as dripping,
+    McpServers(url=http.url, timeout_s=0.4) as servers,
+  ):
+    server = lent(servers)
+    http.elsewhere = dripping.port
+    started = time.monotonic()
+    assert server.call(ToolCall("double", {"a": 1})).code == Code.INFRASTRUCTURE
+    assert 0.3 < time.monotonic() - started < 3
+
+
+def test_a_server_that_fails_to_start_is_ended_too(tmp_path):
+  """The limit of the start cut off what ends the process: it lived on, one for each try."""
+  pytest.importorskip("mcp")
+  program = "import os, sys, time; print(os.getpid(), file=open(sys.argv[1], 'w', 1)); os.close(1)"
+  command = [sys.executable, "-c", f"{program}; time.sleep(300)", str(tmp_path / "pid")]
+  with pytest.raises(OSError, match="did not start or answer"):
+    McpServers(command=command, start_timeout_s=0.7)
+  with pytest.raises(ProcessLookupError):
+    os.kill(int((tmp_path / "pid").read_text()), 0)
+
+
 def test_streamable_http():
   pytest.importorskip("mcp")
   with HttpServer() as http, McpServers(url=http.url, timeout_s=5) as servers:

@@ -12,6 +12,7 @@ from steptool_jax.dialogue.template import ChatFormat
 from steptool_jax.environments.base import Problem
 from steptool_jax.learning.algorithms import get_algorithm
 from steptool_jax.run.parts import build, services, tokenizers
+from steptool_jax.run.parts.watchdog import Watchdog
 
 
 def report_on(
@@ -22,7 +23,10 @@ def report_on(
 ) -> checking.Report:
   """Opens services, environment and tokenizer, and checks; what cannot be opened is a finding."""
   problems: list[Problem] = []
-  with build.build_runner(config) as runner:
+  with (
+    Watchdog(workdir / "frozen_check.txt") as watchdog,
+    build.build_runner(config, watchdog.during) as runner,
+  ):
     try:
       with services.open_services(config) as found:
         environment = build.build_environment(config, found, problems)

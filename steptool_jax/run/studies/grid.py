@@ -164,8 +164,14 @@ def read_plan(workdir: pathlib.Path) -> list[Planned] | None:
   if not path.exists():
     return None
   try:
-    return [Planned(**cell) for cell in read_json(path)["cells"]]
-  except (ValueError, KeyError, TypeError) as error:
+    cells = [Planned(**cell) for cell in read_json(path)["cells"]]
+    for c in cells:
+      names = (c.name, c.group, c.environment, c.method)
+      texts = [*names, *c.overrides, *c.overrides.values()]
+      if not all(isinstance(text, str) for text in texts) or type(c.seed) is not int:
+        raise ValueError(f"cell {c.name!r:.60} has a field of another type")
+    return cells
+  except (ValueError, KeyError, TypeError, AttributeError) as error:
     raise ValueError(
       f"{path} is damaged ({error}); start the study's command again, it writes the file anew"
     ) from error

@@ -6,7 +6,8 @@ official rows come with theirs.) An algorithm with outcome rewards sees IsSolved
 compares samples of a task gets all its trajectories in one batch; sft imitates every step, of
 official SFT and RFT instances ("dialogues") the last one.
 
-A trajectory that does not fit is left out whole, counted and named in summary.json.
+A trajectory that does not fit is left out whole, counted and named in summary.json; so is one that
+the files hold already: the same sample of the same task, equal to the last bit.
 
 What is known of all trajectories at once is a few numbers of each. With data.format = "tfds" the
 trajectories themselves stay in their array_record file and are read by random access when a batch
@@ -109,7 +110,7 @@ def load(config: Config, chat_format: ChatFormat, model: ModelConfig) -> Data:
       another tokenizer, no trajectory that can be trained on, nothing that the algorithm needs.
   """
   limit = min(config.train.row_tokens, model.max_position_embeddings)
-  counts = dict.fromkeys(("too_long", "infrastructure_error", "no_steps"), 0)
+  counts = dict.fromkeys(("too_long", "infrastructure_error", "no_steps", "duplicates"), 0)
   names: dict[str, list[str]] = {kind: [] for kind in counts}
   total = 0
 
@@ -151,6 +152,8 @@ def load(config: Config, chat_format: ChatFormat, model: ModelConfig) -> Data:
       f"config.data.path: none of the {total} trajectories of {config.data.path} can be trained on "
       f"(left out: {counts}); one may have {limit} tokens, set by train.row_tokens and the model"
     )
+  for place in index.drop_twins():
+    leave_out("duplicates", _name((stored or own)[place].trajectory))
   kept = len(index.places)
   if kept < total:
     logging.warning("data: %d of %d trajectories left out: %s", total - kept, total, counts)
@@ -191,7 +194,7 @@ def _ready(config: Config) -> Callable[[Trajectory], Trajectory]:
 
 
 class Index:
-  """Collects what has to be known of all trajectories, some 30 bytes of each."""
+  """Collects what has to be known of all trajectories, some 40 bytes of each."""
 
   def __init__(self, ready: Callable[[Trajectory], Trajectory], by_task: bool):
     self.between = False  # whether a step before the last one has a reward
@@ -200,6 +203,7 @@ class Index:
     self._ready, self._by_task = ready, by_task
     self._counts = array.array("q")  # sampled tokens
     self._units = array.array("q")  # number of its unit
+    self._keys = array.array("Q")  # 64 bits of a digest of all that it is
     self._tasks: dict[str, int] = {}  # of algorithms that compare samples of a task
     self._digest = hashlib.sha256()
 
@@ -216,9 +220,26 @@ class Index:
     self.recorded.append(record.logprobs_known)
     self._counts.append(sum(len(step.tokens) for step in trajectory.steps))
     # A digest of everything that is trained on: order, tokens, rewards and endings.
-    self._digest.update(f"{trajectory.status} {trajectory.solved} {rewards}".encode())
-    for ids in token_arrays(trajectory):
-      self._digest.update(f" {len(ids)} ".encode() + ids.tobytes())
+    parts = [f"{trajectory.status} {trajectory.solved} {rewards}".encode()]
+    parts += [f" {len(ids)} ".encode() + ids.tobytes() for ids in token_arrays(trajectory)]
+    self._digest.update(b"".join(parts))
+    parts.append(f"{trajectory.task_id} {trajectory.sample} {record.logprobs_known}".encode())
+    parts += [step.logprobs.tobytes() for step in record.trajectory.steps]
+    key = hashlib.blake2b(b"".join(parts), digest_size=8)
+    self._keys.append(int.from_bytes(key.digest(), "little"))
+
+  def drop_twins(self) -> list[int]:
+    """Leaves out every trajectory that equals an earlier one to the last bit; their places."""
+    first = np.sort(np.unique(np.array(self._keys), return_index=True)[1])
+    gone = np.delete(np.array(self.places), first).tolist()
+    if gone:
+      self._digest.update(f" without {gone}".encode())
+      units = np.unique(np.array(self._units)[first], return_inverse=True)[1]
+      self._units = array.array("q", units.tolist())
+      self.places = array.array("q", (self.places[i] for i in first))
+      self._counts = array.array("q", (self._counts[i] for i in first))
+      self.recorded = bytearray(self.recorded[i] for i in first)
+    return gone
 
   def data(
     self, source: Sequence[AnnotatedTrajectory], size: int, seed: int, report: dict[str, Any]

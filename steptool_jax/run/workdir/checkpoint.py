@@ -1,7 +1,8 @@
 """Orbax checkpoints of everything that a run needs to go on, written asynchronously.
 
 WORKDIR/checkpoints/<number>/ holds the TrainState, a small JSON `meta`, the replay as JSON where
-there is one, and `check`: shape, dtype and a fingerprint of every array, and one of both texts. A
+there is one, and `check`: shape, dtype and a fingerprint of every array, of both texts and of
+itself. A
 checkpoint that cannot be read, or is not as it was saved, is corrupt: the one before takes its
 place. One with other shapes belongs to another model and is refused. On another mesh the arrays are
 laid out anew, and their fingerprints are the same.
@@ -97,6 +98,7 @@ class Checkpoints:
     marks = zip(_layout(arrays).items(), fingerprints(arrays), strict=True)
     check = {"arrays": {path: [text, mark] for (path, text), mark in marks}}
     check |= {"replay": len(replay), "texts": _mark(meta, replay)}
+    check |= {"itself": _mark(check, ())}
     items = {
       "state": ocp.args.StandardSave(arrays),
       "meta": ocp.args.JsonSave(dict(meta)),
@@ -230,7 +232,7 @@ def _restore(
   """(what it holds, "") or (None, what is wrong); the same in all processes."""
 
   def texts() -> tuple[Any, Any, list[Any]]:
-    meta, check = _read_json(directory / "meta"), _read_json(directory / "check")
+    meta, check = _read_json(directory / "meta"), _sound(_read_json(directory / "check"))
     replay = _read_json(directory / "replay") if check["replay"] else []
     if "texts" in check and check["texts"] != _mark(meta, replay):  # older ones have none
       raise ValueError("meta or replay are not as they were saved")
@@ -278,6 +280,20 @@ def _attempt(read: Callable[[], Any]) -> tuple[Any, str]:
 def _mark(meta: Mapping[str, Any], replay: Sequence[Mapping[str, Any]]) -> int:
   """A 32-bit number for JSON data."""
   return zlib.crc32(json.dumps([dict(meta), list(replay)], sort_keys=True).encode())
+
+
+def _sound(check: Any) -> dict[str, Any]:
+  """The check; ValueError where it is not as it was saved."""
+  mark = check.pop("itself", None) if isinstance(check, dict) else None
+  if mark is None:  # older ones have none
+    arrays = check.get("arrays") if isinstance(check, dict) else None
+    pairs = arrays.values() if isinstance(arrays, dict) else (None,)
+    whole = all(isinstance(p, list) and [type(x) for x in p] == [str, int] for p in pairs)
+  else:
+    whole = mark == _mark(check, ())
+  if not whole:
+    raise ValueError("check is not as it was saved")
+  return check
 
 
 def _read_json(directory: pathlib.Path) -> Any:

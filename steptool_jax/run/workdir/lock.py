@@ -151,7 +151,8 @@ def _read(file: IO) -> dict[str, Any]:
     found = json.loads(file.read())
   except (ValueError, RecursionError):
     return {}
-  return found if isinstance(found, dict) else {}
+  number = found.get("process") if isinstance(found, dict) else None
+  return found if type(number) is int and 0 < number < 2**31 else {}
 
 
 def _write(file: IO, owner: dict[str, Any], beat: int) -> None:
