@@ -292,6 +292,14 @@ class Rewards:
     choices="shapings",
   )
   weight: float = option(1.0, "of intermediate rewards, where a solved task earns 1", least=0)
+  every: int = option(
+    1,
+    "steps that are paid together, at the last of them; 0 = a whole conversation, at its end",
+    least=0,
+  )
+  spread: bool = option(
+    False, "a step's reward in equal parts on its tokens (needs GAE over tokens, or broadcast off)"
+  )
   unsafe: bool = option(
     False, "allow rollouts to be paid by what comes later (shaping 'episode_mean', 'hindsight')"
   )

@@ -172,7 +172,7 @@ class TokenBatch(NamedTuple):
   step_ids: Any  # int32, index of the step of targets[t] in its trajectory, -1 outside
   step_end: Any  # bool, targets[t] is the last sampled token of its step
   bootstrap: Any  # bool, position after the last target of a truncated trajectory: V of next state
-  rewards: Any  # float32, r_k on the last sampled token of step k, else 0
+  rewards: Any  # float32, r_k on the last sampled token of step k, else 0 (or spread over all)
   behaviour_logprobs: Any  # float32, as sampled, 0 outside the action mask
   group_ids: Any  # int32, 1.. the task of the trajectory, one number over all rows; 0 = padding
   anchor_ids: Any  # int32, 1.. task and last observation before the step; 0 outside steps

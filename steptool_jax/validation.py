@@ -343,6 +343,12 @@ def _check_rewards(config: Config, algorithm: Algorithm) -> None:
     )
   if paid == "step" and not (config.data.path or config.annotate.input):
     refuse_hindsight(r)
+  level = config.advantage.level or algorithm.level
+  if r.spread and (not algorithm.gae or (level == "step" and config.advantage.broadcast)):
+    raise ValueError(
+      "config.rewards.spread: True, but with one advantage a step, or none by GAE, tokens share "
+      "a reward anyway; set advantage.level to 'token', or advantage.broadcast to False"
+    )
   if r.filters.min_deviation and config.rollout.samples < 2:
     raise ValueError(
       "config.rewards.filters.min_deviation: with config.rollout.samples = 1 no group deviates, so "

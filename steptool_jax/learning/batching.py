@@ -106,6 +106,7 @@ def pack_units(
   whole_actions: bool = False,
   share: bool = False,
   bootstrap: Container[str] = (),
+  spread: bool = False,
 ) -> Packed:
   """Packs trajectories that belong together into neighbouring rows.
 
@@ -118,6 +119,7 @@ def pack_units(
     share: see `pack` (W = 1, nothing replayed).
     bootstrap: statuses (config.advantage.bootstrap) whose trajectories are worth V of the state
       after them; all others are worth 0 there.
+    spread: a step's reward stands in equal parts on its tokens, not on the last one.
 
   Raises:
     ValueError: as `pack`.
@@ -158,7 +160,7 @@ def pack_units(
           stop = start + lengths[index][member] - shared
           place = Place(row, start, stop, len(trajectory.prompt_tokens) - shared)
           here = slice(start, stop)
-          _write(batch, trajectory, place, anchors, bootstrap)
+          _write(batch, trajectory, place, anchors, bootstrap, spread)
           batch.group_ids[row, here] = tasks[trajectory.task_id]
           batch.segment_ids[row, here] = segment
           batch.until[row, here] = stop
@@ -223,6 +225,7 @@ def _write(
   place: Place,
   anchors: _Numbers,
   bootstrap: Container[str],
+  spread: bool,
 ) -> None:
   row, start, stop, prompt = place
   before = len(trajectory.prompt_tokens) - prompt  # positions that stand in front, shared
@@ -243,7 +246,10 @@ def _write(
     batch.action_mask[row, first:end] = True
     batch.step_ids[row, first:end] = index
     batch.step_end[row, end - 1] = True
-    batch.rewards[row, end - 1] = step.reward
+    if spread:
+      batch.rewards[row, first:end] = step.reward / len(step.tokens)
+    else:
+      batch.rewards[row, end - 1] = step.reward
     batch.behaviour_logprobs[row, first:end] = step.logprobs
     batch.anchor_ids[row, first:end] = anchors[trajectory.task_id, seen.tobytes()]
     first, seen = end + len(step.observation_tokens), step.observation_tokens

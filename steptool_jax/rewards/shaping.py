@@ -119,7 +119,7 @@ def shape(
 
   Args:
     trajectory: with SC and Con on its steps.
-    options: alpha, shaping and weight.
+    options: alpha, shaping, weight and `every`.
     outcome_only: intermediate steps earn 0.
     final: what the last step earns in the place of IsSolved.
     needed: contributions that the goal needs, 0 where nobody knows.
@@ -155,6 +155,7 @@ def shape(
     last = dict.fromkeys(last, 0.0)
   if rewards:
     rewards[-1] += sum(last.values())
+  rewards = _together(rewards, options.every)
   steps = tuple(
     dataclasses.replace(step, reward=float(reward))
     for step, reward in zip(trajectory.steps, rewards, strict=True)
@@ -180,6 +181,15 @@ def _rewards(row: Shaping, whole: Past, steps: int, gamma: float, goes_on: bool)
   potentials = [row.potential(past) for past in pasts[:steps]]
   after = [*potentials[1:], row.potential(pasts[-1]) if goes_on else 0.0]
   return [r + gamma * then - now for r, now, then in zip(rewards, potentials, after, strict=True)]
+
+
+def _together(rewards: list[float], every: int) -> list[float]:
+  """Each run of `every` rewards (0: all) as their sum on the last of them, 0 on the others."""
+  size = every or len(rewards)
+  out = [0.0] * len(rewards)
+  for k in range(0, len(rewards), max(size, 1)):
+    out[min(k + size, len(rewards)) - 1] = math.fsum(rewards[k : k + size])
+  return out
 
 
 def _check(trajectory: Trajectory, options: Rewards) -> None:

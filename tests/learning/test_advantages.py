@@ -344,3 +344,16 @@ def test_packing_refuses_what_does_not_fit():
     batching.pack([t], 4)
   with pytest.raises(ValueError, match="no steps"):
     batching.pack([dataclasses.replace(t, steps=())], 8)
+
+
+def test_a_reward_that_is_spread_over_its_tokens():
+  """By hand: .6 on a step of two tokens is .3 each; over tokens that pays the first one at once."""
+  trajectory = literal_trajectory(Status.ANSWERED)
+  units = [(trajectory,)]
+  whole = batching.pack_units(units, 16).batch
+  spread = batching.pack_units(units, 16, spread=True).batch
+  for k, step in enumerate(trajectory.steps):
+    at = whole.step_ids[0] == k
+    assert whole.rewards[0, at].tolist() == [0.0] * (at.sum() - 1) + [np.float32(step.reward)]
+    np.testing.assert_allclose(spread.rewards[0, at], step.reward / at.sum(), rtol=1e-6)
+  assert spread.rewards[spread.step_ids < 0].sum() == 0

@@ -52,6 +52,22 @@ def test_paper_numbers(alpha, sc, con, expected):
   assert rewards(made([(sc, con)]), "sum", alpha) == pytest.approx([expected, 1])
 
 
+@pytest.mark.parametrize(
+  ("every", "expected"),
+  [
+    (1, [0.5, 1, 0, 0.5, 1]),
+    (2, [0, 1.5, 0, 0.5, 1]),
+    (3, [0, 0, 1.5, 0, 1.5]),
+    (0, [0] * 4 + [3]),
+  ],
+)
+def test_steps_that_are_paid_together(every, expected):
+  """The sum stays: what differs in a study of granularity is when it is paid, and nothing else."""
+  found = made([(1, 0), (1, 1), (0, 0), (1, 0)])
+  got = [s.reward for s in shape(found, Rewards(shaping="sum", every=every)).steps]
+  assert got == pytest.approx(expected)
+
+
 def test_fractions_survive():
   got = rewards(made([(0.7, 0.7)], solved=0.5), "sum")
   assert got == pytest.approx([0.7, 0.5], abs=1e-12)

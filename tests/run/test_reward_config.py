@@ -17,6 +17,7 @@ PRICES = {"environment__market__prices": True}
       {"rewards__scheme": "orchestra_step"},
       r"config\.rewards\.scheme: 'orchestra_step' is not one of .*did you mean 'orchestra_steps'",
     ),
+    ({"rewards__spread": True}, r"rewards\.spread: True, but .* set advantage\.level to 'token'"),
     (
       PRICES | {"rewards__scheme": "orchestra"},
       r"'orchestra' pays the last step only, but algorithm 'steptool' .* use 'orchestra_steps', or",

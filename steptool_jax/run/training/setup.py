@@ -144,6 +144,7 @@ def pack(
     units,
     config.train.row_tokens,
     bootstrap=config.advantage.bootstrap,
+    spread=config.rewards.spread,
   )
   if algorithm.critic != "double":
     share = config.train.share_prompts and algorithm.select.rows == 1
