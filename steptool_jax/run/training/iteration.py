@@ -15,7 +15,7 @@ from steptool_jax.rewards import orchestra
 from steptool_jax.rollout.conversation import NonFiniteLogprobs
 from steptool_jax.run.parts import rollouts
 from steptool_jax.run.parts.opening import Parts
-from steptool_jax.run.training import offline, order
+from steptool_jax.run.training import offline, order, sources
 from steptool_jax.run.training.phase import Phase
 from steptool_jax.run.training.progress import shares
 from steptool_jax.run.training.record import Recorder
@@ -55,9 +55,11 @@ def run_iteration(
       phase.count_skipped(True, str(error))
       return {"skipped": 1.0}
     trajectories = rollouts.judge(parts, tasks, trajectories)
-    trajectories = rollouts.reward(parts, tasks, trajectories, config.rewards.scheme)
-    kept, dropped = _trainable(config, trajectories)
-    figures = rollout_metrics(trajectories) | dropped
+    marked, of_source = sources.mark(parts, phase, tasks, trajectories)
+    paid = rollouts.reward(parts, tasks, marked, config.rewards.scheme, marked=True)
+    kept, dropped = _trainable(config, paid)
+    trajectories = sources.with_outcomes(paid, trajectories)
+    figures = rollout_metrics(trajectories) | dropped | of_source
   else:
     trajectories = kept = data.batch(done)
     figures = rollout_metrics(trajectories)
@@ -96,6 +98,8 @@ def run_iteration(
   if data is not None:
     return figures | {"tokens_per_second": tokens / (time.monotonic() - started)}
   progress.train_curve.append((progress.conversations, figures["pass_rate"]))
+  if "model_outcome" in figures:
+    progress.model_curve.append((progress.conversations, figures["model_outcome"]))
   return figures | shares(stats, now - update_started, now - started, tokens)
 
 
