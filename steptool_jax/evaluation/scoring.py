@@ -15,9 +15,9 @@ BINS = 10
 
 
 def auc(scores: np.ndarray, positive: np.ndarray) -> float | None:
-  """Area under the ROC curve: the chance that a positive scores higher than a negative (ties: half).
+  """Area under the ROC curve: the chance that a positive scores higher than a negative.
 
-  None where one class is empty.
+  Ties count half; None where one class is empty.
   """
   scores, positive = np.asarray(scores, np.float64), np.asarray(positive, bool)
   count = int(positive.sum())
@@ -106,7 +106,7 @@ def figures(trajectories: Sequence[Trajectory], scores: Sequence[np.ndarray]) ->
 
 
 def drift(model_outcomes: Sequence[float], true_outcomes: Sequence[float]) -> Mapping[str, float]:
-  """An iteration's figures of a reward model beside a checker; AUC where there are both outcomes."""
+  """Figures of a reward model beside a checker; AUC where there are both outcomes."""
   mean = float(np.mean(model_outcomes))
   found = {"model_outcome": mean, "model_drift": mean - float(np.mean(true_outcomes))}
   ranked = auc(np.array(model_outcomes), np.array(true_outcomes) >= 0.5)

@@ -37,7 +37,7 @@ class Split:
     return -(-len(self.train) // self.batch)
 
   def at(self, step: int) -> list[Trajectory]:
-    """The batch of an optimizer step: a seeded permutation a pass, whose last batch may be short."""
+    """The batch of an optimizer step: a seeded permutation a pass; its last one may be short."""
     number, place = divmod(step, self.steps_per_pass)
     order = permutation(len(self.train), self.seed, number)
     return [self.train[i] for i in order[place * self.batch : (place + 1) * self.batch]]
