@@ -9,7 +9,8 @@ tokens in the exponent keeps long answers comparable; it is the paper's. Con is 
 
 The answer stands where the policy would write it: in the chat format's final turn. Of that turn
 the tokens in front of the answer (the name of the final action, quotation marks) are given and not
-scored, nor are those behind it: they say when the policy stops and not what it knows.
+scored, nor are those behind it: they say when the policy stops and not what it knows. A task whose
+final state is checked has no gold answer; its steps keep the Con of progress.
 """
 
 import dataclasses
@@ -52,23 +53,21 @@ def gold(task: Task, chat_format: ChatFormat) -> Gold | None:
 
 
 def refuse_without_gold(tasks: Sequence[Task], chat_format: ChatFormat, row_tokens: int, room: int):
-  """ValueError where a task has no gold answer, or a row has no room behind a conversation.
+  """ValueError where no task has a gold answer, or a row has no room behind a conversation.
 
   room: tokens that a conversation may have; row_tokens: of a packed row.
   """
-  found = [gold(task, chat_format) for task in tasks]
-  without = [task.id for task, g in zip(tasks, found, strict=True) if g is None]
-  if without:
+  lengths = [len(found) for task in tasks if (found := gold(task, chat_format)) is not None]
+  if not lengths:
     raise ValueError(
-      f"config.rewards.source: 'info_gain' needs the gold answer of every training task, and "
-      f"{len(without)} of {len(tasks)} have none (no demonstration that ends in an answer, or a "
-      f"checker of the final state), e.g. {without[0]!r}; use 'rules', or 'model', which need none"
+      f"config.rewards.source: 'info_gain' needs tasks with a gold answer, and none of {len(tasks)} "
+      "training tasks has one (a demonstration that ends in an answer, and a checker that is not "
+      "of the final state); use 'progress', or 'model', which need none"
     )
-  longest = max(map(len, found), default=0)
-  if room + longest > row_tokens:
+  if room + max(lengths) > row_tokens:
     raise ValueError(
-      f"config.train.row_tokens: {row_tokens}, but info_gain puts gold answers of up to {longest} "
-      f"tokens behind conversations of up to {room}; set it to {room + longest}"
+      f"config.train.row_tokens: {row_tokens}, but info_gain puts gold answers of up to "
+      f"{max(lengths)} tokens behind conversations of up to {room}; set it to {room + max(lengths)}"
     )
 
 

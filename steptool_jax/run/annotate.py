@@ -4,10 +4,11 @@ They go to WORKDIR/annotated.jsonl, or with annotate.output = "tfds" to the arra
 WORKDIR/annotated_trajectories (train on it with data.path=WORKDIR and data.format=tfds).
 
 SC, Con and IsSolved come from one of SOURCES: rules, an LLM judge (the mean over its runs), a table
-of existing annotations, or rollouts that go on from the states between steps (Monte Carlo). A new source is a function and its row there; the choices of
-annotate.source name it. rewards/shaping.py makes rewards of the scores, with rewards.alpha,
-rewards.shaping and rewards.weight. Con is told in hindsight: was the step of use later? Train on
-the file with --config.data.path=WORKDIR/annotated.jsonl.
+of existing annotations, or rollouts that go on from the states between steps (Monte Carlo). A new
+source is a function and its row there; the choices of annotate.source name it. rewards/shaping.py
+makes rewards of the scores, with rewards.alpha, rewards.shaping and rewards.weight. Con is told in
+hindsight: was the step of use later? Train on the file with
+--config.data.path=WORKDIR/annotated.jsonl, or a reward model with --mode=reward_model.
 
 What the judge failed on is counted and left out, never scored. Its replies are kept on disk, so the
 same command goes on after a stop and asks again only for what is missing.

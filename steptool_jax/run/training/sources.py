@@ -99,9 +99,11 @@ def _by_information(
 ) -> list[Trajectory]:
   by_id, rules = {task.id: task for task in tasks}, assembly.SOURCES["progress"]
   rule = rules.mark if parts.services.judging is None else rules.texts
+  marked = [rule(by_id[t.task_id], t) for t in usable]
+  golds = [information.gold(by_id[t.task_id], parts.policy.chat_format) for t in usable]
   asked = [
-    information.questions(t, information.gold(by_id[t.task_id], parts.policy.chat_format))
-    for t in usable
+    [] if gold is None else information.questions(t, gold)
+    for t, gold in zip(usable, golds, strict=True)
   ]
   flat = [question for questions in asked for question in questions]
   logprobs: list[np.ndarray] = []
@@ -110,6 +112,6 @@ def _by_information(
     logprobs += batching.unpack(packed, phase.logprobs(packed.batch))
   ends = np.cumsum([len(questions) for questions in asked])
   return [
-    information.gains(rule(by_id[t.task_id], t), logprobs[end - len(questions) : end])
-    for t, questions, end in zip(usable, asked, ends, strict=True)
+    information.gains(t, logprobs[end - len(questions) : end]) if questions else t
+    for t, questions, end in zip(marked, asked, ends, strict=True)
   ]
