@@ -60,9 +60,9 @@ def refuse_without_gold(tasks: Sequence[Task], chat_format: ChatFormat, row_toke
   lengths = [len(found) for task in tasks if (found := gold(task, chat_format)) is not None]
   if not lengths:
     raise ValueError(
-      f"config.rewards.source: 'info_gain' needs tasks with a gold answer, and none of {len(tasks)} "
-      "training tasks has one (a demonstration that ends in an answer, and a checker that is not "
-      "of the final state); use 'progress', or 'model', which need none"
+      "config.rewards.source: 'info_gain' needs tasks with a gold answer, and none of "
+      f"{len(tasks)} training tasks has one (a demonstration that ends in an answer, and a checker "
+      "that is not of the final state); use 'progress', or 'model', which need none"
     )
   if room + max(lengths) > row_tokens:
     raise ValueError(

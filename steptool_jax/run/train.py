@@ -95,7 +95,7 @@ def run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
       f"config.rollout.strategy: {r.strategy!r} is for --mode=evaluate; its siblings are sampled "
       "after prompts that a trajectory does not hold, so RL trains on 'chain'"
     )
-  if (workdir / "reward_model").exists():
+  if (workdir / "training").exists():
     raise ValueError(f"--workdir: {workdir} holds a run of --mode=reward_model; use another one")
   restore.refuse_other_config(config, workdir, MAY_CHANGE)
   restore.refuse_fewer_iterations(config, workdir)

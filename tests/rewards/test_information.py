@@ -57,7 +57,7 @@ def test_what_is_asked(conversation):
 
 
 def test_gains_by_hand(conversation):
-  """p = exp of the mean: .25, .5, .4. The second step leads away and earns 0, as does the answer."""
+  """p = exp of the mean: .25, .5, .4. The second step leads away and earns 0, the answer too."""
   logprobs = [np.log(np.array(p, np.float32)) for p in ([0.5, 0.125], [0.25, 1.0], [0.4, 0.4])]
   found = information.gains(conversation, logprobs)
   assert [s.contribution for s in found.steps] == pytest.approx([0.25, 0.0, 0.0])
