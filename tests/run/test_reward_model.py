@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import types
 
 import jax
 import numpy as np
@@ -17,7 +18,7 @@ from steptool_jax.run import train
 from steptool_jax.run.parts import build, reward_models
 from steptool_jax.run.training import iteration, reward_data, sources
 from steptool_jax.run.workdir.outputs import read_jsonl
-from steptool_jax.types import Finish, Status, Step, ToolCall, Trajectory
+from steptool_jax.types import Finish, Status, Step, Task, ToolCall, Trajectory
 
 PASSES = {"reward_model__passes": 2, "reward_model__batch": 8, "reward_model__micro_rows": 2}
 
@@ -327,3 +328,34 @@ def test_information_gain_is_that_of_separate_passes(settings, seen, tmp_path):
     np.testing.assert_allclose([found.steps[k].contribution for k in shown], gains, atol=1e-4)
     compared += len(shown)
   assert compared > 3
+
+
+def unchecked(source, evaluated, train="none", heldout="none"):
+  """Parts of a run on two tasks with these checkers."""
+  tasks = {
+    split: [Task(split, "custom", "?", (), {"type": kind})]
+    for split, kind in (("train", train), ("heldout", heldout))
+  }
+  config = tiny.replace(tiny.make(), rewards__source=source, evaluation__tasks=evaluated)
+  environment = types.SimpleNamespace(tasks=tasks.__getitem__)
+  return types.SimpleNamespace(config=config, environment=environment)
+
+
+def test_what_nobody_knows_pays_nobody_and_is_no_pass_rate():
+  """A task without a checker is "solved" by any answer: rules would teach to answer anything."""
+  with pytest.raises(ValueError, match="1 training tasks.*use 'model'"):
+    sources._refuse_unknown(unchecked("progress", 0))
+  with pytest.raises(ValueError, match="evaluation.tasks: 4.*set it to 0"):
+    sources._refuse_unknown(unchecked("model", 4))
+  sources._refuse_unknown(unchecked("model", 0))
+  sources._refuse_unknown(unchecked("progress", 4, "exact", "exact"))
+
+
+def test_drift_is_of_tasks_that_a_checker_knows():
+  tasks = [
+    Task(n, "custom", "?", (), {"type": kind}) for n, kind in (("a", "exact"), ("b", "none"))
+  ]
+  true = [Trajectory(n, 0, np.zeros(1, np.int32), (), Status.ANSWERED, 1.0) for n in "ab"]
+  marked = [dataclasses.replace(t, solved=p) for t, p in zip(true, (0.75, 0.25), strict=True)]
+  assert sources._drift(tasks, true, marked) == {"model_outcome": 0.75, "model_drift": -0.25}
+  assert sources._drift(tasks, true[1:], marked[1:]) == {"model_outcome": 0.25}

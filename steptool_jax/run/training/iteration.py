@@ -60,6 +60,8 @@ def run_iteration(
     kept, dropped = _trainable(config, paid)
     trajectories = sources.with_outcomes(paid, trajectories)
     figures = rollout_metrics(trajectories) | dropped | of_source
+    if "model_outcome" in figures and "model_drift" not in figures:
+      del figures["pass_rate"]  # no checker knows it
   else:
     trajectories = kept = data.batch(done)
     figures = rollout_metrics(trajectories)
@@ -97,8 +99,9 @@ def run_iteration(
   progress.count(trajectories, tokens)
   if data is not None:
     return figures | {"tokens_per_second": tokens / (time.monotonic() - started)}
-  progress.train_curve.append((progress.conversations, figures["pass_rate"]))
-  if "model_outcome" in figures:
+  if "pass_rate" in figures:
+    progress.train_curve.append((progress.conversations, figures["pass_rate"]))
+  if "model_drift" in figures:
     progress.model_curve.append((progress.conversations, figures["model_outcome"]))
   return figures | shares(stats, now - update_started, now - started, tokens)
 

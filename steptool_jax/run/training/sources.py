@@ -12,8 +12,11 @@ from collections.abc import Sequence
 import numpy as np
 
 from steptool_jax.config import Config
+from steptool_jax.environments import checkers
+from steptool_jax.environments.base import Split
 from steptool_jax.evaluation import scoring
 from steptool_jax.learning import batching
+from steptool_jax.learning.algorithms import get_algorithm
 from steptool_jax.rewards import assembly, information
 from steptool_jax.rewards import model as scores_of
 from steptool_jax.run.parts import reward_models
@@ -30,6 +33,7 @@ def prepare(parts: Parts) -> RewardModel | None:
   FileNotFoundError, ValueError for a model or tasks that the source cannot work with.
   """
   config = parts.config
+  _refuse_unknown(parts)
   if config.rewards.source == "info_gain":
     information.refuse_without_gold(
       parts.environment.tasks("train"),
@@ -52,13 +56,53 @@ def mark(
   usable = [t for t in trajectories if t.steps and t.status is not Status.INFRASTRUCTURE_ERROR]
   if phase.scorer is not None:
     marked = _by_model(parts.config, phase, usable)
-    found = scoring.drift([t.solved for t in marked], [t.solved for t in usable]) if usable else {}
+    found = _drift(tasks, usable, marked)
   elif parts.config.rewards.source == "info_gain":
     marked, found = _by_information(parts, phase, tasks, usable), {}
   else:
     return list(trajectories), {}
   new = {id(old): t for old, t in zip(usable, marked, strict=True)}
   return [new.get(id(t), t) for t in trajectories], dict(found)
+
+
+def _drift(
+  tasks: Sequence[Task], usable: Sequence[Trajectory], marked: Sequence[Trajectory]
+) -> dict[str, float]:
+  """Figures of the model's outcomes, beside the true ones where a checker knows them."""
+  by_id = {task.id: task for task in tasks}
+  both = [
+    (m.solved, t.solved)
+    for m, t in zip(marked, usable, strict=True)
+    if checkers.known(by_id[t.task_id].checker)
+  ]
+  if both:
+    return dict(scoring.drift(*zip(*both, strict=True)))
+  return {"model_outcome": float(np.mean([m.solved for m in marked]))} if marked else {}
+
+
+def _refuse_unknown(parts: Parts) -> None:
+  """ValueError where outcomes that nobody knows would pay, or be reported."""
+  config = parts.config
+  pays = get_algorithm(config.algorithm).rewards != "none" and not config.data.path
+  if pays and config.rewards.source != "model":
+    without = _unknown(parts, "train")
+    if without:
+      raise ValueError(
+        f"config.rewards.source: {config.rewards.source!r}, but nobody knows whether "
+        f"{len(without)} training tasks are solved (checker none), e.g. {without[0]!r}; use "
+        "'model' (--mode=reward_model makes one), or give them a checker"
+      )
+  without = _unknown(parts, "heldout") if config.evaluation.tasks else []
+  if without:
+    raise ValueError(
+      f"config.evaluation.tasks: {config.evaluation.tasks}, but nobody knows whether "
+      f"{len(without)} held-out tasks are solved (checker none), e.g. {without[0]!r}: set it to 0, "
+      "or give them a checker"
+    )
+
+
+def _unknown(parts: Parts, split: Split) -> list[str]:
+  return [t.id for t in parts.environment.tasks(split) if not checkers.known(t.checker)]
 
 
 def with_outcomes(paid: Sequence[Trajectory], true: Sequence[Trajectory]) -> list[Trajectory]:
