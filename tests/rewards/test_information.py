@@ -39,7 +39,7 @@ def test_only_the_answer_is_scored(chat_format):
   """The scaffolding's log-probs say whether the policy would stop now, not what it knows."""
   found = information.gold(task(), chat_format)
   whole = chat_format.render_action(Finish("4711"))
-  assert chat_format.codec.decode(found.answer.tolist()) == "4711"
+  assert chat_format.codec.decode(found.answer.tolist()).strip() == "4711"
   assert (np.concatenate([found.given, found.answer]) == whole[: len(found)]).all()
   assert len(found) < len(whole)
 

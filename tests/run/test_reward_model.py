@@ -1,5 +1,6 @@
 """--mode=reward_model, its model in RL, and information gain: on the quickstart's small model."""
 
+import dataclasses
 import json
 import shutil
 import types
@@ -196,7 +197,9 @@ CASES = {
   "few tasks": (lambda d: first_tasks(d, 3), "3 tasks.*annotate trajectories of more tasks"),
   "small share": (lambda d: first_tasks(d, 5), r"or set reward_model.heldout to 0\.4"),
   "other ids": (
-    lambda d: lines(d, lambda x: x["steps"][0].update(tokens=[9, 9], logprobs=[0.0, 0.0])),
+    lambda d: lines(
+      d, lambda x: [s.update(tokens=[9, 9], logprobs=[0.0, 0.0]) for s in x["steps"]]
+    ),
     "spell the call",
   ),
   "large ids": (
