@@ -8,6 +8,7 @@ import types
 import jax
 import numpy as np
 import pytest
+import stored
 import tiny
 from resuming import Crash, records, saved
 
@@ -19,7 +20,7 @@ from steptool_jax.run import train
 from steptool_jax.run.parts import build, reward_models
 from steptool_jax.run.training import iteration, reward_data, sources
 from steptool_jax.run.workdir.outputs import read_jsonl
-from steptool_jax.types import Finish, Status, Step, Task, ToolCall, Trajectory
+from steptool_jax.types import Finish, Status, Task, ToolCall, Trajectory
 
 PASSES = {"reward_model__passes": 2, "reward_model__batch": 8, "reward_model__micro_rows": 2}
 
@@ -37,23 +38,6 @@ def settings(compiled):
   return make
 
 
-def recorded(environment, task, actions, chat_format, sample):
-  """What a policy that takes these actions leaves behind, in the tokens of the chat format."""
-  session, steps = environment.open(task, sample), []
-  for action in actions:
-    ids = chat_format.render_action(action)
-    zeros = np.zeros(len(ids), np.float32)
-    if isinstance(action, Finish):
-      solved = session.grade(action.answer)
-      steps.append(Step(ids, zeros, action))
-    else:
-      observation = session.call(action)
-      steps.append(Step(ids, zeros, action, observation, chat_format.observation(observation.text)))
-  session.close()
-  prompt = chat_format.prompt(None, task.tools, task.query)
-  return Trajectory(task.id, sample, prompt, tuple(steps), Status.ANSWERED, solved)
-
-
 @pytest.fixture(scope="module")
 def data(settings, tmp_path_factory):
   """annotated.jsonl: of 16 tasks the demonstration, and one that starts wrong and ends wrong."""
@@ -65,7 +49,7 @@ def data(settings, tmp_path_factory):
     first, *rest = task.demonstration
     wrong = ToolCall(first.name, dict.fromkeys(first.arguments, "nobody"))
     for sample, actions in enumerate(((first, *rest), (wrong, Finish("no idea")))):
-      t = recorded(environment, task, actions, chat_format, sample)
+      t = stored.recorded(environment, task, actions, chat_format, sample)
       made.append(AnnotatedTrajectory(rules.annotate(task, t), metadata={"annotation": {}}))
   path = tmp_path_factory.mktemp("annotated") / "annotated.jsonl"
   write_trajectories(path, made)
