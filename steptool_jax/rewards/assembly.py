@@ -98,7 +98,8 @@ def refuse_hindsight(options: Rewards) -> None:
 def described(options: Rewards) -> dict[str, str | float | bool]:
   """How rollouts' steps are paid, for a summary.
 
-  causal: what a step earned no longer changes. safe: and calls without use earn nothing.
+  causal: what a step earned no longer changes. safe: and calls without use earn nothing, which
+  nobody can promise of a model's marks.
   """
   row, source = shaping.SHAPINGS[options.shaping], SOURCES[options.source]
   causal = row.causal and source.causal
@@ -107,7 +108,7 @@ def described(options: Rewards) -> dict[str, str | float | bool]:
     "shaping": options.shaping,
     "weight": options.weight,
     "causal": causal,
-    "safe": causal and row.safe,
+    "safe": causal and row.safe and not source.device,
   }
 
 

@@ -138,7 +138,7 @@ class Run:
       self.iterations = config.data.passes * self.data.batches_per_pass
     elif self.algorithm.rewards == "step" and not assembly.described(config.rewards)["safe"]:
       logging.warning(
-        "config.rewards: shaping %r with source %r also pays for calls without use "
+        "config.rewards: shaping %r with source %r may also pay for calls without use "
         "(results/incentives.md); 'progress' with 'progress' does not",
         config.rewards.shaping,
         config.rewards.source,

@@ -20,6 +20,7 @@ from steptool_jax.run.parts import build
 @pytest.fixture
 def recorded(tmp_path):
   """(config, task, trajectory): a demonstration of two calls."""
+  (tmp_path / "out").mkdir()
   path = tmp_path / "t.jsonl"
   config = tiny.make(
     "calls",
