@@ -87,7 +87,7 @@ PRICES = {"environment__market__prices": True}
     ),
     (
       {"rewards__filters__malformed": True, "data__path": "x.jsonl"},
-      r"config\.rewards: stored trajectories .* leave scheme and filters",
+      r"config\.rewards: stored trajectories .* leave source, scheme and filters",
     ),
     (
       {"environment__market__specialists": ("small",)},
