@@ -128,9 +128,7 @@ REWARD_MODEL = {
     f"{h}_auc": Figure(NUMBER, f"{w}: the chance that a positive scores higher than a negative")
     for h, w in _HEADS.items()
   },
-  **{
-    f"{h}_ece": Figure(NUMBER, f"{w}: calibration error over {10} bins") for h, w in _HEADS.items()
-  },
+  **{f"{h}_ece": Figure(NUMBER, f"{w}: calibration error over 10 bins") for h, w in _HEADS.items()},
   **{f"{h}_loss": Figure("nats", f"{w}: binary cross-entropy") for h, w in _HEADS.items()},
   "outcome_pairs": Figure(
     SHARE, "two samples of a task with different IsSolved: the better one scores higher"
