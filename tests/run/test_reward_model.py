@@ -289,6 +289,7 @@ def test_information_gain_is_that_of_separate_passes(settings, seen, tmp_path):
   config = settings(rewards__source="info_gain", train__iterations=1, train__row_tokens=400)
   train.run(config, tmp_path)
   parts, _, tasks, true, variables, marked, _ = seen[0]
+  variables = jax.tree.map(jax.numpy.asarray, variables)
   temperature, compared = config.rollout.temperature, 0
   forward = jax.jit(
     lambda ids, inside: model_lib.project_logits(
