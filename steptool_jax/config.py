@@ -278,14 +278,32 @@ class Filters:
 
 
 @dataclasses.dataclass(frozen=True)
+class ModelSource:
+  """A reward model in the place of the rules, frozen."""
+
+  path: str = option("", "WORKDIR/reward_model that --mode=reward_model wrote")
+  watch: int = option(
+    10,
+    "iterations over which its mean outcome may not rise while the true pass rate falls, where a "
+    "checker knows it: that stops the run; 0 = never stops, else at least 2",
+    least=0,
+  )
+  apart: float = option(
+    0.1, "by which the two must have moved apart over them for that", least=0, most=1
+  )
+
+
+@dataclasses.dataclass(frozen=True)
 class Rewards:
   alpha: float = option(1.0, "weight of SuccCalling against Contribution", least=0)
   source: str = option(
     "progress",
     "what SC and Con of rollouts are made of: what is known at a step ('progress'), or also what "
-    "came of it later ('hindsight', which needs `unsafe`)",
+    "came of it later ('hindsight', which needs `unsafe`); 'model': a reward model, which gives "
+    "IsSolved too; 'info_gain': progress, but Con is what a step tells about the gold answer",
     choices="reward sources",
   )
+  model: ModelSource = option(ModelSource(), "source 'model'")
   shaping: str = option(
     "progress",
     "how the scores of intermediate steps become rewards; 'sum' is the paper's",
@@ -539,6 +557,18 @@ class Data:
 
 
 @dataclasses.dataclass(frozen=True)
+class MonteCarlo:
+  """What rollouts that go on from a state say about the step that led there."""
+
+  samples: int = option(8, "conversations that go on from each state", above=0)
+  label: str = option(
+    "value",
+    "Con of a step: the mean outcome after it, or by how much that is above the one before it",
+    choices=("value", "gain"),
+  )
+
+
+@dataclasses.dataclass(frozen=True)
 class Annotate:
   """Input and source of --mode=annotate."""
 
@@ -546,18 +576,35 @@ class Annotate:
   format: str = option(
     "jsonl", "of the input (others: official files)", choices=("jsonl", "converted", "annotations")
   )
-  source: str = option("rules", "of SC, Con and IsSolved", choices=("rules", "judge", "table"))
+  source: str = option(
+    "rules",
+    "of SC, Con and IsSolved; monte_carlo: Con by how rollouts that go on from there end",
+    choices=("rules", "judge", "table", "monte_carlo"),
+  )
   rule: str = option(
     "evidence",
     "source rules: evidence or lcs (texts), environment (its tasks; jsonl only)",
     choices=("evidence", "lcs", "environment"),
   )
   table: str = option("", "source table: official annotations; empty = the input's own")
+  monte_carlo: MonteCarlo = option(MonteCarlo(), "source monte_carlo")
   output: str = option(
     "jsonl",
     "WORKDIR/annotated.jsonl, or WORKDIR/annotated_trajectories as array_record (tfds)",
     choices=("jsonl", "tfds"),
   )
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardModel:
+  """--mode=reward_model: heads for SC, Con and IsSolved, on the trunk of model.path."""
+
+  data: str = option("", "annotated.jsonl of --mode=annotate, or a pattern of such files")
+  heldout: float = option(0.2, "share of the tasks that it is measured on", above=0, below=1)
+  passes: int = option(4, "passes over the trajectories of the other tasks", above=0)
+  batch: int = option(64, "trajectories of an optimizer step", above=0)
+  micro_rows: int = option(8, "packed rows (train.row_tokens) in one forward pass", above=0)
+  optimizer: Optimizer = option(Optimizer(), "optimizer of trunk and heads")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -643,6 +690,7 @@ class Config:
   record: Record = option(Record(), "trajectories that training keeps")
   data: Data = option(Data(), "offline training")
   annotate: Annotate = option(Annotate(), "annotation of stored trajectories")
+  reward_model: RewardModel = option(RewardModel(), "training of a step reward model")
   serve: Serve = option(Serve(), "simulator server")
   checkpoint: Checkpoint = option(Checkpoint(), "checkpoints")
   bench: Bench = option(Bench(), "benchmarks")

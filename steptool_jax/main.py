@@ -4,6 +4,7 @@
   evaluate  held-out figures of WORKDIR's newest checkpoint, or of the model where there is none
   check     what is wrong with tools, tasks, checkers and demonstrations, before any training
   annotate  step rewards for stored trajectories
+  reward_model  a model of these rewards, to train with in the place of rules
   export    the newest checkpoint as a Hugging Face folder, WORKDIR/export
   report    WORKDIR/report.html, from what a run or a study left there
   study     a grid of training runs, compared
@@ -38,6 +39,7 @@ MODES = (
   "evaluate",
   "check",
   "annotate",
+  "reward_model",
   "export",
   "report",
   "study",

@@ -23,6 +23,8 @@ class Status(enum.StrEnum):
   INFRASTRUCTURE_ERROR = "infrastructure_error"  # not the policy's doing: never trained on
 
 
+# What a step reward model scores: SC and Con of a step, IsSolved after the last one.
+HEADS = ("success_calling", "contribution", "solved")
 TRUNCATED = frozenset({Status.STEP_BUDGET, Status.TOKEN_BUDGET})
 
 

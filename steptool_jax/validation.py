@@ -17,6 +17,7 @@ from steptool_jax.learning.advantages import LEVELS
 from steptool_jax.learning.algorithms import Algorithm, get_algorithm
 from steptool_jax.learning.critics import CRITICS
 from steptool_jax.learning.losses import AGGREGATIONS, SURROGATES, UNITS
+from steptool_jax.learning.selection import EVERYTHING
 from steptool_jax.policy import lora, model
 from steptool_jax.rewards.assembly import SCHEMES, SOURCES, refuse_hindsight
 from steptool_jax.rewards.shaping import SHAPINGS
@@ -336,11 +337,14 @@ def _check_market(config: Config) -> None:
 def _check_rewards(config: Config, algorithm: Algorithm) -> None:
   r, name, paid = config.rewards, config.algorithm, algorithm.rewards
   where = f"config.rewards.scheme: {r.scheme!r}"
-  if config.data.path and (r.scheme != "steptool" or r.filters != Filters()):
+  if config.data.path and (
+    r.scheme != "steptool" or SOURCES[r.source].device or r.filters != Filters()
+  ):
     raise ValueError(
       "config.rewards: stored trajectories (config.data.path) are trained on with the rewards of "
-      "their file; leave scheme and filters at their defaults"
+      "their file; leave source, scheme and filters at their defaults"
     )
+  _check_source(config, algorithm)
   if paid == "step" and not (config.data.path or config.annotate.input):
     refuse_hindsight(r)
   level = config.advantage.level or algorithm.level
@@ -391,6 +395,30 @@ def _check_rewards(config: Config, algorithm: Algorithm) -> None:
     )
   if not (r.orchestra.outcome or r.orchestra.cost or r.orchestra.latency):
     raise ValueError("config.rewards.orchestra: all weights are 0, so nothing is paid; raise one")
+
+
+def _check_source(config: Config, algorithm: Algorithm) -> None:
+  r, name = config.rewards, config.algorithm
+  where = f"config.rewards.source: {r.source!r}"
+  if (r.source == "model") != bool(r.model.path):
+    raise ValueError(
+      f"config.rewards.model.path: {r.model.path!r} with rewards.source = {r.source!r}; source "
+      "'model' needs the folder that --mode=reward_model wrote, no other source reads one"
+    )
+  if r.model.watch == 1:
+    raise ValueError("config.rewards.model.watch: 1 iteration has no trend; use 0 (off), 2 or more")
+  if r.source in ("model", "info_gain") and algorithm.rewards == "none":
+    raise ValueError(f"{where}, but algorithm {name!r} reads no rewards; use 'steptool', or 'ppo'")
+  if r.source == "model" and algorithm.select is not EVERYTHING:
+    raise ValueError(
+      f"{where} gives chances, but algorithm {name!r} chooses trajectories by whether they are "
+      "solved; use 'steptool' or 'ppo', or another source"
+    )
+  if r.source == "info_gain" and algorithm.rewards != "step":
+    raise ValueError(
+      f"{where} is about steps, but algorithm {name!r} is paid for the outcome alone; use "
+      "'steptool', or source 'progress'"
+    )
 
 
 def _check_evaluation(config: Config) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 from steptool_jax.checking import answers, replays, sets
 from steptool_jax.checking.findings import ERROR, LEVELS, WARNING, Finding, count
 from steptool_jax.dialogue.template import ChatFormat
+from steptool_jax.environments import checkers
 from steptool_jax.environments.base import SPLITS, Environment
 from steptool_jax.rollout.conversation import Limits
 from steptool_jax.simulators.runner import ToolRunner, TooManyStuck
@@ -174,7 +175,7 @@ def _look(environment: Environment, asked: Asked, runner: ToolRunner, job: _Job)
     findings += replays.findings_of(task, found, limits)
     row = replays.row_of(task, job.split, found, limits)
     trajectory = found.trajectory
-  if asked.checkers:
+  if asked.checkers and checkers.known(task.checker):
     wrong = answers.wrong_answers(task, job.others, trajectory)
     findings += answers.passing(environment, task, wrong, runner)
   row |= {"prompt_tokens": prompt, "findings": len(findings)}

@@ -9,6 +9,7 @@ Three promises that a plain tokenizer call does not give:
 """
 
 import dataclasses
+import hashlib
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -170,6 +171,11 @@ class Codec:
         f"that fits this model (it has {sorted(self.controls)[:12]})"
       )
     return self.controls[name]
+
+  def digest(self) -> str:
+    """Of all tokens with their ids: the same for tokenizers whose ids mean the same."""
+    tokens = sorted(self._full.get_vocab(with_added_tokens=True).items())
+    return hashlib.sha256(json.dumps([tokens, sorted(self.controls.items())]).encode()).hexdigest()
 
   def has(self, name: str) -> bool:
     return name in self.controls

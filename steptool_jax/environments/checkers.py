@@ -3,7 +3,7 @@
 import math
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 _MINUS = {0x2212: "-", 0x2012: "-"}  # the minus sign and the figure dash
@@ -12,6 +12,11 @@ _DIGITS = r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:e[-+]?\d+)?"
 _NUMBER = re.compile(rf"[$€£]?\s*([-+]?{_DIGITS})", re.I)
 # A number within a text, with its sign: no part of a word, of a date or of a range.
 _WITHIN = re.compile(rf"(?<![\w.,/-])[-+]?{_DIGITS}(?!\w|[.,/-]\d)", re.I)
+
+
+def known(checker: Mapping[str, Any]) -> bool:
+  """Whether the outcome of a task with this checker is known: type "none" says that it is not."""
+  return checker.get("type") != "none"
 
 
 def normal(text: str) -> str:

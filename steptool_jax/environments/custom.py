@@ -7,9 +7,10 @@ One task a line:
 tools (default: all), split (default: by `heldout_share`), demonstration and state are optional.
 `"state": {…}`, any JSON value, is the task's own start: `make_tools(state)` receives a copy of it
 for every conversation, and None for a task without one.
-Checkers: exact {value}, number {value, tolerance}, regex {pattern}, contains_all {values}, or the
-name of a function `check(answer, tools, **rest of the checker) -> bool | 0 | .5 | 1`, where `tools`
-maps names to the session's functions, so that it can look at the state.
+Checkers: exact {value}, number {value, tolerance}, regex {pattern}, contains_all {values}, none
+(nobody can tell: only a reward model may pay, rewards.source=model), or the name of a function
+`check(answer, tools, **rest of the checker) -> bool | 0 | .5 | 1`, where `tools` maps names to the
+session's functions, so that it can look at the state.
 
 A function that takes longer than rollout.tool_timeout gives the observation TIMEOUT, but no thread
 can be ended from outside: it runs on, and what it changes later is changed. Let functions that wait
@@ -53,6 +54,7 @@ _CHECKERS: Mapping[str, tuple[tuple[str, tuple[type, ...], bool], ...]] = {
   "number": (("value", (int, float), True), ("tolerance", (int, float), False)),
   "regex": (("pattern", (str,), True),),
   "contains_all": (("values", (list,), True),),
+  "none": (),
 }
 
 
@@ -279,6 +281,8 @@ class CustomSession:
 
 def _matches(checker: Mapping[str, Any], answer: str, query: str) -> bool:
   kind = checker["type"]
+  if kind == "none":
+    return bool(answer.strip())  # says that there is an answer, and no more
   if kind == "number":
     return same_value(answer, float(checker["value"]), checker.get("tolerance", 1e-6))
   if kind == "regex":

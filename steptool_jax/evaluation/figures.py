@@ -104,6 +104,8 @@ UPDATES = {
   "padding": Figure(SHARE, "padded positions"),
 }
 
+_HEADS = {"success_calling": "SC", "contribution": "Con", "solved": "IsSolved"}
+
 # The figures of a whole iteration, which run/train.py and run/training/progress.py compute.
 ITERATIONS = {
   "nothing_to_learn": Figure(NUMBER, "1 where the algorithm found no trajectory to learn from"),
@@ -116,6 +118,9 @@ ITERATIONS = {
   "without_contrast": Figure(
     SHARE, "of the tasks drawn: all samples were paid the same, so that others were drawn"
   ),
+  "model_outcome": Figure(SHARE, "rewards.source=model: mean IsSolved by the reward model"),
+  "model_drift": Figure(NUMBER, "mean IsSolved by the reward model, less the true pass rate"),
+  "model_auc": Figure(NUMBER, "of the reward model's IsSolved against the true one"),
   "tokens_per_second": Figure("tokens", "trained on"),
   "sampled_tokens_per_second": Figure("tokens", "sampled, of the rollout's time"),
   "device_share": Figure(SHARE, "of the time: on the device (rollout and update)"),
@@ -125,6 +130,24 @@ ITERATIONS = {
   "update_share": Figure(SHARE, "of the time: update"),
   "device_share_of_rollout": Figure(SHARE, "of the rollout's time: on the device"),
   "tool_wait_share_of_rollout": Figure(SHARE, "of the rollout's time: in wait for tools"),
+}
+
+# The figures of a reward model against annotations of tasks that its training did not see, which
+# evaluation/scoring.py computes; prefix heldout, of --mode=reward_model.
+REWARD_MODEL = {
+  **{
+    f"{h}_auc": Figure(NUMBER, f"{w}: the chance that a positive scores higher than a negative")
+    for h, w in _HEADS.items()
+  },
+  **{f"{h}_ece": Figure(NUMBER, f"{w}: calibration error over 10 bins") for h, w in _HEADS.items()},
+  **{f"{h}_loss": Figure("nats", f"{w}: binary cross-entropy") for h, w in _HEADS.items()},
+  "outcome_pairs": Figure(
+    SHARE, "two samples of a task with different IsSolved: the better one scores higher"
+  ),
+  "first_error_f1": Figure(
+    NUMBER, "first call with SC below .5: harmonic mean of accuracy with and without such a call"
+  ),
+  "first_unhelpful_f1": Figure(NUMBER, "the same of the first call with Con below .5"),
 }
 
 # The figures of a study's cell, which evaluation/comparison.py and behaviour.py compute from its
@@ -180,4 +203,4 @@ CELLS = {
   "seconds": Figure("seconds", "of a cell's run", "seconds of a cell"),
 }
 
-FIGURES = ROLLOUTS | UPDATES | ITERATIONS | CELLS
+FIGURES = ROLLOUTS | UPDATES | ITERATIONS | REWARD_MODEL | CELLS

@@ -36,8 +36,8 @@ RULES: tuple[tuple[str, PartitionSpec], ...] = (
   (r"final_norm/scale", P(None)),
   (r"(critic|target)/(q1|q2|v)/kernel", P(None, None)),
   (r"(critic|target)/(q1|q2|v)/bias", P(None)),
-  (r"value_head/kernel", P(None, None)),
-  (r"value_head/bias", P(None)),
+  (r"(value_head|reward_heads)/kernel", P(None, None)),
+  (r"(value_head|reward_heads)/bias", P(None)),
   (r"ns_coeffs", P(None)),  # Muon's constants
 )
 

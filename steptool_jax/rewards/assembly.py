@@ -24,11 +24,17 @@ class Source:
   mark: where answers are checked by rule.
   texts: where answers are free text (ToolBench).
   causal: the marks of a step depend on the steps up to it alone.
+  device: a model marks a whole iteration before it is paid (run/training/sources.py).
   """
 
   mark: Mark
   texts: Mark
   causal: bool = True
+  device: bool = False
+
+
+def _as_it_is(task: Task, trajectory: Trajectory) -> Trajectory:
+  return trajectory
 
 
 SOURCES: dict[str, Source] = {
@@ -43,6 +49,10 @@ SOURCES: dict[str, Source] = {
     lambda task, trajectory: responses.score(task.query, trajectory, "evidence"),
     causal=False,
   ),
+  # SC, Con and IsSolved by a frozen reward model, of what it has seen up to the step.
+  "model": Source(_as_it_is, _as_it_is, device=True),
+  # As progress, but Con is how much the step told the policy about the gold answer (IGPO).
+  "info_gain": Source(_as_it_is, _as_it_is, device=True),
 }
 
 # (tasks, trajectories, options) -> what each last step earns, by part; None for IsSolved.
@@ -88,7 +98,8 @@ def refuse_hindsight(options: Rewards) -> None:
 def described(options: Rewards) -> dict[str, str | float | bool]:
   """How rollouts' steps are paid, for a summary.
 
-  causal: what a step earned no longer changes. safe: and calls without use earn nothing.
+  causal: what a step earned no longer changes. safe: and calls without use earn nothing, which
+  nobody can promise of a model's marks.
   """
   row, source = shaping.SHAPINGS[options.shaping], SOURCES[options.source]
   causal = row.causal and source.causal
@@ -97,7 +108,7 @@ def described(options: Rewards) -> dict[str, str | float | bool]:
     "shaping": options.shaping,
     "weight": options.weight,
     "causal": causal,
-    "safe": causal and row.safe,
+    "safe": causal and row.safe and not source.device,
   }
 
 

@@ -3,11 +3,12 @@
 They go to WORKDIR/annotated.jsonl, or with annotate.output = "tfds" to the array_record folder
 WORKDIR/annotated_trajectories (train on it with data.path=WORKDIR and data.format=tfds).
 
-SC, Con and IsSolved come from one of SOURCES: rules, an LLM judge (the mean over its runs) or a
-table of existing annotations. A new source is a function and its row there; the choices of
-annotate.source name it. rewards/shaping.py makes rewards of the scores, with rewards.alpha,
-rewards.shaping and rewards.weight. Con is told in hindsight: was the step of use later? Train on
-the file with --config.data.path=WORKDIR/annotated.jsonl.
+SC, Con and IsSolved come from one of SOURCES: rules, an LLM judge (the mean over its runs), a table
+of existing annotations, or rollouts that go on from the states between steps (Monte Carlo). A new
+source is a function and its row there; the choices of annotate.source name it. rewards/shaping.py
+makes rewards of the scores, with rewards.alpha, rewards.shaping and rewards.weight. Con is told in
+hindsight: was the step of use later? Train on the file with
+--config.data.path=WORKDIR/annotated.jsonl, or a reward model with --mode=reward_model.
 
 What the judge failed on is counted and left out, never scored. Its replies are kept on disk, so the
 same command goes on after a stop and asks again only for what is missing.
@@ -27,16 +28,20 @@ from tqdm import tqdm
 from steptool_jax.config import Config
 from steptool_jax.data import annotated_trajectories, trajectories
 from steptool_jax.data.trajectories import AnnotatedTrajectory
-from steptool_jax.rewards import responses, rules, shaping
+from steptool_jax.environments.base import SPLITS, Environment
+from steptool_jax.rewards import monte_carlo, responses, rules, shaping
 from steptool_jax.rewards.judge import StepJudge
 from steptool_jax.rewards.scores import apply
-from steptool_jax.run.parts import build, services
+from steptool_jax.rollout.chain import Interrupted
+from steptool_jax.run.evaluating.state_values import Kept
+from steptool_jax.run.parts import build, opening, services
 from steptool_jax.run.parts.opening import Stop
+from steptool_jax.run.training import restore
 from steptool_jax.run.training.offline import files
-from steptool_jax.run.workdir import outputs
+from steptool_jax.run.workdir import inputs, outputs
 from steptool_jax.toolbench import rule_judge
 from steptool_jax.toolbench.formats import conversations, converted, judged
-from steptool_jax.types import Status, Trajectory
+from steptool_jax.types import Status, Task, Trajectory
 
 _NAMED = 20  # failures that summary.json names of each kind
 ROUND = 256  # trajectories judged between two looks at the stop signal
@@ -91,7 +96,7 @@ def run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
     summary = origin | {"trajectories": work.total}
     if stop():
       summary |= {"interrupted": True} | more
-      logging.warning("stopped on request; the same command goes on from the judge's kept replies")
+      logging.warning("stopped on request; the same command goes on from what was found so far")
     else:
       shaped = [_shaped(config, record, origin) for record in work.records]
       if a.output == "tfds":
@@ -200,14 +205,7 @@ def by_rules(config: Config, workdir: pathlib.Path, work: Work, stop: Stop) -> d
         "evidence or lcs"
       )
     environment = build.build_environment(config)
-    tasks = {task.id: task for split in ("train", "heldout") for task in environment.tasks(split)}
-    unknown = [r.trajectory.task_id for r in work.records if r.trajectory.task_id not in tasks]
-    if unknown:
-      raise ValueError(
-        f"config.annotate.rule: {len(unknown)} trajectories are of no task of environment "
-        f"{config.environment.name!r}, e.g. {unknown[0]!r}; set environment.* as in the run that "
-        "made them, or use the rule evidence"
-      )
+    tasks = _tasks(environment, work, "annotate.rule")
     work.mark(lambda r: rules.annotate(tasks[r.trajectory.task_id], r.trajectory))
     return {"rule": rule}
 
@@ -222,6 +220,19 @@ def by_rules(config: Config, workdir: pathlib.Path, work: Work, stop: Stop) -> d
   if config.annotate.format == "jsonl":
     return {"rule": rule, "is_solved_by": "the file"}
   return {"rule": rule, "is_solved_by": rule_judge.beside("IsSolved")}
+
+
+def _tasks(environment: Environment, work: Work, field: str) -> dict[str, Task]:
+  """Tasks by id; ValueError where a trajectory is of none."""
+  tasks = {task.id: task for split in SPLITS for task in environment.tasks(split)}
+  unknown = [r.trajectory.task_id for r in work.records if r.trajectory.task_id not in tasks]
+  if unknown:
+    raise ValueError(
+      f"config.{field}: {len(unknown)} trajectories are of no task of environment "
+      f"{environment.name!r}, e.g. {unknown[0]!r}; set environment.* as in the run that made them, "
+      "or use source rules with the rule evidence"
+    )
+  return tasks
 
 
 def by_table(config: Config, workdir: pathlib.Path, work: Work, stop: Stop) -> dict[str, Any]:
@@ -307,4 +318,57 @@ def _judge_round(
   ]
 
 
-SOURCES: dict[str, Source] = {"rules": by_rules, "judge": by_judge, "table": by_table}
+def by_monte_carlo(config: Config, workdir: pathlib.Path, work: Work, stop: Stop) -> dict[str, Any]:
+  """Con from how conversations go on that continue from the states between the steps.
+
+  The policy is that of WORKDIR's newest checkpoint, or of model.path. SC is that of the rules, and
+  IsSolved stays what the file says: it is the value after the last step. What was found is kept in
+  WORKDIR/monte_carlo.jsonl, so the same command goes on after a stop.
+  """
+  if config.annotate.format != "jsonl":
+    raise ValueError(
+      "config.annotate.source: 'monte_carlo' goes on with conversations, which needs their tasks "
+      "and tools, and official files hold none; use rules, judge or table"
+    )
+  c = config.annotate.monte_carlo
+  with opening.open_parts(config, workdir, stop) as parts:
+    if parts.services.judging is not None:
+      raise ValueError(
+        "config.annotate.source: 'monte_carlo' needs a checker for thousands of answers, and here "
+        "a judge grades; use source judge"
+      )
+    tasks = _tasks(parts.environment, work, "annotate.source")
+    newest = restore.newest_variables(parts)
+    if newest is None:
+      variables = build.initial_variables(config, parts.policy, parts.mesh)
+      policy = f"{config.model.path} {inputs.digests(config, workdir).get('model.path', '')}"
+    else:
+      variables, meta = newest
+      policy = f"checkpoint {meta['phase']} {meta['done']}"
+    kept = Kept(parts, policy)
+    records, work.records = work.records, []
+    size = config.rollout.slots
+    with tqdm(total=len(records), desc="monte carlo", unit="trajectory") as bar:
+      for start in range(0, len(records), size):
+        here = [(tasks[r.trajectory.task_id], r) for r in records[start : start + size]]
+        try:
+          found = kept.values(variables, [(task, r.trajectory) for task, r in here])
+        except Interrupted:
+          break
+        for (task, record), values in zip(here, found, strict=True):
+          if values is None:
+            work.left_out["no_value"].append(_name(record.trajectory))
+            continue
+          marked = rules.annotate(task, record.trajectory)
+          marked = monte_carlo.contributions(marked, values, c.label == "gain")
+          work.records.append(dataclasses.replace(record, trajectory=marked))
+        bar.update(len(here))
+  return {"samples": c.samples, "label": c.label, "rollouts": kept.rollouts}
+
+
+SOURCES: dict[str, Source] = {
+  "rules": by_rules,
+  "judge": by_judge,
+  "table": by_table,
+  "monte_carlo": by_monte_carlo,
+}

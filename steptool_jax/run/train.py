@@ -27,7 +27,15 @@ from steptool_jax.run.evaluating import tries
 from steptool_jax.run.hosts import hosts, maintenance
 from steptool_jax.run.parts import build, opening, rollouts
 from steptool_jax.run.parts.opening import Parts
-from steptool_jax.run.training import behaviour, iteration, offline, record, replay, restore
+from steptool_jax.run.training import (
+  behaviour,
+  iteration,
+  offline,
+  record,
+  replay,
+  restore,
+  sources,
+)
 from steptool_jax.run.training.phase import Phase
 from steptool_jax.run.training.progress import Progress, plot, shown, summarise
 from steptool_jax.run.training.sft_batches import SftBatches
@@ -54,6 +62,9 @@ MAY_CHANGE = (
   "judge.endpoint.",
   "serve.",
   "annotate.",
+  "reward_model.",
+  "rewards.model.watch",
+  "rewards.model.apart",
   "report.",
   "study.",
   "check.",
@@ -73,6 +84,7 @@ def run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
       "distribution, because its log-probs are those of the whole one; train with 0 and 1"
     )
   rule = config.environment.name == "toolbench" and config.judge.kind == "rule"
+  rule = rule and config.rewards.source != "model"  # which does not pay by the judge's verdict
   if rule and not config.data.path and algorithms.get_algorithm(config.algorithm).rewards != "none":
     raise ValueError(
       "config.judge.kind: 'rule' is for evaluation; a policy that is paid by it learns to please "
@@ -84,6 +96,8 @@ def run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
       f"config.rollout.strategy: {r.strategy!r} is for --mode=evaluate; its siblings are sampled "
       "after prompts that a trajectory does not hold, so RL trains on 'chain'"
     )
+  if (workdir / "training").exists():
+    raise ValueError(f"--workdir: {workdir} holds a run of --mode=reward_model; use another one")
   restore.refuse_other_config(config, workdir, MAY_CHANGE)
   restore.refuse_fewer_iterations(config, workdir)
   # Scores of other tasks could not be compared.
@@ -125,12 +139,13 @@ class Run:
       self.iterations = config.data.passes * self.data.batches_per_pass
     elif self.algorithm.rewards == "step" and not assembly.described(config.rewards)["safe"]:
       logging.warning(
-        "config.rewards: shaping %r with source %r also pays for calls without use "
+        "config.rewards: shaping %r with source %r may also pay for calls without use "
         "(results/incentives.md); 'progress' with 'progress' does not",
         config.rewards.shaping,
         config.rewards.source,
       )
     check_rows(config, parts.mesh)
+    self.scorer = sources.prepare(parts)
     self.selection = rollouts.selection(parts)
     self.recorder = record.Recorder(
       config, parts.workdir, parts.policy.chat_format.codec, parts.environment, self.iterations
@@ -164,7 +179,9 @@ class Run:
   def new_phase(self, progress: Progress) -> Phase:
     """What learns in progress.phase; without a state yet."""
     policy, mesh = self.parts.policy, self.parts.mesh
-    return Phase(self.config, policy, mesh, progress, self.iterations, self.most)
+    phase = Phase(self.config, policy, mesh, progress, self.iterations, self.most)
+    phase.scorer = self.scorer
+    return phase
 
   @property
   def number(self) -> int:
@@ -293,6 +310,7 @@ def _reinforce(run: Run) -> None:
       done = run.progress.done
       if done % run.config.checkpoint.every == 0 or done == run.iterations:
         run.save()
+      sources.refuse_hacking(run.config, run.progress)
   if run.iterations and not run.progress.learnt and not run.progress.skipped:
     raise RuntimeError(
       f"algorithm {run.config.algorithm!r} learns from {run.algorithm.select.needs}, and none "

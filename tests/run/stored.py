@@ -3,9 +3,12 @@
 import csv
 import json
 
+import numpy as np
 import tiny
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from steptool_jax.types import Finish, Status, Step, Trajectory
 
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
@@ -57,3 +60,20 @@ def make(tokenizer_folder, compiled, tokens, **changes):
     "compilation_cache": compiled,
   }
   return tiny.make(**(base | changes))
+
+
+def recorded(environment, task, actions, chat_format, sample):
+  """What a policy that takes these actions leaves behind, in the tokens of the chat format."""
+  session, steps = environment.open(task, sample), []
+  for action in actions:
+    ids = chat_format.render_action(action)
+    zeros = np.zeros(len(ids), np.float32)
+    if isinstance(action, Finish):
+      solved = session.grade(action.answer)
+      steps.append(Step(ids, zeros, action))
+    else:
+      observation = session.call(action)
+      steps.append(Step(ids, zeros, action, observation, chat_format.observation(observation.text)))
+  session.close()
+  prompt = chat_format.prompt(None, task.tools, task.query)
+  return Trajectory(task.id, sample, prompt, tuple(steps), Status.ANSWERED, solved)

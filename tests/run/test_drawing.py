@@ -32,7 +32,7 @@ class World:
     self.rolled, self.pays = [], pays  # jobs of each round
     monkeypatch.setattr(rollouts, "roll", self.roll)
     monkeypatch.setattr(rollouts, "judge", lambda parts, tasks, rolled: rolled)
-    monkeypatch.setattr(rollouts, "reward", lambda parts, tasks, rolled, scheme: rolled)
+    monkeypatch.setattr(rollouts, "reward", lambda parts, tasks, rolled, scheme, marked: rolled)
 
   def roll(self, parts, variables, jobs, version, temperature, label, some=False):
     assert some == bool(self.rolled), "a few odd conversations would end the run"
@@ -46,7 +46,9 @@ class World:
 
   def draw(self, done=0, redrawn=0):
     self.rolled = []
-    return drawing.draw(self, {}, done, redrawn)
+    progress = types.SimpleNamespace(done=done, redrawn=redrawn)
+    phase = types.SimpleNamespace(variables=dict, progress=progress, scorer=None)
+    return drawing.draw(self, phase)
 
   def places(self, *positions):
     order = Order(len(self.all), self.config.seed)

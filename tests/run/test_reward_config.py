@@ -38,6 +38,24 @@ PRICES = {"environment__market__prices": True}
       PRICES | {"rewards__scheme": "orchestra", "algorithm": "ppo", "rollout__samples": 1},
       r"compares the samples of a task, and config\.rollout\.samples is 1; set it to 2",
     ),
+    ({"rewards__source": "model"}, r"model\.path: '' with rewards\.source = 'model'"),
+    ({"rewards__model__path": "x"}, r"model\.path: 'x' with rewards\.source = 'progress'"),
+    (
+      {"rewards__source": "model", "rewards__model__path": "x", "rewards__model__watch": 1},
+      r"model\.watch: 1 iteration has no trend",
+    ),
+    (
+      {"rewards__source": "model", "rewards__model__path": "x", "algorithm": "rft"},
+      r"'model' gives chances, but algorithm 'rft' chooses",
+    ),
+    (
+      {"rewards__source": "info_gain", "algorithm": "ppo"},
+      r"'info_gain' is about steps, but algorithm 'ppo'.*use 'steptool'",
+    ),
+    (
+      {"rewards__source": "info_gain", "data__path": "x"},
+      r"stored trajectories .* leave source, scheme and filters",
+    ),
     (
       {"rewards__scheme": "orchestra", "algorithm": "ppo"},
       r"calls have none; set config\.environment\.market\.prices to True",
@@ -70,7 +88,7 @@ PRICES = {"environment__market__prices": True}
     ),
     (
       {"rewards__filters__malformed": True, "data__path": "x.jsonl"},
-      r"config\.rewards: stored trajectories .* leave scheme and filters",
+      r"config\.rewards: stored trajectories .* leave source, scheme and filters",
     ),
     (
       {"environment__market__specialists": ("small",)},

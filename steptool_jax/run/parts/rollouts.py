@@ -97,12 +97,20 @@ def reward(
   tasks: Sequence[Task],
   trajectories: Sequence[Trajectory],
   scheme: str = "steptool",
+  marked: bool = False,
 ) -> list[Trajectory]:
-  """The same trajectories with SC, Con and r on every step; `scheme` as config.rewards.scheme."""
+  """The same trajectories with SC, Con and r on every step.
+
+  scheme: as config.rewards.scheme. marked: they have their SC and Con where a model gives them
+  (run/training/sources.py); without, such a source is replaced by progress.
+  """
+  options = parts.config.rewards
+  if assembly.SOURCES[options.source].device and not marked:
+    options = dataclasses.replace(options, source="progress")
   return assembly.pay(
     tasks,
     trajectories,
-    parts.config.rewards,
+    options,
     scheme=scheme,
     outcome_only=get_algorithm(parts.config.algorithm).rewards == "outcome",
     texts=parts.services.judging is not None,

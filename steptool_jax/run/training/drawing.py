@@ -11,12 +11,15 @@ as spent.
 import collections
 import dataclasses
 
+import numpy as np
+
 from steptool_jax.config import Filters
 from steptool_jax.rewards import orchestra
 from steptool_jax.rollout.setting import Stats
 from steptool_jax.run.parts import rollouts
 from steptool_jax.run.parts.opening import Parts
-from steptool_jax.run.training import order
+from steptool_jax.run.training import order, sources
+from steptool_jax.run.training.phase import Phase
 from steptool_jax.types import Status, Trajectory
 
 # Returns are sums of fractions: equal ones may differ in their last bits.
@@ -35,18 +38,20 @@ class Drawn:
   redrawn: int
 
 
-def draw(parts: Parts, variables: dict, done: int, redrawn: int) -> Drawn:
-  """The trajectories of iteration `done`; redrawn: tasks that earlier iterations drew again.
+def draw(parts: Parts, phase: Phase) -> Drawn:
+  """The trajectories of the iteration that is next in phase.progress.
 
   RuntimeError where no conversation can be trained on; Interrupted, NonFiniteLogprobs as rollout.
   """
   config, r, tasks = parts.config, parts.config.rollout, parts.environment.tasks("train")
+  variables, done, redrawn = phase.variables(), phase.progress.done, phase.progress.redrawn
   count = min(r.tasks, len(tasks))
   position, wanted, rounds, groups = done * count + redrawn, count, 0, 0
   seen: collections.Counter[int] = collections.Counter()
   everything: list[Trajectory] = []
   kept: list[Trajectory] = []
   dropped: collections.Counter[str] = collections.Counter()
+  said: list[dict[str, float]] = []
   stats = Stats()
   while rounds < r.rounds and (wanted or not rounds):
     work = order.jobs(config, tasks, position, wanted, seen)
@@ -56,9 +61,11 @@ def draw(parts: Parts, variables: dict, done: int, redrawn: int) -> Drawn:
     )
     stats = _sum(stats, more)
     drawn = [task for task, _ in work]
-    paid = rollouts.judge(parts, drawn, rolled)
-    paid = rollouts.reward(parts, drawn, paid, config.rewards.scheme)
-    everything += paid
+    graded = rollouts.judge(parts, drawn, rolled)
+    marked, figures = sources.mark(parts, phase, drawn, graded)
+    said.append(figures)
+    paid = rollouts.reward(parts, drawn, marked, config.rewards.scheme, marked=True)
+    everything += sources.with_outcomes(paid, graded)
     if r.rounds == 1:
       parted = [paid]
     else:
@@ -69,10 +76,15 @@ def draw(parts: Parts, variables: dict, done: int, redrawn: int) -> Drawn:
       dropped.update(taken)
       wanted -= bool(found)
   _refuse_nothing(everything)
-  figures: dict[str, float] = dict(dropped)
+  figures = _means(said) | dict(dropped)
   if r.rounds > 1:
     figures |= {"rounds": float(rounds), "without_contrast": 1 - (count - wanted) / groups}
   return Drawn(everything, kept, figures, stats, groups - count)
+
+
+def _means(rounds: list[dict[str, float]]) -> dict[str, float]:
+  names = {name for found in rounds for name in found}
+  return {n: float(np.mean([found[n] for found in rounds if n in found])) for n in sorted(names)}
 
 
 def _filters(parts: Parts) -> Filters:

@@ -42,13 +42,15 @@ def run_iteration(
   # Task -> rollout -> Trajectory -> rewards. Stored trajectories come with theirs.
   if data is None:
     try:
-      drawn = drawing.draw(parts, phase.variables(), done, progress.redrawn)
+      drawn = drawing.draw(parts, phase)
     except NonFiniteLogprobs as error:
       phase.count_skipped(True, str(error))
       return {"skipped": 1.0}
     trajectories, kept, stats = drawn.trajectories, drawn.kept, drawn.stats
     figures = rollout_metrics(trajectories) | drawn.figures
     progress.redrawn += drawn.redrawn
+    if "model_outcome" in figures and "model_drift" not in figures:
+      del figures["pass_rate"]  # no checker knows it
   else:
     trajectories = kept = data.batch(done)
     figures = rollout_metrics(trajectories)
@@ -86,7 +88,10 @@ def run_iteration(
   progress.count(trajectories, tokens)
   if data is not None:
     return figures | {"tokens_per_second": tokens / (time.monotonic() - started)}
-  progress.train_curve.append((progress.conversations, figures["pass_rate"]))
+  if "pass_rate" in figures:
+    progress.train_curve.append((progress.conversations, figures["pass_rate"]))
+  if "model_drift" in figures:
+    progress.model_curve.append((progress.conversations, figures["model_outcome"]))
   return figures | shares(stats, now - update_started, now - started, tokens)
 
 

@@ -16,6 +16,7 @@ from steptool_jax.learning import algorithms, batching, steptable, update
 from steptool_jax.policy import lora, sharding
 from steptool_jax.run.hosts import hang
 from steptool_jax.run.parts.build import Policy
+from steptool_jax.run.parts.reward_models import RewardModel
 from steptool_jax.run.training import setup
 from steptool_jax.run.training.progress import Progress
 from steptool_jax.types import TokenBatch, TrainState, Trajectory
@@ -47,6 +48,7 @@ class Phase:
     self.past: Sequence[Trajectory] = []  # ArCHer's replay
     self.skipped_in_a_row = 0
     self.table_width = 0  # never narrower than it was: each width is a compilation
+    self.scorer: RewardModel | None = None  # rewards.source = model
 
   def start(self, variables: dict) -> None:
     """A fresh state over these variables."""

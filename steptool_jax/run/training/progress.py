@@ -33,6 +33,7 @@ class Progress:
   skipped: int = 0  # updates, because something was not finite
   results: dict[str, float] = dataclasses.field(default_factory=dict)
   train_curve: list[tuple[float, float]] = dataclasses.field(default_factory=list)
+  model_curve: list[tuple[float, float]] = dataclasses.field(default_factory=list)
   heldout_curve: list[tuple[float, float]] = dataclasses.field(default_factory=list)
 
   def count(self, trajectories: Sequence[Trajectory], tokens: int) -> None:

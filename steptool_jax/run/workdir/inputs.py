@@ -36,9 +36,13 @@ def digests(config: Config, workdir: pathlib.Path) -> dict[str, str]:
       path = workdir / "tokenizer" if value == "compact" else pathlib.Path(value)
       inner = sorted(p for p in path.glob("*") if p.suffix in _MODEL)
       named[field] = inner if path.is_dir() else [path]
-  if config.data.path:
-    matched = sorted(map(pathlib.Path, glob.glob(config.data.path)))
-    named["data.path"] = [p for m in matched for p in (sorted(m.rglob("*")) if m.is_dir() else [m])]
+  for field, value in (
+    ("data.path", config.data.path),
+    ("reward_model.data", config.reward_model.data),
+    ("rewards.model.path", config.rewards.model.path),
+  ):
+    matched = sorted(map(pathlib.Path, glob.glob(value)))
+    named[field] = [p for m in matched for p in (sorted(m.rglob("*")) if m.is_dir() else [m])]
   out = {}
   for field, paths in named.items():
     files = [path for path in paths if path.is_file()]
