@@ -152,10 +152,10 @@ def test_a_run_that_draws_again_goes_on_bit_equal(tmp_path, compiled, monkeypatc
   again not counted in the checkpoint."""
   reward = rollouts.reward
 
-  def paid(*args):
+  def paid(*args, **options):
     """Random weights solve nothing: every second task pays its first sample."""
     out = []
-    for t in reward(*args):
+    for t in reward(*args, **options):
       solved = float(t.sample % 2 == 0 and sum(map(ord, t.task_id)) % 2)
       steps = (*t.steps[:-1], dataclasses.replace(t.steps[-1], reward=solved)) if t.steps else ()
       out.append(dataclasses.replace(t, steps=steps, solved=solved))

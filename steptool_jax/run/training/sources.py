@@ -107,7 +107,10 @@ def _unknown(parts: Parts, split: Split) -> list[str]:
 
 def with_outcomes(paid: Sequence[Trajectory], true: Sequence[Trajectory]) -> list[Trajectory]:
   """The paid trajectories with IsSolved as the environment graded it, for figures."""
-  return [dataclasses.replace(p, solved=t.solved) for p, t in zip(paid, true, strict=True)]
+  return [
+    p if p.solved == t.solved else dataclasses.replace(p, solved=t.solved)
+    for p, t in zip(paid, true, strict=True)
+  ]
 
 
 def refuse_hacking(config: Config, progress: Progress) -> None:
