@@ -70,6 +70,11 @@ class Model:
   chat_format: str = option(
     "auto", "layout of a conversation; auto = by the tokenizer", choices="chat formats"
   )
+  tool_list: str = option(
+    "json",
+    "how prompts list tools: schemas, or a line each that costs a fraction (not in 'compact')",
+    choices="tool lists",
+  )
   system: str = option("", "task description in the system turn; empty = the chat format's own")
   dtype: str = option("float32", "compute; norms and log-probs stay float32", choices="dtypes")
   param_dtype: str = option("float32", "parameters and optimizer moments", choices="dtypes")

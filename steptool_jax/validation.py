@@ -31,6 +31,7 @@ TABLES: Mapping[str, Iterable[str]] = {
   "remat policies": model.REMAT,
   "schemes": SCHEMES,
   "specialists": TIERS,
+  "tool lists": template.TOOL_LISTS,
 }
 
 
