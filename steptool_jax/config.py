@@ -56,6 +56,11 @@ class Architecture:
   num_kv_heads: int = option(2, "key-value heads; a divisor of num_heads", above=0, most=4096)
   head_dim: int = option(32, "width of a head, even", least=2, most=4096)
   rope_theta: float = option(10000.0, "base of the rotary frequencies", above=0, most=1e12)
+  sliding_window: int = option(
+    512, "tokens; what most layers of gemma3_text see", above=0, most=2**30
+  )
+  num_experts: int = option(0, "of qwen3_moe, intermediate_size wide each", least=0, most=2**16)
+  experts_per_token: int = option(0, "of qwen3_moe", least=0, most=2**16)
   tie_embeddings: bool = option(True, "the output projection is the embedding")
 
 

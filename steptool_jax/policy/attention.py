@@ -4,6 +4,7 @@ Shapes: B rows, T tokens, N slots, C tokens of a chunk, S cache positions, H que
 key-value heads, G = H / K, h head dimension. Scores and softmax are float32.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -29,18 +30,34 @@ class KVCache(NamedTuple):
   v: jax.Array
 
 
+class Window(NamedTuple):
+  """Sliding-window attention: a token sees itself and the size - 1 tokens before it."""
+
+  size: int
+  here: jax.Array  # bool[], whether this layer has it; the others see everything
+
+
 def attend(
-  q_BTHh: jax.Array, k_BTKh: jax.Array, v_BTKh: jax.Array, segment_ids_BT: jax.Array
+  q_BTHh: jax.Array,
+  k_BTKh: jax.Array,
+  v_BTKh: jax.Array,
+  segment_ids_BT: jax.Array,
+  window: Window | None = None,
 ) -> jax.Array:
   """[B, T, H, h]: a token sees what stands before it in its own segment, itself included.
 
   On a TPU by the splash kernel; elsewhere by XLA, in blocks with a backward pass of their own.
   """
+  B, T, H, h = q_BTHh.shape
   if platform() == "tpu":
     from steptool_jax.policy import splash  # Pallas takes a second to import
 
-    return splash.attend(q_BTHh, k_BTKh, v_BTKh, segment_ids_BT, name=ATTENTION)
-  B, T, H, h = q_BTHh.shape
+    run = functools.partial(splash.attend, name=ATTENTION)
+    inputs = (q_BTHh, k_BTKh, v_BTKh, segment_ids_BT)
+    if window is None:
+      return run(*inputs)
+    # A kernel's mask is static: both are compiled, and each layer runs one of them.
+    return lax.cond(window.here, functools.partial(run, window=window.size), run, *inputs)
   K = k_BTKh.shape[2]
   blocks = -(-T // (CPU_BLOCK if platform() == "cpu" else BLOCK))
   size = -(-T // blocks)
@@ -54,7 +71,8 @@ def attend(
   # Folded into the products, the transposes cost more than the products (XLA on CPU).
   q, k, v = lax.optimization_barrier(tuple(map(in_blocks, (q_BTHh * (h**-0.5), k_BTKh, v_BTKh))))
   segments = jnp.pad(segment_ids_BT, ((0, 0), (0, blocks * size - T)))
-  out = _attend(q, k, v, segments.reshape(B, blocks, size).swapaxes(0, 1))
+  reach = None if window is None else jnp.where(window.here, window.size, T)
+  out = _attend(q, k, v, segments.reshape(B, blocks, size).swapaxes(0, 1), reach)
   out = lax.optimization_barrier(out).reshape(blocks, B, K, H // K, size, h)
   return out.transpose(1, 0, 4, 2, 3, 5).reshape(B, blocks * size, H, h)[:, :T]
 
@@ -62,9 +80,10 @@ def attend(
 # In blocks: n blocks of s tokens; R = G * s, the queries of a block that share a key-value head.
 # A block of queries works on the blocks of keys from the first that one of them sees to its own, so
 # that packed trajectories do not pay for each other, and what it works on stays in a core's cache.
+# reach: int32[], how many tokens one sees, itself included; None = all before it.
 
 
-def _first_seen(segments_nBs):
+def _first_seen(segments_nBs, reach=None):
   """int32[n]: no row's queries of block i see a key of a block before first_seen[i].
 
   Segments are compared by their smallest and largest id in a block, padding's counting as the
@@ -73,19 +92,27 @@ def _first_seen(segments_nBs):
   ids = jnp.where(segments_nBs == 0, jnp.iinfo(jnp.int32).max, segments_nBs)
   least, most = ids.min(axis=-1), ids.max(axis=-1)
   overlap = (least[:, None] <= most) & (least <= most[:, None])
-  return jnp.argmax(overlap.any(axis=-1), axis=1).astype(jnp.int32)
+  first = jnp.argmax(overlap.any(axis=-1), axis=1).astype(jnp.int32)
+  if reach is None:
+    return first
+  blocks, _, size = segments_nBs.shape
+  in_reach = jnp.maximum(jnp.arange(blocks) * size - reach + 1, 0) // size
+  return jnp.maximum(first, in_reach).astype(jnp.int32)
 
 
 def _product(a, b):
   return jnp.matmul(a, b, preferred_element_type=jnp.float32)
 
 
-def _scores(q_BKRh, k_BKsh, segments_nBs, i, j):
+def _scores(q_BKRh, k_BKsh, segments_nBs, reach, i, j):
   """float32[B, K, R, s] of the queries of block i and the keys of block j, masked."""
   size = k_BKsh.shape[2]
   at = jnp.arange(size)
   same = segments_nBs[i][:, :, None] == segments_nBs[j][:, None, :]
-  seen = same & ((i * size + at)[:, None] >= j * size + at)
+  distance = (i * size + at)[:, None] - (j * size + at)
+  seen = same & (distance >= 0)
+  if reach is not None:
+    seen &= distance < reach
   # Added, and made once for all heads: a select inside of the softmax triples its time on CPU.
   bias_Bss = lax.optimization_barrier(jnp.where(seen, 0.0, MASKED))
   scores = _product(q_BKRh, k_BKsh.swapaxes(2, 3))
@@ -94,11 +121,11 @@ def _scores(q_BKRh, k_BKsh, segments_nBs, i, j):
 
 
 @jax.custom_vjp
-def _attend(q_nBKRh, k_nBKsh, v_nBKsh, segments_nBs):
-  return _attend_forward(q_nBKRh, k_nBKsh, v_nBKsh, segments_nBs)[0]
+def _attend(q_nBKRh, k_nBKsh, v_nBKsh, segments_nBs, reach):
+  return _attend_forward(q_nBKRh, k_nBKsh, v_nBKsh, segments_nBs, reach)[0]
 
 
-def _attend_forward(q, k, v, segments):
+def _attend_forward(q, k, v, segments, reach):
   """Attends with a running softmax; also returns the log of its sum, for the backward pass."""
   blocks, *lead, h = q.shape
 
@@ -107,7 +134,7 @@ def _attend_forward(q, k, v, segments):
 
     def keys(j, carry):
       top, total, out = carry
-      scores = _scores(q_i, k[j], segments, i, j)
+      scores = _scores(q_i, k[j], segments, reach, i, j)
       new_top = jnp.maximum(top, scores.max(axis=-1, keepdims=True))
       probs = jnp.exp(scores - new_top)
       decay = jnp.exp(top - new_top)
@@ -118,14 +145,14 @@ def _attend_forward(q, k, v, segments):
     top, total, out = lax.fori_loop(first, i + 1, keys, start)
     return (out / total).astype(q.dtype), top + jnp.log(total)
 
-  out, log_total = lax.map(queries, (jnp.arange(blocks), _first_seen(segments), q))
+  out, log_total = lax.map(queries, (jnp.arange(blocks), _first_seen(segments, reach), q))
   out, log_total = checkpoint_name(out, ATTENTION), checkpoint_name(log_total, ATTENTION)
-  return out, (q, k, v, segments, out, log_total)
+  return out, (q, k, v, segments, reach, out, log_total)
 
 
 def _attend_backward(residuals, d_out):
   """Probabilities are computed again: kept, they would be most of the memory of a step."""
-  q, k, v, segments, out, log_total = residuals
+  q, k, v, segments, reach, out, log_total = residuals
   d_total = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(axis=-1, keepdims=True)
 
   def queries(carry, block):
@@ -133,7 +160,7 @@ def _attend_backward(residuals, d_out):
 
     def keys(j, carry):
       d_q, d_k, d_v = carry
-      probs = jnp.exp(_scores(q_i, k[j], segments, i, j) - log_total_i)
+      probs = jnp.exp(_scores(q_i, k[j], segments, reach, i, j) - log_total_i)
       d_scores = probs * (_product(d_out_i, v[j].swapaxes(2, 3)) - d_total_i)
       probs, d_scores = probs.astype(q.dtype), d_scores.astype(q.dtype)
       d_k = d_k.at[j].add(_product(d_scores.swapaxes(2, 3), q_i))
@@ -145,9 +172,10 @@ def _attend_backward(residuals, d_out):
     return tuple(carry), d_q.astype(q.dtype)
 
   start = (jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32))
-  blocks = (jnp.arange(len(q)), _first_seen(segments), q, d_out, log_total, d_total)
+  first = _first_seen(segments, reach)
+  blocks = (jnp.arange(len(q)), first, q, d_out, log_total, d_total)
   (d_k, d_v), d_q = lax.scan(queries, start, blocks)
-  return d_q, d_k.astype(k.dtype), d_v.astype(v.dtype), None
+  return d_q, d_k.astype(k.dtype), d_v.astype(v.dtype), None, None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
@@ -202,10 +230,13 @@ def attend_cache(
   layer: jax.Array,
   positions_NC: jax.Array,
   blocks: jax.Array,
+  window: Window | None = None,
+  lowest: jax.Array | None = None,
 ) -> jax.Array:
   """Attention over the first `blocks` blocks of each slot, with a running softmax.
 
-  The number of blocks is dynamic: a token costs what is filled, not what is reserved.
+  The number of blocks is dynamic: a token costs what is filled, not what is reserved. With a window
+  (and `lowest` int32[], the least position that counts) what no token sees is not read, either.
   """
   N, C, H, h = q_NCHh.shape
   S, K = cache.k.shape[2], kv_heads
@@ -222,6 +253,8 @@ def attend_cache(
     start = jnp.minimum(i * size, S - size)  # the last block overlaps where size does not divide S
     at = start + jnp.arange(size)
     seen = (at <= positions_NC[..., None]) & (at >= i * size)
+    if window is not None:
+      seen &= at > positions_NC[..., None] - reach
     k, v = read(cache.k, start), read(cache.v, start)
     scores = jnp.einsum("nckgh,nskh->nkgcs", q, k, preferred_element_type=jnp.float32)
     scores = jnp.where(seen[:, None, None], scores, MASKED)
@@ -239,6 +272,10 @@ def attend_cache(
     jnp.zeros(shape, jnp.float32),
     jnp.zeros((*shape, h), jnp.float32),
   )
-  _, total, out = lax.fori_loop(0, blocks, body, start)
+  first = 0
+  if window is not None:
+    reach = jnp.where(window.here, window.size, S)
+    first = jnp.minimum(jnp.maximum(lowest - reach + 1, 0) // size, blocks - 1)
+  _, total, out = lax.fori_loop(first, blocks, body, start)
   out = jnp.transpose(out / total[..., None], (0, 3, 1, 2, 4))
   return out.reshape(N, C, H, h).astype(q_NCHh.dtype)

@@ -158,6 +158,8 @@ def random_model(config: Config, **run_fields: str) -> model.ModelConfig:
     qkv_bias=family.qkv_bias,
     qk_norm=family.qk_norm,
     max_position_embeddings=slot_tokens(config),
+    sliding_layers=family.sliding_layers(a.num_layers),
+    rope_local_theta=family.local_theta,
     **run_fields,
   )
 
