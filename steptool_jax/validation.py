@@ -16,7 +16,7 @@ from steptool_jax.environments.specialists import TIERS
 from steptool_jax.learning.advantages import LEVELS
 from steptool_jax.learning.algorithms import Algorithm, get_algorithm
 from steptool_jax.learning.losses import AGGREGATIONS
-from steptool_jax.policy import lora, model
+from steptool_jax.policy import families, lora
 from steptool_jax.rewards.assembly import SCHEMES
 
 # Name in config.py -> the table whose keys, or entries, are the choices.
@@ -25,10 +25,10 @@ TABLES: Mapping[str, Iterable[str]] = {
   "advantage levels": LEVELS,
   "aggregations": AGGREGATIONS,
   "chat formats": template.FORMATS,
-  "dtypes": model.DTYPES,
+  "dtypes": families.DTYPES,
   "environments": ENVIRONMENTS,
-  "model families": model.FAMILIES,
-  "remat policies": model.REMAT,
+  "model families": families.FAMILIES,
+  "remat policies": families.REMATS,
   "schemes": SCHEMES,
   "specialists": TIERS,
   "tool lists": template.TOOL_LISTS,

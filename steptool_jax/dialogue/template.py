@@ -7,6 +7,7 @@ kept as they are, and what follows them is appended. So the ids that the model s
     toolllama      ToolLLaMA-2 (Llama-2)       ReAct             Function: …
     chatml_react   Qwen2, SmolLM2              ReAct             role `function`
     llama31        Llama-3.x                   ReAct             role `function`
+    gemma_react    Gemma 3                     ReAct             user turn
     hermes         Qwen2.5, Qwen3              <tool_call> JSON  <tool_response> in a user turn
     compact        the quickstart's model      name {json}       <|result|>
 
@@ -293,6 +294,22 @@ def _llama31(codec: Codec) -> ChatFormat:
   )
 
 
+def _gemma_react(codec: Codec) -> ChatFormat:
+  begin, start, end = (Control(n) for n in ("<bos>", "<start_of_turn>", "<end_of_turn>"))
+  for needed in (begin, start, end):
+    codec.token_id(needed.name)
+  return ChatFormat(
+    name="gemma_react",
+    codec=codec,
+    stop_ids=_stops(codec, end.name, "<eos>"),
+    # Gemma knows two roles; system text and results come from the user.
+    turn=lambda role, text: [start, f"user\n{text}", end, "\n"],
+    header=(start, "model\n"),
+    start=(begin,),
+    after_stop="\n",
+  )
+
+
 def _hermes(codec: Codec) -> ChatFormat:
   codec.token_id(_IM_START.name)
 
@@ -388,6 +405,7 @@ FORMATS: Mapping[str, Row] = {
   "toolllama": Row(_toolllama, lambda c, text: "Assistant:" in text and c.eos_id is not None),
   "chatml_react": Row(_chatml_react, _is_chatml),
   "llama31": Row(_llama31, _is_llama31),
+  "gemma_react": Row(_gemma_react, _has("<start_of_turn>", "<end_of_turn>")),
   "hermes": Row(_hermes, _is_hermes),
   "compact": Row(_compact, _has(compact.RESULT, compact.CALL)),
 }

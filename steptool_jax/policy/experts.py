@@ -3,8 +3,8 @@
     p = softmax(x R) in float32      y = sum over the k experts e with the largest p of w_e MLP_e(x)
 
 with w = p, or p divided by the sum of the k (norm_topk). No token is dropped, there is no capacity:
-on a mesh experts lie over `fsdp`, where a device gathers the tokens, works on those that chose its own
-experts, sorted by expert and in blocks, as many as there are, and the sums are scattered back. So
+on a mesh experts lie over `fsdp`, where a device gathers the tokens, works on those that chose its
+own experts, sorted by expert and in blocks, as many as there are, and scatters the sums back. So
 weights stay where they are. The auxiliary loss that balances experts in pretraining is left out:
 in RL it would only pull the policy away from its reference.
 
@@ -14,7 +14,7 @@ of an expert, C pairs of a token and an expert in a block.
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -25,6 +25,7 @@ from jax.sharding import PartitionSpec as P
 from steptool_jax.policy.sharding import AXES, ROWS, rows_divide
 
 PAIRS = 8192  # in a block, at most
+SCOPE = "expert_blocks"  # name, in compiled programs, of the loop over blocks
 TOKENS = 16384  # that are gathered at a time, at most (more where that divides no row)
 
 
@@ -107,6 +108,27 @@ def _parts(rows: int, length: int) -> int:
   return next((n for n in divisors if rows * length // n <= TOKENS), 1)
 
 
+def blocks(per_token: int, rows: int, length: int, devices: int) -> int:
+  """How often the loop over blocks runs where all devices' experts are chosen as often.
+
+  per_token: experts of a token. devices: over which `rows` of `length` tokens and experts lie.
+  """
+  return -(-rows * length // _parts(rows, length) * per_token // (devices * PAIRS))
+
+
+def kernel_flops(name: str, shapes: Sequence[tuple[int, ...]]) -> float:
+  """FLOPs of one run of a TPU's grouped product by its name and its operands' shapes; else 0.
+
+  XLA does not see into kernels. Blocks are counted whole.
+  """
+  flat, stacked = ([s for s in shapes if len(s) == n] for n in (2, 3))
+  if not name.startswith("ragged-dot") or not flat:
+    return 0.0
+  if stacked:  # rows [C, a] by kernels [E, a, b]
+    return 2.0 * flat[0][0] * stacked[0][1] * stacked[0][2]
+  return 2.0 * flat[0][0] * flat[0][1] * flat[1][1]  # a kernel's gradient: [C, a] by [C, b]
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _grouped(gated, x_nD, weights_nk, local_nk, kernels):
   """[n, D] of the experts here; local: their numbers here, all others lie elsewhere."""
@@ -124,7 +146,8 @@ class _Plan(NamedTuple):
     """body(block, carry) over the blocks with pairs of this device."""
     if len(self.pairs) == self.size:
       return body(0, carry)
-    return lax.fori_loop(0, -(-self.ends[-1] // self.size), body, carry)
+    with jax.named_scope(SCOPE):
+      return lax.fori_loop(0, -(-self.ends[-1] // self.size), body, carry)
 
   def block(self, i):
     """(pairs int32[C], which of them are there bool[C], how many of each expert int32[e])."""

@@ -6,8 +6,14 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from steptool_jax.files import read_json
-from steptool_jax.policy.families import FAMILIES, Family
-from steptool_jax.policy.model import ROPE_TYPES, ModelConfig, RopeScaling, check_number
+from steptool_jax.policy.families import (
+  FAMILIES,
+  ROPE_TYPES,
+  Family,
+  ModelConfig,
+  RopeScaling,
+  check_number,
+)
 
 PROJECTIONS = {
   "q": "self_attn.q_proj",

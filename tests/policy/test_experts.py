@@ -78,6 +78,18 @@ def test_parts_of_a_row_by_hand():
   assert experts._parts(20000, 7) == 1  # no part is small enough
 
 
+def test_cost_of_the_grouped_kernels_by_hand():
+  # 16 rows of 8,192 tokens in 8 parts, 8 experts each: 131,072 pairs, of which each device has its
+  # share and works on 8,192 at a time.
+  assert experts.blocks(8, 16, 8192, 16) == 1
+  assert experts.blocks(8, 16, 8192, 4) == 4
+  shapes = [(8192, 2048), (8, 2048, 768)]
+  assert experts.kernel_flops("ragged-dot-none.3", shapes) == 2 * 8192 * 2048 * 768
+  assert experts.kernel_flops("ragged-dot-none", [(64, 32), (64, 16)]) == 2 * 64 * 32 * 16
+  assert experts.kernel_flops("ragged-dot-metadata", []) == 0
+  assert experts.kernel_flops("splash_mha_fwd", shapes) == 0
+
+
 def test_the_router_stays_float32_in_a_bfloat16_model(tmp_path):
   """In bfloat16 the k-th and the next expert often tie: rollout and training chose differently."""
   config = dataclasses.replace(CONFIG, param_dtype="bfloat16")
