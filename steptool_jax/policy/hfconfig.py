@@ -171,7 +171,7 @@ def config_from_raw(raw: Mapping[str, Any]) -> ModelConfig:
     sliding_window=integer("sliding_window") if any(sliding) else None,
     sliding_layers=sliding,
     rope_local_theta=local_theta if any(sliding) else None,
-    query_scalar=raw.get("query_pre_attn_scalar") if family.full_every else None,
+    query_scalar=raw.get("query_pre_attn_scalar", 256) if family.full_every else None,
     final_logit_cap=raw.get("final_logit_softcapping"),
     **mixture,
   )

@@ -128,8 +128,8 @@ def test_flops_count_the_chosen_experts():
 
 
 def test_eight_devices_equal_one(tmp_path):
-  """Experts over fsdp, their width over tensor, rows over data and fsdp; and rows that do not
-  divide, as with few slots."""
+  """Experts over fsdp, their width over tensor, rows over data and fsdp; rows that do not divide,
+  as with few slots; and a model with sliding windows."""
   assert "8 devices agree" in on_devices(8, __file__, str(tmp_path)).stdout
 
 
@@ -143,7 +143,7 @@ def _on_eight_devices(directory: pathlib.Path) -> None:
   tokens = jax.random.randint(jax.random.key(2), (4, 12), 0, 64)
   positions = jnp.tile(jnp.arange(12), (4, 1))
 
-  def loss(variables, tokens):
+  def loss(variables, tokens, config=config):
     at = positions[: len(tokens)]
     hidden = model.forward(config, variables, tokens, at, jnp.ones_like(tokens))
     return jnp.mean(jax.nn.log_softmax(model.project_logits(config, variables, hidden)) ** 2)
@@ -151,6 +151,18 @@ def _on_eight_devices(directory: pathlib.Path) -> None:
   def decoded(variables, tokens, cache):
     inputs = (tokens[:, :1], positions[:, :1], positions[:, :1] < 9, cache)
     return model.forward_cached(config, variables, *inputs)[0]
+
+  gemma = tiny_config(
+    family="gemma3_text",
+    vocab_size=64,
+    qk_norm=True,
+    sliding_window=3,
+    sliding_layers=(True, False),
+    rope_local_theta=100.0,
+  )
+  near = {"params": model.init_params(gemma, jax.random.key(3))}
+  windowed = functools.partial(jax.value_and_grad(loss), config=gemma)
+  expected_windowed = jax.jit(windowed)(near, tokens)
 
   cache = model.init_cache(config, 4, 16)
   expected = jax.jit(jax.value_and_grad(loss))(variables, tokens)
@@ -166,6 +178,7 @@ def _on_eight_devices(directory: pathlib.Path) -> None:
   with jax.set_mesh(mesh):
     experts.TOKENS = 24  # a row in parts
     got = jax.jit(jax.value_and_grad(loss))(placed, rows)
+    got_windowed = jax.jit(windowed)(jax.device_put(near, sharding.shardings(near, mesh)), rows)
     odd = jax.jit(loss)(placed, tokens[:3])
     decode = jax.jit(decoded).lower(placed, rows, jax.device_put(cache, spot)).compile()
     token = decode(placed, rows, jax.device_put(cache, spot))
@@ -178,6 +191,7 @@ def _on_eight_devices(directory: pathlib.Path) -> None:
     np.testing.assert_allclose(a, b, atol=1e-5)
 
   jax.tree.map(close, (got, odd, token), (expected, expected_odd, expected_token))
+  jax.tree.map(close, got_windowed, expected_windowed)
   assert np.any(got[1]["params"]["layers"]["router"]["kernel"])
   hub.save_params(directory / "m", config, placed["params"])
   loaded = hub.load_params(directory / "m", config, mesh)

@@ -111,7 +111,7 @@ def test_weights_come_back_exactly(params, tmp_path):
 
 def test_a_new_family_is_one_row(params, tmp_path, monkeypatch):
   """GGUF reader, config.json's writer and reader all take it from the table."""
-  row = families.Family("ToyForCausalLM", head_dim=8, gguf="toy")
+  row = families.Family("ToyForCausalLM", head_dim=8, gguf="toy", gguf_pairs=True)
   monkeypatch.setitem(families.FAMILIES, "toy", row)
   path = write(tmp_path / "m.gguf", params, architecture="toy")
   config = gguf_to_hub(path, tmp_path / "out")
