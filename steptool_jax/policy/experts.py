@@ -25,6 +25,7 @@ from jax.sharding import PartitionSpec as P
 from steptool_jax.policy.sharding import AXES, ROWS, rows_divide
 
 PAIRS = 8192  # in a block, at most
+TILE = 128  # rows that a TPU's grouped product works on together
 SCOPE = "expert_blocks"  # name, in compiled programs, of the loop over blocks
 TOKENS = 16384  # that are gathered at a time, at most (more where that divides no row)
 
@@ -76,15 +77,15 @@ def mix(
 def _of_rows(gated, gather, x_BTD, weights_BTk, chosen_BTk, kernels):
   """What one device does. gather: whether rows lie over fsdp, too; None = there is no mesh."""
   B, T, D = x_BTD.shape
-  devices = lax.axis_size("fsdp") if gather else 1
-  parts = _parts(B * devices, T)
+  devices = 1 if gather is None else lax.axis_size("fsdp")
+  parts = _parts(B * devices if gather else B, T)
 
   def one_part(inputs):
     if gather:
       inputs = jax.tree.map(lambda x: lax.all_gather(x, "fsdp", axis=0, tiled=True), inputs)
     x_nD, weights_nk, chosen_nk = (x.reshape(-1, x.shape[-1]) for x in inputs)
     first = 0 if gather is None else lax.axis_index("fsdp") * kernels.gate.shape[0]
-    out = _grouped(gated, x_nD, weights_nk, chosen_nk - first, kernels)
+    out = _grouped(gated, devices, x_nD, weights_nk, chosen_nk - first, kernels)
     out = out.reshape(-1, T // parts, D)
     if gather is None:
       return out
@@ -113,7 +114,13 @@ def blocks(per_token: int, rows: int, length: int, devices: int) -> int:
 
   per_token: experts of a token. devices: over which `rows` of `length` tokens and experts lie.
   """
-  return -(-rows * length // _parts(rows, length) * per_token // (devices * PAIRS))
+  pairs = rows * length // _parts(rows, length) * per_token
+  return -(-pairs // (devices * _block_size(pairs, devices)))
+
+
+def _block_size(pairs: int, devices: int) -> int:
+  """Pairs of a block: twice a device's share in whole tiles, at most PAIRS or all there are."""
+  return min(PAIRS, -(-2 * pairs // (devices * TILE)) * TILE, pairs)
 
 
 def kernel_flops(name: str, shapes: Sequence[tuple[int, ...]]) -> float:
@@ -129,10 +136,13 @@ def kernel_flops(name: str, shapes: Sequence[tuple[int, ...]]) -> float:
   return 2.0 * flat[0][0] * flat[0][1] * flat[1][1]  # a kernel's gradient: [C, a] by [C, b]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _grouped(gated, x_nD, weights_nk, local_nk, kernels):
-  """[n, D] of the experts here; local: their numbers here, all others lie elsewhere."""
-  return _forward(gated, x_nD, weights_nk, local_nk, kernels)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _grouped(gated, devices, x_nD, weights_nk, local_nk, kernels):
+  """[n, D] of the experts here; local: their numbers here, all others lie elsewhere.
+
+  devices: how many share the experts.
+  """
+  return _forward(gated, devices, x_nD, weights_nk, local_nk, kernels)[0]
 
 
 class _Plan(NamedTuple):
@@ -159,10 +169,10 @@ class _Plan(NamedTuple):
     return pairs, real, sizes.at[-1].add(self.size - sizes.sum()).astype(jnp.int32)
 
 
-def _plan(local_nk, here) -> _Plan:
+def _plan(local_nk, here, devices) -> _Plan:
   flat = local_nk.reshape(-1)
   flat = jnp.where((flat >= 0) & (flat < here), flat, here)
-  size = min(PAIRS, len(flat))
+  size = _block_size(len(flat), devices)
   order = jnp.argsort(flat, stable=True).astype(jnp.int32)
   ends = jnp.cumsum(jnp.bincount(flat, length=here + 1)[:here]).astype(jnp.int32)
   return _Plan(jnp.pad(order, (0, -len(flat) % size)), ends, size)
@@ -186,8 +196,8 @@ def _taken(plan, i, x_nD, weights_nk):
   return rows, pairs, sizes, x_CD, weights_C
 
 
-def _forward(gated, x_nD, weights_nk, local_nk, kernels):
-  plan = _plan(local_nk, kernels.gate.shape[0])
+def _forward(gated, devices, x_nD, weights_nk, local_nk, kernels):
+  plan = _plan(local_nk, kernels.gate.shape[0], devices)
 
   def body(i, out_nD):
     rows, _, sizes, x_CD, weights_C = _taken(plan, i, x_nD, weights_nk)
@@ -197,10 +207,10 @@ def _forward(gated, x_nD, weights_nk, local_nk, kernels):
   return out_nD.astype(x_nD.dtype), (x_nD, weights_nk, local_nk, kernels)
 
 
-def _backward(gated, residuals, d_out_nD):
+def _backward(gated, devices, residuals, d_out_nD):
   """Hidden layers are computed again, block by block; gradients are summed in float32."""
   x_nD, weights_nk, local_nk, kernels = residuals
-  plan = _plan(local_nk, kernels.gate.shape[0])
+  plan = _plan(local_nk, kernels.gate.shape[0], devices)
 
   def body(i, carry):
     d_x_nD, d_weights, d_kernels = carry

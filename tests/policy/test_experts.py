@@ -83,6 +83,9 @@ def test_cost_of_the_grouped_kernels_by_hand():
   # share and works on 8,192 at a time.
   assert experts.blocks(8, 16, 8192, 16) == 1
   assert experts.blocks(8, 16, 8192, 4) == 4
+  # One token in each of 64 slots: 512 pairs, 32 a device, which fit into a tile of 128.
+  assert experts._block_size(512, 16) == 128
+  assert experts.blocks(8, 64, 1, 16) == 1
   shapes = [(8192, 2048), (8, 2048, 768)]
   assert experts.kernel_flops("ragged-dot-none.3", shapes) == 2 * 8192 * 2048 * 768
   assert experts.kernel_flops("ragged-dot-none", [(64, 32), (64, 16)]) == 2 * 64 * 32 * 16
@@ -176,7 +179,7 @@ def _on_eight_devices(directory: pathlib.Path) -> None:
   rows = jax.device_put(tokens, sharding.batch_sharding(mesh))
   spot = sharding.cache_sharding(cache.k.shape[3:], 4, mesh)
   with jax.set_mesh(mesh):
-    experts.TOKENS = 24  # a row in parts
+    experts.TOKENS, experts.PAIRS = 24, 16  # a row in parts, and a part in blocks
     got = jax.jit(jax.value_and_grad(loss))(placed, rows)
     got_windowed = jax.jit(windowed)(jax.device_put(near, sharding.shardings(near, mesh)), rows)
     odd = jax.jit(loss)(placed, tokens[:3])
