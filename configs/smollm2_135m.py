@@ -32,15 +32,15 @@ def get_config(arg=""):
   e = config.environment
   e.name, e.num_train, e.num_heldout, e.tools_per_task = environment, 5000, 300, 6
   e.min_calls, e.max_calls = 2, 4
-  # 2,400 conversations of about 450 tokens, 260 of them the prompt, which a task's samples share.
+  # 1,920 conversations of about 450 tokens, 260 of them the prompt.
   r = config.rollout
   r.tasks, r.samples, r.slots = 8, 4, 32
-  r.max_tokens, r.max_steps, r.max_step_tokens = 768, 7, 80
+  r.max_tokens, r.max_steps, r.max_step_tokens = 768, 7, 64
   t = config.train
-  t.iterations, t.minibatches, t.row_tokens = 75, 2, 1024
+  t.iterations, t.minibatches, t.row_tokens = 60, 2, 1024
   t.micro_rows = 2 if config.algorithm == "eto" else 1  # rows of eto come in pairs
   t.optimizer.learning_rate, t.optimizer.b2, t.export = 2e-4, 0.98, True
-  # A reference would cost a pass over every row, and adapters do not go far in 150 steps.
+  # A reference would cost a pass over every row, and adapters do not go far in 120 steps.
   config.loss.kl, config.loss.value_coef, config.loss.value_clip = "none", 0.5, 1.0
   # The model does not know the layout of a call: it sees it in so many demonstrations, twice each,
   # and not in more, so that RL has something to teach.
@@ -48,6 +48,6 @@ def get_config(arg=""):
   s.tasks, s.steps, s.batch, s.micro_rows, s.checkpoint_every = 96, 24, 8, 1, 4
   s.optimizer.learning_rate, s.optimizer.schedule, s.optimizer.floor = 5e-4, "cosine", 0.1
   v = config.evaluation
-  v.tasks, v.every, v.curve_tasks, v.temperature, v.greedy = 300, 15, 100, 1.0, True
+  v.tasks, v.every, v.curve_tasks, v.temperature, v.greedy = 300, 20, 50, 1.0, True
   config.checkpoint.every = 5
   return config
