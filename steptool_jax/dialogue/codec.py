@@ -37,7 +37,7 @@ Piece = str | Control
 class Codec:
   """A tokenizer directory, opened with `Codec.load`.
 
-  controls: name -> id of every added token, special or not.
+  controls: name -> id of every added token, special or not. White space is none: Gemma adds runs.
   prefix_space: the directory's own tokenizer puts a space in front of a text (Llama-2).
   """
 
@@ -84,17 +84,20 @@ class Codec:
   def _made(
     cls, directory: pathlib.Path, document: dict[str, Any], config: dict[str, Any]
   ) -> "Codec":
-    controls = {t["content"]: int(t["id"]) for t in document.get("added_tokens") or ()}
+    added = document.get("added_tokens") or ()
+    blank = [t for t in added if not t.get("special") and not t["content"].strip()]
+    controls = {t["content"]: int(t["id"]) for t in added if t not in blank}
     # Old Llama directories list added tokens in their config only.
     for key, token in (config.get("added_tokens_decoder") or {}).items():
-      controls.setdefault(_content(token), int(key))
+      if _content(token).strip():
+        controls.setdefault(_content(token), int(key))
 
     prefix_space = _adds_prefix_space(document)
     neutral = _without_prefix_space({**document, "post_processor": None})
     neutral.update(truncation=None, padding=None)
     try:
       full = tokenizers.Tokenizer.from_str(json.dumps(neutral))
-      plain = tokenizers.Tokenizer.from_str(json.dumps({**neutral, "added_tokens": []}))
+      plain = tokenizers.Tokenizer.from_str(json.dumps({**neutral, "added_tokens": blank}))
     except Exception as error:  # the library raises bare Exception
       raise ValueError(
         f"{directory / 'tokenizer.json'} is not a readable tokenizer ({error}): fetch it again"

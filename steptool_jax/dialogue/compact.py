@@ -66,10 +66,14 @@ def signature(tool: ToolSpec) -> str:
   return f"{tool.name}({','.join(n if n in required else n + '?' for n in names)})"
 
 
-def opening(system: str | None, tools: tuple[ToolSpec, ...], query: str) -> list[Piece]:
+def listing(tools: tuple[ToolSpec, ...]) -> str:
+  """A line a tool."""
+  return "\n".join(map(signature, tools))
+
+
+def opening(system: str | None, listed: str, query: str) -> list[Piece]:
   """What stands in front of the first assistant turn."""
   task = query if system is None else f"{system}\n{query}"
-  listed = "\n".join(signature(tool) for tool in tools)
   return [Control(TASK), task, Control(TOOLS), listed]
 
 

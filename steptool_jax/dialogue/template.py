@@ -7,11 +7,14 @@ kept as they are, and what follows them is appended. So the ids that the model s
     toolllama      ToolLLaMA-2 (Llama-2)       ReAct             Function: …
     chatml_react   Qwen2, SmolLM2              ReAct             role `function`
     llama31        Llama-3.x                   ReAct             role `function`
+    gemma_react    Gemma 3                     ReAct             user turn
     hermes         Qwen2.5, Qwen3              <tool_call> JSON  <tool_response> in a user turn
     compact        the quickstart's model      name {json}       <|result|>
 
 In every format but compact the task ends with a call of the tool `Finish`, which the prompt lists
-after the task's own tools; plain text without a call is malformed, not an answer.
+after the task's own tools; plain text without a call is malformed, not an answer. Tools are listed
+as JSON schemas, which published models were trained on, or as signatures (signatures.py), for less
+than half of the tokens; how a call is written and read is the same.
 
 A new format is one row of FORMATS: how its turns are spelled, and which tokenizers it fits.
 """
@@ -25,9 +28,11 @@ import numpy as np
 
 from steptool_jax.dialogue import compact, parser
 from steptool_jax.dialogue.codec import Codec, Control, Piece
+from steptool_jax.dialogue.signatures import signature
 from steptool_jax.types import Action, Malformed, ToolSpec
 
 Tools = tuple[ToolSpec, ...]
+TOOL_LISTS = ("json", "signature")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -44,8 +49,10 @@ class ChatFormat:
   header: tuple[Piece, ...]  # opens an assistant turn; ends every prompt and observation
   start: tuple[Piece, ...] = ()  # stands in front of the first turn
   after_stop: str = ""  # between a stop token and the next turn
-  # (system, tools, query) -> the first turns; None: those of a ReAct format.
-  opening: Callable[[str | None, Tools, str], list[Piece]] | None = None
+  # (system, tool list, query) -> the first turns; None: those of a ReAct format.
+  opening: Callable[[str | None, str, str], list[Piece]] | None = None
+  json_list: Callable[[Tools], str] | None = None  # tools in its own layout; None: as ReAct does
+  tool_list: str = "json"  # or "signature"
   write: Callable[[Action], str] = parser.write_react
   read: Callable[[str], Action] = parser.parse_react
   tags: tuple[str, ...] = ()  # control tokens that belong into a turn
@@ -62,17 +69,20 @@ class ChatFormat:
 
     system: the task description in front of the tool list; None for the format's default. whole:
     a whole system text, tools and output format included, e.g. a benchmark's own; the ReAct formats
-    take it as it is, hermes and compact have their own way to list tools and ignore it.
+    take it as it is, hermes and compact have their own way to list tools and ignore it, and so do
+    signatures, which take the place of its tools.
     ValueError for a tool whose name the format reserves, or two of one name.
     """
     names = [tool.name for tool in tools]
     if len(set(names)) != len(names):
       raise ValueError(f"tools: two tools share a name in {sorted(names)}")
+    short = self.tool_list == "signature"
     if self.opening is not None:
-      turns = self.opening(system, tuple(tools), query)
+      listed = signatures(tuple(tools)) if short else self.json_list(tuple(tools))
+      turns = self.opening(system, listed, query)
     else:
-      listed = react_system(system, tuple(tools))
-      turns = self.turn("system", listed if whole is None else whole)
+      own = react_system(system, tuple(tools), self.tool_list)
+      turns = self.turn("system", own if whole is None or short else whole)
       turns += self.turn("user", f"\n{query}\nBegin!\n")
     return self.codec.join([*self.start, *turns, *self.header])
 
@@ -117,17 +127,25 @@ class ChatFormat:
     return self.read(text)
 
 
-def get_format(name: str, codec: Codec) -> ChatFormat:
+def get_format(name: str, codec: Codec, tool_list: str = "json") -> ChatFormat:
   """A format by name, or "auto": chosen by the tokenizer's control tokens and chat template.
 
-  ValueError for an unknown name, for a tokenizer that lacks a token the format needs, and for
-  "auto" on a tokenizer without a chat template.
+  tool_list: how prompts list the tools, json or signature. ValueError for an unknown name, for a
+  tokenizer that lacks a token the format needs, for "auto" on a tokenizer without a chat template,
+  and for signatures in the compact format, whose list is shorter.
   """
   if name == "auto":
     name = _choose(codec)
   if name not in FORMATS:
     raise ValueError(f"chat_format {name!r}: choose one of auto, {', '.join(FORMATS)}")
-  return FORMATS[name].make(codec)
+  if tool_list not in TOOL_LISTS:
+    raise ValueError(f"tool_list {tool_list!r}: choose one of {', '.join(TOOL_LISTS)}")
+  if tool_list != "json" and name == "compact":
+    raise ValueError(
+      f"tool_list {tool_list!r}: chat_format 'compact' has a list of its own, shorter still; leave "
+      "model.tool_list at 'json'"
+    )
+  return dataclasses.replace(FORMATS[name].make(codec), tool_list=tool_list)
 
 
 def _choose(codec: Codec) -> str:
@@ -156,27 +174,48 @@ _REACT_RULES = (
   "Your output should follow this format:\nThought:\nAction\nAction Input:\n\n"
   "Action is the name of one tool, Action Input a JSON object with its arguments."
 )
+_SHORT_RULES = (
+  "Your output should follow this format:\nThought: your thoughts\nAction: name of one tool\n"
+  "Action Input: JSON object with its arguments"
+)
+# What Finish is for stands in the task: here it only has to be called right.
+_SHORT_FINISH = dataclasses.replace(
+  parser.FINISH_TOOL,
+  description="Ends the task.",
+  parameters={
+    **parser.FINISH_TOOL.parameters,
+    "properties": {
+      **parser.FINISH_TOOL.parameters["properties"],
+      "final_answer": {"type": "string", "description": f"needed with {parser.GIVE_ANSWER}"},
+    },
+  },
+)
 
 
-def _with_finish(tools: Tools) -> Tools:
+def _with_finish(tools: Tools, finish: ToolSpec = parser.FINISH_TOOL) -> Tools:
   if any(tool.name == parser.FINISH for tool in tools):
     raise ValueError(
       f"tools: the name {parser.FINISH!r} is reserved, the chat format adds that tool itself"
     )
-  return (*tools, parser.FINISH_TOOL)
+  return (*tools, finish)
 
 
 def _function(tool: ToolSpec) -> dict:
   return {"name": tool.name, "description": tool.description, "parameters": dict(tool.parameters)}
 
 
-def react_system(system: str | None, tools: Tools) -> str:
-  """The system text of the ReAct formats: task, numbered tools, output format, JSON schemas."""
-  tools = _with_finish(tools)
-  numbered = "\n".join(f"{n}.{t.name}: {t.description}" for n, t in enumerate(tools, start=1))
-  schemas = json.dumps([_function(t) for t in tools], ensure_ascii=False)
+def signatures(tools: Tools) -> str:
+  """A line a tool, Finish at last."""
+  return "\n".join(map(signature, _with_finish(tools, _SHORT_FINISH)))
+
+
+def react_system(system: str | None, tools: Tools, tool_list: str = "json") -> str:
+  """The system text of the ReAct formats: task, tools, output format; every tool once."""
   task = _TASK if system is None else system
-  return f"{task}\n\nTools:\n{numbered}\n\n{_REACT_RULES}\n\nTheir JSON schemas: {schemas}"
+  if tool_list == "signature":
+    return f"{task}\n\nTools:\n{signatures(tools)}\n\n{_SHORT_RULES}"
+  schemas = json.dumps([_function(t) for t in _with_finish(tools)], ensure_ascii=False)
+  return f"{task}\n\n{_REACT_RULES}\n\nTools, as JSON schemas: {schemas}"
 
 
 def _stops(codec: Codec, first: str, *others: str) -> tuple[int, ...]:
@@ -255,6 +294,22 @@ def _llama31(codec: Codec) -> ChatFormat:
   )
 
 
+def _gemma_react(codec: Codec) -> ChatFormat:
+  begin, start, end = (Control(n) for n in ("<bos>", "<start_of_turn>", "<end_of_turn>"))
+  for needed in (begin, start, end):
+    codec.token_id(needed.name)
+  return ChatFormat(
+    name="gemma_react",
+    codec=codec,
+    stop_ids=_stops(codec, end.name, "<eos>"),
+    # Gemma knows two roles; system text and results come from the user.
+    turn=lambda role, text: [start, f"user\n{text}", end, "\n"],
+    header=(start, "model\n"),
+    start=(begin,),
+    after_stop="\n",
+  )
+
+
 def _hermes(codec: Codec) -> ChatFormat:
   codec.token_id(_IM_START.name)
 
@@ -262,15 +317,17 @@ def _hermes(codec: Codec) -> ChatFormat:
     # Qwen2.5 has <tool_call> as a token and <tool_response> as text; Qwen3 has both as tokens.
     return Control(name) if codec.has(name) else name
 
-  def opening(system: str | None, tools: Tools, query: str) -> list[Piece]:
-    listed = "".join(
-      "\n" + json.dumps({"type": "function", "function": _function(tool)}, ensure_ascii=False)
+  def json_list(tools: Tools) -> str:
+    return "\n".join(
+      json.dumps({"type": "function", "function": _function(tool)}, ensure_ascii=False)
       for tool in _with_finish(tools)
     )
+
+  def opening(system: str | None, listed: str, query: str) -> list[Piece]:
     content: list[Piece] = [
       _TASK if system is None else system,
       "\n\n# Tools\n\nYou may call one or more functions to assist with the user query.\n\nYou are "
-      f"provided with function signatures within <tools></tools> XML tags:\n<tools>{listed}\n"
+      f"provided with function signatures within <tools></tools> XML tags:\n<tools>\n{listed}\n"
       "</tools>\n\nFor each function call, return a json object with function name and arguments "
       "within ",
       tag("<tool_call>"),
@@ -297,6 +354,7 @@ def _hermes(codec: Codec) -> ChatFormat:
     header=(_IM_START, "assistant\n"),
     after_stop="\n",
     opening=opening,
+    json_list=json_list,
     write=lambda action: parser.write_tool_call(action, think),
     read=parser.parse_tool_call,
     tags=("<tool_call>", "</tool_call>", "<think>", "</think>"),
@@ -313,6 +371,7 @@ def _compact(codec: Codec) -> ChatFormat:
     turn=lambda role, text: [Control(compact.RESULT), text],  # a user's turn looks the same
     header=(Control(compact.CALL),),
     opening=compact.opening,
+    json_list=compact.listing,
     write=parser.write_compact,
     read=parser.parse_compact,
   )
@@ -346,6 +405,7 @@ FORMATS: Mapping[str, Row] = {
   "toolllama": Row(_toolllama, lambda c, text: "Assistant:" in text and c.eos_id is not None),
   "chatml_react": Row(_chatml_react, _is_chatml),
   "llama31": Row(_llama31, _is_llama31),
+  "gemma_react": Row(_gemma_react, _has("<start_of_turn>", "<end_of_turn>")),
   "hermes": Row(_hermes, _is_hermes),
   "compact": Row(_compact, _has(compact.RESULT, compact.CALL)),
 }

@@ -94,7 +94,7 @@ def _in_compute_dtype(config: model.ModelConfig, trainable: Any) -> Any:
   def cast(path, x):
     name = sharding.path_string(path)
     matrix = name.endswith(("/kernel", "/embedding"))
-    float32 = "value_head/" in name or "critic/" in name
+    float32 = any(part in name for part in ("value_head/", "critic/", "router/"))
     return x.astype(config.dtype) if matrix and not float32 else x
 
   return jax.tree_util.tree_map_with_path(cast, trainable)

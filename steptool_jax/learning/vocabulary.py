@@ -179,6 +179,9 @@ def _backward_rows(static, residuals, cotangents):
       d_logits_BCv = d_logprob_BC[..., None] * (
         (at_BC1 == jnp.arange(logits_BCv.shape[-1])) - probs_BCv
       ) - d_entropy_BC[..., None] * probs_BCv * (log_probs_BCv + entropy_BC[..., None])
+      if static.config.final_logit_cap is not None:
+        tanh_BCv = logits_BCv * (static.temperature / static.config.final_logit_cap)
+        d_logits_BCv *= 1.0 - jnp.square(tanh_BCv)
       return _project_back(static, block, hidden_BCD, d_logits_BCv)
 
     def skipped(hidden_BCD, *_):
@@ -302,7 +305,7 @@ def _project(static, block, hidden_BCD):
   if "a" in block:
     low = _product(static, "bcd,dr->bcr", hidden_BCD, block["a"])
     logits_BCv += static.config.lora_scale * _product(static, "bcr,rv->bcv", low, block["b"])
-  return logits_BCv / static.temperature
+  return model.cap_logits(static.config, logits_BCv) / static.temperature
 
 
 def _project_back(static, block, hidden_BCD, d_logits_BCv):

@@ -4,6 +4,7 @@ Shapes: B rows, T tokens, N slots, C tokens of a chunk, S cache positions, H que
 key-value heads, G = H / K, h head dimension. Scores and softmax are float32.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -29,28 +30,50 @@ class KVCache(NamedTuple):
   v: jax.Array
 
 
+class Window(NamedTuple):
+  """Sliding-window attention: a token sees itself and the size - 1 tokens before it."""
+
+  size: int
+  here: jax.Array  # bool[], whether this layer has it; the others see everything
+
+
+class Tree(NamedTuple):
+  """Rows that hold trees: token q sees token k if k <= q < until[k].
+
+  So a prompt stands in a row once, and what was sampled after it follows as branches that do not
+  see each other; trees of any depth are written in this way.
+  """
+
+  until: jax.Array  # int32 [B, T], the end of each token's subtree in its row
+  positions: jax.Array  # int32 [B, T], along the path
+
+
 def attend(
   q_BTHh: jax.Array,
   k_BTKh: jax.Array,
   v_BTKh: jax.Array,
   segment_ids_BT: jax.Array,
-  until_BT: jax.Array | None = None,
+  tree: Tree | None = None,
+  window: Window | None = None,
 ) -> jax.Array:
   """[B, T, H, h]: a token sees itself and what stands before it on its path.
 
-  until_BT: int32, the end of each token's subtree in its row: token q sees token k if
-    k <= q < until[k]. So a prompt stands in a row once, and what was sampled after it follows as
-    branches that do not see each other; trees of any depth are written in this way. None: every
-    segment is a path of its own, and sees itself only.
+  tree: of the rows; None: every segment is a path of its own.
+  window: how far back along its path a token sees; None: to the start.
 
   On a TPU by the splash kernel, which knows segments alone: rows hold no trees there. Elsewhere by
   XLA, in blocks with a backward pass of their own.
   """
+  B, T, H, h = q_BTHh.shape
   if platform() == "tpu":
     from steptool_jax.policy import splash  # Pallas takes a second to import
 
-    return splash.attend(q_BTHh, k_BTKh, v_BTKh, segment_ids_BT, name=ATTENTION)
-  B, T, H, h = q_BTHh.shape
+    run = functools.partial(splash.attend, name=ATTENTION)
+    inputs = (q_BTHh, k_BTKh, v_BTKh, segment_ids_BT)
+    if window is None:
+      return run(*inputs)
+    # A kernel's mask is static: both are compiled, and each layer runs one of them.
+    return lax.cond(window.here, functools.partial(run, window=window.size), run, *inputs)
   K = k_BTKh.shape[2]
   blocks = -(-T // (CPU_BLOCK if platform() == "cpu" else BLOCK))
   size = -(-T // blocks)
@@ -63,16 +86,22 @@ def attend(
 
   # Folded into the products, the transposes cost more than the products (XLA on CPU).
   q, k, v = lax.optimization_barrier(tuple(map(in_blocks, (q_BTHh * (h**-0.5), k_BTKh, v_BTKh))))
-  until_BT = _ends(segment_ids_BT) if until_BT is None else until_BT
-  until_BT = jnp.pad(until_BT, ((0, 0), (0, blocks * size - T)))
-  out = _attend(q, k, v, until_BT.reshape(B, blocks, size).swapaxes(0, 1))
+  where = (jnp.arange(T) + jnp.zeros_like(segment_ids_BT)) if tree is None else tree.positions
+  until_BT = _ends(segment_ids_BT) if tree is None else tree.until
+  until, at = (
+    jnp.pad(x, ((0, 0), (0, blocks * size - T))).reshape(B, blocks, size).swapaxes(0, 1)
+    for x in (until_BT, where)
+  )
+  reach = None if window is None else jnp.where(window.here, window.size, T)
+  out = _attend(q, k, v, (until, at), reach)
   out = lax.optimization_barrier(out).reshape(blocks, B, K, H // K, size, h)
   return out.transpose(1, 0, 4, 2, 3, 5).reshape(B, blocks * size, H, h)[:, :T]
 
 
 # In blocks: n blocks of s tokens; R = G * s, the queries of a block that share a key-value head.
 # A block of queries works on the blocks of keys that one of them sees, so that packed trajectories
-# do not pay for each other, and what it works on stays in a core's cache.
+# do not pay for each other, and what it works on stays in a core's cache. rows: (until, positions)
+# [n, B, s]; reach: int32[], how many tokens of its path one sees, itself included; None = all.
 
 
 def _ends(segment_ids_BT):
@@ -83,24 +112,31 @@ def _ends(segment_ids_BT):
   return lax.cummin(ends_BT, axis=1, reverse=True)
 
 
-def _blocks_seen(until_nBs):
-  """bool[n, n]: some row's queries of block i see a key of block j <= i."""
+def _blocks_seen(rows, reach=None):
+  """bool[n, n]: some row's queries of block i may see a key of block j <= i."""
+  until_nBs, at_nBs = rows
   blocks, _, size = until_nBs.shape
-  furthest_n = until_nBs.max(axis=(1, 2))
+  seen_nn = until_nBs.max(axis=(1, 2)) > jnp.arange(blocks)[:, None] * size
+  if reach is not None:
+    nearest_nB, furthest_nB = at_nBs.min(axis=2), at_nBs.max(axis=2)
+    seen_nn &= (nearest_nB[:, None] - furthest_nB < reach).any(axis=-1)
   # The block of keys itself is always worked on: every query sees its own key.
-  return (furthest_n > jnp.arange(blocks)[:, None] * size) | jnp.eye(blocks, dtype=bool)
+  return seen_nn | jnp.eye(blocks, dtype=bool)
 
 
 def _product(a, b):
   return jnp.matmul(a, b, preferred_element_type=jnp.float32)
 
 
-def _scores(q_BKRh, k_BKsh, until_nBs, i, j):
+def _scores(q_BKRh, k_BKsh, rows, reach, i, j):
   """float32[B, K, R, s] of the queries of block i and the keys of block j, masked."""
+  until_nBs, at_nBs = rows
   size = k_BKsh.shape[2]
   query_s1, key_s = i * size + jnp.arange(size)[:, None], j * size + jnp.arange(size)
   # A query sees itself whatever `until` says: padding stays finite.
   seen = (query_s1 >= key_s) & ((query_s1 < until_nBs[j][:, None, :]) | (query_s1 == key_s))
+  if reach is not None:
+    seen &= at_nBs[i][:, :, None] - at_nBs[j][:, None, :] < reach
   # Added, and made once for all heads: a select inside of the softmax triples its time on CPU.
   bias_Bss = lax.optimization_barrier(jnp.where(seen, 0.0, MASKED))
   scores = _product(q_BKRh, k_BKsh.swapaxes(2, 3))
@@ -109,11 +145,11 @@ def _scores(q_BKRh, k_BKsh, until_nBs, i, j):
 
 
 @jax.custom_vjp
-def _attend(q_nBKRh, k_nBKsh, v_nBKsh, until_nBs):
-  return _attend_forward(q_nBKRh, k_nBKsh, v_nBKsh, until_nBs)[0]
+def _attend(q_nBKRh, k_nBKsh, v_nBKsh, rows, reach):
+  return _attend_forward(q_nBKRh, k_nBKsh, v_nBKsh, rows, reach)[0]
 
 
-def _attend_forward(q, k, v, until):
+def _attend_forward(q, k, v, rows, reach):
   """Attends with a running softmax; also returns the log of its sum, for the backward pass."""
   blocks, *lead, h = q.shape
 
@@ -122,7 +158,7 @@ def _attend_forward(q, k, v, until):
 
     def keys(j, carry):
       top, total, out = carry
-      scores = _scores(q_i, k[j], until, i, j)
+      scores = _scores(q_i, k[j], rows, reach, i, j)
       new_top = jnp.maximum(top, scores.max(axis=-1, keepdims=True))
       probs = jnp.exp(scores - new_top)
       decay = jnp.exp(top - new_top)
@@ -133,9 +169,9 @@ def _attend_forward(q, k, v, until):
     top, total, out = _over_seen(seen_n, i, keys, start)
     return (out / total).astype(q.dtype), top + jnp.log(total)
 
-  out, log_total = lax.map(queries, (jnp.arange(blocks), _blocks_seen(until), q))
+  out, log_total = lax.map(queries, (jnp.arange(blocks), _blocks_seen(rows, reach), q))
   out, log_total = checkpoint_name(out, ATTENTION), checkpoint_name(log_total, ATTENTION)
-  return out, (q, k, v, until, out, log_total)
+  return out, (q, k, v, rows, reach, out, log_total)
 
 
 def _over_seen(seen_n, last, body, start):
@@ -150,7 +186,7 @@ def _over_seen(seen_n, last, body, start):
 
 def _attend_backward(residuals, d_out):
   """Probabilities are computed again: kept, they would be most of the memory of a step."""
-  q, k, v, until, out, log_total = residuals
+  q, k, v, rows, reach, out, log_total = residuals
   d_total = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(axis=-1, keepdims=True)
 
   def queries(carry, block):
@@ -158,7 +194,7 @@ def _attend_backward(residuals, d_out):
 
     def keys(j, carry):
       d_q, d_k, d_v = carry
-      probs = jnp.exp(_scores(q_i, k[j], until, i, j) - log_total_i)
+      probs = jnp.exp(_scores(q_i, k[j], rows, reach, i, j) - log_total_i)
       d_scores = probs * (_product(d_out_i, v[j].swapaxes(2, 3)) - d_total_i)
       probs, d_scores = probs.astype(q.dtype), d_scores.astype(q.dtype)
       d_k = d_k.at[j].add(_product(d_scores.swapaxes(2, 3), q_i))
@@ -170,9 +206,10 @@ def _attend_backward(residuals, d_out):
     return tuple(carry), d_q.astype(q.dtype)
 
   start = (jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32))
-  blocks = (jnp.arange(len(q)), _blocks_seen(until), q, d_out, log_total, d_total)
+  seen = _blocks_seen(rows, reach)
+  blocks = (jnp.arange(len(q)), seen, q, d_out, log_total, d_total)
   (d_k, d_v), d_q = lax.scan(queries, start, blocks)
-  return d_q, d_k.astype(k.dtype), d_v.astype(v.dtype), None
+  return d_q, d_k.astype(k.dtype), d_v.astype(v.dtype), None, None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
@@ -227,10 +264,13 @@ def attend_cache(
   layer: jax.Array,
   positions_NC: jax.Array,
   blocks: jax.Array,
+  window: Window | None = None,
+  lowest: jax.Array | None = None,
 ) -> jax.Array:
   """Attention over the first `blocks` blocks of each slot, with a running softmax.
 
-  The number of blocks is dynamic: a token costs what is filled, not what is reserved.
+  The number of blocks is dynamic: a token costs what is filled, not what is reserved. With a window
+  (and `lowest` int32[], the least position that counts) what no token sees is not read, either.
   """
   N, C, H, h = q_NCHh.shape
   S, K = cache.k.shape[2], kv_heads
@@ -247,6 +287,8 @@ def attend_cache(
     start = jnp.minimum(i * size, S - size)  # the last block overlaps where size does not divide S
     at = start + jnp.arange(size)
     seen = (at <= positions_NC[..., None]) & (at >= i * size)
+    if window is not None:
+      seen &= at > positions_NC[..., None] - reach
     k, v = read(cache.k, start), read(cache.v, start)
     scores = jnp.einsum("nckgh,nskh->nkgcs", q, k, preferred_element_type=jnp.float32)
     scores = jnp.where(seen[:, None, None], scores, MASKED)
@@ -264,6 +306,10 @@ def attend_cache(
     jnp.zeros(shape, jnp.float32),
     jnp.zeros((*shape, h), jnp.float32),
   )
-  _, total, out = lax.fori_loop(0, blocks, body, start)
+  first = 0
+  if window is not None:
+    reach = jnp.where(window.here, window.size, S)
+    first = jnp.minimum(jnp.maximum(lowest - reach + 1, 0) // size, blocks - 1)
+  _, total, out = lax.fori_loop(first, blocks, body, start)
   out = jnp.transpose(out / total[..., None], (0, 3, 1, 2, 4))
   return out.reshape(N, C, H, h).astype(q_NCHh.dtype)

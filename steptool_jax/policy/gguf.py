@@ -1,7 +1,8 @@
 """A GGUF file of a family that families.py names -> a Hugging Face directory for load_params.
 
-llama.cpp stores the rows of q and k in another order (rotary pairs side by side instead of in two
-halves) and Llama 3.1's frequency scaling as a tensor; both are undone here.
+llama.cpp stores Llama's rows of q and k in another order (rotary pairs side by side instead of in
+two halves), Llama 3.1's frequency scaling as a tensor, and 1 + weight for Gemma's norms; all of it
+is undone here.
 """
 
 import dataclasses
@@ -12,8 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from steptool_jax.policy import hfconfig, hub
-from steptool_jax.policy.families import FAMILIES
-from steptool_jax.policy.model import DTYPES, ModelConfig, RopeScaling, inverse_frequencies
+from steptool_jax.policy.families import (
+  BOUNDS,
+  DTYPES,
+  FAMILIES,
+  Family,
+  ModelConfig,
+  RopeScaling,
+  inverse_frequencies,
+)
 from steptool_jax.policy.tensorfile import output_directory, write_json
 
 BLOCK_NAMES = {
@@ -26,6 +34,10 @@ BLOCK_NAMES = {
   "down": "ffn_down",
   "attn_norm": "attn_norm",
   "mlp_norm": "ffn_norm",
+  "q_norm": "attn_q_norm",
+  "k_norm": "attn_k_norm",
+  "post_attn_norm": "post_attention_norm",
+  "post_mlp_norm": "post_ffw_norm",
 }
 TOP_NAMES = {
   "embed": "token_embd.weight",
@@ -45,7 +57,8 @@ SPLITS = {
   "llama-bpe": LLAMA3_SPLIT,
   "qwen2": LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}"),
 }
-CONTROL, USER_DEFINED = 3, 4  # tokenizer.ggml.token_type
+NORMAL, CONTROL, USER_DEFINED = 1, 3, 4  # tokenizer.ggml.token_type
+GEMMA3_27B_LAYERS = 62  # whose queries are not scaled by the width of a head; no field says it
 
 
 def gguf_to_hub(
@@ -68,11 +81,9 @@ def gguf_to_hub(
   def fetch(name):
     spot = names[name]
     tensor = file.tensor(_source(spot))
-    if spot.path[1:2] == ("q",):
-      tensor = _unpermute(tensor, config.num_heads)
-    elif spot.path[1:2] == ("k",):
-      tensor = _unpermute(tensor, config.num_kv_heads)
-    return tensor
+    if config.kind.gguf_pairs and spot.path[1:2] in (("q",), ("k",)):
+      return _unpermute(tensor, config.num_heads if spot.path[1] == "q" else config.num_kv_heads)
+    return tensor - 1.0 if config.kind.norm_offset and spot.path[-1] == "scale" else tensor
 
   ids = {
     f"{ours}_token_id": file.get(f"tokenizer.ggml.{key}_token_id", int)
@@ -213,26 +224,47 @@ def _read_config(file: _Gguf) -> ModelConfig:
   if file.get(f"{kind}.rope.dimension_count", int, head_dim) != head_dim:
     raise ValueError(f"{file.path}: {kind}.rope.dimension_count: partial rotation is not supported")
   embedding = file.shape(TOP_NAMES["embed"])
+  family, layers = FAMILIES[known[kind]], file.need(f"{kind}.block_count", int)
   try:
+    windows = _read_windows(file, family, layers, hidden / heads, head_dim)
     config = ModelConfig(
       family=known[kind],
       vocab_size=embedding[0] if embedding else 0,
       hidden_size=hidden,
       intermediate_size=file.need(f"{kind}.feed_forward_length", int),
-      num_layers=file.need(f"{kind}.block_count", int),
+      num_layers=layers,
       num_heads=heads,
       num_kv_heads=file.get(f"{kind}.attention.head_count_kv", int, heads),
       head_dim=head_dim,
       rope_theta=_short(file.get(f"{kind}.rope.freq_base", float, 10000.0)),
+      qkv_bias=family.qkv_bias,
+      qk_norm=family.qk_norm,
       rms_norm_eps=_short(file.need(f"{kind}.attention.layer_norm_rms_epsilon", float)),
       tie_embeddings=not file.has(TOP_NAMES["lm_head"]),
       max_position_embeddings=file.need(f"{kind}.context_length", int),
+      **windows,
     )
     scaling = _read_rope(file, config, f"{kind}.rope.scaling")
   except ValueError as error:
     named = str(error).startswith(str(file.path))
     raise error if named else ValueError(f"{file.path}: {error}; convert the model again") from None
   return dataclasses.replace(config, rope_scaling=scaling)
+
+
+def _read_windows(
+  file: _Gguf, family: Family, layers: int, width: float, head_dim: int
+) -> dict[str, Any]:
+  """Fields of a model with sliding windows; what the file leaves unsaid is as llama.cpp has it."""
+  if not family.full_every or layers > BOUNDS["num_layers"][1]:
+    return {}
+  cap = file.get(f"{family.gguf}.final_logit_softcapping", float)
+  return {
+    "sliding_window": file.need(f"{family.gguf}.attention.sliding_window", int),
+    "sliding_layers": family.sliding_layers(layers),
+    "rope_local_theta": family.local_theta,
+    "query_scalar": width if layers == GEMMA3_27B_LAYERS else head_dim,
+    "final_logit_cap": None if cap is None else _short(cap),
+  }
 
 
 def _short(value: float) -> float:
@@ -262,46 +294,35 @@ def _read_rope(file: _Gguf, config: ModelConfig, prefix: str) -> RopeScaling | N
 def _read_tokenizer(file: _Gguf, config: ModelConfig) -> tuple[Any, dict[str, Any]]:
   """(tokenizers.Tokenizer, tokenizer_config.json)."""
   import tokenizers
-  from tokenizers import decoders, models, pre_tokenizers, processors
+  from tokenizers import processors
 
   kind = file.need("tokenizer.ggml.model", str)
-  if kind != "gpt2":
+  makers = {"gpt2": _byte_level, "llama": _sentencepiece}
+  if kind not in makers:
     raise ValueError(
-      f"{file.path}: tokenizer.ggml.model: {kind!r} is not supported (only byte-level BPE, 'gpt2');"
-      " take the model's Hugging Face directory instead"
+      f"{file.path}: tokenizer.ggml.model: {kind!r} is not supported (only byte-level BPE, 'gpt2', "
+      "and SentencePiece BPE, 'llama'); take the model's Hugging Face directory instead"
     )
   pre = file.get("tokenizer.ggml.pre", str, "default")
-  if pre not in SPLITS:
-    raise ValueError(
-      f"{file.path}: tokenizer.ggml.pre: {pre!r} is not known; known: {', '.join(SPLITS)}"
-    )
   tokens = file.need("tokenizer.ggml.tokens", list)
-  types = file.get("tokenizer.ggml.token_type", list, [1] * len(tokens))
+  types = file.get("tokenizer.ggml.token_type", list, [NORMAL] * len(tokens))
   if not len(tokens) == len(types) == config.vocab_size:
     raise ValueError(
       f"{file.path}: {len(tokens)} tokens with {len(types)} types, but token_embd.weight has "
       f"{config.vocab_size} rows"
     )
-  try:
-    vocabulary = {token: index for index, token in enumerate(tokens)}
-    merges = [tuple(merge.split(" ", 1)) for merge in file.need("tokenizer.ggml.merges", list)]
-    bpe = models.BPE(vocab=vocabulary, merges=merges, ignore_merges=pre == "llama-bpe")
-  except Exception as error:  # the library raises bare Exception
-    raise ValueError(f"{file.path}: tokens and merges make no tokenizer ({error})") from None
+  vocabulary = {token: index for index, token in enumerate(tokens)}
   if len(vocabulary) < len(tokens):
     raise ValueError(f"{file.path}: tokenizer.ggml.tokens: two tokens have the same text")
-  tokenizer = tokenizers.Tokenizer(bpe)
-  steps = [pre_tokenizers.Digits(individual_digits=True)] if pre == "smollm" else []
-  if SPLITS[pre]:
-    steps.append(pre_tokenizers.Split(tokenizers.Regex(SPLITS[pre]), "isolated"))
-  prefix = file.get("tokenizer.ggml.add_space_prefix", bool, False)
-  steps.append(pre_tokenizers.ByteLevel(add_prefix_space=prefix, use_regex=not SPLITS[pre]))
-  tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
-  tokenizer.decoder = decoders.ByteLevel()
-  for token, type_ in zip(tokens, types, strict=True):
-    if type_ in (CONTROL, USER_DEFINED):
-      added = tokenizers.AddedToken(token, special=type_ == CONTROL, normalized=False)
-      (tokenizer.add_special_tokens if type_ == CONTROL else tokenizer.add_tokens)([added])
+  tokenizer = makers[kind](file, pre, vocabulary, types)
+  for special in (True, False):
+    wanted = CONTROL if special else USER_DEFINED
+    added = [
+      tokenizers.AddedToken(token, special=special, normalized=False)
+      for token, type_ in zip(tokens, types, strict=True)
+      if type_ == wanted
+    ]
+    (tokenizer.add_special_tokens if special else tokenizer.add_tokens)(added)
 
   settings: dict[str, Any] = {
     "tokenizer_class": "PreTrainedTokenizerFast",
@@ -316,9 +337,76 @@ def _read_tokenizer(file: _Gguf, config: ModelConfig) -> tuple[Any, dict[str, An
       settings[f"{ours}_token"] = tokens[index]
   if template := file.get("tokenizer.chat_template", str):
     settings["chat_template"] = template
-  if file.get("tokenizer.ggml.add_bos_token", bool, pre == "llama-bpe") and "bos_token" in settings:
+  adds_bos = pre == "llama-bpe" or kind == "llama"
+  if file.get("tokenizer.ggml.add_bos_token", bool, adds_bos) and "bos_token" in settings:
     bos = settings["bos_token"]
     tokenizer.post_processor = processors.TemplateProcessing(
       single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, vocabulary[bos])]
     )
   return tokenizer, settings
+
+
+def _byte_level(file: _Gguf, pre: str, vocabulary: dict[str, int], types: list[int]) -> Any:
+  """GPT-2's kind: pieces of bytes, and merges that the file lists."""
+  import tokenizers
+  from tokenizers import decoders, models, pre_tokenizers
+
+  del types
+  if pre not in SPLITS:
+    raise ValueError(
+      f"{file.path}: tokenizer.ggml.pre: {pre!r} is not known; known: {', '.join(SPLITS)}"
+    )
+  try:
+    merges = [tuple(merge.split(" ", 1)) for merge in file.need("tokenizer.ggml.merges", list)]
+    bpe = models.BPE(vocab=vocabulary, merges=merges, ignore_merges=pre == "llama-bpe")
+  except Exception as error:  # the library raises bare Exception
+    raise ValueError(f"{file.path}: tokens and merges make no tokenizer ({error})") from None
+  tokenizer = tokenizers.Tokenizer(bpe)
+  steps = [pre_tokenizers.Digits(individual_digits=True)] if pre == "smollm" else []
+  if SPLITS[pre]:
+    steps.append(pre_tokenizers.Split(tokenizers.Regex(SPLITS[pre]), "isolated"))
+  prefix = file.get("tokenizer.ggml.add_space_prefix", bool, False)
+  steps.append(pre_tokenizers.ByteLevel(add_prefix_space=prefix, use_regex=not SPLITS[pre]))
+  tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
+  tokenizer.decoder = decoders.ByteLevel()
+  return tokenizer
+
+
+def _sentencepiece(file: _Gguf, pre: str, vocabulary: dict[str, int], types: list[int]) -> Any:
+  """SentencePiece's BPE: two pieces merge where their text is one, the best score first."""
+  import tokenizers
+  from tokenizers import decoders, models, normalizers
+
+  del pre
+  scores = file.need("tokenizer.ggml.scores", list)
+  if len(scores) != len(vocabulary):
+    raise ValueError(f"{file.path}: {len(vocabulary)} tokens with {len(scores)} scores")
+  normal = {token for token, type_ in zip(vocabulary, types, strict=True) if type_ == NORMAL}
+  found = [
+    (-scores[vocabulary[token]], vocabulary[token[:cut]], vocabulary[token[cut:]])
+    for token in normal
+    for cut in range(1, len(token))
+    if token[:cut] in normal and token[cut:] in normal
+  ]
+  texts = list(vocabulary)
+  merges = [(texts[left], texts[right]) for _, left, right in sorted(found)]
+  unknown = file.get("tokenizer.ggml.unknown_token_id", int)
+  try:
+    bpe = models.BPE(
+      vocab=vocabulary,
+      merges=merges,
+      unk_token=None if unknown is None else texts[unknown],
+      fuse_unk=True,
+      byte_fallback=True,
+    )
+  except Exception as error:  # the library raises bare Exception
+    raise ValueError(f"{file.path}: tokens and scores make no tokenizer ({error})") from None
+  tokenizer = tokenizers.Tokenizer(bpe)
+  prefix = file.get("tokenizer.ggml.add_space_prefix", bool, True)
+  steps = [normalizers.Prepend("▁")] if prefix else []
+  tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])
+  strip = [decoders.Strip(" ", 1, 0)] if prefix else []
+  tokenizer.decoder = decoders.Sequence(
+    [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+  )
+  return tokenizer

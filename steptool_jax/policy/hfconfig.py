@@ -6,8 +6,14 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from steptool_jax.files import read_json
-from steptool_jax.policy.families import FAMILIES
-from steptool_jax.policy.model import ROPE_TYPES, ModelConfig, RopeScaling, check_number
+from steptool_jax.policy.families import (
+  FAMILIES,
+  ROPE_TYPES,
+  Family,
+  ModelConfig,
+  RopeScaling,
+  check_number,
+)
 
 PROJECTIONS = {
   "q": "self_attn.q_proj",
@@ -18,18 +24,24 @@ PROJECTIONS = {
   "up": "mlp.up_proj",
   "down": "mlp.down_proj",
 }
-NORMS = {
+NORMS = {"attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
+POST_NORMS = {
   "attn_norm": "input_layernorm",
-  "mlp_norm": "post_attention_layernorm",
-  "q_norm": "self_attn.q_norm",
-  "k_norm": "self_attn.k_norm",
+  "post_attn_norm": "post_attention_layernorm",
+  "mlp_norm": "pre_feedforward_layernorm",
+  "post_mlp_norm": "post_feedforward_layernorm",
 }
+HEAD_NORMS = {"q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm"}
+EXPERT_PROJECTIONS = ("gate", "up", "down")
 # What a config.json can switch on that model.py does not compute.
 REFUSED = {
   "mlp_bias": False,
   "use_sliding_window": False,
+  "use_bidirectional_attention": False,
+  "attn_logit_softcapping": None,
   "quantization_config": None,
-  "hidden_act": "silu",
+  "decoder_sparse_step": 1,
+  "mlp_only_layers": [],
 }
 # Fields that belong to a run and not to a model.
 RUN_FIELDS = ("dtype", "param_dtype", "remat", "lora_scale")
@@ -37,12 +49,18 @@ RUN_FIELDS = ("dtype", "param_dtype", "remat", "lora_scale")
 
 @dataclasses.dataclass(frozen=True)
 class Name:
-  """One Hugging Face tensor and where it lives: params[path] (or [path][layer])."""
+  """One Hugging Face tensor and where it lives: params[path], [path][layer] or [layer][expert]."""
 
   hub: str
   path: tuple[str, ...]
   layer: int | None
   transpose: bool
+  expert: int | None = None
+
+  @property
+  def stacked(self) -> int:
+    """How many leading axes of params[path] are left out in the file."""
+    return (self.layer is not None) + (self.expert is not None)
 
 
 def tensor_names(config: ModelConfig) -> Iterator[Name]:
@@ -50,10 +68,19 @@ def tensor_names(config: ModelConfig) -> Iterator[Name]:
   yield Name("model.embed_tokens.weight", ("embed", "embedding"), None, False)
   for layer in range(config.num_layers):
     prefix = f"model.layers.{layer}"
-    for ours, theirs in NORMS.items():
-      if config.qk_norm or ours not in ("q_norm", "k_norm"):
-        yield Name(f"{prefix}.{theirs}.weight", ("layers", ours, "scale"), layer, False)
+    norms = POST_NORMS if config.kind.post_norms else NORMS
+    for ours, theirs in (norms | (HEAD_NORMS if config.qk_norm else {})).items():
+      yield Name(f"{prefix}.{theirs}.weight", ("layers", ours, "scale"), layer, False)
+    if config.kind.experts:
+      yield Name(f"{prefix}.mlp.gate.weight", ("layers", "router", "kernel"), layer, True)
+      for expert in range(config.num_experts):
+        for ours in EXPERT_PROJECTIONS:
+          path = ("layers", f"expert_{ours}", "kernel")
+          hub = f"{prefix}.mlp.experts.{expert}.{ours}_proj.weight"
+          yield Name(hub, path, layer, True, expert)
     for ours, theirs in PROJECTIONS.items():
+      if config.kind.experts and ours in EXPERT_PROJECTIONS:
+        continue
       yield Name(f"{prefix}.{theirs}.weight", ("layers", ours, "kernel"), layer, True)
       if (ours in ("q", "k", "v") and config.qkv_bias) or (ours == "o" and config.output_bias):
         yield Name(f"{prefix}.{theirs}.bias", ("layers", ours, "bias"), layer, False)
@@ -86,12 +113,11 @@ def config_from_raw(raw: Mapping[str, Any]) -> ModelConfig:
   if name not in list(FAMILIES):
     raise ValueError(f"model_type: {name!r} is not supported; known: {', '.join(FAMILIES)}")
   family = FAMILIES[name]
-  for field, valid in REFUSED.items():
-    if raw.get(field, valid) != valid:
+  activation = "hidden_activation" if "hidden_activation" in raw else "hidden_act"
+  for field, valid in (*REFUSED.items(), (activation, family.activation)):
+    # None is what transformers writes where a switch has no say.
+    if raw.get(field, valid) != valid and (raw[field] is not None or field == activation):
       raise ValueError(f"{field}: {raw[field]!r} is not implemented (only {valid!r})")
-  kinds = raw.get("layer_types") or []
-  if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
-    raise ValueError("layer_types: only 'full_attention' is implemented")
 
   def integer(field: str, default: Any = None) -> int:
     value = default if raw.get(field) is None else raw[field]
@@ -99,8 +125,8 @@ def config_from_raw(raw: Mapping[str, Any]) -> ModelConfig:
       raise ValueError(f"{field}: expected an integer, got {value!r}")
     return value
 
-  def switch(field: str) -> bool:
-    value = raw.get(field, False)
+  def switch(field: str, default: bool = False) -> bool:
+    value = raw.get(field, default)
     if not isinstance(value, bool):
       raise ValueError(f"{field}: expected true or false, got {value!r}")
     return value
@@ -110,13 +136,27 @@ def config_from_raw(raw: Mapping[str, Any]) -> ModelConfig:
   if not 0 < heads <= hidden:
     raise ValueError(f"num_attention_heads: must be of 1 to hidden_size = {hidden}, found {heads}")
   bias = switch("attention_bias")
-  theta, scaling = _rope(raw)
+  layers = integer("num_hidden_layers")
+  sliding = _sliding_layers(raw, family, layers)
+  if family.full_every:
+    theta, scaling, local_theta = _two_ropes(raw)
+  else:
+    (theta, scaling), local_theta = _rope(raw), None
+  mixture = {}
+  if family.experts:
+    # transformers' own name for the number is the second one.
+    number = "num_experts" if "num_experts" in raw else "num_local_experts"
+    mixture = {
+      "num_experts": integer(number),
+      "experts_per_token": integer("num_experts_per_tok"),
+      "norm_topk": switch("norm_topk_prob"),
+    }
   return ModelConfig(
     family=name,
     vocab_size=integer("vocab_size"),
     hidden_size=hidden,
-    intermediate_size=integer("intermediate_size"),
-    num_layers=integer("num_hidden_layers"),
+    intermediate_size=integer("moe_intermediate_size" if family.experts else "intermediate_size"),
+    num_layers=layers,
     num_heads=heads,
     num_kv_heads=integer("num_key_value_heads", heads),
     head_dim=integer("head_dim", family.head_dim or hidden // heads),
@@ -126,9 +166,50 @@ def config_from_raw(raw: Mapping[str, Any]) -> ModelConfig:
     qkv_bias=family.qkv_bias or bias,
     output_bias=bias and not family.qkv_bias,
     qk_norm=family.qk_norm,
-    tie_embeddings=switch("tie_word_embeddings"),
+    tie_embeddings=switch("tie_word_embeddings", family.tied),
     max_position_embeddings=integer("max_position_embeddings", 2048),
+    sliding_window=integer("sliding_window") if any(sliding) else None,
+    sliding_layers=sliding,
+    rope_local_theta=local_theta if any(sliding) else None,
+    query_scalar=raw.get("query_pre_attn_scalar", 256) if family.full_every else None,
+    final_logit_cap=raw.get("final_logit_softcapping"),
+    **mixture,
   )
+
+
+def _sliding_layers(raw: Mapping[str, Any], family: Family, layers: int) -> tuple[bool, ...]:
+  """Which layers see a window only; empty where none does."""
+  kinds = raw.get("layer_types")
+  known = ["full_attention", *(["sliding_attention"] if family.full_every else [])]
+  if kinds is None:
+    every = raw.get("sliding_window_pattern")
+    if every is not None and (not isinstance(every, int) or isinstance(every, bool) or every < 1):
+      raise ValueError(f"sliding_window_pattern: expected an integer above 0, got {every!r}")
+    return family.sliding_layers(layers, every)
+  if not isinstance(kinds, list) or any(kind not in known for kind in kinds):
+    raise ValueError(f"layer_types: only {' and '.join(map(repr, known))} is implemented")
+  if family.full_every and len(kinds) != layers:
+    raise ValueError(f"layer_types: {len(kinds)} for num_hidden_layers = {layers}")
+  sliding = tuple(kind == "sliding_attention" for kind in kinds)
+  return sliding if any(sliding) else ()
+
+
+def _two_ropes(raw: Mapping[str, Any]) -> tuple[float, RopeScaling | None, float]:
+  """(base and scaling of the layers that see everything, base of the others), both layouts."""
+  nested = raw.get("rope_parameters") or {}
+  if not isinstance(nested, dict):
+    raise ValueError(f"rope_parameters: expected an object, got {nested!r}")
+  far, near = ({**raw, "rope_parameters": None, "rope_scaling": None} for _ in range(2))
+  if nested:
+    far |= {"rope_theta": 1e6, "rope_parameters": nested.get("full_attention")}
+    near |= {"rope_theta": 1e4, "rope_parameters": nested.get("sliding_attention")}
+  else:
+    far |= {"rope_theta": raw.get("rope_theta", 1e6), "rope_scaling": raw.get("rope_scaling")}
+    near |= {"rope_theta": raw.get("rope_local_base_freq", 1e4)}
+  local, stretched = _rope(near)
+  if stretched is not None:
+    raise ValueError("rope_parameters.sliding_attention: only rope_type 'default' is implemented")
+  return *_rope(far), local
 
 
 def _rope(raw: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
@@ -186,7 +267,7 @@ def raw_config_of(config: ModelConfig, **token_ids: Any) -> dict[str, Any]:
     "num_attention_heads": config.num_heads,
     "num_key_value_heads": config.num_kv_heads,
     "head_dim": config.head_dim,
-    "hidden_act": "silu",
+    "hidden_act": family.activation,
     "max_position_embeddings": config.max_position_embeddings,
     "rms_norm_eps": config.rms_norm_eps,
     # Old readers look for rope_theta and rope_scaling, new ones for rope_parameters.
@@ -198,7 +279,38 @@ def raw_config_of(config: ModelConfig, **token_ids: Any) -> dict[str, Any]:
   }
   if not family.qkv_bias:
     raw["attention_bias"] = config.qkv_bias
+  if family.full_every:
+    raw |= _raw_windows(config, rope)
+  if family.experts:
+    raw |= {
+      "moe_intermediate_size": config.intermediate_size,
+      "num_experts": config.num_experts,
+      "num_experts_per_tok": config.experts_per_token,
+      "norm_topk_prob": config.norm_topk,
+      "decoder_sparse_step": 1,
+      "mlp_only_layers": [],
+    }
   return {**raw, **{name: value for name, value in token_ids.items() if value is not None}}
+
+
+def _raw_windows(config: ModelConfig, rope: Mapping[str, Any]) -> dict[str, Any]:
+  """What Gemma's config.json has besides."""
+  sliding = config.sliding_layers or (False,) * config.num_layers
+  local = config.rope_local_theta or config.kind.local_theta
+  raw: dict[str, Any] = {
+    "hidden_activation": config.kind.activation,
+    "layer_types": ["sliding_attention" if near else "full_attention" for near in sliding],
+    "sliding_window": config.sliding_window,
+    "rope_local_base_freq": local,
+    "rope_parameters": {
+      "full_attention": {**rope, "rope_theta": config.rope_theta},
+      "sliding_attention": {"rope_type": "default", "rope_theta": local},
+    },
+    "query_pre_attn_scalar": config.query_scalar or config.head_dim,
+    "final_logit_softcapping": config.final_logit_cap,
+    "attn_logit_softcapping": None,
+  }
+  return raw
 
 
 def check_same_model(config: ModelConfig, raw: Mapping[str, Any]) -> None:

@@ -82,18 +82,26 @@ def load_params(
     if key[0] == "value_head":
       return _place(leaf.shape, where, lambda index: np.array(head[key[1]][index]))
 
-    def load(name, shape, where):
+    def read(name, index):
       tensor = files.read(name.hub)
       tensor = tensor.T if name.transpose else tensor
       # A copy even where none is needed: a device must not keep the file's pages.
-      return _place(shape, where, lambda index: copy_in_order(tensor[index], config.param_dtype))
+      return copy_in_order(tensor[index], leaf.dtype)
+
+    def load(names, shape, where):
+      """A tensor, or the experts of a layer stacked: a device reads its own."""
+      if names[0].expert is None:
+        return _place(shape, where, lambda index: read(names[0], index))
+      return _place(
+        shape, where, lambda index: np.stack([read(n, index[1:]) for n in names[index[0]]])
+      )
 
     names = sources[key]
     if names[0].layer is None:
-      return load(names[0], leaf.shape, where)
-    stack = _zeros(leaf.shape, config.param_dtype, where)()
-    for name in names:
-      stack = _set_layer(stack, load(name, leaf.shape[1:], one), name.layer)
+      return load(names, leaf.shape, where)
+    stack = _zeros(leaf.shape, leaf.dtype, where)()
+    for layer, group in itertools.groupby(names, lambda name: name.layer):
+      stack = _set_layer(stack, load(list(group), leaf.shape[1:], one), layer)
     return stack
 
   return jax.tree_util.tree_map_with_path(place, target)
@@ -164,7 +172,7 @@ def check_tensors(
 
 
 def _shape_in_file(array: Any, name: hfconfig.Name) -> tuple[int, ...]:
-  shape = array.shape if name.layer is None else array.shape[1:]
+  shape = array.shape[name.stacked :]
   return tuple(reversed(shape)) if name.transpose else tuple(shape)
 
 
@@ -262,17 +270,18 @@ class _Tensor:
   def __getitem__(self, rows: slice) -> np.ndarray:
     spot, size = self._spot, rows.stop - rows.start
     axis = 1 if spot.transpose else 0
-    part = _cut(self._array, self._adapter, self._scale, spot.layer, rows.start, axis, size)
+    place = tuple(n for n in (spot.layer, spot.expert) if n is not None)
+    part = _cut(self._array, self._adapter, self._scale, place, rows.start, axis, size)
     return sharding.to_host(part).T if spot.transpose else sharding.to_host(part)
 
 
 # Jitted with layer and start as arguments: array[layer] would compile once for every layer.
 @functools.partial(jax.jit, static_argnames=("axis", "size"))
-def _cut(array, adapter, scale, layer, start, axis, size):
-  """[size] of `array` (of its `layer`) along `axis`, with its adapter merged."""
+def _cut(array, adapter, scale, place, start, axis, size):
+  """[size] of `array` (of its layer and expert) along `axis`, with its adapter merged."""
 
   def of_layer(x):
-    return x if layer is None else sharding.layer_of(x, layer)
+    return functools.reduce(sharding.layer_of, place, x)
 
   def cut(x):
     return lax.dynamic_slice_in_dim(of_layer(x), start, size, axis)

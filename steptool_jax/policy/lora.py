@@ -25,7 +25,13 @@ def scale(lora: Lora) -> float:
 
 
 def with_lora(config: ModelConfig, lora: Lora) -> ModelConfig:
-  """The model configuration that applies adapters of `lora`."""
+  """The model configuration that applies adapters of `lora`; ValueError where it has no place."""
+  wide = [target for target in lora.targets if target in ("gate", "up", "down")]
+  if config.kind.experts and wide:
+    raise ValueError(
+      f"lora.targets: {', '.join(wide)} are experts in {config.family}, which take no adapters; "
+      "use q, k, v, o"
+    )
   return dataclasses.replace(config, lora_scale=scale(lora))
 
 

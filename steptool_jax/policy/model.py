@@ -8,9 +8,10 @@ everything below `layers` is stacked, leading axis = layer.
     lm_head/kernel [D, V] (untied)    value_head/{kernel [D, 1], bias [1]} float32
     layers/{attn_norm, mlp_norm}/scale          layers/{q, k, v, o, gate, up, down}/kernel [in, out]
     layers/{q, k, v}/bias (qkv_bias), o/bias    layers/{q_norm, k_norm}/scale (qk_norm)
+    layers/{post_attn_norm, post_mlp_norm}/scale (post_norms)
+    layers/router/kernel [D, E] float32         layers/expert_{gate, up, down}/kernel [E, in, out]
 """
 
-import dataclasses
 import functools
 import math
 from typing import Any
@@ -18,12 +19,14 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
+from steptool_jax.policy import experts
 from steptool_jax.policy.attention import (
   ATTENTION,
   KVCache,
+  Tree,
+  Window,
   attend,
   attend_cache,
   cache_blocks,
@@ -31,108 +34,21 @@ from steptool_jax.policy.attention import (
   write_cache,
 )
 from steptool_jax.policy.embedding import look_up
-from steptool_jax.policy.families import FAMILIES
+from steptool_jax.policy.families import REMATS, ModelConfig, inverse_frequencies
 from steptool_jax.policy.sharding import constrain_features, constrain_heads, constrain_rows
 
-ROPE_TYPES = ("llama3", "linear")
-DTYPES = ("float32", "bfloat16")
-REMAT = {
-  "none": None,
-  "full": jax.checkpoint_policies.nothing_saveable,
-  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-  "attention": jax.checkpoint_policies.save_only_these_names(ATTENTION),
-}
-
-
-# Bounds of the sizes: some times those of the largest published models. What lies beyond is a
-# broken file, whose tensors would take hours to list.
-BOUNDS = {
-  "vocab_size": (1, 2**24),
-  "hidden_size": (1, 2**18),
-  "intermediate_size": (1, 2**20),
-  "num_layers": (1, 2048),
-  "num_heads": (1, 4096),
-  "num_kv_heads": (1, 4096),
-  "head_dim": (2, 4096),
-  "max_position_embeddings": (1, 2**30),
-}
-
-
-def check_number(name: str, value: Any, above: float, most: float) -> None:
-  """ValueError unless `value` is a number (no bool, no NaN) in (above, most]."""
-  number = isinstance(value, int | float) and not isinstance(value, bool)
-  if not (number and above < value <= most):
-    raise ValueError(f"{name}: must be a number above {above:g}, at most {most:g}, found {value!r}")
-
-
-@dataclasses.dataclass(frozen=True)
-class RopeScaling:
-  """How rotary frequencies are stretched; the last three fields belong to `llama3` only."""
-
-  type: str
-  factor: float
-  low_freq_factor: float = 1.0
-  high_freq_factor: float = 4.0
-  original_max_position_embeddings: int = 8192
-
-  def __post_init__(self):
-    if self.type not in ROPE_TYPES:
-      raise ValueError(f"rope_scaling.type: {self.type!r} is not one of {', '.join(ROPE_TYPES)}")
-    check_number("rope_scaling.factor", self.factor, 0, 1e6)
-    check_number("rope_scaling.low_freq_factor", self.low_freq_factor, 0, 1e6)
-    # Between the two the scalings are blended: they must differ.
-    low = self.low_freq_factor
-    check_number("rope_scaling.high_freq_factor", self.high_freq_factor, low, 1e6)
-    places = self.original_max_position_embeddings
-    check_number("rope_scaling.original_max_position_embeddings", places, 0, 2**30)
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelConfig:
-  """Hashable, so that it can be a static argument of jit."""
-
-  family: str
-  vocab_size: int
-  hidden_size: int
-  intermediate_size: int
-  num_layers: int
-  num_heads: int
-  num_kv_heads: int
-  head_dim: int
-  rope_theta: float = 10000.0
-  rope_scaling: RopeScaling | None = None
-  rms_norm_eps: float = 1e-6
-  qkv_bias: bool = False
-  output_bias: bool = False  # Llama's attention_bias puts one on o_proj too
-  qk_norm: bool = False
-  tie_embeddings: bool = False
-  max_position_embeddings: int = 4096
-  dtype: str = "float32"  # compute
-  param_dtype: str = "float32"  # storage; the value head is always float32
-  remat: str = "none"
-  lora_scale: float | None = None  # alpha / rank; set by lora.with_lora
-
-  def __post_init__(self):
-    for field, valid in (
-      ("family", tuple(FAMILIES)),
-      ("dtype", DTYPES),
-      ("param_dtype", DTYPES),
-      ("remat", tuple(REMAT)),
-    ):
-      if getattr(self, field) not in valid:
-        raise ValueError(f"{field}: {getattr(self, field)!r} is not one of {', '.join(valid)}")
-    for field, (least, most) in BOUNDS.items():
-      value = getattr(self, field)
-      if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-        raise ValueError(f"{field}: must be an integer of {least} to {most}, found {value!r}")
-    if self.num_heads % self.num_kv_heads:
-      raise ValueError(
-        f"num_kv_heads: {self.num_kv_heads} does not divide num_heads = {self.num_heads}"
-      )
-    if self.head_dim % 2:
-      raise ValueError(f"head_dim: {self.head_dim} must be even (rotary pairs)")
-    check_number("rope_theta", self.rope_theta, 0, 1e12)
-    check_number("rms_norm_eps", self.rms_norm_eps, 0, 0.1)
+REMAT = dict(
+  zip(
+    REMATS,
+    (
+      None,
+      jax.checkpoint_policies.nothing_saveable,
+      jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+      jax.checkpoint_policies.save_only_these_names(ATTENTION),
+    ),
+    strict=True,
+  )
+)
 
 
 def init_cache(config: ModelConfig, slots: int, size: int) -> KVCache:
@@ -141,30 +57,14 @@ def init_cache(config: ModelConfig, slots: int, size: int) -> KVCache:
   return KVCache(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype))
 
 
-def inverse_frequencies(config: ModelConfig) -> np.ndarray:
-  """float32[h / 2], radians a position; as transformers computes them, scaling included."""
-  half = np.arange(0, config.head_dim, 2, dtype=np.float32) / config.head_dim
-  freq = (1.0 / np.float32(config.rope_theta) ** half).astype(np.float32)
-  scaling = config.rope_scaling
-  if scaling is None:
-    return freq
-  if scaling.type == "linear":
-    return freq / np.float32(scaling.factor)
-  wavelen = 2 * math.pi / freq
-  low = scaling.original_max_position_embeddings / scaling.low_freq_factor
-  high = scaling.original_max_position_embeddings / scaling.high_freq_factor
-  smooth = (scaling.original_max_position_embeddings / wavelen - scaling.low_freq_factor) / (
-    scaling.high_freq_factor - scaling.low_freq_factor
-  )
-  blended = (1 - smooth) * freq / scaling.factor + smooth * freq
-  out = np.where(wavelen > low, freq / scaling.factor, np.where(wavelen < high, freq, blended))
-  return out.astype(np.float32)
-
-
-def _rope_tables(config: ModelConfig, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """cos, sin float32[B, T, 1, h / 2]: once for all layers."""
-  angles = positions_BT[..., None, None].astype(jnp.float32) * inverse_frequencies(config)
-  return jnp.cos(angles), jnp.sin(angles)
+def _rope_tables(config: ModelConfig, positions_BT: jax.Array) -> tuple[jax.Array, ...]:
+  """cos, sin float32[B, T, 1, h / 2]: once for all layers; then those of layers with a window."""
+  tables = []
+  for local in (False, True)[: 1 + bool(config.sliding_layers)]:
+    frequencies = inverse_frequencies(config, local)
+    angles = positions_BT[..., None, None].astype(jnp.float32) * frequencies
+    tables += [jnp.cos(angles), jnp.sin(angles)]
+  return tuple(tables)
 
 
 def _rotate(x_BTHh: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
@@ -179,32 +79,36 @@ def _cheap(function, *static):
   return jax.checkpoint(functools.partial(function, *static), prevent_cse=False)
 
 
-def _rms_norm(eps: float, x: jax.Array, scale: jax.Array) -> jax.Array:
+def _rms_norm(eps: float, offset: bool, x: jax.Array, scale: jax.Array) -> jax.Array:
   y = x.astype(jnp.float32)
   y = y * lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + eps)
-  return y * scale.astype(jnp.float32)
+  scale = scale.astype(jnp.float32)
+  return y * (1.0 + scale if offset else scale)
 
 
-def _silu_gate(gate: jax.Array, up: jax.Array) -> jax.Array:
-  return jax.nn.silu(gate) * up
+ACTIVATIONS = {"silu": jax.nn.silu, "gelu_pytorch_tanh": jax.nn.gelu}
 
 
-@jax.custom_vjp
-def _gated(gate: jax.Array, up: jax.Array) -> jax.Array:
-  """silu(gate) * up, computed again in the backward pass.
+def _gate(activation: str, gate: jax.Array, up: jax.Array) -> jax.Array:
+  return ACTIVATIONS[activation](gate) * up
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _gated(activation: str, gate: jax.Array, up: jax.Array) -> jax.Array:
+  """activation(gate) * up, computed again in the backward pass.
 
   Its gradients are written to memory: a TPU would compute them anew for every tile of both products
   that read them.
   """
-  return _silu_gate(gate, up)
+  return _gate(activation, gate, up)
 
 
-def _gated_forward(gate, up):
-  return _silu_gate(gate, up), (gate, up)
+def _gated_forward(activation, gate, up):
+  return _gate(activation, gate, up), (gate, up)
 
 
-def _gated_backward(kept, d_out):
-  _, pull_back = jax.vjp(_silu_gate, *kept)
+def _gated_backward(activation, kept, d_out):
+  _, pull_back = jax.vjp(functools.partial(_gate, activation), *kept)
   return lax.optimization_barrier(pull_back(d_out))
 
 
@@ -218,8 +122,10 @@ class _Norm(nn.Module):
 
   @nn.compact
   def __call__(self, x):
-    scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.config.param_dtype)
-    return _cheap(_rms_norm, self.config.rms_norm_eps)(x, scale).astype(self.config.dtype)
+    config, offset = self.config, self.config.kind.norm_offset
+    init = nn.initializers.zeros if offset else nn.initializers.ones
+    scale = self.param("scale", init, (x.shape[-1],), config.param_dtype)
+    return _cheap(_rms_norm, config.rms_norm_eps, offset)(x, scale).astype(config.dtype)
 
 
 def _adapt(config: ModelConfig, a: jax.Array, b: jax.Array, x: jax.Array) -> jax.Array:
@@ -239,7 +145,10 @@ class _Embed(nn.Module):
     shape = (config.vocab_size, config.hidden_size)
     init = nn.initializers.normal(config.hidden_size**-0.5)
     table = self.param("embedding", init, shape, config.param_dtype)
-    return look_up(table, tokens, config.dtype)
+    x = look_up(table, tokens, config.dtype)
+    if config.kind.scaled_embeddings:
+      x = x * jnp.asarray(math.sqrt(config.hidden_size), config.dtype)
+    return x
 
 
 class _Linear(nn.Module):
@@ -268,6 +177,34 @@ class _Linear(nn.Module):
     return y.reshape(*lead, self.features)
 
 
+class _Stack(nn.Module):
+  """The kernels of a layer's experts [E, in, out], in the compute dtype."""
+
+  config: ModelConfig
+  shape: tuple[int, ...]
+  init_scale: float = 1.0
+
+  @nn.compact
+  def __call__(self):
+    init = nn.initializers.variance_scaling(self.init_scale, "fan_in", "normal", batch_axis=(0,))
+    kernel = self.param("kernel", init, self.shape, self.config.param_dtype)
+    return kernel.astype(self.config.dtype)
+
+
+class _Router(nn.Module):
+  """(weights, experts) of each token; float32 whatever the model is stored in."""
+
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(self, x):
+    config = self.config
+    init = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
+    shape = (config.hidden_size, config.num_experts)
+    kernel = self.param("kernel", init, shape, jnp.float32)
+    return experts.choose(x, kernel, config.experts_per_token, config.norm_topk)
+
+
 class _Block(nn.Module):
   """One layer. carry = (x, layer index, cache or None); the rest is the same for all layers."""
 
@@ -283,6 +220,8 @@ class _Block(nn.Module):
     alone = _one_token(x, cache)
     spread = functools.partial(constrain_features, axis="tensor") if alone else lambda x: x
 
+    rope, window = self._reach(rope, layer)
+
     y = _Norm(config, name="attn_norm")(x)
     q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     q = linear(q_size, config.qkv_bias, name="q")(y).reshape(rows, length, -1, config.head_dim)
@@ -292,25 +231,57 @@ class _Block(nn.Module):
       q = _Norm(config, name="q_norm")(q)
       k = _Norm(config, name="k_norm")(k)
     q, k = _rotate(q, rope), _rotate(k, rope)
+    if config.query_scalar is not None and config.query_scalar != config.head_dim:
+      q = q * math.sqrt(config.head_dim / config.query_scalar)  # attend divides by sqrt(head_dim)
     if alone:
       q, k, v = map(constrain_heads, (q, k, v))
     if cache is None:
-      out = attend(q, k, v, *segments)
+      out = attend(q, k, v, *segments, window)
     else:
-      positions, writes, blocks = cached
+      positions, writes, blocks, lowest = cached
       cache = KVCache(
         write_cache(cache.k, k, layer, writes), write_cache(cache.v, v, layer, writes)
       )
-      out = attend_cache(q, cache, config.num_kv_heads, layer, positions, blocks)
+      inputs = (q, cache, config.num_kv_heads, layer, positions, blocks)
+      out = attend_cache(*inputs, window, lowest)
     out = spread(out.reshape(rows, length, q_size))
-    x = x + linear(config.hidden_size, config.output_bias, residual_scale, name="o")(out)
+    out = linear(config.hidden_size, config.output_bias, residual_scale, name="o")(out)
+    if config.kind.post_norms:
+      out = _Norm(config, name="post_attn_norm")(out)
+    x = x + out
 
     y = _Norm(config, name="mlp_norm")(x)
-    gate = linear(config.intermediate_size, name="gate")(y)
-    up = linear(config.intermediate_size, name="up")(y)
-    down = linear(config.hidden_size, init_scale=residual_scale, name="down")
-    x = _hidden(x + down(spread(_gated(gate, up))), cache)
-    return (x, layer + 1, cache), None
+    gated = functools.partial(_gated, config.kind.activation)
+    if config.kind.experts:
+      out = self._mixture(y, gated, residual_scale)
+    else:
+      gate = linear(config.intermediate_size, name="gate")(y)
+      up = linear(config.intermediate_size, name="up")(y)
+      down = linear(config.hidden_size, init_scale=residual_scale, name="down")
+      out = down(spread(gated(gate, up)))
+    if config.kind.post_norms:
+      out = _Norm(config, name="post_mlp_norm")(out)
+    return (_hidden(x + out, cache), layer + 1, cache), None
+
+  def _reach(self, rope, layer):
+    """(cos and sin of this layer, its window or None)."""
+    config = self.config
+    if not config.sliding_layers:
+      return rope, None
+    here = jnp.asarray(config.sliding_layers)[layer]
+    rope = jax.tree.map(lambda far, near: jnp.where(here, near, far), rope[:2], rope[2:])
+    return rope, Window(config.sliding_window, here)
+
+  def _mixture(self, y, gated, residual_scale):
+    config = self.config
+    weights, chosen = _Router(config, name="router")(y)
+    wide = (config.num_experts, config.hidden_size, config.intermediate_size)
+    kernels = experts.Kernels(
+      _Stack(config, wide, name="expert_gate")(),
+      _Stack(config, wide, name="expert_up")(),
+      _Stack(config, (wide[0], *wide[:0:-1]), residual_scale, name="expert_down")(),
+    )
+    return experts.mix(y, weights, chosen, kernels, gated)
 
 
 def _one_token(x: jax.Array, cache: KVCache | None) -> bool:
@@ -358,7 +329,7 @@ class _Policy(nn.Module):
 
   def everything(self, tokens):
     """Touches every parameter; for init only."""
-    hidden, _ = self.trunk(tokens, tokens, (tokens,), None, None)
+    hidden, _ = self.trunk(tokens, tokens, (tokens, None), None, None)
     if not self.config.tie_embeddings:
       self.lm_head(hidden)
     return self.value_head(hidden)
@@ -387,13 +358,14 @@ def forward(
   """Hidden states [B, T, D] after the final norm, in the compute dtype.
 
   A token sees what stands before it in its own segment, or with `until_BT` on its path through a
-  tree (attention.attend). Nothing else sees padding (segment 0), and it stays finite.
+  tree (attention.Tree). Nothing else sees padding (segment 0), and it stays finite.
   """
+  tree = None if until_BT is None else Tree(until_BT, positions_BT)
   hidden, _ = _Policy(config).apply(
     variables,
     tokens_BT,
     positions_BT,
-    (segment_ids_BT, until_BT),
+    (segment_ids_BT, tree),
     None,
     None,
     method=_Policy.trunk,
@@ -424,7 +396,7 @@ def forward_cached(
     tokens_NC,
     reads,
     None,
-    (reads, writes, cache_blocks(reads, size)),
+    (reads, writes, cache_blocks(reads, size), jnp.min(jnp.where(inside, positions_NC, size))),
     cache,
     method=_Policy.trunk,
   )
@@ -441,7 +413,15 @@ def project_logits(config: ModelConfig, variables: dict[str, Any], hidden: jax.A
   kernel = kernel.astype(config.dtype)
   logits = jnp.einsum(subscripts, hidden, kernel, preferred_element_type=jnp.float32)
   adapter = variables.get("lora", {}).get("lm_head")
-  return logits if adapter is None else logits + _adapt(config, adapter["a"], adapter["b"], hidden)
+  if adapter is not None:
+    logits = logits + _adapt(config, adapter["a"], adapter["b"], hidden)
+  return cap_logits(config, logits)
+
+
+def cap_logits(config: ModelConfig, logits: jax.Array) -> jax.Array:
+  """cap tanh(logits / cap) where the model has such a cap."""
+  cap = config.final_logit_cap
+  return logits if cap is None else cap * jnp.tanh(logits / cap)
 
 
 def project_values(variables: dict[str, Any], hidden: jax.Array) -> jax.Array:
@@ -457,6 +437,11 @@ def useful_flops(config: ModelConfig, context: float = 0.0) -> float:
   attention products out.
   """
   q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-  layer = config.hidden_size * (2 * q_size + 2 * kv_size + 3 * config.intermediate_size)
+  mlp = 3 * config.intermediate_size * (config.experts_per_token or 1) + config.num_experts
+  layer = config.hidden_size * (2 * q_size + 2 * kv_size + mlp)
   weights = config.num_layers * layer + config.hidden_size * config.vocab_size
-  return 2.0 * weights + 4.0 * config.num_layers * q_size * context
+  near = sum(config.sliding_layers)
+  seen = (config.num_layers - near) * context
+  if near:
+    seen += near * min(context, config.sliding_window)
+  return 2.0 * weights + 4.0 * q_size * seen

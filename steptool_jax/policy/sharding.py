@@ -1,7 +1,8 @@
 """Mesh and one table: parameter path -> PartitionSpec. Used also with one device.
 
-Axes: `data` replicates parameters, `fsdp` shards them (and rows), `tensor` shards heads, the MLP
-and the vocabulary. Rows of a batch and slots of the engine lie over (data, fsdp).
+Axes: `data` replicates parameters, `fsdp` shards them (and rows; experts by their number), `tensor`
+shards heads, the MLP and the vocabulary. Rows of a batch and slots of the engine lie over (data,
+fsdp).
 """
 
 import math
@@ -32,7 +33,10 @@ RULES: tuple[tuple[str, PartitionSpec], ...] = (
   (r"layers/(o|down)/b", P(None, None, "fsdp")),
   (r"layers/(q|k|v)/bias", P(None, "tensor")),
   (r"layers/o/bias", P(None, None)),
-  (r"layers/(attn|mlp|q|k)_norm/scale", P(None, None)),
+  (r"layers/(attn|mlp|q|k|post_attn|post_mlp)_norm/scale", P(None, None)),
+  (r"layers/router/kernel", P(None, None, None)),
+  (r"layers/expert_(gate|up)/kernel", P(None, "fsdp", None, "tensor")),
+  (r"layers/expert_down/kernel", P(None, "fsdp", "tensor", None)),
   (r"final_norm/scale", P(None)),
   (r"(critic|target)/(q1|q2|v)/kernel", P(None, None)),
   (r"(critic|target)/(q1|q2|v)/bias", P(None)),

@@ -24,13 +24,14 @@ def attend(
   v_BTKh: jax.Array,
   segment_ids_BT: jax.Array,
   *,
+  window: int | None = None,
   name: str = "",
   interpret: bool = False,
 ) -> jax.Array:
   """Does what attention.attend does.
 
-  name: for remat policies, of what the backward pass reads. interpret: runs the kernel's Python on
-  any platform, for tests.
+  window: a token sees so many tokens, itself included; None = all. name: for remat policies, of
+  what the backward pass reads. interpret: runs the kernel's Python on any platform, for tests.
   """
   T, h = q_BTHh.shape[1], q_BTHh.shape[3]
   pad = -T % BLOCKS[-1]
@@ -41,7 +42,7 @@ def attend(
   inputs = (heads_first(q_BTHh * (h**-0.5)), heads_first(k_BTKh), heads_first(v_BTKh))
   # Padding is a segment of its own after everything else, so it sees itself and nothing sees it.
   segments_BT = jnp.pad(segment_ids_BT, ((0, 0), (0, pad)))
-  run = functools.partial(_attend, name=name, interpret=interpret)
+  run = functools.partial(_attend, window=window, name=name, interpret=interpret)
   mesh = jax.sharding.get_abstract_mesh()
   if not mesh.empty and mesh.axis_names == AXES:
     rows = ROWS if rows_divide(q_BTHh.shape[0], mesh) else None
@@ -53,8 +54,8 @@ def attend(
   return run(*inputs, segments_BT)[:, :, :T].swapaxes(1, 2)
 
 
-def _attend(q_BHTh, k_BKTh, v_BKTh, segments_BT, *, name, interpret):
-  program = _kernel(q_BHTh.shape[1], q_BHTh.shape[2], name, interpret)
+def _attend(q_BHTh, k_BKTh, v_BKTh, segments_BT, *, window, name, interpret):
+  program = _kernel(q_BHTh.shape[1], q_BHTh.shape[2], window, name, interpret)
   return jax.vmap(lambda q, k, v, s: program(q, k, v, kernel.SegmentIds(s, s)))(
     q_BHTh, k_BKTh, v_BKTh, segments_BT
   )
@@ -65,11 +66,14 @@ def block_size(length: int) -> int:
   return next(block for block in BLOCKS if length % block == 0)
 
 
-def _kernel(heads: int, length: int, name: str, interpret: bool):
+def _kernel(heads: int, length: int, window: int | None, name: str, interpret: bool):
   block = block_size(length)
   names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
+  mask = masks.CausalMask((length, length))
+  if window is not None:
+    mask = masks.LocalMask((length, length), window_size=(window - 1, 0), offset=0)
   return kernel.make_splash_mha(
-    mask=masks.MultiHeadMask([masks.CausalMask((length, length))] * heads),
+    mask=masks.MultiHeadMask([mask] * heads),
     block_sizes=kernel.BlockSizes(**{f"block_{name}": block for name in names}),
     head_shards=1,
     q_seq_shards=1,

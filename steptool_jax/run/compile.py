@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 from steptool_jax.config import Config, Lora
 from steptool_jax.learning import batching, steptable, update
 from steptool_jax.learning.steptable import StepTable
-from steptool_jax.policy import attention, hfconfig, lora, model, sharding
+from steptool_jax.policy import attention, experts, hfconfig, lora, model, sharding
 from steptool_jax.policy import engine as engine_lib
 from steptool_jax.run.cost import pricing, roofline
 from steptool_jax.run.cost.pricing import Program
@@ -147,6 +147,7 @@ def programs(config: Config, policy: AbstractPolicy, mesh: Mesh) -> list[Program
   tokens = {n: n * t.micro_rows * t.row_tokens for n in (most, minibatch)}
   train = functools.partial(useful_flops, policy, context=t.row_tokens / 2)
   passes = 2 if learner.with_reference else 1
+  chosen = functools.partial(_expert_blocks, policy, mesh)
   found = [
     Program(
       "prepare",
@@ -154,6 +155,7 @@ def programs(config: Config, policy: AbstractPolicy, mesh: Mesh) -> list[Program
       arguments=(state, whole, count, table),
       alive=(state, whole),
       trips=(most,),
+      expert_blocks=chosen(t.micro_rows, t.row_tokens),
       useful_flops=passes * tokens[most] * train(backward=False),
     ),
     Program(
@@ -162,6 +164,7 @@ def programs(config: Config, policy: AbstractPolicy, mesh: Mesh) -> list[Program
       arguments=(state, part, count),
       alive=(state, prepared, part),
       trips=(minibatch,),
+      expert_blocks=chosen(t.micro_rows, t.row_tokens),
       useful_flops=tokens[minibatch] * train(backward=True),
     ),
   ]
@@ -200,6 +203,7 @@ def engine_programs(
       append,
       alive,
       trips=(blocks,),
+      expert_blocks=_expert_blocks(policy, mesh, engine.slots, width),
       useful_flops=engine.slots * width * token(context=engine.size - width / 2, head=False),
     ),
     Program(
@@ -208,9 +212,16 @@ def engine_programs(
       decode,
       alive,
       trips=(engine.chunk, blocks),
+      expert_blocks=_expert_blocks(policy, mesh, engine.slots, 1),
       useful_flops=engine.slots * engine.chunk * token(context=engine.size - engine.chunk / 2),
     ),
   ]
+
+
+def _expert_blocks(policy: AbstractPolicy, mesh: Mesh, rows: int, length: int) -> int:
+  """Trips of the loop over a mixture's blocks, experts being chosen evenly."""
+  per_token = policy.model.experts_per_token
+  return experts.blocks(per_token, rows, length, mesh.shape["fsdp"]) if per_token else 1
 
 
 def abstract_batch(

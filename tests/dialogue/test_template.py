@@ -39,10 +39,9 @@ WEATHER_SCHEMA = (
   '"properties": {"city": {"type": "string"}, "day": {"type": "string"}}, "required": ["city"]}}'
 )
 REACT_SYSTEM = (
-  "Be brief.\n\nTools:\n1.get_weather: Weather of a city.\n2.Finish: Ends the task: with the final "
-  "answer for the user, or by giving up.\n\nYour output should follow this format:\nThought:\n"
+  "Be brief.\n\nYour output should follow this format:\nThought:\n"
   "Action\nAction Input:\n\nAction is the name of one tool, Action Input a JSON object with its "
-  f"arguments.\n\nTheir JSON schemas: [{WEATHER_SCHEMA}, {FINISH_SCHEMA}]"
+  f"arguments.\n\nTools, as JSON schemas: [{WEATHER_SCHEMA}, {FINISH_SCHEMA}]"
 )
 HERMES_SYSTEM = (
   "Be brief.\n\n# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"

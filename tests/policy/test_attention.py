@@ -66,7 +66,9 @@ def test_a_token_sees_its_own_path_through_a_tree(block, monkeypatch):
   until = np.array([TREE, [*range(1, 11)]])  # the second row is padding: each sees itself
 
   def attend(q, k, v, until):
-    return attention.attend(q, k, v, jnp.zeros_like(until), until)
+    return attention.attend(
+      q, k, v, jnp.zeros_like(until), attention.Tree(until, jnp.zeros_like(until))
+    )
 
   assert_agree(attend, tree_oracle, (q, k, v), until, weight)
 
@@ -74,7 +76,7 @@ def test_a_token_sees_its_own_path_through_a_tree(block, monkeypatch):
 def test_blocks_seen_by_hand():
   """Blocks of two: the root is seen by all, the first branch by nobody after it."""
   until = jnp.array(TREE).reshape(5, 1, 2)
-  seen = np.tril(attention._blocks_seen(until))
+  seen = np.tril(attention._blocks_seen((until, jnp.zeros_like(until))))
   assert seen.astype(int).tolist() == [
     [1, 0, 0, 0, 0],
     [1, 1, 0, 0, 0],

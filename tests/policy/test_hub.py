@@ -13,7 +13,7 @@ from fakes import tiny_config
 from jax.sharding import PartitionSpec as P
 
 from steptool_jax.policy import hfconfig, hub, model, sharding, tensorfile
-from steptool_jax.policy.model import RopeScaling
+from steptool_jax.policy.families import RopeScaling
 
 TOKENS = np.random.default_rng(0).integers(0, 61, (2, 24))
 SIZES = {
@@ -55,7 +55,50 @@ MODELS = {
   ),
   "qwen2": ("Qwen2", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
   "qwen3": ("Qwen3", {"head_dim": 16, "tie_word_embeddings": True}),
+  "qwen3_moe": (
+    "Qwen3Moe",
+    {"moe_intermediate_size": 20, "num_experts": 6, "num_experts_per_tok": 2, "head_dim": 8},
+  ),
+  "qwen3_moe_normalised": (
+    "Qwen3Moe",
+    {
+      "moe_intermediate_size": 20,
+      "num_experts": 4,
+      "num_experts_per_tok": 3,
+      "head_dim": 8,
+      "norm_topk_prob": True,
+    },
+  ),
+  # 5 layers with a window of 7 tokens and one that sees all 24; both rotary bases, 1 + weight in
+  # norms, norms before and behind, scaled embeddings, GELU.
+  "gemma3": (
+    "Gemma3Text",
+    {
+      "num_hidden_layers": 6,
+      "num_key_value_heads": 1,
+      "head_dim": 16,
+      "sliding_window": 7,
+      "query_pre_attn_scalar": 16,
+    },
+  ),
+  "gemma3_capped_stretched": (
+    "Gemma3Text",
+    {
+      "num_hidden_layers": 3,
+      "head_dim": 8,
+      "sliding_window": 5,
+      "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+      "query_pre_attn_scalar": 12,
+      "final_logit_softcapping": 5.0,
+      "tie_word_embeddings": False,
+      "rope_parameters": {
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
+      },
+    },
+  ),
 }
+OF_FAMILY = {"Gemma3Text": "Gemma3"}  # where the model's class is not named as its config's
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -74,7 +117,9 @@ def test_parity_with_transformers_import_and_export(name, tmp_path):
   family, changes = MODELS[name]
   torch.manual_seed(0)
   settings = getattr(transformers, f"{family}Config")(**(SIZES | changes))
-  theirs = getattr(transformers, f"{family}ForCausalLM")(settings).eval().float()
+  theirs = (
+    getattr(transformers, f"{OF_FAMILY.get(family, family)}ForCausalLM")(settings).eval().float()
+  )
   with torch.no_grad():
     for tensor in theirs.parameters():  # norms and biases too, else they test nothing
       tensor.add_(torch.randn_like(tensor) * 0.1)
@@ -318,7 +363,10 @@ def test_tensors_that_overlap_or_lie_outside(tmp_path, x, y):
 @pytest.mark.parametrize(
   ("change", "words"),
   [
-    ({"model_type": "gemma2"}, "model_type: 'gemma2' is not supported; known: llama, qwen2, qwen3"),
+    (
+      {"model_type": "gemma2"},
+      "model_type: 'gemma2' is not supported; known: llama, qwen2, qwen3,",
+    ),
     ({"hidden_size": None}, "hidden_size: expected an integer, got None"),
     ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "rope_type: 'yarn' is not supported"),
     ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor: must be a num"),

@@ -10,7 +10,7 @@ import pytest
 from fakes import tiny_config
 
 from steptool_jax.policy import attention, model
-from steptool_jax.policy.model import RopeScaling
+from steptool_jax.policy.families import RopeScaling
 
 CONFIG = tiny_config(family="qwen3", qk_norm=True, qkv_bias=True)
 

@@ -39,6 +39,21 @@ def test_an_argument_picks_the_algorithm(config, name):
 
 
 @pytest.mark.parametrize(
+  ("arg", "expected"),
+  [
+    ("", ("nested_api", "steptool")),
+    ("data_pipeline", ("data_pipeline", "steptool")),
+    ("data_pipeline/ppo", ("data_pipeline", "ppo")),
+    ("nested_api/grpo", ("nested_api", "grpo")),
+  ],
+)
+def test_smollm2_takes_an_environment_too(arg, expected):
+  """An environment was taken for an algorithm, or the algorithm behind it was dropped."""
+  config = validation.validate(load("smollm2_135m").get_config(arg))
+  assert (config.environment.name, config.algorithm) == expected
+
+
+@pytest.mark.parametrize(
   ("path", "value", "words"),
   [
     (

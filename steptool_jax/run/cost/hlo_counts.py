@@ -9,7 +9,7 @@ import collections
 import dataclasses
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 
 from steptool_jax.run.cost import hlo
@@ -50,23 +50,26 @@ class Counts:
     self.kernels += [dataclasses.replace(k, times=times * k.times) for k in other.kernels]
 
 
-def count(text: str, dynamic_trips: Sequence[int] = ()) -> Counts:
+def count(
+  text: str, dynamic_trips: Sequence[int] = (), scoped_trips: Mapping[str, int] | None = None
+) -> Counts:
   """Counts of a program's HLO text.
 
   Args:
     text: compiled.as_text().
     dynamic_trips: how often loops run whose bound is an argument, by their depth among such loops.
+    scoped_trips: the same of loops in a jax.named_scope, by its name; these have no depth.
 
   Raises:
     ValueError: a loop bound is neither in the program nor in dynamic_trips.
   """
-  return _Counter(hlo.parse(text), dynamic_trips).total()
+  return _Counter(hlo.parse(text), dynamic_trips, scoped_trips or {}).total()
 
 
 class _Counter:
-  def __init__(self, module, dynamic_trips):
+  def __init__(self, module, dynamic_trips, scoped_trips):
     self.computations, self.entry = module
-    self.trips = tuple(dynamic_trips)
+    self.trips, self.scoped = tuple(dynamic_trips), scoped_trips
     self.named = {name: _by_name(body) for name, body in self.computations.items()}
     self.inlined: dict[str, dict[str, Instruction]] = {}
 
@@ -82,6 +85,10 @@ class _Counter:
     for ins in self.computations[name]:
       if ins.opcode == "while":
         trips = self._trip_count(ins, name)
+        if trips is None:
+          trips = next(
+            (n for scope, n in self.scoped.items() if f"/{scope}/" in ins.attributes), None
+          )
         if trips is None:
           if depth >= len(self.trips):
             raise ValueError(f"HLO: loop {ins.name} has no known bound at depth {depth}")

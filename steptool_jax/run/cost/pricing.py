@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from steptool_jax.policy import sharding, splash
+from steptool_jax.policy import experts, sharding, splash
 from steptool_jax.run.cost import hlo, hlo_counts, roofline
 
 GIB = 2**30
@@ -22,7 +22,8 @@ class Program:
   """One program with its abstract arguments.
 
   alive: what lies in the chip's memory meanwhile, its arguments among it. trips: bounds of loops
-  that an argument decides. useful_flops: of the whole slice, without anything computed twice.
+  that an argument decides; expert_blocks: of the one over blocks of a mixture of experts.
+  useful_flops: of the whole slice, without anything computed twice.
   """
 
   name: str
@@ -31,6 +32,7 @@ class Program:
   alive: Any
   trips: tuple[int, ...]
   useful_flops: float
+  expert_blocks: int = 1
 
 
 def report(program: Program, chip: roofline.Chip, devices: int) -> dict[str, Any]:
@@ -59,8 +61,8 @@ def report(program: Program, chip: roofline.Chip, devices: int) -> dict[str, Any
   compile_seconds = time.monotonic() - started
   text = compiled.as_text()
   memory = compiled.memory_analysis()
-  counts = hlo_counts.count(text, program.trips)
-  kernels = sum(k.times * splash.kernel_flops(k.name, _queries(k)) for k in counts.kernels)
+  counts = hlo_counts.count(text, program.trips, {experts.SCOPE: program.expert_blocks})
+  kernels = sum(k.times * _kernel_flops(k) for k in counts.kernels)
   cost = roofline.estimate(counts, kernels, chip)
   # Beside the program's own buffers lies what it does not read: moments during a rollout.
   beside = max(alive - memory.argument_size_in_bytes, 0)
@@ -86,6 +88,12 @@ def report(program: Program, chip: roofline.Chip, devices: int) -> dict[str, Any
     "largest_buffers": hlo.largest_buffers(text, LISTED),
     "compile_seconds": compile_seconds,
   }
+
+
+def _kernel_flops(kernel: hlo_counts.Kernel) -> float:
+  shapes = [a.dims for a in kernel.operands if a.dtype[0] in "bf"]
+  grouped = experts.kernel_flops(kernel.name, shapes)
+  return grouped or splash.kernel_flops(kernel.name, _queries(kernel))
 
 
 def _queries(kernel: hlo_counts.Kernel) -> tuple[int, ...]:

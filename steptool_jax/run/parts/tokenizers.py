@@ -66,7 +66,8 @@ def opened_format(
   with tempfile.TemporaryDirectory(prefix="steptool_check_") as folder:
     try:
       directory = _directory(config, environment, workdir, runner, pathlib.Path(folder) / "made")
-      found = get_format(config.model.chat_format, Codec.load(directory)), ""
+      m = config.model
+      found = get_format(m.chat_format, Codec.load(directory), m.tool_list), ""
     except (OSError, ValueError, ImportError) as error:
       found = None, str(error)
     yield found
