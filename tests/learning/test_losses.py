@@ -234,7 +234,9 @@ def test_tokens_of_one_ratio_keep_their_own_advantages():
   at = np.flatnonzero(batch.action_mask[0])
   advantages = np.zeros_like(batch.advantages)
   advantages[0, at[0]] = -2.0  # no clip binds from above where A is negative
-  batch = batch._replace(advantages=advantages, old_logprobs=logprobs - 0.1 * batch.action_mask)
+  batch = batch._replace(
+    advantages=advantages, old_logprobs=logprobs - np.float32(0.1) * batch.action_mask
+  )
 
   def total(x):
     return losses.policy(x, batch, config_of("ppo", "trajectory").loss)[0].sum()
