@@ -7,7 +7,7 @@ import sys
 
 import numpy as np
 
-from steptool_jax.learning import batching
+from steptool_jax.learning import batching, steptable
 from steptool_jax.policy import engine, model
 from steptool_jax.types import TRUNCATED, Finish, Malformed, Status, Step, TokenBatch, Trajectory
 
@@ -62,6 +62,13 @@ def padded(packed: batching.Packed, multiple: int) -> TokenBatch:
       x if x is None else np.concatenate([x, y]) for x, y in zip(packed.batch, padding, strict=True)
     )
   )
+
+
+def padded_table(packed: batching.Packed, multiple: int, width: int = 0) -> steptable.StepTable:
+  """The step table of the packed batch, for `padded` of it."""
+  table = steptable.build(packed, width)
+  padding = steptable.empty(-len(table.position) % multiple, table.position.shape[1])
+  return steptable.StepTable(*map(np.concatenate, zip(table, padding, strict=True)))
 
 
 def random_trajectory(rng, max_steps=4, status=None, prompt=5) -> Trajectory:

@@ -52,10 +52,7 @@ def random_group(seed, tasks=6):
 def packed_table(trajectories, row_tokens=40, rows=12, width=24):
   """(packed, batch, table), all of one shape for one compilation."""
   packed = batching.pack(trajectories, row_tokens, TRUNCATED)
-  table = steptable.build(packed, width)
-  padding = steptable.empty(rows - len(table.position), width)
-  table = steptable.StepTable(*map(np.concatenate, zip(table, padding, strict=True)))
-  return packed, fakes.padded(packed, rows), table
+  return packed, fakes.padded(packed, rows), fakes.padded_table(packed, rows, width)
 
 
 def entries_of(packed, table, x_BK):

@@ -10,7 +10,7 @@ import pytest
 from steptool_jax import config as config_lib
 from steptool_jax import validation
 from steptool_jax.evaluation import figures, metrics
-from steptool_jax.learning import algorithms, batching, steptable, update
+from steptool_jax.learning import algorithms, batching, update
 from steptool_jax.policy import model
 from steptool_jax.rewards import orchestra
 from steptool_jax.rollout.setting import Stats
@@ -30,7 +30,7 @@ def written(name):
   batch = jax.tree.map(lambda x: x[None], fakes.padded(packed, 2))
   table = None
   if learner.fits is not None:
-    table = jax.tree.map(lambda x: x[None], steptable.build(packed))
+    table = jax.tree.map(lambda x: x[None], fakes.padded_table(packed, 2))
 
   def run(batch):
     params = model.init_params(fakes.tiny_config(), jax.random.key(0))

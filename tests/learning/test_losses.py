@@ -234,9 +234,8 @@ def test_tokens_of_one_ratio_keep_their_own_advantages():
   at = np.flatnonzero(batch.action_mask[0])
   advantages = np.zeros_like(batch.advantages)
   advantages[0, at[0]] = -2.0  # no clip binds from above where A is negative
-  batch = batch._replace(
-    advantages=advantages, old_logprobs=logprobs - np.float32(0.1) * batch.action_mask
-  )
+  old = np.where(batch.action_mask, logprobs - 0.1, logprobs).astype(np.float32)
+  batch = batch._replace(advantages=advantages, old_logprobs=old)
 
   def total(x):
     return losses.policy(x, batch, config_of("ppo", "trajectory").loss)[0].sum()

