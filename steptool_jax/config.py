@@ -235,6 +235,13 @@ class Rollout(Limits):
   samples: int = option(4, "conversations per task", above=0)
   slots: int = option(64, "conversations decoded at the same time", above=0)
   decode_chunk: int = option(32, "tokens that one decode call samples at most", above=0)
+  leave: float = option(
+    0.5,
+    "share of a decode call's slots whose end ends it, so that their tools run while the others go "
+    "on in the next call, with the same tokens; 1 = all of them",
+    above=0,
+    most=1,
+  )
   temperature: float = option(1.0, "of sampling, and of all log-probs in the update", least=1e-4)
   top_k: int = option(0, "0 = off", least=0)
   top_p: float = option(1.0, "1 = off", above=0, most=1)

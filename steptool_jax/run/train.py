@@ -44,6 +44,7 @@ MAY_CHANGE = (
   "mesh.",
   "hang_after",
   "rollout.slots",
+  "rollout.leave",
   "rollout.tool_timeout",
   "rollout.tool_workers",
   "rollout.tool_retries",

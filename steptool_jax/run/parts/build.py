@@ -257,7 +257,14 @@ def build_engine(config: Config, policy: Policy, mesh: Mesh) -> engine_lib.Engin
   r = config.rollout
   where = slot_shardings(policy.model, r.slots, mesh)
   return engine_lib.make_engine(
-    policy.model, r.slots, slot_tokens(config), r.decode_chunk, r.top_k, r.top_p, where
+    policy.model,
+    r.slots,
+    slot_tokens(config),
+    r.decode_chunk,
+    r.top_k,
+    r.top_p,
+    where,
+    leave=r.leave,
   )
 
 
