@@ -546,7 +546,11 @@ class Study:
 class Config:
   seed: int = option(0, "of weights, sampling and task order", least=0)
   algorithm: str = option("steptool", "a row of learning/algorithms.py")
-  compilation_cache: str = option("", "folder that keeps compiled programs; empty = none")
+  compilation_cache: str = option(
+    "auto",
+    "folder that keeps compiled programs for the next start; auto = JAX_COMPILATION_CACHE_DIR, or "
+    "one in the user's cache folder; none = they are not kept",
+  )
   hang_after: float = option(
     1800.0,
     "seconds without progress in rollout, update or evaluation after which a run ends with a "

@@ -10,6 +10,7 @@ from (seed, iteration), so a resumed run is bit-equal to one that was never stop
 import dataclasses
 import pathlib
 import time
+from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import Any
 
 from absl import logging
@@ -100,7 +101,12 @@ def run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
     except Interrupted:
       logging.warning("stopped on request, before anything was learnt")
       return {"mode": "train", "interrupted": True}
-    return _train(run)
+    with ThreadPoolExecutor(1, "compile") as executor:
+      run.compile_ahead(executor)
+      try:
+        return _train(run)
+      finally:
+        executor.shutdown(wait=False, cancel_futures=True)
 
 
 class Run:
@@ -129,6 +135,7 @@ class Run:
     )
     self.phase = self._restored_phase()
     self.progress = self.phase.progress
+    self._next: Phase | None = None  # RL, while SFT goes on
     self._began = started - self.progress.seconds
     # What SFT learns from is chosen before any work; None where it learns from nothing.
     self.sft: SftBatches | None = None
@@ -152,6 +159,27 @@ class Run:
       phase.state, phase.past = found.state, replay.from_documents(found.replay)
       logging.info("resuming: %s, iteration %d", phase.progress.phase, phase.progress.done)
     return phase
+
+  def compile_ahead(self, executor: Executor) -> None:
+    """Compiles what this phase and the next learn with, while rollouts run.
+
+    Not for stored trajectories, where nothing else is to be done meanwhile; on one device only.
+    """
+    if self.data is not None or self.parts.mesh.size > 1:
+      return
+    if self.progress.phase == "rl":
+      self.phase.compile_ahead(executor)
+      return
+    if self.sft is not None:
+      self.phase.compile_ahead(executor)
+    if self.algorithm.rewards != "none":
+      self._next = self.new_phase(dataclasses.replace(self.progress, phase="rl", done=0))
+      self._next.compile_ahead(executor)
+
+  def enter(self, progress: Progress) -> None:
+    """RL begins."""
+    self.phase = self._next or self.new_phase(progress)
+    self.phase.progress = progress
 
   def new_phase(self, progress: Progress) -> Phase:
     """What learns in progress.phase; without a state yet."""
@@ -260,7 +288,7 @@ def enter_rl(run: Run) -> None:
   parts = run.parts
   variables = build.fold_adapters(run.config, parts.policy, parts.mesh, run.phase.variables())
   run.progress.phase, run.progress.done = "rl", 0
-  run.phase = run.new_phase(run.progress)
+  run.enter(run.progress)
   run.phase.start(variables)
   run.save()
 

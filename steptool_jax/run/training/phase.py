@@ -6,6 +6,7 @@ iteration.py puts the steps of RL in order; run/train.py puts the phases in orde
 import functools
 import math
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor
 
 import jax
 import numpy as np
@@ -16,7 +17,7 @@ from steptool_jax.learning import algorithms, batching, update
 from steptool_jax.policy import lora, sharding
 from steptool_jax.run.hosts import hang
 from steptool_jax.run.parts.build import Policy
-from steptool_jax.run.training import setup
+from steptool_jax.run.training import ahead, setup
 from steptool_jax.run.training.progress import Progress
 from steptool_jax.types import TokenBatch, TrainState, Trajectory
 
@@ -42,7 +43,7 @@ class Phase:
     self.algorithm = algorithms.get_algorithm(config.algorithm)
     name = "sft" if progress.phase == "sft" else config.algorithm
     self.learner = setup.build_learner(config, policy.model, name, iterations)
-    self.programs = update.compile_programs(self.learner)
+    self.programs = tuple(map(ahead.Program, update.compile_programs(self.learner)))
     self.state: TrainState | None = None
     self.past: Sequence[Trajectory] = []  # ArCHer's replay
     self.skipped_in_a_row = 0
@@ -54,6 +55,39 @@ class Phase:
   def abstract_state(self) -> TrainState:
     """The state's shapes and shardings, for a restore."""
     return setup.abstract_state(self.policy, self.mesh, self.learner)
+
+  def compile_ahead(self, executor: Executor) -> None:
+    """Compiles what the phase's first iteration calls, in the executor's thread."""
+    prepare, change = self.programs
+    c, count = self.config, jax.ShapeDtypeStruct((), np.int32)
+
+    def imitate() -> list[tuple]:
+      micro_rows = c.sft.micro_rows
+      batch = self._abstract_batch(-(-c.sft.batch // micro_rows), micro_rows)
+      return [(self.abstract_state(), batch, count)]
+
+    def learn() -> list[tuple]:
+      micro_rows, state = c.train.micro_rows, self.abstract_state()
+      batch = self._abstract_batch(-(-self._most_rows() // micro_rows), micro_rows)
+      prepared, _ = jax.eval_shape(prepare.jitted, state, batch, count)
+      shape = (-(-batch.tokens.shape[0] // c.train.minibatches), *batch.tokens.shape[1:])
+      mini = jax.tree.map(lambda x: jax.ShapeDtypeStruct(shape, x.dtype), prepared)
+      return [(state, batch, count), (state, mini, count)]
+
+    if self.learner.algorithm.rewards == "none":
+      ahead.compile_ahead(executor, self.mesh, [change], imitate)
+    else:
+      ahead.compile_ahead(executor, self.mesh, [prepare, change], learn)
+
+  def _abstract_batch(self, micro_batches: int, micro_rows: int) -> TokenBatch:
+    row = batching.empty_batch(1, self.config.train.row_tokens)
+    shape = (micro_batches, micro_rows, self.config.train.row_tokens)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(shape, x.dtype), row)
+
+  def _most_rows(self) -> int:
+    """Rows of the largest batch of an iteration of RL."""
+    most = self.conversations * self.algorithm.select.rows
+    return most + (self.config.archer.batch if self.algorithm.critic == "double" else 0)
 
   def variables(self) -> dict:
     """The policy's variables as they are now."""
@@ -74,10 +108,7 @@ class Phase:
   def prepare(self, batch: TokenBatch) -> tuple[TokenBatch, dict[str, jax.Array]]:
     """(the batch on the devices [N, B, T] with log-probs, values and advantages, figures)."""
     micro_rows = self.config.train.micro_rows
-    most = self.conversations * self.algorithm.select.rows
-    if self.algorithm.critic == "double":
-      most += self.config.archer.batch
-    on_device = self._to_device(batch, micro_rows, -(-most // micro_rows))
+    on_device = self._to_device(batch, micro_rows, -(-self._most_rows() // micro_rows))
     return self.programs[0](self.state, on_device, np.int32(-(-len(batch.tokens) // micro_rows)))
 
   def minibatches(
