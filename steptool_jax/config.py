@@ -242,6 +242,20 @@ class Rollout(Limits):
     above=0,
     most=1,
   )
+  lag: int = option(
+    0,
+    "updates that the weights which sample are behind; 1: the next iteration's conversations are "
+    "sampled first, and this one's updates run where their tools leave nothing to decode",
+    least=0,
+    most=1,
+  )
+  correction: str = option(
+    "token",
+    "lag 1: what has one importance weight, pi / pi when sampled: a token, or a trajectory "
+    "('sequence'); 'none' = no weights",
+    choices="importance levels",
+  )
+  correction_bound: float = option(2.0, "lag 1: where importance weights are cut", least=1)
   temperature: float = option(1.0, "of sampling, and of all log-probs in the update", least=1e-4)
   top_k: int = option(0, "0 = off", least=0)
   top_p: float = option(1.0, "1 = off", above=0, most=1)

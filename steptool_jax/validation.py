@@ -13,6 +13,7 @@ from steptool_jax.config import Config, Filters
 from steptool_jax.dialogue import template
 from steptool_jax.environments.base import ENVIRONMENTS
 from steptool_jax.environments.specialists import TIERS
+from steptool_jax.learning import importance
 from steptool_jax.learning.advantages import LEVELS
 from steptool_jax.learning.algorithms import Algorithm, get_algorithm
 from steptool_jax.learning.losses import AGGREGATIONS
@@ -27,6 +28,7 @@ TABLES: Mapping[str, Iterable[str]] = {
   "chat formats": template.FORMATS,
   "dtypes": model.DTYPES,
   "environments": ENVIRONMENTS,
+  "importance levels": importance.LEVELS,
   "model families": model.FAMILIES,
   "remat policies": model.REMAT,
   "schemes": SCHEMES,
@@ -232,6 +234,17 @@ def _check_algorithm(config: Config) -> None:
     raise ValueError(
       f"config.train.micro_rows: {config.train.micro_rows}, but algorithm {config.algorithm!r} "
       f"needs pairs of rows; use {config.train.micro_rows + 1}"
+    )
+  if config.rollout.lag and config.data.path:
+    raise ValueError(
+      f"config.rollout.lag: 1, but stored trajectories (data.path = {config.data.path!r}) are not "
+      "rolled out; leave it at 0"
+    )
+  if config.rollout.lag and algorithm.advantage is None:
+    instead = {"outcome": "'rloo'", "none": "'steptool'"}[algorithm.rewards]
+    raise ValueError(
+      f"config.rollout.lag: 1, but the loss of algorithm {config.algorithm!r} has no importance "
+      f"weights to correct for it; set it to 0, or use {instead}"
     )
   if algorithm.critic == "double" and config.archer.replay < config.archer.batch:
     raise ValueError(

@@ -68,17 +68,20 @@ def rollout(
   jobs: Sequence[tuple[Task, int]],
   should_stop: Callable[[], bool] = lambda: False,
   on_done: Callable[[Trajectory], None] = lambda trajectory: None,
+  idle: Callable[[], Any] = lambda: None,
 ) -> tuple[list[Trajectory], Stats]:
   """Trajectories of all (task, sample) jobs, in their order, graded but not yet rewarded.
 
-  should_stop is asked between device calls; on_done is called with each finished trajectory.
+  should_stop is asked between device calls; on_done is called with each finished trajectory. idle
+  is called while nothing can be decoded, at the same points in all processes; what it returns, if
+  anything, are the variables to go on with: the same numbers in other buffers.
 
   Raises:
     Interrupted: should_stop answered True, in any process.
     TooManyStuck: tools hang beyond what the runner may leave behind.
   """
   loop = Loop(setting)
-  return loop.run(jobs, should_stop, on_done), loop.stats
+  return loop.run(jobs, should_stop, on_done, idle), loop.stats
 
 
 def _why(what: str, error: Exception) -> str:
@@ -99,6 +102,7 @@ class Loop:
     self.setting = setting
     self.engine, self.environment, self.runner = setting.engine, setting.environment, setting.runner
     self.sampling, self.peers = setting.sampling, setting.peers
+    self.variables = setting.variables
     self.seats: dict[int, Seat] = {}
     self.trouble: Exception | None = None  # of this process, until all hear of it
     self.failures: dict[int, str] = {}  # why conversations are marked, by job
@@ -107,13 +111,15 @@ class Loop:
     self.state = self.engine.init()
     self.stats = self.stats_class()
 
-  def run(self, jobs, should_stop, on_done) -> list[Trajectory]:
+  def run(self, jobs, should_stop, on_done, idle=lambda: None) -> list[Trajectory]:
     """All jobs' trajectories, in their order; closes what is open."""
     started = time.monotonic()
     waiting = deque(enumerate(jobs))
     results: dict[int, Trajectory] = {}
     try:
       while waiting or self.seats:
+        if self.seats and not self._decodable():
+          self.variables = idle() or self.variables
         for slot, verdict in sorted(self._exchange(should_stop).items()):
           seat = self.seats[slot]
           results[seat.index] = self._release(slot, verdict)
@@ -170,7 +176,7 @@ class Loop:
 
     Interrupted where one process is asked to stop; its error where one has one.
     """
-    busy = any(seat.conversation.state is State.DECODING for seat in self.seats.values())
+    busy = self._decodable()
 
     def news() -> dict[str, Any]:
       if self.trouble is not None:
@@ -195,6 +201,10 @@ class Loop:
           self._observe(self.seats[int(slot)], observation_of(document))
       verdicts |= {int(slot): verdict for slot, verdict in theirs["verdicts"].items()}
     return verdicts
+
+  def _decodable(self) -> bool:
+    """Whether a slot goes on without anybody's answer."""
+    return any(seat.conversation.state is State.DECODING for seat in self.seats.values())
 
   def _await(self, busy: bool) -> None:
     """A moment's patience for quick tools and checkers; without anything to decode, for one."""
@@ -282,7 +292,7 @@ class Loop:
       nothing,
       (),
       Status.INFRASTRUCTURE_ERROR,
-      policy_version=self.sampling.version,
+      policy_version=self.sampling.weights,
     )
 
   def _begin(self, what: str, function: Callable, late: Callable | None = None) -> Future:
@@ -329,7 +339,7 @@ class Loop:
     return self._finished(seat, verdict)
 
   def _finished(self, seat: Seat, verdict: dict[str, Any]) -> Trajectory:
-    return judged(seat.conversation.trajectory(0.0, self.sampling.version), verdict)
+    return judged(seat.conversation.trajectory(0.0, self.sampling.weights), verdict)
 
   def _start(self, fresh: list[int]) -> None:
     """Prompts into new slots; a prompt that stands in another slot is forked, not computed."""
@@ -396,7 +406,7 @@ class Loop:
   def _append_pieces(self, pieces: dict[int, np.ndarray]) -> None:
     self.stats.forced_tokens += sum(map(len, pieces.values()))
     with self._device():
-      self.state = self.engine.append(self.setting.variables, self.state, pieces)
+      self.state = self.engine.append(self.variables, self.state, pieces)
 
   def _decode(self) -> None:
     decoding = {
@@ -407,7 +417,7 @@ class Loop:
     started = time.monotonic()
     with self._device():
       self.state, decoded = self.engine.decode(
-        self.setting.variables,
+        self.variables,
         self.state,
         {slot: seat.conversation.budget() for slot, seat in decoding.items()},
         {slot: seat.seed for slot, seat in decoding.items()},

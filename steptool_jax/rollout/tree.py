@@ -304,11 +304,11 @@ class _TreeLoop(Loop):
       seat.conversation.follow(seat.session.enter)
 
   def _status(self, seat: Seat) -> Status:
-    return seat.conversation.result(self.sampling.version)[1].status
+    return seat.conversation.result(self.sampling.weights)[1].status
 
   def _grade(self, seat: Seat) -> Future:
     tree, branches = seat.conversation, seat.session
-    leaf, trajectory = tree.result(self.sampling.version)
+    leaf, trajectory = tree.result(self.sampling.weights)
     path, answer = tree.path(leaf), tree.answer(leaf)
     return self._verdict(trajectory.status, seat, lambda: branches.grade(leaf, path, answer))
 
@@ -317,7 +317,7 @@ class _TreeLoop(Loop):
 
   def _finished(self, seat: Seat, verdict: dict[str, Any]) -> Trajectory:
     tree = seat.conversation
-    leaf, trajectory = tree.result(self.sampling.version)
+    leaf, trajectory = tree.result(self.sampling.weights)
     trajectory = judged(trajectory, verdict)
     self.stats.calls += len(tree.nodes)
     self.stats.siblings_without_room += tree.without_room

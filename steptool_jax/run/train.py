@@ -156,7 +156,9 @@ class Run:
       phase = self.new_phase(Progress())
       phase.start(build.initial_variables(self.config, self.parts.policy, self.parts.mesh))
     else:
-      phase.state, phase.past = found.state, replay.from_documents(found.replay)
+      kept = replay.from_documents(found.replay)
+      first = len(kept) - phase.progress.ahead
+      phase.state, phase.past, phase.ahead = found.state, kept[:first], kept[first:]
       logging.info("resuming: %s, iteration %d", phase.progress.phase, phase.progress.done)
     return phase
 
@@ -206,9 +208,11 @@ class Run:
   def save(self) -> None:
     self._clock()
     self.progress.records = self.writer.records
-    past = replay.to_documents(self.phase.past)
+    ahead = self.phase.ahead
+    self.progress.ahead = len(ahead)
+    kept = replay.to_documents([*self.phase.past, *ahead])
     self.checkpoints.save(
-      self.checkpoint_number, self.phase.state, dataclasses.asdict(self.progress), past
+      self.checkpoint_number, self.phase.state, dataclasses.asdict(self.progress), kept
     )
 
   def summary(self, interrupted: bool) -> dict[str, Any]:

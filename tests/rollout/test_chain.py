@@ -380,6 +380,29 @@ def test_a_call_waits_for_its_session_and_nothing_else_does(chat_format):
   assert seen == ["open", "call"]
 
 
+def test_what_is_done_meanwhile_is_done_while_nothing_can_be_decoded(chat_format):
+  """An update in front of slots that could go on would only make them wait."""
+  seen, eng = [], None
+
+  class Noting(fakes.ScriptedEngine):
+    def decode(self, variables, *args):
+      seen.append(variables)
+      return super().decode(variables, *args)
+
+  eng = Noting(chat_format, lambda text: [call(), answer()][text.count("<|result|>")], size=160)
+  given = iter(["after one", None, "after three"])
+  run(
+    *(eng, "at first", Script(ok), chat_format, [(task(), 0)]),
+    idle=lambda: seen.append("idle") or next(given, None),
+  )
+  # One turn, its call, the other turn, its verdict.
+  assert seen[0] == "at first"
+  idle = [n for n, what in enumerate(seen) if what == "idle"]
+  assert len(idle) >= 2
+  assert seen[idle[0] + 1 :][0] in ("idle", "after one")
+  assert "after one" in seen
+
+
 def test_a_session_that_opens_after_the_end_is_closed(chat_format):
   """A run that is stopped while sessions open would leave their servers behind."""
   release = threading.Event()

@@ -256,7 +256,7 @@ def build_mesh(config: Config) -> Mesh:
 def build_engine(config: Config, policy: Policy, mesh: Mesh) -> engine_lib.Engine:
   r = config.rollout
   where = slot_shardings(policy.model, r.slots, mesh)
-  return engine_lib.make_engine(
+  engine = engine_lib.make_engine(
     policy.model,
     r.slots,
     slot_tokens(config),
@@ -266,6 +266,8 @@ def build_engine(config: Config, policy: Policy, mesh: Mesh) -> engine_lib.Engin
     where,
     leave=r.leave,
   )
+  # Trained on, the sampler's log-probs must not depend on how soon tools answer (Engine.decode).
+  return dataclasses.replace(engine, buckets=()) if r.lag else engine
 
 
 def slot_shardings(config: model.ModelConfig, slots: int, mesh: Mesh) -> engine_lib.EngineState:

@@ -5,10 +5,12 @@ iteration.py puts the steps of RL in order; run/train.py puts the phases in orde
 
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -46,6 +48,7 @@ class Phase:
     self.programs = tuple(map(ahead.Program, update.compile_programs(self.learner)))
     self.state: TrainState | None = None
     self.past: Sequence[Trajectory] = []  # ArCHer's replay
+    self.ahead: Sequence[Trajectory] = []  # paid, for the coming iteration (rollout.lag)
     self.skipped_in_a_row = 0
 
   def start(self, variables: dict) -> None:
@@ -92,6 +95,12 @@ class Phase:
   def variables(self) -> dict:
     """The policy's variables as they are now."""
     return lora.join_variables(self.state.trainable, self.state.frozen)
+
+  def sampler(self) -> Callable[[], dict]:
+    """Today's policy for as long as it is wanted: what is called gives its variables, and is to be
+    called again after every update, which moves what is frozen to other buffers."""
+    trainable = _copied(self.state.trainable)
+    return lambda: lora.join_variables(trainable, self.state.frozen)
 
   def imitate(self, trajectories: Sequence[Trajectory], capacity: int) -> dict[str, float]:
     """One optimizer step of SFT; capacity: micro-batches of the largest batch."""
@@ -161,3 +170,8 @@ class Phase:
 
   def _to_device(self, batch: TokenBatch, micro_rows: int, capacity: int) -> TokenBatch:
     return setup.to_device(batch, micro_rows, capacity, self.mesh)
+
+
+@jax.jit
+def _copied(tree: Any) -> Any:
+  return jax.tree.map(jnp.copy, tree)
