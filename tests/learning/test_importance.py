@@ -11,6 +11,7 @@ from steptool_jax.learning import batching, importance
 def oracle(logprobs, batch, level, bound):
   """Token by token, trajectory by trajectory, in NumPy."""
   weights = np.ones(logprobs.shape)
+  ratio_of = np.exp(logprobs.astype(np.float64) - batch.behaviour_logprobs)
   for row in range(len(logprobs)):
     for segment in set(batch.segment_ids[row].tolist()) - {0}:
       at = [

@@ -132,7 +132,7 @@ def test_what_cannot_be_corrected_is_refused(changes, message):
 
 
 def test_log_probs_of_a_lagging_sampler_do_not_depend_on_the_clock(config, tmp_path, monkeypatch):
-  """They are trained on: were they those of whatever row bucket was at hand, no run would repeat."""
+  """They are trained on: by whichever row bucket was at hand, no run would repeat another."""
   found = []
   for name in ("quick", "slow"):
     if name == "slow":

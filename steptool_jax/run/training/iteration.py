@@ -135,7 +135,7 @@ def _sample_ahead(
   """(paid trajectories of iteration `done`, sampled with the weights of before `learning`, stats).
 
   Once the update has begun a request to stop waits for its end: half an iteration is no state to go
-  on from. No trajectories where the weights are broken: the next iteration finds that out by itself.
+  on from. No trajectories where the weights are broken: the next iteration finds that out.
   """
   variables = phase.sampler()
 
