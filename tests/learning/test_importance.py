@@ -14,16 +14,11 @@ def oracle(logprobs, batch, level, bound):
   ratio_of = np.exp(logprobs.astype(np.float64) - batch.behaviour_logprobs)
   for row in range(len(logprobs)):
     for segment in set(batch.segment_ids[row].tolist()) - {0}:
-      at = [
-        t for t in np.flatnonzero(batch.segment_ids[row] == segment) if batch.action_mask[row, t]
-      ]
-      ratios = [
-        np.exp(float(logprobs[row, t]) - float(batch.behaviour_logprobs[row, t])) for t in at
-      ]
-      for t, ratio in zip(at, ratios, strict=True):
+      at = np.flatnonzero((batch.segment_ids[row] == segment) & batch.action_mask[row])
+      for t in at:
         weights[row, t] = {
-          "token": min(ratio, bound),
-          "sequence": min(np.prod(ratios), bound),
+          "token": min(ratio_of[row, t], bound),
+          "sequence": min(np.prod(ratio_of[row, at]), bound),
           "none": 1.0,
         }[level]
   return weights
