@@ -307,16 +307,6 @@ def test_should_stop_interrupts_and_closes(chat_format):
   assert environment.open_sessions == 0
 
 
-class Waiting(fakes.ScriptedEngine):
-  """Tells how many decode calls it has made."""
-
-  calls = 0
-
-  def decode(self, *args):
-    self.calls += 1
-    return super().decode(*args)
-
-
 def until(condition):
   deadline = time.monotonic() + 20
   while not condition():
@@ -328,21 +318,22 @@ def until(condition):
 def test_a_slow_session_stops_nobody(place, chat_format):
   """Opening and grading went one by one in the main loop: .5 s each, 256 s for 512 conversations.
 
-  Those of sample 0 end only when others have gone on: 10 decode calls of a chunk of 4 tokens.
+  Those of sample 0 end only when the others have come to where they wait for these: 18 turns in
+  all, 12 of them without a session for sample 0.
   """
-  actions = [call(), call(), answer()]
+  actions, turns = [call(), call(), answer()], {"open": 12, "grade": 18}[place]
   jobs = [(task(f"t{i}", f"query {i}"), s) for i in range(3) for s in range(2)]
 
   class Slow(Script):
     def open(self, task, sample):
-      session, grade = super().open(task, sample), None
+      session = super().open(task, sample)
       if place == "open" and sample == 0:
-        until(lambda: eng.calls >= 10)
+        until(lambda: len(eng.turns) >= turns)
       grade = session.grade
 
       def slow(given):
         if place == "grade" and sample == 0:
-          until(lambda: eng.calls >= 10)
+          until(lambda: len(eng.turns) >= turns)
         return grade(given)
 
       session.grade = slow
@@ -350,7 +341,9 @@ def test_a_slow_session_stops_nobody(place, chat_format):
 
   found = []
   for environment in (Script(ok), Slow(ok)):
-    eng = Waiting(chat_format, lambda text: actions[text.count("<|result|>")], size=160, chunk=4)
+    eng = fakes.ScriptedEngine(
+      chat_format, lambda text: actions[text.count("<|result|>")], slots=4, size=160, chunk=4
+    )
     runner = ToolRunner(timeout_s=30, workers=4, retries=0)
     trajectories, stats = run(eng, None, environment, chat_format, jobs, runner)
     assert not stats.failures
@@ -374,7 +367,7 @@ def test_a_call_waits_for_its_session_and_nothing_else_does(chat_format):
     seen.append("call")
     return ok(given)
 
-  eng = Waiting(chat_format, lambda text: [call(), answer()][text.count("<|result|>")], size=160)
+  eng = scripted(chat_format, call(), answer())
   (trajectory,), _ = run(eng, None, Slow(told), chat_format, [(task(), 0)])
   assert trajectory.status is Status.ANSWERED
   assert seen == ["open", "call"]
@@ -403,12 +396,14 @@ def test_what_is_done_meanwhile_is_done_while_nothing_can_be_decoded(chat_format
 
 def test_a_session_that_opens_after_the_end_is_closed(chat_format):
   """A run that is stopped while sessions open would leave their servers behind."""
-  release = threading.Event()
+  release, opened = threading.Event(), []
 
   class Slow(Script):
     def open(self, task, sample):
       release.wait(20)
-      return super().open(task, sample)
+      session = super().open(task, sample)
+      opened.append(session)
+      return session
 
   environment, asked = Slow(ok), []
   eng = scripted(chat_format, call(), answer())
@@ -416,11 +411,10 @@ def test_a_session_that_opens_after_the_end_is_closed(chat_format):
   with pytest.raises(chain.Interrupted):
     run(
       *(eng, None, environment, chat_format, [(task(), s) for s in range(2)], runner),
-      should_stop=lambda: asked.append(0) or len(asked) == 3,
+      should_stop=lambda: asked.append(0) or len(asked) == 2,
     )
   release.set()
-  until(lambda: not [t for t in threading.enumerate() if t.name == "tool-call"])
-  assert environment.open_sessions == 0
+  until(lambda: opened and not environment.open_sessions)
 
 
 def test_a_prompt_that_does_not_fit_ends_alone(chat_format):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tiny
 
+from steptool_jax.policy import sharding
 from steptool_jax.run.parts import build, compiled, opening
 from steptool_jax.run.training import ahead
 from steptool_jax.run.training.phase import Phase
@@ -64,7 +65,7 @@ def test_a_folder_that_cannot_be_made(settings, tmp_path, monkeypatch):
 
 
 def mesh():
-  return jax.make_mesh((1,), ("x",), devices=jax.devices()[:1])
+  return sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
 
 
 def test_a_program_that_was_compiled_ahead_is_the_one_that_runs():
