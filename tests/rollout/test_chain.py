@@ -375,14 +375,15 @@ def test_a_call_waits_for_its_session_and_nothing_else_does(chat_format):
 
 def test_what_is_done_meanwhile_is_done_while_nothing_can_be_decoded(chat_format):
   """An update in front of slots that could go on would only make them wait."""
-  seen, eng = [], None
+  seen = []
 
   class Noting(fakes.ScriptedEngine):
     def decode(self, variables, *args):
       seen.append(variables)
       return super().decode(variables, *args)
 
-  eng = Noting(chat_format, lambda text: [call(), answer()][text.count("<|result|>")], size=160)
+  actions = [call(), answer()]
+  eng = Noting(chat_format, lambda text: actions[text.count("<|result|>")], size=160, chunk=2)
   given = iter(["after one"])
   run(
     *(eng, "at first", Script(ok), chat_format, [(task(), 0)]),
@@ -396,10 +397,11 @@ def test_what_is_done_meanwhile_is_done_while_nothing_can_be_decoded(chat_format
 
 def test_a_session_that_opens_after_the_end_is_closed(chat_format):
   """A run that is stopped while sessions open would leave their servers behind."""
-  release, opened = threading.Event(), []
+  release, begun, opened = threading.Event(), threading.Event(), []
 
   class Slow(Script):
     def open(self, task, sample):
+      begun.set()
       release.wait(20)
       session = super().open(task, sample)
       opened.append(session)
@@ -408,10 +410,15 @@ def test_a_session_that_opens_after_the_end_is_closed(chat_format):
   environment, asked = Slow(ok), []
   eng = scripted(chat_format, call(), answer())
   runner = ToolRunner(timeout_s=20, workers=1, retries=0)
+
+  def second_time():
+    asked.append(0)
+    return len(asked) == 2 and begun.wait(20)
+
   with pytest.raises(chain.Interrupted):
     run(
       *(eng, None, environment, chat_format, [(task(), s) for s in range(2)], runner),
-      should_stop=lambda: asked.append(0) or len(asked) == 2,
+      should_stop=second_time,
     )
   release.set()
   until(lambda: opened and not environment.open_sessions)
