@@ -251,6 +251,27 @@ class Rollout(Limits):
   )
   slots: int = option(64, "conversations decoded at the same time", above=0)
   decode_chunk: int = option(32, "tokens that one decode call samples at most", above=0)
+  leave: float = option(
+    0.5,
+    "share of a decode call's slots whose end ends it, so that their tools run while the others go "
+    "on in the next call, with the same tokens; 1 = all of them",
+    above=0,
+    most=1,
+  )
+  lag: int = option(
+    0,
+    "updates that the weights which sample are behind; 1: the next iteration's conversations are "
+    "sampled first, and this one's updates run where their tools leave nothing to decode",
+    least=0,
+    most=1,
+  )
+  correction: str = option(
+    "token",
+    "lag 1: what has one importance weight, pi / pi when sampled: a token, or a trajectory "
+    "('sequence'); 'none' = no weights",
+    choices="importance levels",
+  )
+  correction_bound: float = option(2.0, "lag 1: where importance weights are cut", least=1)
   temperature: float = option(1.0, "of sampling, and of all log-probs in the update", least=1e-4)
   top_k: int = option(0, "0 = off", least=0)
   top_p: float = option(1.0, "1 = off", above=0, most=1)
@@ -674,7 +695,11 @@ class Study:
 class Config:
   seed: int = option(0, "of weights, sampling and task order", least=0)
   algorithm: str = option("steptool", "a row of learning/algorithms.py")
-  compilation_cache: str = option("", "folder that keeps compiled programs; empty = none")
+  compilation_cache: str = option(
+    "auto",
+    "folder that keeps compiled programs for the next start; auto = JAX_COMPILATION_CACHE_DIR, or "
+    "one in the user's cache folder; none = they are not kept",
+  )
   hang_after: float = option(
     1800.0,
     "seconds without progress in rollout, update or evaluation after which a run ends with a "

@@ -13,6 +13,7 @@ from steptool_jax.config import Config, Filters
 from steptool_jax.dialogue import template
 from steptool_jax.environments.base import ENVIRONMENTS
 from steptool_jax.environments.specialists import TIERS
+from steptool_jax.learning import importance
 from steptool_jax.learning.advantages import LEVELS
 from steptool_jax.learning.algorithms import Algorithm, get_algorithm
 from steptool_jax.learning.critics import CRITICS
@@ -31,6 +32,7 @@ TABLES: Mapping[str, Iterable[str]] = {
   "critics": CRITICS,
   "dtypes": families.DTYPES,
   "environments": ENVIRONMENTS,
+  "importance levels": importance.LEVELS,
   "model families": families.FAMILIES,
   "remat policies": families.REMATS,
   "reward sources": SOURCES,
@@ -274,6 +276,23 @@ def _check_algorithm(config: Config) -> None:
     raise ValueError(
       f"config.train.micro_rows: {config.train.micro_rows}, but algorithm {config.algorithm!r} "
       f"needs pairs of rows; use {config.train.micro_rows + 1}"
+    )
+  if config.rollout.lag and config.data.path:
+    raise ValueError(
+      f"config.rollout.lag: 1, but stored trajectories (data.path = {config.data.path!r}) are not "
+      "rolled out; leave it at 0"
+    )
+  if config.rollout.lag and (config.rollout.rounds > 1 or SOURCES[config.rewards.source].device):
+    field = "rollout.rounds" if config.rollout.rounds > 1 else "rewards.source"
+    raise ValueError(
+      f"config.rollout.lag: 1, but with this {field} what is rolled out depends on the update that "
+      "goes on meanwhile; set it to 0"
+    )
+  if config.rollout.lag and algorithm.advantage is None:
+    instead = {"outcome": "'rloo'", "none": "'steptool'"}[algorithm.rewards]
+    raise ValueError(
+      f"config.rollout.lag: 1, but the loss of algorithm {config.algorithm!r} has no importance "
+      f"weights to correct for it; set it to 0, or use {instead}"
     )
   if algorithm.critic == "double" and config.archer.replay < config.archer.batch:
     raise ValueError(

@@ -2,6 +2,7 @@ import gc
 import os
 import pathlib
 import sys
+import tempfile
 
 import pytest
 
@@ -14,6 +15,9 @@ QUICK = (
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK}".strip()
 # Tracing makes millions of objects, few in cycles: a tenth of the time went into looking for them.
 gc.set_threshold(20_000, 10, 10)
+# Runs that keep their programs by default keep them nowhere else than in the tests' own folder.
+_KEPT = tempfile.TemporaryDirectory(prefix="steptool_jax_kept_")
+os.environ["XDG_CACHE_HOME"] = _KEPT.name
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
 

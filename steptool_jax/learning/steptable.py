@@ -17,6 +17,7 @@ from steptool_jax.learning.batching import Packed
 from steptool_jax.types import TokenBatch, ToolCall
 
 _WIDTH = 8  # entries a row has room for, in multiples: few shapes, so few compilations
+USUAL_WIDTH = 4 * _WIDTH
 
 
 class StepTable(NamedTuple):

@@ -14,7 +14,15 @@ import jax.numpy as jnp
 import optax
 
 from steptool_jax.config import Config
-from steptool_jax.learning import advantages, critics, double_critic, losses, segments, steptable
+from steptool_jax.learning import (
+  advantages,
+  critics,
+  double_critic,
+  importance,
+  losses,
+  segments,
+  steptable,
+)
 from steptool_jax.learning.algorithms import Algorithm
 from steptool_jax.learning.outputs import Outputs, policy_outputs
 from steptool_jax.learning.steptable import StepTable
@@ -165,6 +173,13 @@ def prepare(
     signal |= {
       "advantages": jnp.where(state.step >= learner.critic_steps, signal["advantages"], 0.0)
     }
+  if c.rollout.lag and signal:
+    # The surrogate is linear in the advantages, so weights on these are weights on its tokens.
+    weights_BT, more = importance.truncated_weights(
+      old_BT, flat, c.rollout.correction, c.rollout.correction_bound
+    )
+    signal |= {"advantages": signal["advantages"] * weights_BT}
+    metrics |= more
   behaviour_BT = jnp.where(mask_BT, flat.behaviour_logprobs, 0.0)
   prepared = flat._replace(
     old_logprobs=behaviour_BT if learner.fixed_behaviour else old_BT,

@@ -1,9 +1,11 @@
 """The policy engine: KV slots with append, decode, rewind and fork.
 
 A conversation keeps its slot until it ends, so a turn costs its own tokens and not its history. All
-shapes are static and all limits are arguments: rewind and fork compile once, decode twice, append
-twice per power-of-two chunk: for all slots, and for at most a quarter of them, because a lone
-observation or the tail of a rollout must not pay for every slot.
+shapes are static and all limits are arguments: rewind and fork compile once, decode once for all
+slots and for each of `row_buckets`, because a lone observation or the tail of a rollout must not
+pay for every slot; append twice for each of these: pieces of any length go in by long chunks and
+then by short ones. On a TPU, where a program takes long to compile and wants large products, there
+is one bucket, and append compiles per power-of-two chunk.
 
 The state holds every slot's token ids. Keys and values are always complete for positions before
 the last one; the last token is pending and is fed when the next one is wanted. So rewind is a new
@@ -22,6 +24,7 @@ import numpy as np
 from steptool_jax.policy import model, sampling, sharding
 
 MIN_CHUNK = 16  # the shortest append program, tokens
+CHUNKS = (128, 16)  # tokens of a slot that append takes in one pass of its loop, but on TPUs
 
 
 class EngineState(NamedTuple):
@@ -102,6 +105,27 @@ def append(
   return put(whole, rows, EngineState(cache, history_NS, new_length_N))
 
 
+def append_in_chunks(
+  config: model.ModelConfig,
+  variables: dict,
+  whole: EngineState,
+  rows: jax.Array | None,
+  tokens_NL: jax.Array,
+  count_N: jax.Array,
+  *,
+  chunk: int,
+) -> EngineState:
+  """As `append`, `chunk` of the L tokens at a time: what it costs goes by the longest count."""
+
+  def one(at, state):
+    tokens_NC = jax.lax.dynamic_slice_in_dim(tokens_NL, at * chunk, chunk, axis=1)
+    count_now_N = jnp.clip(count_N - at * chunk, 0, chunk)
+    return append(config, variables, state, None, tokens_NC, count_now_N)
+
+  trips = -(-jnp.max(count_N) // chunk)
+  return put(whole, rows, jax.lax.fori_loop(0, trips, one, take(whole, rows)))
+
+
 def decode(
   config: model.ModelConfig,
   variables: dict,
@@ -115,8 +139,12 @@ def decode(
   max_tokens: int,
   top_k: int = 0,
   top_p: float = 1.0,
+  leave: float = 1.0,
 ) -> tuple[EngineState, Decoded]:
   """Samples up to min(limit[n], max_tokens) tokens in every slot of `rows`, in one while loop.
+
+  The call ends as soon as the share `leave` of the slots that it began with has ended: what they
+  asked for is worked on while the others go on in the next call, with the same tokens.
 
   Args:
     rows: int32[N], the slots that rows of arguments and results belong to; None = all.
@@ -170,7 +198,11 @@ def decode(
     )
     return EngineState(cache, history_NS, state.length + active_N), out
 
-  state, out = jax.lax.while_loop(lambda carry: jnp.any(active(carry[1])), one_token, (state, out))
+  began = (limit_N > 0).sum()
+  left = began - jnp.ceil(began * leave).astype(jnp.int32)
+  state, out = jax.lax.while_loop(
+    lambda carry: active(carry[1]).sum() > left, one_token, (state, out)
+  )
   return put(whole, rows, state), out
 
 
@@ -192,16 +224,18 @@ def fork(state: EngineState, source_N: jax.Array) -> EngineState:
 class Engine:
   """The four programs, jitted, and the static facts that the host needs. The state stays outside.
 
-  chunk: tokens that one decode call samples at most; size: positions of a slot. narrow: calls for
-  at most so many slots take the narrow programs; 0 = none.
+  chunk: tokens that one decode call samples at most; size: positions of a slot. buckets: calls for
+  at most so many slots take programs of their own, ascending; () = none. append_programs: (tokens
+  of a chunk, program), in the order in which pieces go in; () = append_program takes all.
   """
 
   slots: int
   size: int
   chunk: int
-  narrow: int
+  buckets: tuple[int, ...]
   init: Callable[[], EngineState]
   append_program: Callable
+  append_programs: tuple[tuple[int, Callable], ...]
   decode_program: Callable
   rewind_program: Callable
   fork_program: Callable
@@ -210,10 +244,25 @@ class Engine:
     self, variables: dict, state: EngineState, pieces: dict[int, np.ndarray]
   ) -> EngineState:
     """Appends ids int32[any] to the named slots; the host has checked that they fit."""
-    longest = max(len(ids) for ids in pieces.values())
-    width = MIN_CHUNK
-    while width < min(longest, self.size):
-      width *= 2
+    if not self.append_programs:
+      width = MIN_CHUNK
+      while width < min(max(map(len, pieces.values())), self.size):
+        width *= 2
+      return self.append_program(variables, state, *self._arrays(pieces, width))
+    for chunk, program in self.append_programs:
+      whole = chunk == self.append_programs[-1][0]
+      parts = {n: ids if whole else ids[: len(ids) - len(ids) % chunk] for n, ids in pieces.items()}
+      pieces = {n: ids[len(parts[n]) :] for n, ids in pieces.items()}
+      parts = {n: ids for n, ids in parts.items() if len(ids)}
+      if parts:
+        width = -(-self.size // chunk) * chunk
+        state = program(variables, state, *self._arrays(parts, width))
+    return state
+
+  def _arrays(
+    self, pieces: dict[int, np.ndarray], width: int
+  ) -> tuple[np.ndarray | None, np.ndarray, np.ndarray]:
+    """(`rows`, tokens int32[N, width], counts int32[N]) of an append program."""
     rows, at = self._rows(pieces)
     tokens_NC = np.zeros((len(at), width), np.int32)
     count_N = np.zeros(len(at), np.int32)
@@ -221,7 +270,7 @@ class Engine:
       if slot in pieces:
         tokens_NC[row, : len(pieces[slot])] = pieces[slot]
         count_N[row] = len(pieces[slot])
-    return self.append_program(variables, state, rows, tokens_NC, count_N)
+    return rows, tokens_NC, count_N
 
   def decode(
     self,
@@ -234,10 +283,10 @@ class Engine:
   ) -> tuple[EngineState, Decoded]:
     """Samples in the named slots; `limits` in tokens, `seeds` uint32[2] each.
 
-    Decoded holds NumPy arrays with a row for every slot. How many slots are named decides whether
-    the whole or the narrow program runs, and depends on how soon tools answer; the two round
-    differently. So log-probs of two equal runs may differ in their last bits, and a token where two
-    were as good as equally likely. Only engines with narrow = 0 repeat themselves to the bit.
+    Decoded holds NumPy arrays with a row for every slot. How many slots are named decides which
+    bucket's program runs, and depends on how soon tools answer; the programs round differently. So
+    log-probs of two equal runs may differ in their last bits, and a token where two were as good as
+    equally likely. Only engines without buckets repeat themselves to the bit.
     """
     rows, at = self._rows(limits)
     limit_N = np.zeros(len(at), np.int32)
@@ -266,9 +315,10 @@ class Engine:
 
   def _rows(self, named: dict[int, Any]) -> tuple[np.ndarray | None, np.ndarray]:
     """(`rows` of the programs, the slot of each row): all slots, or the named ones and padding."""
-    if len(named) > self.narrow:
+    width = next((width for width in self.buckets if len(named) <= width), None)
+    if width is None:
       return None, np.arange(self.slots)
-    at = np.full(self.narrow, self.slots, np.int32)
+    at = np.full(width, self.slots, np.int32)
     at[: len(named)] = sorted(named)
     return at, at
 
@@ -287,6 +337,12 @@ class Engine:
     return self.fork_program(state, source_N)
 
 
+def row_buckets(slots: int) -> tuple[int, ...]:
+  """Numbers of slots that have programs of their own: an eighth, a quarter and half of them."""
+  shares = (4,) if sharding.platform() == "tpu" else (8, 4, 2)
+  return tuple(sorted({slots // share for share in shares} - {0}))
+
+
 def make_engine(
   config: model.ModelConfig,
   slots: int,
@@ -295,10 +351,11 @@ def make_engine(
   top_k: int = 0,
   top_p: float = 1.0,
   state_sharding: EngineState | None = None,
+  leave: float = 1.0,
 ) -> Engine:
-  """Jits the four programs; `state_sharding` places the slots on a mesh.
+  """Jits the four programs; `state_sharding` places the slots on a mesh. leave: as in `decode`.
 
-  Slots on several devices have no narrow programs: their rows would have to travel.
+  Slots on several devices have no buckets: their rows would have to travel.
   """
   alone = state_sharding is None or state_sharding.length.mesh.size == 1
   jit = functools.partial(sharding.jit, out_shardings=state_sharding)
@@ -306,15 +363,20 @@ def make_engine(
   out = None
   if state_sharding is not None:
     out = (state_sharding, sharding.replicated(state_sharding.length.mesh))
+  in_chunks = [
+    (width, jit(functools.partial(append_in_chunks, config, chunk=width), donate_argnums=1))
+    for width in CHUNKS
+  ]
   return Engine(
     slots=slots,
     size=size,
     chunk=chunk,
-    narrow=slots // 4 if alone else 0,
+    buckets=row_buckets(slots) if alone else (),
     init=jit(functools.partial(init_state, config, slots, size)),
     append_program=jit(functools.partial(append, config), donate_argnums=1),
+    append_programs=() if sharding.platform() == "tpu" else tuple(in_chunks),
     decode_program=sharding.jit(
-      functools.partial(decode, config, max_tokens=chunk, top_k=top_k, top_p=top_p),
+      functools.partial(decode, config, max_tokens=chunk, top_k=top_k, top_p=top_p, leave=leave),
       donate_argnums=1,
       out_shardings=out,
     ),

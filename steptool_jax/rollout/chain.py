@@ -1,7 +1,8 @@
 """Chain rollouts: many conversations at once over the engine's slots.
 
-Continuous batching: a slot that is freed takes the next conversation, tools run in threads while
-other slots decode, samples of one task share the prompt's prefill by fork. A conversation depends
+Continuous batching: a slot that is freed takes the next conversation; tools run, sessions open and
+answers are graded in threads while other slots decode; samples of one task share the prompt's
+prefill by fork. A conversation depends
 on its (seed, version, task, sample) alone, never on its neighbours or on timing; but for the last
 bits of log-probs, see Engine.decode.
 
@@ -32,6 +33,9 @@ from steptool_jax.types import Observation, Status, Task, Trajectory
 
 # Several processes look at each other's tools so often while nothing can be decoded, seconds.
 PATIENCE_S = 0.05
+# What slots have just asked for is waited for so long while others are to be decoded: at most, and
+# as a share of a decode call, which is what they lose where the answer comes a moment too late.
+QUICK_S, QUICK_SHARE = 0.005, 0.1
 
 
 class Interrupted(Exception):
@@ -40,12 +44,24 @@ class Interrupted(Exception):
 
 @dataclasses.dataclass
 class Seat:
-  """A conversation in its slot. tree.py seats a whole search, with the same methods."""
+  """A conversation in its slot. tree.py seats a whole search, with the same methods.
+
+  Its session is opened while the prompt is computed and its first turn sampled. opening, calling,
+  grading: what this process waits for; all None in the processes that do not own the slot.
+  """
 
   conversation: Conversation
-  session: Session | None  # None in the processes that do not own the slot
+  index: int  # of its job
+  session: Session | None = None  # None until it is open
   seed: np.ndarray | None = None
-  future: Future | None = None
+  opening: Future | None = None
+  calling: Future | None = None
+  grading: Future | None = None
+  unopened: str = ""  # why the session cannot be opened
+
+  @property
+  def pending(self) -> list[Future]:
+    return [f for f in (self.opening, self.calling, self.grading) if f is not None]
 
 
 def rollout(
@@ -53,17 +69,20 @@ def rollout(
   jobs: Sequence[tuple[Task, int]],
   should_stop: Callable[[], bool] = lambda: False,
   on_done: Callable[[Trajectory], None] = lambda trajectory: None,
+  idle: Callable[[], Any] = lambda: None,
 ) -> tuple[list[Trajectory], Stats]:
   """Trajectories of all (task, sample) jobs, in their order, graded but not yet rewarded.
 
-  should_stop is asked between device calls; on_done is called with each finished trajectory.
+  should_stop is asked between device calls; on_done is called with each finished trajectory. idle
+  is called while nothing can be decoded, at the same points in all processes; what it returns, if
+  anything, are the variables to go on with: the same numbers in other buffers.
 
   Raises:
     Interrupted: should_stop answered True, in any process.
     TooManyStuck: tools hang beyond what the runner may leave behind.
   """
   loop = Loop(setting)
-  return loop.run(jobs, should_stop, on_done), loop.stats
+  return loop.run(jobs, should_stop, on_done, idle), loop.stats
 
 
 def _why(what: str, error: Exception) -> str:
@@ -84,35 +103,40 @@ class Loop:
     self.setting = setting
     self.engine, self.environment, self.runner = setting.engine, setting.environment, setting.runner
     self.sampling, self.peers = setting.sampling, setting.peers
+    self.variables = setting.variables
     self.seats: dict[int, Seat] = {}
     self.trouble: Exception | None = None  # of this process, until all hear of it
-    self.unopened: dict[int, str] = {}  # why, by slot of this process
+    self.failures: dict[int, str] = {}  # why conversations are marked, by job
+    self.asked: list[Future] = []  # calls and verdicts, since the last exchange
+    self.decode_seconds = 0.0  # of the last decode call
     self.state = self.engine.init()
     self.stats = self.stats_class()
 
-  def run(self, jobs, should_stop, on_done) -> list[Trajectory]:
+  def run(self, jobs, should_stop, on_done, idle=lambda: None) -> list[Trajectory]:
     """All jobs' trajectories, in their order; closes what is open."""
     started = time.monotonic()
     waiting = deque(enumerate(jobs))
-    order: dict[int, int] = {}  # slot -> index of its job
     results: dict[int, Trajectory] = {}
     try:
       while waiting or self.seats:
+        if self.seats and not self._decodable():
+          self.variables = idle() or self.variables
         for slot, verdict in sorted(self._exchange(should_stop).items()):
-          trajectory = self._release(slot, verdict)
-          self._note(verdict["why"])
-          results[order.pop(slot)] = trajectory
-          on_done(trajectory)
-        fresh = self._fill(waiting, order, results, on_done)
+          seat = self.seats[slot]
+          results[seat.index] = self._release(slot, verdict)
+          if verdict["why"]:
+            self.failures[seat.index] = verdict["why"]
+          on_done(results[seat.index])
+        fresh = self._fill(waiting)
         if fresh:
           self._start(fresh)
         self._append()
         self._decode()
     finally:
       for seat in self.seats.values():
-        if seat.session is not None:
-          seat.session.close()
+        self._close(seat)
     self.stats.seconds = time.monotonic() - started
+    self.stats.failures = [why for _, why in sorted(self.failures.items())]
     if self.stats.failures:
       logging.warning(
         "%d of %d conversations are marked as infrastructure errors, the first: %s",
@@ -122,37 +146,17 @@ class Loop:
       )
     return [results[index] for index in range(len(jobs))]
 
-  def _fill(self, waiting, order, results, on_done) -> list[int]:
-    """Jobs into free slots; a conversation whose session cannot be opened ends at once."""
-    fresh: list[int] = []
-    while waiting and len(self.seats) < self.engine.slots:
-      seated = []
-      for slot in range(self.engine.slots):
-        if slot not in self.seats and waiting:
-          order[slot], (task, sample) = waiting.popleft()
-          self._seat(slot, task, sample)
-          seated.append(slot)
-      unopened = together(self.peers, self._unopened_slots)
-      lost = {int(slot): why for theirs in unopened for slot, why in theirs.items()}
-      for slot, why in sorted(lost.items()):
-        self._note(why)
-        conversation = self.seats.pop(slot).conversation
-        index = order.pop(slot)
-        results[index] = self._unopened(conversation.task, conversation.sample)
-        on_done(results[index])
-      fresh += [slot for slot in seated if slot in self.seats]
+  def _fill(self, waiting: deque) -> list[int]:
+    """Jobs into free slots, whose sessions begin to open."""
+    fresh = []
+    for slot in range(self.engine.slots):
+      if slot not in self.seats and waiting:
+        index, (task, sample) = waiting.popleft()
+        self.seats[slot] = Seat(self._conversation(task, sample), index)
+        if self._mine(slot):
+          self._defer_error(functools.partial(self._open, self.seats[slot]))
+        fresh.append(slot)
     return fresh
-
-  def _unopened_slots(self) -> dict[str, str]:
-    """Why sessions of this process could not be opened, by slot."""
-    if self.trouble is not None:
-      raise self.trouble
-    lost, self.unopened = self.unopened, {}
-    return {str(slot): why for slot, why in lost.items()}
-
-  def _note(self, why: str) -> None:
-    if why:
-      self.stats.failures.append(why)
 
   def _mine(self, slot: int) -> bool:
     """Whether this process runs the slot's tools."""
@@ -173,21 +177,19 @@ class Loop:
 
     Interrupted where one process is asked to stop; its error where one has one.
     """
-    wait_for_tools = not any(
-      seat.conversation.state in (State.DECODING, State.DONE) for seat in self.seats.values()
-    )
+    busy = self._decodable()
 
     def news() -> dict[str, Any]:
       if self.trouble is not None:
         raise self.trouble
       if should_stop():
         return {"stop": True}
-      observed = self._collect(wait_for_tools)
-      verdicts = {
-        str(slot): self._grade(seat)
-        for slot, seat in self.seats.items()
-        if self._mine(slot) and seat.conversation.state is State.DONE
-      }
+      self._await(busy)
+      observed: dict[str, Any] = {}
+      verdicts: dict[str, Any] = {}
+      for slot, seat in self.seats.items():
+        if self._mine(slot):
+          self._collect(slot, seat, observed, verdicts)
       return {"stop": False, "observed": observed, "verdicts": verdicts}
 
     found = together(self.peers, news)
@@ -201,69 +203,136 @@ class Loop:
       verdicts |= {int(slot): verdict for slot, verdict in theirs["verdicts"].items()}
     return verdicts
 
-  def _seat(self, slot: int, task: Task, sample: int) -> None:
-    self.seats[slot] = Seat(self._conversation(task, sample), None)
-    if self._mine(slot):
-      opening = functools.partial(self.environment.open, task, sample)
-      self.seats[slot].session = self._opened(slot, task, opening)
+  def _decodable(self) -> bool:
+    """Whether a slot goes on without anybody's answer."""
+    return any(seat.conversation.state is State.DECODING for seat in self.seats.values())
+
+  def _await(self, busy: bool) -> None:
+    """A moment's patience for quick tools and checkers; without anything to decode, for one."""
+    asked, self.asked = self.asked, []
+    futures = asked if busy else [f for seat in self.seats.values() for f in seat.pending]
+    if not futures:
+      return
+    started = time.monotonic()
+    if busy:
+      wait(futures, timeout=min(QUICK_S, QUICK_SHARE * self.decode_seconds))
+    else:
+      # Where all are calling, all are quick or one is slow; waiting for them fills the batch.
+      done, pending = wait(futures, timeout=0.02)
+      if not done:
+        patience = None if self.peers.count == 1 else PATIENCE_S
+        wait(pending, timeout=patience, return_when=FIRST_COMPLETED)
+    self.stats.tool_wait_seconds += time.monotonic() - started
+
+  def _collect(
+    self, slot: int, seat: Seat, observed: dict[str, Any], verdicts: dict[str, Any]
+  ) -> None:
+    """Takes what has become ready for a slot of this process, by slot for the others."""
+    if seat.opening is not None and seat.opening.done():
+      self._opened(seat)
+    if seat.calling is not None and seat.calling.done():
+      observation, seat.calling = seat.calling.result(), None
+      if self.peers.count > 1:
+        observed[str(slot)] = observation_document(observation)
+      self._observe(seat, observation)
+    self._ask(seat)
+    if seat.unopened:
+      verdicts[str(slot)] = {"opened": False, "why": seat.unopened}
+    elif seat.grading is not None and seat.grading.done():
+      verdicts[str(slot)] = self._graded(seat)
+
+  def _ask(self, seat: Seat) -> None:
+    """Begins what an open session of this process is wanted for: a call, or the verdict."""
+    if seat.session is None:
+      return
+    if seat.conversation.state is State.CALLING and seat.calling is None:
+      seat.calling = self._submit(seat)
+      self.asked.append(seat.calling)
+    elif seat.conversation.state is State.DONE and seat.grading is None:
+      seat.grading = self._grade(seat)
+      self.asked.append(seat.grading)
 
   def _conversation(self, task: Task, sample: int) -> Conversation:
     setting = self.setting
     return Conversation(task, sample, setting.chat_format, setting.limits, setting.system)
 
-  def _opened(self, slot: int, task: Task, opening: Callable[[], Any]) -> Any:
-    """What `opening` returns, perhaps at a later attempt; None where it cannot be had."""
+  def _open(self, seat: Seat) -> None:
+    """Begins to open the seat's session, if need be at a later attempt."""
+    task, sample = seat.conversation.task, seat.conversation.sample
+    opening = functools.partial(self._session, task, sample)
+    opened = functools.partial(self.runner.persist, opening)
+    what = f"opening a session of task {task.id}"
+    seat.opening = self._begin(what, opened, lambda late: late.close())
 
-    def within() -> Any:
-      opened = functools.partial(self.runner.persist, opening)
-      try:
-        return self._within(
-          f"opening a session of task {task.id}", opened, lambda late: late.close()
-        )
-      except TooManyStuck:
-        raise
-      except Exception as error:
-        self.unopened[slot] = _why(f"task {task.id}: no session can be opened", error)
-        return None
+  def _session(self, task: Task, sample: int) -> Session:
+    return self.environment.open(task, sample)
 
-    return self._defer_error(within)
+  def _opened(self, seat: Seat) -> None:
+    opening, seat.opening = seat.opening, None
+    try:
+      seat.session = opening.result()
+    except TooManyStuck:
+      raise
+    except Exception as error:
+      task = seat.conversation.task
+      seat.unopened = _why(f"task {task.id}: no session can be opened", error)
+
+  def _close(self, seat: Seat) -> None:
+    """Closes the session of a seat, also one that is still being opened."""
+    if seat.session is not None:
+      seat.session.close()
+    elif seat.opening is not None and not seat.opening.cancel():
+      seat.opening.add_done_callback(lambda f: f.exception() or f.result().close())
 
   def _unopened(self, task: Task, sample: int) -> Trajectory:
     """What a conversation leaves whose session never opened."""
-    return unopened(task, sample, self.sampling.version)
+    return unopened(task, sample, self.sampling.weights)
 
-  def _within(self, what: str, function: Callable, late: Callable | None = None) -> Any:
+  def _begin(self, what: str, function: Callable, late: Callable | None = None) -> Future:
     """The environment's work that a slot waits for, with the time-out of a tool call."""
-    return self.runner.within(function, f"environment {self.environment.name!r}: {what}", late)
+    return self.runner.begin(function, f"environment {self.environment.name!r}: {what}", late)
 
-  def _grade(self, seat: Seat) -> dict[str, Any]:
-    """The verdict on a finished conversation, by the owner of its slot."""
-    trajectory = seat.conversation.trajectory(0.0, self.sampling.version)
+  def _grade(self, seat: Seat) -> Future:
+    """IsSolved of a finished conversation, by the owner of its slot."""
     answer = seat.conversation.answer
-    return self._verdict(trajectory, lambda: seat.session.grade(answer))
+    return self._verdict(seat.conversation.status, seat, lambda: seat.session.grade(answer))
 
-  def _verdict(self, trajectory: Trajectory, grade: Callable[[], float]) -> dict[str, Any]:
+  def _verdict(self, status: Status, seat: Seat, grade: Callable[[], float]) -> Future:
+    """Begins to grade; what infrastructure ended is not graded."""
+    if status is Status.INFRASTRUCTURE_ERROR:
+      future: Future[float] = Future()
+      future.set_result(0.0)
+      return future
+    return self._begin(f"grading task {seat.conversation.task.id}", grade)
+
+  def _status(self, seat: Seat) -> Status:
+    return seat.conversation.status
+
+  def _graded(self, seat: Seat) -> dict[str, Any]:
     """IsSolved, status, and why it could not be graded ("" if it could), as JSON data.
 
     A checker (a judge) that is down, or raises at an odd answer, is not the policy's failure.
     """
-    verdict = {"solved": 0.0, "status": trajectory.status, "why": ""}
-    if trajectory.status is Status.INFRASTRUCTURE_ERROR:
-      return verdict
+    verdict = {"opened": True, "solved": 0.0, "status": self._status(seat), "why": ""}
     try:
-      return verdict | {"solved": float(self._within(f"grading task {trajectory.task_id}", grade))}
+      return verdict | {"solved": float(seat.grading.result())}
     except TooManyStuck:
       raise
     except Exception as error:
-      why = _why(f"task {trajectory.task_id}: the answer cannot be graded", error)
+      task = seat.conversation.task
+      why = _why(f"task {task.id}: the answer cannot be graded", error)
       return verdict | {"status": Status.INFRASTRUCTURE_ERROR, "why": why}
 
   def _release(self, slot: int, verdict: dict[str, Any]) -> Trajectory:
-    """Frees a slot whose conversation is finished and graded."""
+    """Frees a slot whose conversation is finished and graded, or has no session."""
     seat = self.seats.pop(slot)
-    if seat.session is not None:
-      seat.session.close()
-    return judged(seat.conversation.trajectory(0.0, self.sampling.version), verdict)
+    self._close(seat)
+    if not verdict["opened"]:
+      return self._unopened(seat.conversation.task, seat.conversation.sample)
+    return self._finished(seat, verdict)
+
+  def _finished(self, seat: Seat, verdict: dict[str, Any]) -> Trajectory:
+    return judged(seat.conversation.trajectory(0.0, self.sampling.weights), verdict)
 
   def _start(self, fresh: list[int]) -> None:
     """Prompts into new slots; a prompt that stands in another slot is forked, not computed."""
@@ -311,31 +380,6 @@ class Loop:
     """Whether the slot begins with the whole prompt at this moment."""
     return True
 
-  def _collect(self, wait_for_tools: bool) -> dict[str, Any]:
-    """Takes this process's finished tool calls, as {slot: observation} for the others.
-
-    wait_for_tools: no slot has anything else to do.
-    """
-    calling = {slot: seat for slot, seat in self.seats.items() if seat.future is not None}
-    if calling and wait_for_tools:
-      # Where all are calling, all are quick or one is slow; a moment's patience fills the batch.
-      started = time.monotonic()
-      futures = [seat.future for seat in calling.values()]
-      done, pending = wait(futures, timeout=0.02)
-      if not done:
-        patience = None if self.peers.count == 1 else PATIENCE_S
-        wait(pending, timeout=patience, return_when=FIRST_COMPLETED)
-      self.stats.tool_wait_seconds += time.monotonic() - started
-    observed = {}
-    for slot, seat in calling.items():
-      if seat.future.done():
-        observation = seat.future.result()
-        seat.future = None
-        if self.peers.count > 1:
-          observed[str(slot)] = observation_document(observation)
-        self._observe(seat, observation)
-    return observed
-
   def _observe(self, seat: Seat, observation: Observation) -> None:
     self.stats.tool_seconds += observation.seconds
     seat.conversation.observe(observation)
@@ -355,7 +399,7 @@ class Loop:
   def _append_pieces(self, pieces: dict[int, np.ndarray]) -> None:
     self.stats.forced_tokens += sum(map(len, pieces.values()))
     with self._device():
-      self.state = self.engine.append(self.setting.variables, self.state, pieces)
+      self.state = self.engine.append(self.variables, self.state, pieces)
 
   def _decode(self) -> None:
     decoding = {
@@ -363,23 +407,25 @@ class Loop:
     }
     if not decoding:
       return
+    started = time.monotonic()
     with self._device():
       self.state, decoded = self.engine.decode(
-        self.setting.variables,
+        self.variables,
         self.state,
         {slot: seat.conversation.budget() for slot, seat in decoding.items()},
         {slot: seat.seed for slot, seat in decoding.items()},
         self.setting.chat_format.stop_ids,
         self.sampling.temperature,
       )
+    self.decode_seconds = time.monotonic() - started
     for slot, seat in decoding.items():
       count = int(decoded.count[slot])
       self.stats.sampled_tokens += count
-      state = seat.conversation.sampled(
+      seat.conversation.sampled(
         decoded.tokens[slot, :count], decoded.logprobs[slot, :count], bool(decoded.stopped[slot])
       )
-      if state is State.CALLING and self._mine(slot):
-        seat.future = self._defer_error(functools.partial(self._submit, seat))
+      if self._mine(slot):
+        self._defer_error(functools.partial(self._ask, seat))
 
   def _submit(self, seat: Seat) -> Future:
     """A tool call in a thread."""

@@ -34,8 +34,14 @@ class Sampling:
   """Seeds and temperature of one rollout; temperature 0 is greedy."""
 
   seed: int
-  version: int  # of the policy: the same task gives new samples after every update
+  version: int  # of the keys: the same task gives new samples in every iteration
   temperature: float
+  policy: int | None = None  # version of the weights; None = that of the keys
+
+  @property
+  def weights(self) -> int:
+    """The policy version that trajectories keep."""
+    return self.version if self.policy is None else self.policy
 
 
 def step_seed(sampling: Sampling, task_id: str, sample: int, step: int) -> np.ndarray:

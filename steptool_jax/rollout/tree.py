@@ -16,7 +16,6 @@ Everything is counted in LLM calls: one turn of the model is one call.
 
 import collections
 import dataclasses
-import functools
 import json
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -90,12 +89,16 @@ class _Tree:
     limits: Limits,
     strategy: Search,
     size: int,
-    on_node: Callable[[int, int, tuple[Step, ...]], None],
   ):
     self.task, self.sample = start.task, start.sample
     self.prompt_tokens = start.prompt_tokens
     self._format, self._limits, self._strategy, self._size = chat_format, limits, strategy, size
-    self._on_node = on_node  # (node, its parent, its path): before the search goes on
+    # (node, its parent, its path) of every node, before the search goes on. A session that is still
+    # being opened hears of them when it is open: nothing was called till then.
+    self._on_node: Callable[[int, int, tuple[Step, ...]], None] = lambda *node: (
+      self._unheard.append(node)
+    )
+    self._unheard: list[tuple[int, int, tuple[Step, ...]]] = []
     self.nodes: list[Node] = []
     self.without_room = 0
     self._root = _Visit(ROOT, None, start, start.prompt_tokens)
@@ -133,6 +136,12 @@ class _Tree:
     return not (self._at is self._root and len(self._diversity)) and not (
       self._at.parent is self._root and self._at.diverse and self.state is State.NEEDS_APPEND
     )
+
+  def follow(self, on_node: Callable[[int, int, tuple[Step, ...]], None]) -> None:
+    """From now on `on_node` hears of every node, and at once of those that there are."""
+    for node in self._unheard:
+      on_node(*node)
+    self._on_node, self._unheard = on_node, []
 
   def pending_tokens(self) -> np.ndarray:
     return np.concatenate(list(self.pieces.values()))
@@ -280,30 +289,35 @@ class _TreeLoop(Loop):
     self.strategy = strategy
     self.results: dict[tuple[str, int], SearchResult] = {}
 
-  def _seat(self, slot: int, task: Task, sample: int) -> None:
-    branches = None
-    if self._mine(slot):
-      opening = functools.partial(Branches, self.environment, task, sample)
-      branches = self._opened(slot, task, opening)
-    start = self._conversation(task, sample)
-    on_node = branches.enter if branches is not None else lambda *_: None
-    shared = (self.setting.chat_format, self.setting.limits, self.strategy)
-    tree = _Tree(start, *shared, self.engine.size, on_node)
-    self.seats[slot] = Seat(tree, branches)
+  def _conversation(self, task: Task, sample: int) -> "_Tree":
+    start = super()._conversation(task, sample)
+    return _Tree(
+      start, self.setting.chat_format, self.setting.limits, self.strategy, self.engine.size
+    )
 
-  def _grade(self, seat: Seat) -> dict[str, Any]:
-    tree, branches = seat.conversation, seat.session
-    leaf, trajectory = tree.result(self.sampling.version)
-    path, answer = tree.path(leaf), tree.answer(leaf)
-    verdict = self._verdict(trajectory, lambda: branches.grade(leaf, path, answer))
-    return verdict | {"replayed_calls": branches.replayed_calls}
+  def _session(self, task: Task, sample: int) -> Branches:
+    return Branches(self.environment, task, sample)
 
-  def _release(self, slot: int, verdict: dict[str, Any]) -> Trajectory:
-    seat = self.seats.pop(slot)
-    tree = seat.conversation
+  def _opened(self, seat: Seat) -> None:
+    super()._opened(seat)
     if seat.session is not None:
-      seat.session.close()
-    leaf, trajectory = tree.result(self.sampling.version)
+      seat.conversation.follow(seat.session.enter)
+
+  def _status(self, seat: Seat) -> Status:
+    return seat.conversation.result(self.sampling.weights)[1].status
+
+  def _grade(self, seat: Seat) -> Future:
+    tree, branches = seat.conversation, seat.session
+    leaf, trajectory = tree.result(self.sampling.weights)
+    path, answer = tree.path(leaf), tree.answer(leaf)
+    return self._verdict(trajectory.status, seat, lambda: branches.grade(leaf, path, answer))
+
+  def _graded(self, seat: Seat) -> dict[str, Any]:
+    return super()._graded(seat) | {"replayed_calls": seat.session.replayed_calls}
+
+  def _finished(self, seat: Seat, verdict: dict[str, Any]) -> Trajectory:
+    tree = seat.conversation
+    leaf, trajectory = tree.result(self.sampling.weights)
     trajectory = judged(trajectory, verdict)
     self.stats.calls += len(tree.nodes)
     self.stats.siblings_without_room += tree.without_room

@@ -195,7 +195,8 @@ def _engine(repeats: int) -> dict[str, Any]:
         tokens += len(sampled)
     return tokens, seconds
 
-  programs = (engine.append_program, engine.decode_program, engine.rewind_program)
+  appends = [program for _, program in engine.append_programs] or [engine.append_program]
+  programs = (*appends, engine.decode_program, engine.rewind_program)
   for seed in range(3):  # all power-of-two chunks
     workload(True, seed)
     workload(False, seed)

@@ -33,7 +33,6 @@ from steptool_jax.types import TokenBatch, TrainState
 
 APPEND_TOKENS = 1024  # the chunk that append is compiled for, at most
 STOP_IDS = 4
-STEPS_OF_A_ROW = 32  # entries of a packed row in the step table
 HOST = [2, 2, 1]  # chips of a whole host, by side
 KNOWN = "v4:2x2x2, v5e:1x1, v5e:2x2, v5e:4x4, v5e:8x8, v5p:2x2x4, v6e:2x4, v6e:4x4, tpu7x:2x2x1"
 
@@ -139,8 +138,8 @@ def programs(config: Config, policy: AbstractPolicy, mesh: Mesh) -> list[Program
   whole = abstract_batch(batching.empty_batch(1, 1), config, most, mesh)
   table = None
   if learner.fits is not None:
-    host = steptable.empty(1, STEPS_OF_A_ROW)
-    table = abstract_batch(host, config, most, mesh, STEPS_OF_A_ROW)
+    host = steptable.empty(1, steptable.USUAL_WIDTH)
+    table = abstract_batch(host, config, most, mesh, steptable.USUAL_WIDTH)
   filled, _ = jax.eval_shape(prepare, state, whole, count, table)
   prepared = abstract_batch(filled, config, most, mesh)
   part = abstract_batch(filled, config, minibatch, mesh)

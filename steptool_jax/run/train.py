@@ -10,6 +10,7 @@ from (seed, iteration), so a resumed run is bit-equal to one that was never stop
 import dataclasses
 import pathlib
 import time
+from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import Any
 
 from absl import logging
@@ -54,6 +55,7 @@ MAY_CHANGE = (
   "mesh.",
   "hang_after",
   "rollout.slots",
+  "rollout.leave",
   "rollout.tool_timeout",
   "rollout.tool_workers",
   "rollout.tool_retries",
@@ -115,7 +117,12 @@ def run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
     except Interrupted:
       logging.warning("stopped on request, before anything was learnt")
       return {"mode": "train", "interrupted": True}
-    return _train(run)
+    with ThreadPoolExecutor(1, "compile") as executor:
+      run.compile_ahead(executor)
+      try:
+        return _train(run)
+      finally:
+        executor.shutdown(wait=False, cancel_futures=True)
 
 
 class Run:
@@ -152,6 +159,7 @@ class Run:
     )
     self.phase = self._restored_phase()
     self.progress = self.phase.progress
+    self._next: Phase | None = None  # RL, while SFT goes on
     self._began = started - self.progress.seconds
     # What SFT learns from is chosen before any work; None where it learns from nothing.
     self.sft: SftBatches | None = None
@@ -172,9 +180,32 @@ class Run:
       phase = self.new_phase(Progress())
       phase.start(build.initial_variables(self.config, self.parts.policy, self.parts.mesh))
     else:
-      phase.state, phase.past = found.state, replay.from_documents(found.replay)
+      kept = replay.from_documents(found.replay)
+      first = len(kept) - phase.progress.ahead
+      phase.state, phase.past, phase.ahead = found.state, kept[:first], kept[first:]
       logging.info("resuming: %s, iteration %d", phase.progress.phase, phase.progress.done)
     return phase
+
+  def compile_ahead(self, executor: Executor) -> None:
+    """Compiles what this phase and the next learn with, while rollouts run.
+
+    Not for stored trajectories, where nothing else is to be done meanwhile; on one device only.
+    """
+    if self.data is not None or self.parts.mesh.size > 1:
+      return
+    if self.progress.phase == "rl":
+      self.phase.compile_ahead(executor)
+      return
+    if self.sft is not None:
+      self.phase.compile_ahead(executor)
+    if self.algorithm.rewards != "none":
+      self._next = self.new_phase(dataclasses.replace(self.progress, phase="rl", done=0))
+      self._next.compile_ahead(executor)
+
+  def enter(self, progress: Progress) -> None:
+    """RL begins."""
+    self.phase = self._next or self.new_phase(progress)
+    self.phase.progress = progress
 
   def new_phase(self, progress: Progress) -> Phase:
     """What learns in progress.phase; without a state yet."""
@@ -203,9 +234,11 @@ class Run:
   def save(self) -> None:
     self._clock()
     self.progress.records = self.writer.records
-    past = replay.to_documents(self.phase.past)
+    ahead = self.phase.ahead
+    self.progress.ahead = len(ahead)
+    kept = replay.to_documents([*self.phase.past, *ahead])
     self.checkpoints.save(
-      self.checkpoint_number, self.phase.state, dataclasses.asdict(self.progress), past
+      self.checkpoint_number, self.phase.state, dataclasses.asdict(self.progress), kept
     )
 
   def summary(self, interrupted: bool) -> dict[str, Any]:
@@ -287,7 +320,7 @@ def enter_rl(run: Run) -> None:
   parts = run.parts
   variables = build.fold_adapters(run.config, parts.policy, parts.mesh, run.phase.variables())
   run.progress.phase, run.progress.done = "rl", 0
-  run.phase = run.new_phase(run.progress)
+  run.enter(run.progress)
   run.phase.start(variables)
   run.save()
 

@@ -37,8 +37,9 @@ class ToolRunner:
   """A pool for tool calls that a hung tool can neither block nor leak through without end.
 
   timeout_s: seconds for one attempt, counted from its start (waiting in the queue is free).
-  workers: calls at the same time. retries, backoff_s: an INFRASTRUCTURE observation (or a session
-  that raises) is tried again after backoff_s, 2 backoff_s, 4 backoff_s, ...
+  workers: calls at the same time, and as many others that `begin` was asked for. retries,
+  backoff_s: an INFRASTRUCTURE observation (or a session that raises) is tried again after
+  backoff_s, 2 backoff_s, 4 backoff_s, ...
   max_stuck: as soon as more abandoned calls than this hang at the same time, every waiting and
   later submission fails with TooManyStuck.
   announce: hears of all that runs (run/parts/watchdog.py).
@@ -68,7 +69,8 @@ class ToolRunner:
     self._queue: collections.deque[_Job] = collections.deque()
     # Insertion order is deadline order, because the time-out is the same for all.
     self._deadlines: dict[_Job, float] = {}
-    self._threads = self._idle = self._stuck = 0
+    self._begun: collections.deque[tuple[Future, tuple]] = collections.deque()
+    self._threads = self._idle = self._stuck = self._beginners = 0
     self._closed = False
     self._watching = False
 
@@ -130,6 +132,36 @@ class ToolRunner:
         raise InfrastructureError(f"{what} takes longer than {self._timeout_s:g} s")
     return future.result()
 
+  def begin(
+    self, function: Callable[[], T], what: str, late: Callable[[T], object] | None = None
+  ) -> Future:
+    """`within` as a Future: at most `workers` at the same time, the others wait for their turn."""
+    future: Future[T] = Future()
+    with self._state:
+      if self._closed:
+        raise RuntimeError("this ToolRunner is closed")
+      self._begun.append((future, (function, what, late)))
+      if self._beginners < self._workers:
+        self._beginners += 1
+        self._start(self._work_through)
+    return future
+
+  def _work_through(self) -> None:
+    """Does what `begin` was asked for, until nothing waits."""
+    while True:
+      with self._state:
+        if not self._begun:
+          self._beginners -= 1
+          return
+        future, work = self._begun.popleft()
+      if not future.set_running_or_notify_cancel():
+        continue
+      try:
+        settle, outcome = future.set_result, self.within(*work)
+      except BaseException as error:
+        settle, outcome = future.set_exception, error
+      settle(outcome)
+
   def persist(self, function: Callable[[], T]) -> T:
     """function(), with the retries and back-off of a call where it raises."""
     for attempt in range(self._retries):
@@ -145,6 +177,8 @@ class ToolRunner:
       self._closed = True
       while self._queue:
         self._queue.popleft().future.cancel()
+      while self._begun:
+        self._begun.popleft()[0].cancel()
       self._state.notify_all()
 
   def __enter__(self) -> "ToolRunner":

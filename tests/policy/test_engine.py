@@ -155,20 +155,84 @@ def test_limits_end_at_the_slot_and_empty_slots_stay_empty(shared, variables):
 
 
 def test_zero_compilations_after_warm_up(variables):
-  """Six turns of varied observation lengths and budgets compile nothing new."""
-  eng = engine.make_engine(CONFIG, slots=2, size=256, chunk=8)
+  """Six turns of varied observation lengths and budgets compile nothing new, long ones neither."""
+  eng = engine.make_engine(CONFIG, slots=2, size=512, chunk=8)
   state = eng.init()
-  for width in (16, 32):
-    state = eng.append(variables, state, {0: np.ones(width, np.int32)})
-  state, _ = run_turn(eng, variables, state, [0])
-  programs = (eng.append_program, eng.decode_program)
+  for slots in ((0,), (0, 1)):
+    state = eng.append(variables, state, dict.fromkeys(slots, np.ones(129, np.int32)))
+    state, _ = run_turn(eng, variables, state, slots)
+  state = eng.rewind(state, {0: 1, 1: 1})
+  programs = [eng.decode_program, *(program for _, program in eng.append_programs)]
   before = [p._cache_size() for p in programs]
   rng = np.random.default_rng(0)
   for turn in range(6):
-    ids = rng.integers(0, 60, rng.integers(1, 32)).astype(np.int32)
-    state = eng.append(variables, state, {0: ids, 1: ids[:3]})
+    ids = rng.integers(0, 60, rng.integers(1, 140 if turn < 2 else 32)).astype(np.int32)
+    state = eng.append(variables, state, {0: ids, 1: ids[:3]} if turn % 3 else {1: ids})
     state, _ = run_turn(eng, variables, state, [turn % 2], limit=int(rng.integers(1, 8)))
-  assert [p._cache_size() for p in programs] == before == [2, 1]
+  assert [p._cache_size() for p in programs] == before == [2, 2, 2]
+  assert eng.append_program._cache_size() == 0
+
+
+@pytest.mark.parametrize("length", [1, 15, 16, 17, 127, 128, 130, 200])
+def test_appending_in_chunks_is_appending_at_once(variables, length):
+  """A token lost or doubled where two chunks meet would be another conversation."""
+  rng = np.random.default_rng(length)
+  pieces = {n: rng.integers(0, 60, size).astype(np.int32) for n, size in ((0, length), (2, 19))}
+  first = {0: np.array([4, 5], np.int32), 1: np.array([6], np.int32)}
+  eng = chunked()
+  whole = dataclasses.replace(eng, append_programs=())
+  results = []
+  for one in (eng, whole):
+    state = one.append(variables, one.append(variables, one.init(), first), pieces)
+    lengths, tokens = np.asarray(state.length), np.asarray(state.tokens)
+    results.append((lengths, [row[:n].tolist() for row, n in zip(tokens, lengths, strict=True)]))
+    results[-1] += (eng.decode(variables, state, {0: 4, 2: 4}, SEEDS, (), 1.0)[1],)
+  (lengths, tokens, out), (lengths_w, tokens_w, out_w) = results
+  assert lengths.tolist() == lengths_w.tolist() == [2 + length, 1, 19, 0]
+  assert tokens == tokens_w
+  np.testing.assert_array_equal(out.tokens, out_w.tokens)
+  np.testing.assert_allclose(out.logprobs, out_w.logprobs, atol=5e-5)
+
+
+SEEDS = {n: np.array([n, 1], np.uint32) for n in range(8)}
+
+
+@functools.cache
+def chunked():
+  return engine.make_engine(CONFIG, slots=4, size=256, chunk=8)
+
+
+def test_a_call_that_leaves_early_gives_the_same_tokens(variables):
+  """What is left goes on with the keys of its positions; half of the slots end a call."""
+  prompts = {s: np.arange(3 + s, dtype=np.int32) for s in range(8)}
+  limits = {s: 1 + s for s in range(8)}
+  found, calls = [], []
+  for leave in (1.0, 0.5):
+    eng = engine.make_engine(CONFIG, slots=8, size=64, chunk=8, leave=leave)
+    state = eng.append(variables, eng.init(), prompts)
+    left, tokens, counts = dict(limits), {s: [] for s in limits}, []
+    while left:
+      state, out = eng.decode(variables, state, left, {s: SEEDS[s] for s in left}, (), 1.0)
+      for s in list(left):
+        tokens[s] += list(zip(out.tokens[s], out.logprobs[s], strict=True))[: out.count[s]]
+        left[s] -= int(out.count[s])
+        if not left[s]:
+          del left[s]
+      counts.append(out.count.tolist())
+    found.append(tokens)
+    calls.append(counts)
+  assert calls[0] == [[1, 2, 3, 4, 5, 6, 7, 8]]
+  assert calls[1] == [
+    [1, 2, 3, 4, 4, 4, 4, 4],
+    [0] * 4 + [1, 2, 2, 2],
+    [0] * 6 + [1, 1],
+    [0] * 7 + [1],
+  ]
+  for s in limits:
+    ids, logprobs = zip(*found[0][s], strict=True)
+    ids_e, logprobs_e = zip(*found[1][s], strict=True)
+    assert ids == ids_e
+    np.testing.assert_allclose(logprobs, logprobs_e, atol=5e-5)
 
 
 def test_restrict_literals():
@@ -200,11 +264,11 @@ def test_sample_frequencies_and_logprobs(top_k, top_p):
   np.testing.assert_allclose(np.exp(logprobs), kept[tokens], atol=1e-5)
 
 
-def test_few_slots_take_the_narrow_programs_with_the_same_results(variables):
-  """A call for a quarter of the slots computes only those, and leaves the others as they were."""
+def test_few_slots_take_programs_of_their_own_with_the_same_results(variables):
+  """A call for a few of the slots computes only those, and leaves the others as they were."""
   eng = engine.make_engine(CONFIG, slots=8, size=64, chunk=8)
-  assert eng.narrow == 2
-  wide = dataclasses.replace(eng, narrow=0)
+  assert eng.buckets == (1, 2, 4)
+  wide = dataclasses.replace(eng, buckets=())
   prompts = {s: np.arange(3 + s, dtype=np.int32) for s in range(8)}
   results = []
   for one in (eng, wide):

@@ -293,6 +293,9 @@ def test_should_stop_interrupts_and_closes(chat_format):
   opened = []
 
   def should_stop():
+    deadline = time.monotonic() + 5
+    while opened and environment.open_sessions < 2 and time.monotonic() < deadline:
+      time.sleep(0.001)
     opened.append(environment.open_sessions)
     return len(opened) == 2
 
@@ -302,6 +305,123 @@ def test_should_stop_interrupts_and_closes(chat_format):
     )
   assert opened == [0, 2]
   assert environment.open_sessions == 0
+
+
+def until(condition):
+  deadline = time.monotonic() + 20
+  while not condition():
+    assert time.monotonic() < deadline, "it stands still"
+    time.sleep(0.001)
+
+
+@pytest.mark.parametrize("place", ["open", "grade"])
+def test_a_slow_session_stops_nobody(place, chat_format):
+  """Opening and grading went one by one in the main loop: .5 s each, 256 s for 512 conversations.
+
+  Those of sample 0 end only when the others have come to where they wait for these: 18 turns in
+  all, 12 of them without a session for sample 0.
+  """
+  actions, turns = [call(), call(), answer()], {"open": 12, "grade": 18}[place]
+  jobs = [(task(f"t{i}", f"query {i}"), s) for i in range(3) for s in range(2)]
+
+  class Slow(Script):
+    def open(self, task, sample):
+      session = super().open(task, sample)
+      if place == "open" and sample == 0:
+        until(lambda: len(eng.turns) >= turns)
+      grade = session.grade
+
+      def slow(given):
+        if place == "grade" and sample == 0:
+          until(lambda: len(eng.turns) >= turns)
+        return grade(given)
+
+      session.grade = slow
+      return session
+
+  found = []
+  for environment in (Script(ok), Slow(ok)):
+    eng = fakes.ScriptedEngine(
+      chat_format, lambda text: actions[text.count("<|result|>")], slots=4, size=160, chunk=4
+    )
+    runner = ToolRunner(timeout_s=30, workers=4, retries=0)
+    trajectories, stats = run(eng, None, environment, chat_format, jobs, runner)
+    assert not stats.failures
+    assert environment.open_sessions == 0
+    found.append([(t.task_id, t.sample, t.status, t.solved, len(t.steps)) for t in trajectories])
+  assert found[0] == found[1]
+  assert [t[:2] for t in found[0]] == [(j.id, s) for j, s in jobs]
+
+
+def test_a_call_waits_for_its_session_and_nothing_else_does(chat_format):
+  """The prompt and the first turn are there before the session is; its call comes after it."""
+  seen = []
+
+  class Slow(Script):
+    def open(self, task, sample):
+      until(lambda: eng.turns)
+      seen.append("open")
+      return super().open(task, sample)
+
+  def told(given):
+    seen.append("call")
+    return ok(given)
+
+  eng = scripted(chat_format, call(), answer())
+  (trajectory,), _ = run(eng, None, Slow(told), chat_format, [(task(), 0)])
+  assert trajectory.status is Status.ANSWERED
+  assert seen == ["open", "call"]
+
+
+def test_what_is_done_meanwhile_is_done_while_nothing_can_be_decoded(chat_format):
+  """An update in front of slots that could go on would only make them wait."""
+  seen = []
+
+  class Noting(fakes.ScriptedEngine):
+    def decode(self, variables, *args):
+      seen.append(variables)
+      return super().decode(variables, *args)
+
+  actions = [call(), answer()]
+  eng = Noting(chat_format, lambda text: actions[text.count("<|result|>")], size=160, chunk=2)
+  given = iter(["after one"])
+  run(
+    *(eng, "at first", Script(ok), chat_format, [(task(), 0)]),
+    idle=lambda: seen.append("idle") or next(given, None),
+  )
+  first = seen.index("idle")
+  assert first > 1, "the first turn takes several calls, all of them before the tool's"
+  assert set(seen[:first]) == {"at first"}
+  assert next(what for what in seen[first:] if what != "idle") == "after one"
+
+
+def test_a_session_that_opens_after_the_end_is_closed(chat_format):
+  """A run that is stopped while sessions open would leave their servers behind."""
+  release, begun, opened = threading.Event(), threading.Event(), []
+
+  class Slow(Script):
+    def open(self, task, sample):
+      begun.set()
+      release.wait(20)
+      session = super().open(task, sample)
+      opened.append(session)
+      return session
+
+  environment, asked = Slow(ok), []
+  eng = scripted(chat_format, call(), answer())
+  runner = ToolRunner(timeout_s=20, workers=1, retries=0)
+
+  def second_time():
+    asked.append(0)
+    return len(asked) == 2 and begun.wait(20)
+
+  with pytest.raises(chain.Interrupted):
+    run(
+      *(eng, None, environment, chat_format, [(task(), s) for s in range(2)], runner),
+      should_stop=second_time,
+    )
+  release.set()
+  until(lambda: opened and not environment.open_sessions)
 
 
 def test_a_prompt_that_does_not_fit_ends_alone(chat_format):
@@ -327,6 +447,21 @@ def test_a_trajectory_depends_on_its_own_keys_only(chat_format, policy):
   assert ids(jobs[2:3])[("t1", 0)] == together[("t1", 0)]
   assert ids(jobs, sampling=Sampling(0, 1, 1.0)) != together
   assert ids(jobs, sampling=Sampling(1, 0, 1.0)) != together
+
+
+def test_leaving_early_and_buckets_change_no_token(chat_format, policy):
+  """The same keys give the same conversations, however the loop cuts its calls (real engine)."""
+  eng, variables = policy
+  config = fakes.tiny_config(vocab_size=chat_format.codec.vocab_size)
+  jobs = [(task(f"t{i}", f"query {i}"), s) for i in range(4) for s in range(3)]
+  plain = dataclasses.replace(eng, buckets=())
+  early = engine.make_engine(config, slots=8, size=160, chunk=5, leave=0.5)
+  assert early.buckets == (1, 2, 4)
+  found = []
+  for one in (plain, early):
+    trajectories, _ = run(one, variables, Script(ok), chat_format, jobs)
+    found.append([[s.tokens.tolist() for s in t.steps] for t in trajectories])
+  assert found[0] == found[1]
 
 
 def test_every_step_of_every_conversation_has_its_own_key():

@@ -232,6 +232,27 @@ def test_a_conversation_that_cannot_be_opened_or_graded_is_lost_for_all(
     ] * 2
 
 
+@pytest.mark.parametrize("place", ["open", "grade", "call"])
+def test_whatever_is_slow_in_one_process_the_steps_stay_the_same(place, chat_format, monkeypatch):
+  """Lockstep must not depend on when a session opens, answers or is graded."""
+  expected, _ = roll(chat_format, Counter(), ALONE)
+  environments = [Counter() for _ in range(3)]
+  owner, name = (Counter, "open") if place == "open" else (Session, place)
+  real, order = getattr(owner, name), iter([0.03, 0.0, 0.01, 0.05] * 100)
+
+  def slow(self, *args):
+    environment = self if place == "open" else self.environment
+    if environment is not environments[0]:
+      time.sleep(next(order))
+    return real(self, *args)
+
+  monkeypatch.setattr(owner, name, slow)
+  for trajectories, stats in processes(3, lambda p: roll(chat_format, environments[p.index], p)):
+    assert documents(trajectories) == documents(expected)
+    assert not stats.failures
+  assert all(sorted(e.closed) == sorted(e.opened) for e in environments)
+
+
 def test_infrastructure_stays_infrastructure():
   def work(peers):
     def mine():

@@ -34,7 +34,7 @@ class World:
     monkeypatch.setattr(rollouts, "judge", lambda parts, tasks, rolled: rolled)
     monkeypatch.setattr(rollouts, "reward", lambda parts, tasks, rolled, scheme, marked: rolled)
 
-  def roll(self, parts, variables, jobs, version, temperature, label, some=False):
+  def roll(self, parts, variables, jobs, version, temperature, label, some=False, **options):
     assert some == bool(self.rolled), "a few odd conversations would end the run"
     self.rolled.append([(int(task.id[1:]), sample) for task, sample in jobs])
     out = []
@@ -48,7 +48,7 @@ class World:
     self.rolled = []
     progress = types.SimpleNamespace(done=done, redrawn=redrawn)
     phase = types.SimpleNamespace(variables=dict, progress=progress, scorer=None)
-    return drawing.draw(self, phase)
+    return drawing.draw(self, phase, done)
 
   def places(self, *positions):
     order = Order(len(self.all), self.config.seed)

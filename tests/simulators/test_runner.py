@@ -171,3 +171,45 @@ def test_close_cancels_what_waits():
 def test_settings_are_checked(bad):
   with pytest.raises(ValueError, match=next(iter(bad))):
     ToolRunner(**bad)
+
+
+def test_begin_does_at_most_workers_at_a_time_and_none_after_the_end():
+  """512 sessions that open at once would be 512 servers; those that wait are cancelled."""
+  release, lock, now, most = threading.Event(), threading.Lock(), [], []
+
+  def work():
+    with lock:
+      now.append(1)
+      most.append(len(now))
+    release.wait(20)
+    with lock:
+      now.pop()
+    return 7
+
+  with ToolRunner(timeout_s=20, workers=2) as runner:
+    futures = [runner.begin(work, "work") for _ in range(5)]
+    deadline = time.monotonic() + 10
+    while len(most) < 2 and time.monotonic() < deadline:
+      time.sleep(0.001)
+    release.set()
+    assert [future.result(20) for future in futures] == [7] * 5
+    assert max(most) == 2
+    release.clear()
+    later = [runner.begin(work, "work") for _ in range(3)]
+    while len(now) < 2 and time.monotonic() < deadline:
+      time.sleep(0.001)
+  release.set()
+  assert later[2].cancelled()
+  assert [future.result(20) for future in later[:2]] == [7, 7]
+
+
+def test_begin_has_the_time_out_of_within():
+  release, came = threading.Event(), []
+  with ToolRunner(timeout_s=0.05, workers=1) as runner:
+    hung = runner.begin(lambda: release.wait(20), "the judge", came.append)
+    fails = runner.begin(lambda: 1 / 0, "the judge")
+    with pytest.raises(InfrastructureError, match="the judge takes longer than 0.05 s"):
+      hung.result(20)
+    with pytest.raises(ZeroDivisionError):
+      fails.result(20)
+    release.set()

@@ -258,9 +258,18 @@ def build_mesh(config: Config) -> Mesh:
 def build_engine(config: Config, policy: Policy, mesh: Mesh) -> engine_lib.Engine:
   r = config.rollout
   where = slot_shardings(policy.model, r.slots, mesh)
-  return engine_lib.make_engine(
-    policy.model, r.slots, slot_tokens(config), r.decode_chunk, r.top_k, r.top_p, where
+  engine = engine_lib.make_engine(
+    policy.model,
+    r.slots,
+    slot_tokens(config),
+    r.decode_chunk,
+    r.top_k,
+    r.top_p,
+    where,
+    leave=r.leave,
   )
+  # Trained on, the sampler's log-probs must not depend on how soon tools answer (Engine.decode).
+  return dataclasses.replace(engine, buckets=()) if r.lag else engine
 
 
 def slot_shardings(config: model.ModelConfig, slots: int, mesh: Mesh) -> engine_lib.EngineState:

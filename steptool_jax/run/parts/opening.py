@@ -13,7 +13,7 @@ from steptool_jax.config import Config, Limits
 from steptool_jax.environments.base import Environment
 from steptool_jax.policy.engine import Engine
 from steptool_jax.run.hosts import agreement, allocator, ending, hang, hosts
-from steptool_jax.run.parts import build
+from steptool_jax.run.parts import build, compiled
 from steptool_jax.run.parts.services import Services, open_services
 from steptool_jax.run.parts.watchdog import Watchdog
 from steptool_jax.simulators.runner import ToolRunner
@@ -73,9 +73,7 @@ def open_parts(config: Config, workdir: pathlib.Path, stop: Stop) -> Iterator[Pa
   """Builds all parts; everything that can be wrong with the input is found here."""
   build.refuse_missing_model(config)
   agreement.refuse_differences(config, workdir)
-  if config.compilation_cache:
-    jax.config.update("jax_compilation_cache_dir", config.compilation_cache)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+  compiled.keep(config.compilation_cache)
   if jax.default_backend() == "cpu":
     allocator.keep_memory()
   mesh = build.build_mesh(config)

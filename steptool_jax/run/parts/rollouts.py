@@ -1,7 +1,7 @@
 """Rollouts with the parts of a run, their verdicts and rewards; held-out figures of a policy."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from steptool_jax.evaluation.metrics import rollout_metrics
@@ -29,11 +29,16 @@ def roll(
   limits: Limits | None = None,
   strategy: Search | None = None,
   some: bool = False,
+  policy: int | None = None,
+  idle: Callable[[], dict | None] = lambda: None,
+  stop: Callable[[], bool] | None = None,
 ) -> tuple[list[Any], Stats]:
   """Trajectories of (task, sample) jobs, or SearchResults with a strategy; without rewards.
 
   limits: in the place of those of the parts. Where a judge gives the verdicts later, `solved` says
   no more than that there is an answer. some: the jobs are a few of those of an earlier rollout.
+  policy: the version of the weights, where it is not `version`. idle: as rollout.chain's. stop: in
+  the place of that of the parts.
 
   Raises:
     RuntimeError: what tools need is down; no session can be opened, or no answer be graded (all of
@@ -56,15 +61,15 @@ def roll(
       parts.policy.chat_format,
       limits or parts.limits,
       parts.runner,
-      Sampling(parts.config.seed, version, temperature),
+      Sampling(parts.config.seed, version, temperature, policy),
       parts.config.model.system or None,
       hosts.peers(),
     )
     try:
       if strategy is not None:
-        found, stats = tree.search(setting, jobs, strategy, parts.stop, on_done)
+        found, stats = tree.search(setting, jobs, strategy, stop or parts.stop, on_done)
       else:
-        found, stats = chain.rollout(setting, jobs, parts.stop, on_done)
+        found, stats = chain.rollout(setting, jobs, stop or parts.stop, on_done, idle)
     except InfrastructureError as error:
       raise RuntimeError(f"{label}: {error}") from error
   if len(stats.failures) == len(jobs) and not some:

@@ -10,15 +10,17 @@ as spent.
 
 import collections
 import dataclasses
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
-from steptool_jax.config import Filters
+from steptool_jax.config import Config, Filters
 from steptool_jax.rewards import orchestra
 from steptool_jax.rollout.setting import Stats
 from steptool_jax.run.parts import rollouts
 from steptool_jax.run.parts.opening import Parts
-from steptool_jax.run.training import order, sources
+from steptool_jax.run.training import order, replay, sources
 from steptool_jax.run.training.phase import Phase
 from steptool_jax.types import Status, Trajectory
 
@@ -38,13 +40,19 @@ class Drawn:
   redrawn: int
 
 
-def draw(parts: Parts, phase: Phase) -> Drawn:
-  """The trajectories of the iteration that is next in phase.progress.
+def draw(
+  parts: Parts, phase: Phase, done: int, variables: dict | None = None, **options: Any
+) -> Drawn:
+  """The trajectories of iteration `done`; variables: where they are not today's.
+
+  options: as rollouts.roll's. With a lag they may go into a checkpoint before they are learnt from,
+  so that they hold what a checkpoint keeps.
 
   RuntimeError where no conversation can be trained on; Interrupted, NonFiniteLogprobs as rollout.
   """
   config, r, tasks = parts.config, parts.config.rollout, parts.environment.tasks("train")
-  variables, done, redrawn = phase.variables(), phase.progress.done, phase.progress.redrawn
+  variables = phase.variables() if variables is None else variables
+  redrawn = phase.progress.redrawn
   count = min(r.tasks, len(tasks))
   position, wanted, rounds, groups = done * count + redrawn, count, 0, 0
   seen: collections.Counter[int] = collections.Counter()
@@ -57,7 +65,7 @@ def draw(parts: Parts, phase: Phase) -> Drawn:
     work = order.jobs(config, tasks, position, wanted, seen)
     position, groups, rounds = position + wanted, groups + wanted, rounds + 1
     rolled, more = rollouts.roll(
-      *(parts, variables, work, done, r.temperature, "rollout"), some=rounds > 1
+      *(parts, variables, work, done, r.temperature, "rollout"), some=rounds > 1, **options
     )
     stats = _sum(stats, more)
     drawn = [task for task, _ in work]
@@ -65,13 +73,15 @@ def draw(parts: Parts, phase: Phase) -> Drawn:
     marked, figures = sources.mark(parts, phase, drawn, graded)
     said.append(figures)
     paid = rollouts.reward(parts, drawn, marked, config.rewards.scheme, marked=True)
+    if r.lag:
+      paid = replay.without_values(paid)
     everything += sources.with_outcomes(paid, graded)
     if r.rounds == 1:
       parted = [paid]
     else:
       parted = [paid[k : k + r.samples] for k in range(0, len(paid), r.samples)]
     for group in parted:
-      found, taken = orchestra.keep(list(filter(_usable, group)), _filters(parts))
+      found, taken = orchestra.keep(list(filter(_usable, group)), _filters(config))
       kept += found
       dropped.update(taken)
       wanted -= bool(found)
@@ -87,9 +97,17 @@ def _means(rounds: list[dict[str, float]]) -> dict[str, float]:
   return {n: float(np.mean([found[n] for found in rounds if n in found])) for n in sorted(names)}
 
 
-def _filters(parts: Parts) -> Filters:
-  filters = parts.config.rewards.filters
-  if parts.config.rollout.rounds == 1:
+def keep(
+  config: Config, trajectories: Sequence[Trajectory]
+) -> tuple[list[Trajectory], dict[str, float]]:
+  """(those of paid trajectories that may reach the update, how many each filter dropped)."""
+  _refuse_nothing(trajectories)
+  return orchestra.keep(list(filter(_usable, trajectories)), _filters(config))
+
+
+def _filters(config: Config) -> Filters:
+  filters = config.rewards.filters
+  if config.rollout.rounds == 1:
     return filters
   return dataclasses.replace(filters, min_deviation=max(filters.min_deviation, _CONTRAST))
 
@@ -98,7 +116,7 @@ def _usable(trajectory: Trajectory) -> bool:
   return bool(trajectory.steps) and trajectory.status is not Status.INFRASTRUCTURE_ERROR
 
 
-def _refuse_nothing(trajectories: list[Trajectory]) -> None:
+def _refuse_nothing(trajectories: Sequence[Trajectory]) -> None:
   if not any(map(_usable, trajectories)):
     raise RuntimeError(
       "no conversation of this iteration can be trained on: all ended in infrastructure errors "

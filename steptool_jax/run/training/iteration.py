@@ -1,21 +1,24 @@
 """One iteration of RL, from tasks to updated weights."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
+from steptool_jax.config import Config
 from steptool_jax.evaluation.metrics import rollout_metrics
 from steptool_jax.learning import batching
 from steptool_jax.policy import sharding
 from steptool_jax.rollout.conversation import NonFiniteLogprobs
+from steptool_jax.rollout.setting import Stats
 from steptool_jax.run.parts.opening import Parts
 from steptool_jax.run.training import drawing, offline
 from steptool_jax.run.training.phase import Phase
 from steptool_jax.run.training.progress import shares
 from steptool_jax.run.training.record import Recorder
+from steptool_jax.types import Trajectory
 
 
 def run_iteration(
@@ -29,6 +32,10 @@ def run_iteration(
         (KV slots)     (tools, checker)                                                       │
                └──────────────────────────── new weights ◄────────────────────────────────────┘
 
+  With rollout.lag = 1 the trajectories were sampled in the iteration before, and those of the next
+  one are sampled now, with the weights as they are before the update, which goes on in the gaps.
+  The last iteration samples none; a run that is given more goes on as one that begins.
+
   Everything random follows from (seed, progress.done). `phase` and its progress change.
 
   Raises:
@@ -40,59 +47,128 @@ def run_iteration(
   started = time.monotonic()
 
   # Task -> rollout -> Trajectory -> rewards. Stored trajectories come with theirs.
-  if data is None:
-    try:
-      drawn = drawing.draw(parts, phase)
-    except NonFiniteLogprobs as error:
-      phase.count_skipped(True, str(error))
-      return {"skipped": 1.0}
-    trajectories, kept, stats = drawn.trajectories, drawn.kept, drawn.stats
-    figures = rollout_metrics(trajectories) | drawn.figures
-    progress.redrawn += drawn.redrawn
-    if "model_outcome" in figures and "model_drift" not in figures:
-      del figures["pass_rate"]  # no checker knows it
-  else:
+  stats = Stats()
+  if data is not None:
     trajectories = kept = data.batch(done)
     figures = rollout_metrics(trajectories)
+  else:
+    trajectories, phase.ahead = phase.ahead, []
+    if trajectories:
+      kept, figures = drawing.keep(config, trajectories)
+    else:
+      try:
+        drawn = drawing.draw(parts, phase, done)
+      except NonFiniteLogprobs as error:
+        phase.count_skipped(True, str(error))
+        return {"skipped": 1.0}
+      trajectories, kept, stats = drawn.trajectories, drawn.kept, drawn.stats
+      figures = drawn.figures
+      progress.redrawn += drawn.redrawn
+    figures = rollout_metrics(trajectories) | figures
+    if "model_outcome" in figures and "model_drift" not in figures:
+      del figures["pass_rate"]  # no checker knows it
+    if config.rollout.lag:
+      figures["staleness"] = float(np.mean([done - t.policy_version for t in kept]))
 
   # Trajectory -> TokenBatch -> prepare -> update.
-  update_started = time.monotonic()
-  packed = phase.pack(kept)
-  if packed is None:
-    figures["nothing_to_learn"] = 1.0
-  else:
-    rows = len(packed.batch.tokens)
-    prepared, prepare_figures = phase.prepare(packed)
-    if recorder.wants(done):
-      advantages = prepared.advantages
-      if advantages is not None:
-        advantages = sharding.to_host(advantages).reshape(-1, config.train.row_tokens)
-      recorder.training(done, kept, packed, advantages)
-    updates = [
-      phase.update(minibatch, count)
-      for epoch in range(config.train.epochs)
-      for minibatch, count in phase.minibatches(prepared, rows, epoch)
-    ]
-    if config.loss.kl_adaptive:
-      phase.adapt_kl(prepare_figures["kl"], len(kept))
-    figures |= _learning_figures(prepare_figures, updates)
-    figures |= {
-      "kl_coef": float(phase.state.kl_coef),
-      "padding": batching.padding_share(packed.batch),
-      "nothing_to_learn": 0.0,
-    }
+  learning = Pieces(_learn(config, phase, recorder, kept, done))
+  if config.rollout.lag and done + 1 < config.train.iterations:
+    phase.ahead = trajectories  # where the run is asked to stop before anything has changed
+    phase.ahead, stats = _sample_ahead(parts, phase, done + 1, learning)
+  figures |= learning.finish()
 
   # What the run has used so far, and where the time went.
-  now = time.monotonic()
+  seconds = time.monotonic() - started
   tokens = sum(t.num_tokens for t in kept)
   progress.count(trajectories, tokens)
   if data is not None:
-    return figures | {"tokens_per_second": tokens / (time.monotonic() - started)}
+    return figures | {"tokens_per_second": tokens / seconds}
   if "pass_rate" in figures:
     progress.train_curve.append((progress.conversations, figures["pass_rate"]))
   if "model_drift" in figures:
     progress.model_curve.append((progress.conversations, figures["model_outcome"]))
-  return figures | shares(stats, now - update_started, now - started, tokens)
+  return figures | shares(stats, learning.seconds, seconds, tokens)
+
+
+class Pieces:
+  """Work that is done piece by piece, and how long it takes; `finish` gives what it returns."""
+
+  def __init__(self, work: Generator[None, None, dict[str, float]]):
+    self._work = work
+    self._result: dict[str, float] | None = None
+    self.begun, self.seconds = False, 0.0
+
+  def step(self) -> bool:
+    """Does a piece; whether there was one."""
+    if self._result is not None:
+      return False
+    self.begun = True
+    started = time.monotonic()
+    try:
+      next(self._work)
+    except StopIteration as end:
+      self._result = end.value
+    self.seconds += time.monotonic() - started
+    return True
+
+  def finish(self) -> dict[str, float]:
+    """Does the rest."""
+    while self.step():
+      pass
+    return self._result
+
+
+def _sample_ahead(
+  parts: Parts, phase: Phase, done: int, learning: Pieces
+) -> tuple[list[Trajectory], Stats]:
+  """(paid trajectories of iteration `done`, sampled with the weights of before `learning`, stats).
+
+  Once the update has begun a request to stop waits for its end: half an iteration is no state to go
+  on from. No trajectories where the weights are broken: the next iteration finds that out.
+  """
+  variables = phase.sampler()
+
+  def idle() -> dict | None:
+    return variables() if learning.step() else None
+
+  try:
+    drawn = drawing.draw(
+      *(parts, phase, done, variables()),
+      policy=done - 1,
+      idle=idle,
+      stop=lambda: parts.stop() and not learning.begun,
+    )
+  except NonFiniteLogprobs:
+    return [], Stats()
+  return drawn.trajectories, drawn.stats
+
+
+def _learn(
+  config: Config, phase: Phase, recorder: Recorder, kept: Sequence[Trajectory], done: int
+) -> Generator[None, None, dict[str, float]]:
+  """Packs, prepares and updates, a program at a time; the figures of that."""
+  packed = phase.pack(kept)
+  if packed is None:
+    return {"nothing_to_learn": 1.0}
+  rows = len(packed.batch.tokens)
+  prepared, prepare_figures = phase.prepare(packed)
+  if recorder.wants(done):
+    advantages = prepared.advantages
+    if advantages is not None:
+      advantages = sharding.to_host(advantages).reshape(-1, config.train.row_tokens)
+    recorder.training(done, kept, packed, advantages)
+  updates = []
+  for epoch in range(config.train.epochs):
+    for minibatch, count in phase.minibatches(prepared, rows, epoch):
+      yield
+      updates.append(phase.update(minibatch, count))
+  if config.loss.kl_adaptive:
+    phase.adapt_kl(prepare_figures["kl"], len(kept))
+  return _learning_figures(prepare_figures, updates) | {
+    "kl_coef": float(phase.state.kl_coef),
+    "padding": batching.padding_share(packed.batch),
+    "nothing_to_learn": 0.0,
+  }
 
 
 def _learning_figures(

@@ -5,9 +5,12 @@ iteration.py puts the steps of RL in order; run/train.py puts the phases in orde
 
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -17,7 +20,7 @@ from steptool_jax.policy import lora, sharding
 from steptool_jax.run.hosts import hang
 from steptool_jax.run.parts.build import Policy
 from steptool_jax.run.parts.reward_models import RewardModel
-from steptool_jax.run.training import setup
+from steptool_jax.run.training import ahead, setup
 from steptool_jax.run.training.progress import Progress
 from steptool_jax.types import TokenBatch, TrainState, Trajectory
 
@@ -43,11 +46,13 @@ class Phase:
     self.algorithm = algorithms.get_algorithm(config.algorithm)
     name = "sft" if progress.phase == "sft" else config.algorithm
     self.learner = setup.build_learner(config, policy.model, name, iterations)
-    self.programs = update.compile_programs(self.learner)
+    self.programs = tuple(map(ahead.Program, update.compile_programs(self.learner)))
     self.state: TrainState | None = None
     self.past: Sequence[Trajectory] = []  # ArCHer's replay
+    self.ahead: Sequence[Trajectory] = []  # paid, for the coming iteration (rollout.lag)
     self.skipped_in_a_row = 0
-    self.table_width = 0  # never narrower than it was: each width is a compilation
+    # Never narrower than it was, as each width is a compilation; this one serves most runs.
+    self.table_width = steptable.USUAL_WIDTH
     self.scorer: RewardModel | None = None  # rewards.source = model
 
   def start(self, variables: dict) -> None:
@@ -58,9 +63,53 @@ class Phase:
     """The state's shapes and shardings, for a restore."""
     return setup.abstract_state(self.policy, self.mesh, self.learner)
 
+  def compile_ahead(self, executor: Executor) -> None:
+    """Compiles what the phase's first iteration calls, in the executor's thread."""
+    prepare, change = self.programs
+    c, count = self.config, jax.ShapeDtypeStruct((), np.int32)
+
+    def imitate() -> list[tuple]:
+      micro_rows = c.sft.micro_rows
+      batch = self._abstract_batch(-(-c.sft.batch // micro_rows), micro_rows)
+      return [(self.abstract_state(), batch, count)]
+
+    def learn() -> list[tuple]:
+      micro_rows, state = c.train.micro_rows, self.abstract_state()
+      most = -(-self._most_rows() // micro_rows)
+      batch, table = self._abstract_batch(most, micro_rows), None
+      if self.learner.fits is not None:
+        row = steptable.empty(1, 1)
+        shape = (most, micro_rows, self.table_width)
+        table = jax.tree.map(lambda x: jax.ShapeDtypeStruct(shape, x.dtype), row)
+      prepared, _ = jax.eval_shape(prepare.jitted, state, batch, count, table)
+      shape = (-(-most // c.train.minibatches), *batch.tokens.shape[1:])
+      mini = jax.tree.map(lambda x: jax.ShapeDtypeStruct(shape, x.dtype), prepared)
+      return [(state, batch, count, table), (state, mini, count)]
+
+    if self.learner.algorithm.rewards == "none":
+      ahead.compile_ahead(executor, self.mesh, [change], imitate)
+    else:
+      ahead.compile_ahead(executor, self.mesh, [prepare, change], learn)
+
+  def _abstract_batch(self, micro_batches: int, micro_rows: int) -> TokenBatch:
+    row = batching.empty_batch(1, self.config.train.row_tokens)
+    shape = (micro_batches, micro_rows, self.config.train.row_tokens)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(shape, x.dtype), row)
+
+  def _most_rows(self) -> int:
+    """Rows of the largest batch of an iteration of RL."""
+    most = self.conversations * self.algorithm.select.rows
+    return most + (self.config.archer.batch if self.algorithm.critic == "double" else 0)
+
   def variables(self) -> dict:
     """The policy's variables as they are now."""
     return lora.join_variables(self.state.trainable, self.state.frozen)
+
+  def sampler(self) -> Callable[[], dict]:
+    """Today's policy for as long as it is wanted: what is called gives its variables, and is to be
+    called again after every update, which moves what is frozen to other buffers."""
+    trainable = _copied(self.state.trainable)
+    return lambda: lora.join_variables(trainable, self.state.frozen)
 
   def imitate(self, trajectories: Sequence[Trajectory], capacity: int) -> dict[str, float]:
     """One optimizer step of SFT; capacity: micro-batches of the largest batch."""
@@ -77,10 +126,7 @@ class Phase:
   def prepare(self, packed: batching.Packed) -> tuple[TokenBatch, dict[str, jax.Array]]:
     """(the batch on the devices [N, B, T] with log-probs, values and advantages, figures)."""
     batch, micro_rows = packed.batch, self.config.train.micro_rows
-    most = self.conversations * self.algorithm.select.rows
-    if self.algorithm.critic == "double":
-      most += self.config.archer.batch
-    capacity = -(-most // micro_rows)
+    capacity = -(-self._most_rows() // micro_rows)
     on_device, table = self._to_device(batch, micro_rows, capacity), None
     if self.learner.fits is not None:
       host = steptable.build(packed, self.table_width)
@@ -139,3 +185,8 @@ class Phase:
 
   def _to_device(self, batch, micro_rows: int, capacity: int):
     return setup.to_device(batch, micro_rows, capacity, self.mesh)
+
+
+@jax.jit
+def _copied(tree: Any) -> Any:
+  return jax.tree.map(jnp.copy, tree)

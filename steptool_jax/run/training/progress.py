@@ -30,6 +30,7 @@ class Progress:
   llm_calls: int = 0  # of these conversations: the environment steps
   tokens: int = 0  # of trajectories rolled out and trained on in RL
   rl_seconds: float = 0.0
+  ahead: int = 0  # trajectories that were sampled for the next iteration (rollout.lag)
   skipped: int = 0  # updates, because something was not finite
   results: dict[str, float] = dataclasses.field(default_factory=dict)
   train_curve: list[tuple[float, float]] = dataclasses.field(default_factory=list)

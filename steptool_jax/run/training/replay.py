@@ -1,6 +1,6 @@
-"""Past trajectories for ArCHer's critic: drawn, kept, and as JSON data for a checkpoint.
+"""Trajectories in a checkpoint, as JSON data: ArCHer's past, and those sampled ahead of their turn.
 
-Only what the critic reads is kept: tokens, rewards, how they ended.
+Of the past only what the critic reads is kept: tokens, rewards, how they ended.
 """
 
 import dataclasses
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from steptool_jax.data.trajectories import AnnotatedTrajectory, from_document, to_document
-from steptool_jax.types import Malformed, Trajectory
+from steptool_jax.types import Malformed, Step, Trajectory
 
 
 def draw(past: Sequence[Trajectory], count: int, seed: Sequence[int]) -> list[Trajectory]:
@@ -42,3 +42,15 @@ def to_documents(past: Sequence[Trajectory]) -> list[dict[str, Any]]:
 
 def from_documents(documents: Sequence[dict[str, Any]]) -> list[Trajectory]:
   return [from_document(document).trajectory for document in documents]
+
+
+def without_values(trajectories: Sequence[Trajectory]) -> list[Trajectory]:
+  """Paid trajectories as a checkpoint holds them: what a tool returned need not be JSON data, and
+  nothing reads it after rewards but through its text."""
+  return [dataclasses.replace(t, steps=tuple(map(_without_value, t.steps))) for t in trajectories]
+
+
+def _without_value(step: Step) -> Step:
+  if step.observation is None:
+    return step
+  return dataclasses.replace(step, observation=dataclasses.replace(step.observation, value=None))

@@ -1,0 +1,44 @@
+"""Importance weights for trajectories that an earlier policy has sampled."""
+
+import math
+from typing import Literal
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from steptool_jax.learning import segments
+from steptool_jax.types import TokenBatch
+
+Level = Literal["token", "sequence", "none"]
+LEVELS = ("token", "sequence", "none")
+
+
+def truncated_weights(
+  logprobs_BT: jax.Array, batch: TokenBatch, level: Level, bound: float
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+  """Truncated importance weights min(pi / mu, bound) (Ionides 2008), float32 [B, T].
+
+  pi: the policy that learns, before its first update on the batch (logprobs); mu: the one that has
+  sampled (batch.behaviour_logprobs). token: each sampled token has its own ratio, as rho in V-trace
+  (Espeholt et al. 2018). sequence: all tokens of a trajectory have the product of their ratios.
+  none: 1. Outside the action mask 1. Metrics: the mean ratio as it is used, and the share of
+  tokens that the bound has cut.
+  """
+  chex.assert_equal_shape([logprobs_BT, batch.behaviour_logprobs])
+  mask_BT = batch.action_mask
+  log_ratio_BT = jnp.where(mask_BT, logprobs_BT - batch.behaviour_logprobs, 0.0)
+  if level == "sequence":
+    totals_BT = segments.group_totals(log_ratio_BT, segments.starts(batch.segment_ids))
+    log_ratio_BT = jnp.where(mask_BT, totals_BT, 0.0)
+  elif level == "none":
+    log_ratio_BT = jnp.zeros_like(log_ratio_BT)
+  most = math.log(bound)
+  # Cut before exp, which would overflow; what lies outside of the mask stays 1.
+  weights_BT = jnp.where(mask_BT, jnp.exp(jnp.minimum(log_ratio_BT, most)), 1.0)
+  count = jnp.maximum(mask_BT.sum(), 1)
+  metrics = {
+    "importance": jnp.where(mask_BT, weights_BT, 0.0).sum() / count,
+    "importance_cut": (mask_BT & (log_ratio_BT > most)).sum() / count,
+  }
+  return weights_BT, metrics
