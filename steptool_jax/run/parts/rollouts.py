@@ -13,6 +13,7 @@ from steptool_jax.rollout.setting import Sampling, Setting, Stats
 from steptool_jax.rollout.strategy import Search
 from steptool_jax.run.hosts import hosts
 from steptool_jax.run.parts.opening import Parts
+from steptool_jax.serving import harness
 from steptool_jax.simulators.errors import InfrastructureError
 from steptool_jax.types import Status, Task, Trajectory
 
@@ -63,6 +64,8 @@ def roll(
     try:
       if strategy is not None:
         found, stats = tree.search(setting, jobs, strategy, parts.stop, on_done)
+      elif isinstance(parts.environment, harness.Harness):
+        found, stats = harness.rollout(setting, jobs, parts.stop, on_done)
       else:
         found, stats = chain.rollout(setting, jobs, parts.stop, on_done)
     except InfrastructureError as error:
@@ -98,7 +101,13 @@ def reward(
   trajectories: Sequence[Trajectory],
   scheme: str = "steptool",
 ) -> list[Trajectory]:
-  """The same trajectories with SC, Con and r on every step; `scheme` as config.rewards.scheme."""
+  """The same trajectories with SC, Con and r on every step; `scheme` as config.rewards.scheme.
+
+  Those of environment 'harness' have the rewards that its function returned.
+  """
+  if isinstance(parts.environment, harness.Harness):
+    outcome = get_algorithm(parts.config.algorithm).rewards == "outcome"
+    return [harness.outcome_only(t) if outcome else t for t in trajectories]
   return assembly.pay(
     tasks,
     trajectories,
