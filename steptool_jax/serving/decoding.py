@@ -19,7 +19,9 @@ import numpy as np
 from steptool_jax.rollout.conversation import NonFiniteLogprobs
 from steptool_jax.rollout.setting import Stats
 
-_WORTH_A_FORK = 32  # ids; a fork copies every slot's cache
+# A beginning of fewer ids is computed again: a fork copies every slot's cache, and a prompt that is
+# computed in one piece has the same log-probs to the last bit, wherever it is computed.
+_WORTH_KEEPING = 32
 # Where all conversations are away, at their tools, all are quick or one is slow: a moment's
 # patience fills the batch. It costs at most this share of what the last round took, or _MOMENT_S.
 _PATIENCE, _MOMENT_S, _LONGEST_S = 0.25, 0.02, 0.5
@@ -180,7 +182,9 @@ class Decoder:
         slot = min(free, key=lambda s: (self._used[s], -common[s]))
         # A slot that will be a copy itself is no source yet.
         source = max((s for s in range(len(common)) if s not in forks), key=common.__getitem__)
-        if common[source] >= max(common[slot] + 1, _WORTH_A_FORK) and source != slot:
+        if common[source] < _WORTH_KEEPING:
+          common[slot] = 0
+        elif common[source] > common[slot]:
           forks[slot] = source
           common[slot] = common[source]
           self.stats.shared_prefills += 1

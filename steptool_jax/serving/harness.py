@@ -1,6 +1,6 @@
 """Environment 'harness': an agent of the user's own, unchanged, around the policy's server.
 
-    async def run(task, base_url, api_key) -> reward, or rewards by LLM call
+    async def run(task, base_url, api_key) -> reward, or rewards by LLM call (see _paid)
 
 `task` is a line of the tasks file. The agent talks to the policy as to any OpenAI server; what was
 sampled is recorded there, and trained on with what `run` returns. A run that raises, hangs, never
@@ -17,7 +17,7 @@ import threading
 import time
 import zlib
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from steptool_jax.files import parse_json
 from steptool_jax.rollout.chain import Interrupted
 from steptool_jax.rollout.setting import Sampling, Setting, Stats, step_seed
 from steptool_jax.serving.decoding import Decoder
+from steptool_jax.serving.recording import Session
 from steptool_jax.serving.server import Opened, PolicyServer
 from steptool_jax.simulators.runner import TooManyStuck
 from steptool_jax.types import Status, Task, Trajectory
@@ -210,7 +211,7 @@ def _finished(job: _Job, setting: Setting, harness: Harness) -> tuple[Trajectory
   """(the trajectory of a run that has ended, why it is marked or "")."""
   session = job.opened.session
   trajectory = session.trajectory(job.task.id, job.sample, setting.sampling.version)
-  rewards: Any = None
+  returned: Any = None
   why = ""
   if job.future.cancelled():
     why = "its thread was blocked by a run that does not await; use async calls"
@@ -221,53 +222,66 @@ def _finished(job: _Job, setting: Setting, harness: Harness) -> tuple[Trajectory
       why = f"it takes longer than {harness.timeout_s:g} s (environment.harness_timeout)"
     if session.ended in (Status.STEP_BUDGET, Status.TOKEN_BUDGET, Status.GAVE_UP):
       why = ""  # it was told that a budget is spent, which is the policy's doing
-      rewards = 0.0
+      returned = 0.0
   else:
-    rewards = job.future.result()
+    returned = job.future.result()
   if not why and session.ended is Status.INFRASTRUCTURE_ERROR:
     why = "it said that a tool's infrastructure failed"
   if not why and session.last is None and session.ended is None:
     why = "it never had an answer of the model"
   if not why:
     try:
-      return _paid(trajectory, rewards, session.turns, session.last), ""
+      return _paid(trajectory, returned, session), ""
     except ValueError as error:
       why = str(error)
   marked = dataclasses.replace(trajectory, status=Status.INFRASTRUCTURE_ERROR, solved=0.0)
   return marked, f"task {job.task.id}: run: {why}"
 
 
-def _paid(trajectory: Trajectory, rewards: Any, calls: int, kept: Any) -> Trajectory:
-  """With r on every step: a number is how well the task was solved, and a truncated conversation
-  earns none of it, as in rewards/shaping.py; a list holds r of every LLM call.
+def _paid(trajectory: Trajectory, returned: Any, session: Session) -> Trajectory:
+  """With r on every step, from what `run` returned. ValueError for what it may not return.
 
-  ValueError for what is neither.
+  x                              how well the task was solved, in [0, 1]; the last step earns it,
+                                 of a truncated conversation none, as in rewards/shaping.py
+  [r, …]                         rewards of all LLM calls in their order; the last says the same
+  {"solved": x, "rewards": […]}  both
   """
-  by_call = isinstance(rewards, (list, tuple))
-  values = list(rewards) if by_call else [rewards]
-  for value in values:
-    if isinstance(value, bool):
-      continue
-    if not isinstance(value, (int, float)) or not math.isfinite(value):
-      raise ValueError(f"it returned {rewards!r:.80}, neither a number nor a list of numbers")
-  if by_call and len(values) != calls:
-    raise ValueError(f"it returned {len(values)} rewards, but made {calls} LLM calls")
-  solved = float(values[-1]) if values else 0.0
+  rewards, solved = None, returned
+  if isinstance(returned, Mapping) and returned.keys() == {"solved", "rewards"}:
+    rewards, solved = returned["rewards"], returned["solved"]
+  elif isinstance(returned, (list, tuple)):
+    rewards, solved = returned, returned[-1] if returned else 0.0
+  if not _finite(solved) or not (
+    rewards is None or (isinstance(rewards, (list, tuple)) and all(map(_finite, rewards)))
+  ):
+    raise ValueError(
+      f"it returned {returned!r:.80}; return a number, a list of numbers, or "
+      '{"solved": number, "rewards": list of numbers}'
+    )
   if not 0 <= solved <= 1:
-    what = "the last of the rewards says" if by_call else "a single reward says"
-    raise ValueError(f"it returned {solved:g}: {what} how well the task was solved, in [0, 1]")
+    raise ValueError(
+      f"it returned {returned!r:.80}, where {solved:g} says how well the task was solved, so must "
+      'be in [0, 1]; rewards of another scale go beside it: {"solved": …, "rewards": […]}'
+    )
+  if rewards is not None and len(rewards) != session.turns:
+    raise ValueError(f"it returned {len(rewards)} rewards, but had {session.turns} LLM calls")
   if not trajectory.steps:
-    return dataclasses.replace(trajectory, solved=solved)
-  if by_call:
-    paid = [float(values[call]) for call in kept.calls]
+    return dataclasses.replace(trajectory, solved=float(solved))
+  if rewards is None:
+    paid = [0.0] * len(trajectory.steps)
+    paid[-1] = 0.0 if trajectory.truncated else float(solved)
   else:
-    paid = [0.0] * (len(trajectory.steps) - 1) + [0.0 if trajectory.truncated else solved]
+    paid = [float(rewards[call]) for call in session.last.calls]
   steps = tuple(
     dataclasses.replace(step, reward=reward)
     for step, reward in zip(trajectory.steps, paid, strict=True)
   )
   parts = {"harness": math.fsum(paid)}
-  return dataclasses.replace(trajectory, steps=steps, solved=solved, reward_parts=parts)
+  return dataclasses.replace(trajectory, steps=steps, solved=float(solved), reward_parts=parts)
+
+
+def _finite(value: Any) -> bool:
+  return isinstance(value, (bool, int, float)) and math.isfinite(value)
 
 
 def outcome_only(trajectory: Trajectory) -> Trajectory:

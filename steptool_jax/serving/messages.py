@@ -40,11 +40,14 @@ def _bad(param: str, message: str) -> ApiError:
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-  """A tool call of an assistant's message; arguments are JSON text with sorted keys."""
+  """A tool call of an assistant's message. What a client may write in another way is not compared:
+  the id, which only ties results to calls, and the text of the arguments.
+  """
 
   name: str
-  arguments: str
-  id: str = dataclasses.field(compare=False)  # for the results that follow; a client may change it
+  meaning: str  # the arguments as JSON text with sorted keys
+  arguments: str = dataclasses.field(compare=False)  # JSON text
+  id: str = dataclasses.field(compare=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -297,5 +300,5 @@ def _call(call: Any, at: str) -> Call:
 
 
 def call_of(name: str, arguments: Mapping[str, Any], name_of_call: str) -> Call:
-  """A call with its arguments in the one form that is compared."""
-  return Call(name, json.dumps(arguments, sort_keys=True, ensure_ascii=False), name_of_call)
+  meaning = json.dumps(arguments, sort_keys=True, ensure_ascii=False)
+  return Call(name, meaning, json.dumps(arguments, ensure_ascii=False), name_of_call)
