@@ -487,8 +487,9 @@ class Annotate:
   table: str = option("", "source table: official annotations; empty = the input's own")
   output: str = option(
     "jsonl",
-    "WORKDIR/annotated.jsonl, or WORKDIR/annotated_trajectories as array_record (tfds)",
-    choices=("jsonl", "tfds"),
+    "WORKDIR/annotated.jsonl, or WORKDIR/annotated_trajectories as array_record (tfds), or "
+    "WORKDIR/atif, for other tools (ATIF v1.4)",
+    choices=("jsonl", "tfds", "atif"),
   )
 
 

@@ -54,7 +54,7 @@ class Conversation:
   """One growing list of ids; every turn makes another one.
 
   messages: all that the ids stand for, the model's own last. closed: the last turn ended with a
-  stop token. calls: the session's number of each step's LLM call.
+  stop token. calls: the session's number of each step's LLM call. invalid: invalid calls in a row.
   """
 
   number: int  # in its session
@@ -64,6 +64,7 @@ class Conversation:
   steps: tuple[Step, ...] = ()
   closed: bool = True
   calls: tuple[int, ...] = ()
+  invalid: int = 0
 
   @property
   def key(self) -> tuple:
@@ -119,7 +120,6 @@ class Session:
     self.opened = 0  # conversations so far
     self.turns = 0
     self.ended: Status | None = None
-    self._invalid_in_a_row = 0
     self._drawn: collections.Counter[tuple[int, int]] = collections.Counter()
 
   def ask(self, request: ChatRequest) -> Ask:
@@ -134,6 +134,7 @@ class Session:
     try:
       forced = self._forced(request)
       if found is None:
+        self._refuse_another_conversation()
         prompt = self._opening(request)
         conversation = Conversation(self.opened, request.tools_key, (), prompt)
       else:
@@ -149,7 +150,8 @@ class Session:
     if limit < 1:
       raise ApiError(400, "rollout.max_step_tokens leaves no token beside tool_choice's call")
     at = (conversation.number, len(conversation.steps))
-    self._drawn[at] += 1
+    if self._keep is None:
+      self._drawn[at] += 1
     return Ask(request, conversation, tuple(forced), limit, (*at, self._drawn[at] - 1))
 
   def answered(
@@ -239,8 +241,8 @@ class Session:
     closing = () if found.closed else self._format.stop_ids[:1]
     if observation.code is Code.INFRASTRUCTURE:
       self._record_end(found, observation, (), Status.INFRASTRUCTURE_ERROR)
-    self._invalid_in_a_row = self._invalid_in_a_row + 1 if observation.code in INVALID else 0
-    if self._invalid_in_a_row >= self.limits.max_invalid:
+    invalid = found.invalid + 1 if observation.code in INVALID else 0
+    if invalid >= self.limits.max_invalid:
       self._record_end(found, observation, (), Status.GAVE_UP)
     try:
       self._refuse_hopeless(new)
@@ -254,7 +256,7 @@ class Session:
       self._record_end(found, observation, forced, Status.STEP_BUDGET)
     if length == self.limits.max_tokens:
       self._record_end(found, observation, forced, Status.TOKEN_BUDGET)
-    return _observed(found, observation, forced)
+    return dataclasses.replace(_observed(found, observation, forced), invalid=invalid)
 
   def _code(self, new: Sequence[Message], action: Action) -> Code:
     """What became of a step: as its client says, the worst where there were several results."""
@@ -339,6 +341,13 @@ class Session:
       self.last = _observed(found, observation, forced)
     code, message = _OVER[status]
     raise ApiError(400, message, "messages", code)
+
+  def _refuse_another_conversation(self) -> None:
+    """An agent that changes history at every turn must not go on for ever."""
+    if self.turns >= self.limits.max_steps:
+      self._end(Status.STEP_BUDGET)
+      code, message = _OVER[Status.STEP_BUDGET]
+      raise ApiError(400, message, code=code)
 
   def _refuse_hopeless(self, messages: Sequence[Message]) -> None:
     """ApiError for texts that cannot fit, before they are tokenized."""
