@@ -119,7 +119,6 @@ def test_a_conversation_with_a_tool_appends_only_what_is_new(serve, chat_format)
   assert len(choice["logprobs"]["content"]) == first["usage"]["completion_tokens"]
   assert choice["logprobs"]["content"][0]["logprob"] == -0.5
   before = served.engine.forced
-  message = choice["message"]
   # As a client may send it back: other ids and white space in the arguments, fields left out.
   call = {"id": "c1", "type": "function", "function": {"name": "echo", "arguments": '{ "x" : 1 }'}}
   said = {"role": "assistant", "tool_calls": [call]}
@@ -131,7 +130,6 @@ def test_a_conversation_with_a_tool_appends_only_what_is_new(serve, chat_format)
   assert (
     second["usage"]["prompt_tokens_details"]["cached_tokens"] == (first["usage"]["total_tokens"])
   )
-  del message
 
 
 def test_streams_carry_the_same_answer(serve):
@@ -162,7 +160,7 @@ def test_streams_carry_the_same_answer(serve):
 
 def test_text_without_tools_streams_as_it_is_sampled(serve):
   """Whoever reads along must not wait for the whole, and must get nothing after a stop text."""
-  served = serve(lambda text: Finish("one two three four five six seven eight"))
+  served = serve(lambda text: Finish("one two three four five six seven eight"), pause=0.02)
   for stop, wanted in ((None, " eight"), ("six", " five ")):
     request = {"messages": [USER], "stream": True, "stop": stop}
     with (
@@ -205,7 +203,7 @@ def test_one_seed_one_answer(serve):
   served.engine.decode = lambda *a: keys.append(tuple(*map(tuple, a[3].values()))) or whole(*a)
   for seed in (5, 5, 6, None, None):
     served.post([USER], tools=[ECHO], seed=seed)
-  one, same, other, *free = list(dict.fromkeys(keys)) if False else keys[:: len(keys) // 5]
+  one, same, other, *free = keys[:: len(keys) // 5]
   assert one == same != other
   assert free[0] != free[1]
 
@@ -265,8 +263,7 @@ def test_changed_history_opens_a_conversation_of_its_own(serve):
   other = {"role": "user", "content": "say eight"}
   assert post([other, message, echo_result(message)]).status_code == 200
   assert post([USER, message, echo_result(message)]).status_code == 200
-  assert [c[0] for c in seeds] == [0, 1, 2, 0] or len(set(seeds)) == 4
-  assert opened.session.opened >= 2
+  assert seeds == [(0, 0, 0), (1, 0, 0), (2, 0, 0), (1, 1, 0)]
   t = opened.session.trajectory("t", 0, 0)
   assert len(t.steps) == 2  # the conversation that was extended last
 
@@ -285,7 +282,7 @@ def test_budgets_end_a_session_as_they_end_a_rollout(serve, reached, code, statu
   message = served.post([USER], opened.url, opened.key, tools=[ECHO]).json()["choices"][0][
     "message"
   ]
-  messages = [USER, message, echo_result(message, "seven" * 60)]
+  messages = [USER, message, echo_result(message, "seven" * (60 if "max_tokens" in reached else 1))]
   for _ in range(2):
     refused = served.post(messages, opened.url, opened.key, tools=[ECHO])
     assert (refused.status_code, refused.json()["error"]["code"]) == (400, code)
@@ -423,6 +420,7 @@ def test_a_client_that_goes_away_frees_its_slot(serve):
       request = {"messages": [USER], "stream": stream}
       with client.stream("POST", "chat/completions", json=request, timeout=0.25) as reply:
         next(reply.iter_lines())
+        time.sleep(0.2)
     until = time.monotonic() + 2
     while served.decoder.busy and time.monotonic() < until:
       time.sleep(0.01)
