@@ -279,10 +279,10 @@ def test_budgets_end_a_session_as_they_end_a_rollout(serve, reached, code, statu
   served = serve(lambda text: ToolCall("echo", {"x": 1}))
   limits = dataclasses.replace(LIMITS, max_observation_chars=400, **reached)
   opened = served.session(limits=limits)
-  message = served.post([USER], opened.url, opened.key, tools=[ECHO]).json()["choices"][0][
-    "message"
-  ]
-  messages = [USER, message, echo_result(message, "seven" * (60 if "max_tokens" in reached else 1))]
+  reply = served.post([USER], opened.url, opened.key, tools=[ECHO]).json()
+  message = reply["choices"][0]["message"]
+  shown = "seven" * (60 if "max_tokens" in reached else 1)
+  messages = [USER, message, echo_result(message, shown)]
   for _ in range(2):
     refused = served.post(messages, opened.url, opened.key, tools=[ECHO])
     assert (refused.status_code, refused.json()["error"]["code"]) == (400, code)
