@@ -4,6 +4,7 @@ import asyncio
 import dataclasses
 import json
 import re
+import textwrap
 import threading
 import time
 
@@ -249,3 +250,30 @@ def test_a_stop_ends_runs_that_are_under_way(roll):
   with pytest.raises(Interrupted):
     roll(run, should_stop=lambda: time.monotonic() - started > 0.2)
   assert time.monotonic() - started < 5
+
+
+def test_the_agent_of_the_page_works_with_the_official_client(chat_format, tmp_path):
+  """The page's thirty lines are what users begin with."""
+  pytest.importorskip("openai")
+  page = (fakes.ROOT / "docs" / "harness.md").read_text()
+  agent, lines = (
+    textwrap.dedent(block)
+    for block in re.findall(r"\n\n((?:    .*\n|\n)+)", page)
+    if "async def run" in block or '{"id"' in block
+  )
+  (tmp_path / "agent.py").write_text(agent)
+  (tmp_path / "tasks.jsonl").write_text(lines)
+  environment = harness.Harness(str(tmp_path / "agent.py"), tmp_path / "tasks.jsonl", 0.0, 30.0)
+
+  def policy(text):
+    task, *results = text.split("<|result|>")
+    factors = {"a": 12, "b": 12} if "12" in task else {"a": 7, "b": 8}
+    return Finish(results[0].partition("<")[0]) if results else ToolCall("multiply", factors)
+
+  engine = fakes.ScriptedEngine(chat_format, policy, size=400)
+  limits = dataclasses.replace(LIMITS, max_step_tokens=60, max_tokens=400)
+  setting = Setting(engine, None, environment, chat_format, limits, None, Sampling(0, 0, 1.0))
+  tasks = [*environment.tasks("train"), *environment.tasks("heldout")]
+  trajectories, stats = harness.rollout(setting, [(task, 0) for task in tasks])
+  assert not stats.failures
+  assert [(t.task_id, t.solved, len(t.steps)) for t in trajectories] == [("t1", 1, 2), ("t2", 1, 2)]

@@ -111,6 +111,9 @@ def echo_result(message, content="seven", **fields):
 def test_a_conversation_with_a_tool_appends_only_what_is_new(serve, chat_format):
   """A history that is rendered from text again is another prompt than the one sampled after."""
   served = serve(calls_then_answers)
+  # The model says it in another way than the format would write it.
+  spaced = lambda action: 'echo {"x" :  1}' if isinstance(action, ToolCall) else "answer 7"  # noqa: E731
+  served.engine.format = dataclasses.replace(chat_format, write=spaced)
   first = served.post([USER], tools=[ECHO], logprobs=True).json()
   choice = first["choices"][0]
   assert choice["finish_reason"] == "tool_calls"
@@ -256,14 +259,15 @@ def test_changed_history_opens_a_conversation_of_its_own(serve):
   """Ids that were sampled after one prompt must never be trained on after another."""
   seeds = []
   served = serve(calls_then_answers)
-  opened = served.session(seeds=seeds)
+  opened = served.session(limits=dataclasses.replace(LIMITS, max_steps=9), seeds=seeds)
   post = lambda messages: served.post(messages, opened.url, opened.key, tools=[ECHO])  # noqa: E731
   message = post([USER]).json()["choices"][0]["message"]
   assert post([USER]).status_code == 200  # a second draw of the same
   other = {"role": "user", "content": "say eight"}
   assert post([other, message, echo_result(message)]).status_code == 200
-  assert post([USER, message, echo_result(message)]).status_code == 200
-  assert seeds == [(0, 0, 0), (1, 0, 0), (2, 0, 0), (1, 1, 0)]
+  for _ in range(2):
+    assert post([USER, message, echo_result(message)]).status_code == 200
+  assert seeds == [(0, 0, 0), (1, 0, 0), (2, 0, 0), (1, 1, 0), (1, 1, 1)]
   t = opened.session.trajectory("t", 0, 0)
   assert len(t.steps) == 2  # the conversation that was extended last
 
@@ -425,8 +429,7 @@ def test_a_client_that_goes_away_frees_its_slot(serve):
     while served.decoder.busy and time.monotonic() < until:
       time.sleep(0.01)
     assert not served.decoder.busy
-    turns = len(served.engine.turns)
-    assert turns
+    assert served.engine.todo[0]  # the turn was left where it was
   assert served.post([{"role": "user", "content": "next"}]).status_code == 200
 
 
