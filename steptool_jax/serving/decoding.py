@@ -71,6 +71,7 @@ class Decoder:
     self._owner: list[object] = [None] * engine.slots
     self._expected: set[object] = set()  # who is away and comes back soon
     self._round_s = 0.0
+    self._first_arrival: float | None = None  # of the batch that is being filled
 
   @property
   def size(self) -> int:
@@ -106,8 +107,7 @@ class Decoder:
 
   def step(self, wait_s: float) -> None:
     """Takes what has arrived, appends it and decodes once; waits so long where there is nothing."""
-    self._take(wait_s)
-    if not self._active and not self._waiting:
+    if not self._take(wait_s) or not (self._active or self._waiting):
       return
     started = time.monotonic()
     self._seat()
@@ -124,30 +124,41 @@ class Decoder:
 
   # --- arrivals ------------------------------------------------------------------------------
 
-  def _take(self, wait_s: float) -> None:
+  def _filled(self) -> bool:
+    """Waits until as many turns are here as were hoped for, but no longer than patience lasts."""
+    patience = min(max(_MOMENT_S, _PATIENCE * self._round_s), _LONGEST_S)
+    if self._arrived and self._first_arrival is None:
+      self._first_arrival = time.monotonic()
+    while self._arrived and len(self._arrived) < min(len(self._expected), self._engine.slots):
+      left = self._first_arrival + patience - time.monotonic()
+      if left <= 0:
+        self._expected.clear()
+        break
+      if self._news or self._forgotten:
+        return False
+      self._changed.wait(left)
+    self._first_arrival = None
+    return True
+
+  def _take(self, wait_s: float) -> bool:
+    """What has arrived; False where the owner has news to look at before the batch is full."""
     started = time.monotonic()
+    full = True
     with self._changed:
       if not self._active and not self._waiting:
         if not self._arrived and not self._news and not self._forgotten:
           self._changed.wait(wait_s)
-        patience = min(max(_MOMENT_S, _PATIENCE * self._round_s), _LONGEST_S)
-        until = time.monotonic() + patience
-        while self._arrived and len(self._arrived) < self._hoped_for():
-          left = until - time.monotonic()
-          if left <= 0:
-            self._expected.clear()
-            break
-          self._changed.wait(left)
-      arrived, self._arrived = self._arrived, []
+        full = self._filled()
+      arrived, self._arrived = (self._arrived, []) if full else ([], self._arrived)
       forgotten, self._forgotten = self._forgotten, set()
-      self._news = False
+      self._news, still_waiting = False, list(self._arrived)
     self.stats.tool_wait_seconds += time.monotonic() - started
     self._waiting += arrived
     self._expected -= forgotten
     for slot, owner in enumerate(self._owner):
       if owner is not None and owner in forgotten:
         self._owner[slot], self._used[slot] = None, 0.0
-    for turn in [*self._waiting, *self._active.values()]:
+    for turn in [*self._waiting, *self._active.values(), *still_waiting]:
       if turn.owner is not None and turn.owner in forgotten:
         turn.future.cancel()
     self._waiting = [turn for turn in self._waiting if not turn.future.cancelled()]
@@ -155,9 +166,7 @@ class Decoder:
       if turn.future.cancelled():
         self._free(slot, turn)
         self._used[slot] = 0.0
-
-  def _hoped_for(self) -> int:
-    return min(len(self._expected), self._engine.slots)
+    return full
 
   # --- slots ---------------------------------------------------------------------------------
 
