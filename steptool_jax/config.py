@@ -193,7 +193,9 @@ class Environment:
   min_calls: int = option(2, "fewest gold calls of a task", above=0)
   max_calls: int = option(5, "most gold calls of a task", above=0)
   tools_per_task: int = option(0, "tools offered in a task, its own among them; 0 = all", least=0)
-  functions: str = option("", "custom: module or .py file with the tools")
+  functions: str = option(
+    "", "custom: module or .py file with the tools; harness: with `async def run`"
+  )
   mcp: tuple[str, ...] = option(
     (),
     "custom: an MCP server with the tools: the words of its command, or its one http url; "
@@ -202,9 +204,12 @@ class Environment:
   mcp_shared: bool = option(
     False, "one MCP server for all conversations, not one each: only where it keeps no state"
   )
-  tasks: str = option("", "custom: JSONL file with the tasks")
+  tasks: str = option("", "custom, harness: JSONL file with the tasks")
+  harness_timeout: float = option(
+    600.0, "harness: seconds for one run of the function", above=0, most=_DAY_S
+  )
   heldout_share: float = option(
-    0.2, "custom: share of tasks without a split held out", least=0, most=1
+    0.2, "custom, harness: share of tasks without a split held out", least=0, most=1
   )
   toolbench: ToolBench = option(ToolBench(), "toolbench: queries")
   faults: Faults = option(Faults(), "injected faults, in training and evaluation")
@@ -553,8 +558,13 @@ class Record:
 
 @dataclasses.dataclass(frozen=True)
 class Serve:
-  """--mode=serve: the simulator as a server of POST /virtual."""
+  """--mode=serve."""
 
+  what: str = option(
+    "simulator",
+    "simulator of APIs (POST /virtual), or the policy (OpenAI's POST /v1/chat/completions)",
+    choices=("simulator", "policy"),
+  )
   host: str = option("127.0.0.1", "address to listen on; 0.0.0.0 = every one")
   port: int = option(8080, "0 = any free one", least=0, most=65535)
   key_variable: str = option(
@@ -621,8 +631,9 @@ class Annotate:
   monte_carlo: MonteCarlo = option(MonteCarlo(), "source monte_carlo")
   output: str = option(
     "jsonl",
-    "WORKDIR/annotated.jsonl, or WORKDIR/annotated_trajectories as array_record (tfds)",
-    choices=("jsonl", "tfds"),
+    "WORKDIR/annotated.jsonl, or WORKDIR/annotated_trajectories as array_record (tfds), or "
+    "WORKDIR/atif, for other tools (ATIF v1.4)",
+    choices=("jsonl", "tfds", "atif"),
   )
 
 
@@ -726,7 +737,7 @@ class Config:
   data: Data = option(Data(), "offline training")
   annotate: Annotate = option(Annotate(), "annotation of stored trajectories")
   reward_model: RewardModel = option(RewardModel(), "training of a step reward model")
-  serve: Serve = option(Serve(), "simulator server")
+  serve: Serve = option(Serve(), "servers")
   checkpoint: Checkpoint = option(Checkpoint(), "checkpoints")
   bench: Bench = option(Bench(), "benchmarks")
   check: Check = option(Check(), "check of tools and tasks")

@@ -8,7 +8,8 @@
   export    the newest checkpoint as a Hugging Face folder, WORKDIR/export
   report    WORKDIR/report.html, from what a run or a study left there
   study     a grid of training runs, compared
-  serve     the simulator of APIs as an HTTP server
+  serve     the policy as an OpenAI-compatible server, or the simulator of APIs (serve.what)
+  chat      type to the newest checkpoint; its calls, rewards and values step by step
   bench     how fast the update and the engine are on this machine
   compile   what the programs need on a TPU slice, without one (--topology)
 
@@ -44,11 +45,12 @@ MODES = (
   "report",
   "study",
   "serve",
+  "chat",
   "bench",
   "compile",
 )
 SEVERAL = ("train", "evaluate", "export")  # on several processes
-BESIDE = ("check", "report", "serve")  # may use a workdir in which a run is at work
+BESIDE = ("check", "report", "serve", "chat")  # may use a workdir in which a run is at work
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, FILE.py or FILE.py:arg.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; everything is written there.")

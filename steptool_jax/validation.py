@@ -282,6 +282,11 @@ def _check_algorithm(config: Config) -> None:
       f"config.rollout.lag: 1, but stored trajectories (data.path = {config.data.path!r}) are not "
       "rolled out; leave it at 0"
     )
+  if config.rollout.lag and config.environment.name == "harness":
+    raise ValueError(
+      "config.rollout.lag: 1, but a harness asks when it likes, and an update cannot go on in its "
+      "gaps; set it to 0"
+    )
   if config.rollout.lag and (config.rollout.rounds > 1 or SOURCES[config.rewards.source].device):
     field = "rollout.rounds" if config.rollout.rounds > 1 else "rewards.source"
     raise ValueError(
@@ -303,11 +308,14 @@ def _check_algorithm(config: Config) -> None:
 
 def _check_environment(config: Config) -> None:
   c = config.environment
-  if c.name == "custom":
-    for name, value in (("functions", c.functions or c.mcp), ("tasks", c.tasks)):
+  if c.name in ("custom", "harness"):
+    tools = c.functions or (c.mcp if c.name == "custom" else "")
+    for name, value in (("functions", tools), ("tasks", c.tasks)):
       if not value:
-        raise ValueError(f"config.environment.{name}: a file is needed for environment 'custom'")
-  elif c.mcp:
+        raise ValueError(f"config.environment.{name}: a file is needed for environment {c.name!r}")
+  if c.name == "harness":
+    _check_harness(config)
+  if c.mcp and c.name != "custom":
     raise ValueError(f"config.environment.mcp: is for environment 'custom', not {c.name!r}")
   if c.mcp_shared and not c.mcp:
     raise ValueError("config.environment.mcp_shared: set, but environment.mcp names no server")
@@ -317,6 +325,23 @@ def _check_environment(config: Config) -> None:
         raise ValueError(
           f"config.environment.toolbench.{name}: is empty, needed for environment 'toolbench'"
         )
+
+
+def _check_harness(config: Config) -> None:
+  """Its agents call their tools themselves: nothing here can stand between."""
+  c, f = config.environment, config.environment.faults
+  for name, value in (
+    ("environment.market.prices", c.market.prices),
+    ("environment.faults", f.rate_limit + f.timeout + f.transient + f.not_found),
+    ("sft.steps", config.sft.steps and not config.data.path),
+    ("model.tokenizer = 'compact'", config.model.tokenizer == "compact"),
+    ("rollout.strategy = 'dfsdt'", config.rollout.strategy != "chain"),
+  ):
+    if value:
+      raise ValueError(
+        f"config.{name}: is not for environment 'harness', whose agent calls its own tools; leave "
+        "it at its default"
+      )
 
 
 def _check_addresses(config: Config) -> None:

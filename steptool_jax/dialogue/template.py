@@ -56,6 +56,7 @@ class ChatFormat:
   write: Callable[[Action], str] = parser.write_react
   read: Callable[[str], Action] = parser.parse_react
   tags: tuple[str, ...] = ()  # control tokens that belong into a turn
+  talks: bool = True  # a user's turn is spelled as such, so that one can talk without tools
 
   @property
   def react(self) -> bool:
@@ -88,7 +89,25 @@ class ChatFormat:
 
   def observation(self, text: str) -> np.ndarray:
     """int32[M] that follow a turn's stop token: the observation and the next assistant header."""
-    return self.codec.join([self.after_stop, *self.turn("function", text), *self.header])
+    return self.others([("function", text)])
+
+  def others(self, turns: Sequence[tuple[str, str]]) -> np.ndarray:
+    """int32[M] that follow a turn's stop token: (role, text) of anyone but the model, the header.
+
+    Roles are user and function (an observation).
+    """
+    pieces = [piece for role, text in turns for piece in self.turn(role, text)]
+    return self.codec.join([self.after_stop, *pieces, *self.header])
+
+  def talk(self, system: str | None, text: str) -> np.ndarray:
+    """int32[P] of a conversation without tools: the user's turn and the header, nothing around it.
+
+    What the model says in it is text and no action; close it with stop_ids[0].
+    """
+    if not self.talks:
+      return self.prompt(system, (), text)
+    turns = [] if system is None else self.turn("system", system)
+    return self.codec.join([*self.start, *turns, *self.turn("user", text), *self.header])
 
   def interject(self, shown: np.ndarray, text: str) -> tuple[int, np.ndarray]:
     """A user's turn between what was shown last (a prompt or an observation) and the model's turn.
@@ -374,6 +393,7 @@ def _compact(codec: Codec) -> ChatFormat:
     json_list=compact.listing,
     write=parser.write_compact,
     read=parser.parse_compact,
+    talks=False,
   )
 
 

@@ -20,6 +20,7 @@ ENVIRONMENTS: dict[str, str] = {
   "data_pipeline": "steptool_jax.environments.data_pipeline",
   "toolbench": "steptool_jax.toolbench.environment",
   "custom": "steptool_jax.environments.custom",
+  "harness": "steptool_jax.serving.harness",
 }
 
 

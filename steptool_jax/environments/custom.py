@@ -87,7 +87,7 @@ class Custom:
     known: dict[str, Callable[..., Any]] = {}
     self._own: frozenset[str] = frozenset()  # functions that the module itself defines
     if functions and isinstance(functions, (str, Path)):
-      module = _load_module(str(functions))
+      module = load_module(str(functions))
       known = {n: f for n, f in vars(module).items() if inspect.isfunction(f) and n[0] != "_"}
       self._own = frozenset(n for n, f in known.items() if f.__module__ == module.__name__)
       functions = _tools_of(module, str(functions), servers is not None)
@@ -102,7 +102,7 @@ class Custom:
     else:
       shared = list(functions)
       self._make, self._with_state = (lambda: shared), False
-    lines = _lines(Path(tasks_path))
+    lines = task_lines(Path(tasks_path))
     box = Toolbox(self._derive(_first_state(lines), problems), max_observation_chars)
     if not box.specs:
       raise ValueError("custom environment: there is no tool")
@@ -319,7 +319,7 @@ def _demonstration(entries: Any, specs: Sequence[ToolSpec]) -> tuple[Action, ...
   return tuple(actions)
 
 
-def _lines(path: Path) -> list[str]:
+def task_lines(path: Path) -> list[str]:
   try:
     # Not splitlines: U+2028 and others may stand inside a JSON string.
     return path.read_text(encoding="utf-8-sig").split("\n")
@@ -349,7 +349,7 @@ def _id_of(line: str) -> str:
   return record["id"] if isinstance(record.get("id"), str) else ""
 
 
-def _load_module(where: str) -> types.ModuleType:
+def load_module(where: str) -> types.ModuleType:
   if not where.endswith(".py"):
     try:
       return importlib.import_module(where)

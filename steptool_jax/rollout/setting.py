@@ -44,7 +44,7 @@ class Sampling:
     return self.version if self.policy is None else self.policy
 
 
-def step_seed(sampling: Sampling, task_id: str, sample: int, step: int) -> np.ndarray:
+def step_seed(sampling: Sampling, task_id: str, sample: int, step: int | str) -> np.ndarray:
   """uint32[2], the key of one (task, sample, step): stable across processes and runs."""
   text = f"{sampling.seed}/{sampling.version}/{task_id}/{sample}/{step}"
   return np.frombuffer(hashlib.blake2b(text.encode(), digest_size=8).digest(), np.uint32)

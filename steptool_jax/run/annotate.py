@@ -1,7 +1,8 @@
 """--mode=annotate: stored trajectories -> the same with a reward on every step.
 
 They go to WORKDIR/annotated.jsonl, or with annotate.output = "tfds" to the array_record folder
-WORKDIR/annotated_trajectories (train on it with data.path=WORKDIR and data.format=tfds).
+WORKDIR/annotated_trajectories (train on it with data.path=WORKDIR and data.format=tfds), or with
+"atif" to WORKDIR/atif, one file each, for other tools.
 
 SC, Con and IsSolved come from one of SOURCES: rules, an LLM judge (the mean over its runs), a table
 of existing annotations, or rollouts that go on from the states between steps (Monte Carlo). A new
@@ -26,7 +27,7 @@ from absl import logging
 from tqdm import tqdm
 
 from steptool_jax.config import Config
-from steptool_jax.data import annotated_trajectories, trajectories
+from steptool_jax.data import annotated_trajectories, atif, trajectories
 from steptool_jax.data.trajectories import AnnotatedTrajectory
 from steptool_jax.environments.base import SPLITS, Environment
 from steptool_jax.rewards import monte_carlo, responses, rules, shaping
@@ -101,6 +102,8 @@ def run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
       shaped = [_shaped(config, record, origin) for record in work.records]
       if a.output == "tfds":
         annotated_trajectories.build({"train": shaped}, workdir)
+      elif a.output == "atif":
+        atif.write_folder(workdir / "atif", shaped)
       else:
         trajectories.write_trajectories(workdir / "annotated.jsonl", shaped)
       summary |= {

@@ -18,10 +18,19 @@ from steptool_jax.files import write_text
 from steptool_jax.run.checks import environments
 from steptool_jax.run.hosts import hosts
 from steptool_jax.run.workdir import outputs
+from steptool_jax.serving.harness import NAME as HARNESS
 
 
 def run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
-  """Checks config.check.tasks tasks of each split; returns the summary, with its exit code."""
+  """Checks config.check.tasks tasks of each split; returns the summary, with its exit code.
+
+  ValueError for environment 'harness'.
+  """
+  if config.environment.name == HARNESS:
+    raise ValueError(
+      "config.environment.name: --mode=check replays demonstrations, and 'harness' has none; its "
+      "function and its tasks are read, and refused where they are wrong, as any mode begins"
+    )
   started = time.monotonic()
   with hosts.bar(desc="check", unit="task", leave=False) as bar:
     extent = checking.Extent(tasks=config.check.tasks, workers=config.rollout.tool_workers)

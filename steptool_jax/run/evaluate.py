@@ -10,7 +10,7 @@ from absl import logging
 
 from steptool_jax.config import Config
 from steptool_jax.run.evaluating import heldout
-from steptool_jax.run.parts import build, opening
+from steptool_jax.run.parts import opening
 from steptool_jax.run.training import restore
 from steptool_jax.run.workdir import outputs
 from steptool_jax.toolbench.stored import stored_summary
@@ -25,13 +25,7 @@ def run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
     figures = {"stored": stored} | stored_summary(stored)
     return outputs.write_summary(workdir, "evaluate", figures)
   with opening.open_parts(config, workdir, opening.Stop()) as b:
-    newest = restore.newest_variables(b)
-    if newest is not None:
-      variables, meta = newest
-      source = f"checkpoint: {meta['phase']}, iteration {meta['done']}"
-    else:
-      variables = build.initial_variables(config, b.policy, b.mesh)
-      source = f"model: {config.model.path or 'random weights'}"
+    variables, source = restore.policy_variables(b)
     logging.info("evaluating the %s", source)
     figures = {"source": source} | heldout.evaluate(b, variables)
   return outputs.write_summary(workdir, "evaluate", figures)

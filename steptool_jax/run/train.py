@@ -59,6 +59,7 @@ MAY_CHANGE = (
   "rollout.tool_timeout",
   "rollout.tool_workers",
   "rollout.tool_retries",
+  "environment.harness_timeout",
   "train.iterations",  # may be raised
   "simulator.",
   "judge.endpoint.",

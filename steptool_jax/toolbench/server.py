@@ -2,32 +2,24 @@
 
 Status codes as the official server gives them: 200 with {error, response}, 404 and 405 for other
 paths and methods, 422 with {detail} for a body that is no request. Added: 503 with Retry-After
-when the simulator failed itself (never an answer, so that no client scores it), 401 without the
-key, 403 for what a browser's page sends, 408, 411 and 413.
+when the simulator failed itself (never an answer, so that no client scores it), and those of
+serving/guards.py.
 """
 
 import asyncio
-import concurrent.futures
 import dataclasses
 import hmac
-import ipaddress
 import json
-import re
-import socket
-import threading
-import time
-from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from collections.abc import Mapping
+from typing import Any
 
-import uvicorn
 from absl import logging
-from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from steptool_jax.serving import guards
 from steptool_jax.simulators.errors import InfrastructureError
 from steptool_jax.simulators.posting import clean_key
 from steptool_jax.toolbench.simulators.virtual import (
@@ -37,13 +29,9 @@ from steptool_jax.toolbench.simulators.virtual import (
   VirtualRequest,
 )
 
-T = TypeVar("T")
-
 _MAX_REQUEST_BYTES = 1 << 20
-_DRAINED_BYTES = 4 << 20  # read of a body that is refused, so that the client can read the reply
+_DRAINED_BYTES = 4 << 20
 _THREADS = 64  # requests that the simulator answers at the same time; further ones wait
-_CONNECTIONS = 512  # a further one is closed at once
-_HEAD_S, _BODY_S = 60.0, 30.0  # for a client to send one (a head at most twice as long)
 _NAMES = ("category", "tool_name", "api_name", "strip")
 
 
@@ -55,36 +43,12 @@ class Server:
 
   def __init__(self, simulator: Simulator, host: str, port: int, key: str = ""):
     """Starts to serve and returns at once; OSError when the address cannot be had."""
-    if not host:
-      raise ValueError("serve.host is empty: name 0.0.0.0 to listen on every address")
-    try:
-      family = socket.AF_INET6 if ":" in host else socket.AF_INET
-      listening = socket.create_server((host, port), family=family, backlog=256)
-    except (OSError, OverflowError) as error:
-      raise OSError(f"cannot listen on {host}:{port}: {error}; choose another port") from error
-    self.host, self.port = host, listening.getsockname()[1]
     self._app = _App(simulator, host, key)
-    self._server = uvicorn.Server(
-      uvicorn.Config(
-        Starlette(
-          routes=[Route("/virtual", self._app.virtual, methods=["POST"])],
-          exception_handlers={HTTPException: _refusal},
-        ),
-        http=_Protocol,
-        ws="none",
-        lifespan="off",
-        loop="asyncio",
-        log_config=None,
-        log_level="critical",
-        access_log=False,
-        timeout_keep_alive=int(2 * _HEAD_S),
-      )
+    self._listener = guards.Listener(
+      *(host, port, [Route("/virtual", self._app.virtual, methods=["POST"])]),
+      {HTTPException: _refusal},
     )
-    run = {"sockets": [listening]}
-    self._thread = threading.Thread(target=self._server.run, kwargs=run, daemon=True)
-    self._thread.start()
-    while not self._server.started and self._thread.is_alive():
-      time.sleep(0.01)
+    self.host, self.port, self.root = host, self._listener.port, self._listener.root
 
   @property
   def requests(self) -> int:
@@ -93,9 +57,7 @@ class Server:
 
   def close(self, grace_s: float = 10.0) -> bool:
     """Takes no new connection, lets the requests under way end; True when all of them did."""
-    self._server.config.timeout_graceful_shutdown = grace_s
-    self._server.should_exit = True
-    self._thread.join()
+    self._listener.close(grace_s)
     return not self._app.cut_off
 
   def __enter__(self) -> "Server":
@@ -103,28 +65,6 @@ class Server:
 
   def __exit__(self, *_: object) -> None:
     self.close()
-
-
-class _Protocol(H11Protocol):
-  """Bounds what uvicorn does not: connections, and the time that a client takes for a head."""
-
-  _seen: Any = None
-
-  def connection_made(self, transport: asyncio.Transport) -> None:
-    super().connection_made(transport)
-    if len(self.connections) > _CONNECTIONS:
-      transport.abort()
-    self.loop.call_later(_HEAD_S, self._look)
-
-  def _look(self) -> None:
-    """Closes a connection without a new request since the last look."""
-    if self.transport.is_closing():
-      return
-    answering = self.cycle is not None and not self.cycle.response_complete
-    if not answering and self.cycle is self._seen:
-      self.transport.close()
-    self._seen = self.cycle
-    self.loop.call_later(_HEAD_S, self._look)
 
 
 class _App:
@@ -136,26 +76,16 @@ class _App:
   async def virtual(self, http: Request) -> Response:
     self.requests += 1
     try:
-      self._check_sender(http)
-      body = await _body(http)
+      given = guards.bearer(http)
+      if given is None:
+        given = http.headers.get("toolbench_key", "")
+      guards.check_sender(http, self._host, self._key, given)
+      body = await guards.read_body(http, _MAX_REQUEST_BYTES, _DRAINED_BYTES)
       async with self._threads:
-        return await _in_thread(lambda: self._answer(body))
+        return await guards.in_thread(lambda: self._answer(body))
     except asyncio.CancelledError:
       self.cut_off = True
       raise
-
-  def _check_sender(self, http: Request) -> None:
-    """A page in a browser that runs here must not ask what only this machine may ask."""
-    if "origin" in http.headers:
-      raise HTTPException(403, "requests of web pages (header Origin) are not answered")
-    if self._key:
-      kind, _, token = http.headers.get("authorization", "").partition(" ")
-      given = token if kind.lower() == "bearer" else http.headers.get("toolbench_key", "")
-      if not hmac.compare_digest(given.strip().encode(), self._key.encode()):
-        raise HTTPException(401, "the key is missing or wrong: send it as a bearer token")
-    elif not _is_own_name(http.headers.get("host", ""), self._host):
-      # A foreign name that leads here is how pages reach local servers.
-      raise HTTPException(403, "a foreign Host: ask by address, or set serve.key_variable")
 
   def _answer(self, body: bytes) -> Response:
     request = read_request(body)
@@ -171,40 +101,6 @@ class _App:
     except Exception as error:
       logging.exception("the simulator broke on %s", request.api_name)
       return _json(500, {"detail": f"{type(error).__name__}: {error}"})
-
-
-def _is_own_name(sent: str, host: str) -> bool:
-  """Whether a Host header has an address, or a name that is surely ours; a page must send one."""
-  name = re.sub(r":\d*$", "", sent).strip("[]").lower()
-  try:
-    ipaddress.ip_address(name)
-  except ValueError:
-    return name in {"", host.lower(), "localhost", socket.gethostname().lower()}
-  return True
-
-
-async def _body(http: Request) -> bytes:
-  """HTTPException for a body that is too long, slow or of unknown length."""
-  length = http.headers.get("content-length")
-  too_long = _closing(413, f"a request has at most {_MAX_REQUEST_BYTES} bytes")
-  if length is not None and int(length) > _DRAINED_BYTES:
-    raise too_long
-  body, size = bytearray(), 0
-  try:
-    async with asyncio.timeout(_BODY_S):
-      async for piece in http.stream():
-        size += len(piece)
-        if length is not None and size <= _MAX_REQUEST_BYTES:
-          body += piece
-        elif size > _DRAINED_BYTES:
-          break
-  except (TimeoutError, ClientDisconnect):
-    raise _closing(408, f"the request did not come within {_BODY_S:g} s") from None
-  if length is None:
-    raise _closing(411, "Content-Length is missing")
-  if size > _MAX_REQUEST_BYTES:
-    raise too_long
-  return bytes(body)
 
 
 def read_request(body: bytes) -> VirtualRequest:
@@ -230,26 +126,6 @@ def read_request(body: bytes) -> VirtualRequest:
     raise HTTPException(422, str(error)) from None
   names = {name: data[name] for name in _NAMES}
   return VirtualRequest(**names, tool_input=data["tool_input"], toolbench_key=key)
-
-
-async def _in_thread(call: Callable[[], T]) -> T:
-  """call() in a thread that does not hold the process back when it hangs."""
-  future: concurrent.futures.Future[T] = concurrent.futures.Future()
-  future.set_running_or_notify_cancel()
-
-  def work() -> None:
-    try:
-      future.set_result(call())
-    except BaseException as error:
-      future.set_exception(error)
-
-  threading.Thread(target=work, name="virtual", daemon=True).start()
-  return await asyncio.wrap_future(future)
-
-
-def _closing(status: int, detail: str) -> HTTPException:
-  """What is left unread of a body must not be taken for the next request."""
-  return HTTPException(status, detail, {"Connection": "close"})
 
 
 def _refusal(request: Request, error: Exception) -> Response:

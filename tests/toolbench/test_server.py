@@ -7,8 +7,8 @@ import time
 import httpx
 import pytest
 
+from steptool_jax.serving import guards
 from steptool_jax.simulators.errors import InfrastructureError
-from steptool_jax.toolbench import server as server_lib
 from steptool_jax.toolbench.server import Server
 from steptool_jax.toolbench.simulators.cache import Cache
 from steptool_jax.toolbench.simulators.http import HttpSimulator
@@ -242,8 +242,8 @@ def test_names_and_keys_that_no_api_has_are_refused(start):
 
 def test_slow_clients_cost_no_threads_and_are_given_up(start, monkeypatch):
   """Each of 200 clients that sent a byte now and then held a thread, for as long as it liked."""
-  monkeypatch.setattr(server_lib, "_HEAD_S", 0.3)
-  monkeypatch.setattr(server_lib, "_BODY_S", 0.3)
+  monkeypatch.setattr(guards, "_HEAD_S", 0.3)
+  monkeypatch.setattr(guards, "_BODY_S", 0.3)
   server, url = start(Scripted())
   threads = threading.active_count()
   head = b"POST /virtual HTTP/1.1\r\nHost: localhost\r\n"
@@ -261,7 +261,7 @@ def test_slow_clients_cost_no_threads_and_are_given_up(start, monkeypatch):
 
 
 def test_further_connections_than_the_bound_are_closed(start, monkeypatch):
-  monkeypatch.setattr(server_lib, "_CONNECTIONS", 4)
+  monkeypatch.setattr(guards, "_CONNECTIONS", 4)
   server, url = start(Scripted())
   held = [socket.create_connection(("127.0.0.1", server.port), timeout=5) for _ in range(4)]
   with pytest.raises(httpx.TransportError):

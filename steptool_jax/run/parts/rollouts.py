@@ -13,6 +13,7 @@ from steptool_jax.rollout.setting import Sampling, Setting, Stats
 from steptool_jax.rollout.strategy import Search
 from steptool_jax.run.hosts import hosts
 from steptool_jax.run.parts.opening import Parts
+from steptool_jax.serving import harness
 from steptool_jax.simulators.errors import InfrastructureError
 from steptool_jax.types import Status, Task, Trajectory
 
@@ -68,6 +69,8 @@ def roll(
     try:
       if strategy is not None:
         found, stats = tree.search(setting, jobs, strategy, stop or parts.stop, on_done)
+      elif isinstance(parts.environment, harness.Harness):
+        found, stats = harness.rollout(setting, jobs, stop or parts.stop, on_done)
       else:
         found, stats = chain.rollout(setting, jobs, stop or parts.stop, on_done, idle)
     except InfrastructureError as error:
@@ -107,8 +110,12 @@ def reward(
   """The same trajectories with SC, Con and r on every step.
 
   scheme: as config.rewards.scheme. marked: they have their SC and Con where a model gives them
-  (run/training/sources.py); without, such a source is replaced by progress.
+  (run/training/sources.py); without, such a source is replaced by progress. Those of environment
+  'harness' have the rewards that its function returned.
   """
+  if isinstance(parts.environment, harness.Harness):
+    outcome = get_algorithm(parts.config.algorithm).rewards == "outcome"
+    return [harness.outcome_only(t) if outcome else t for t in trajectories]
   options = parts.config.rewards
   if assembly.SOURCES[options.source].device and not marked:
     options = dataclasses.replace(options, source="progress")

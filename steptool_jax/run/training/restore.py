@@ -11,7 +11,7 @@ from steptool_jax.config import Config
 from steptool_jax.files import read_json, write_text
 from steptool_jax.policy import lora
 from steptool_jax.run.hosts import hosts
-from steptool_jax.run.parts import rollouts
+from steptool_jax.run.parts import build, rollouts
 from steptool_jax.run.parts.opening import Parts
 from steptool_jax.run.training import setup
 from steptool_jax.run.workdir import checkpoint, inputs
@@ -133,6 +133,16 @@ def newest_variables(parts: Parts) -> tuple[dict, dict[str, Any]] | None:
   if found is None:
     return None
   return lora.join_variables(found.state.trainable, found.state.frozen), found.meta
+
+
+def policy_variables(parts: Parts) -> tuple[dict, str]:
+  """(variables, where they come from): as newest_variables, else the model of the config."""
+  newest = newest_variables(parts)
+  if newest is not None:
+    variables, meta = newest
+    return variables, f"checkpoint: {meta['phase']}, iteration {meta['done']}"
+  variables = build.initial_variables(parts.config, parts.policy, parts.mesh)
+  return variables, f"model: {parts.config.model.path or 'random weights'}"
 
 
 def _order(parts: Parts) -> list[int]:

@@ -21,7 +21,7 @@ def digests(config: Config, workdir: pathlib.Path) -> dict[str, str]:
   """
   c, m = config.environment, config.model
   named: dict[str, Iterable[pathlib.Path]] = {}
-  if c.name == "custom":
+  if c.name in ("custom", "harness"):
     named["environment.tasks"] = [pathlib.Path(c.tasks)]
     named["environment.functions"] = _module(c.functions)
   if c.name == "toolbench":
