@@ -17,6 +17,7 @@ ROOMS = [
   "types",
   "files",
   "config",
+  "policy.kernels",
   "policy",
   "dialogue",
   "simulators",

@@ -29,6 +29,25 @@ class KVCache(NamedTuple):
   v: jax.Array
 
 
+class Positions(NamedTuple):
+  """Where C tokens a slot read and write a KVCache; the same for all layers."""
+
+  reads: jax.Array  # int32[N, C], positions
+  writes: jax.Array  # the same, and S where nothing may be written
+  blocks: jax.Array  # int32[], cache_blocks
+
+  def step(
+    self, q_NCHh: jax.Array, k_NCKh: jax.Array, v_NCKh: jax.Array, layer: jax.Array, cache: KVCache
+  ) -> tuple[jax.Array, KVCache]:
+    """(attention [N, C, H, h], the cache with the tokens), of one layer."""
+    cache = KVCache(
+      write_cache(cache.k, k_NCKh, layer, self.writes),
+      write_cache(cache.v, v_NCKh, layer, self.writes),
+    )
+    kv_heads = k_NCKh.shape[2]
+    return attend_cache(q_NCHh, cache, kv_heads, layer, self.reads, self.blocks), cache
+
+
 def attend(
   q_BTHh: jax.Array,
   k_BTKh: jax.Array,

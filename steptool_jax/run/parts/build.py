@@ -16,8 +16,8 @@ from steptool_jax.environments.base import Environment, Problem, make
 from steptool_jax.environments.faults import FaultyEnvironment, total
 from steptool_jax.environments.market import MarketEnvironment
 from steptool_jax.files import write_text
-from steptool_jax.policy import attention, families, hfconfig, hub, lora, model, sharding
 from steptool_jax.policy import engine as engine_lib
+from steptool_jax.policy import families, hfconfig, hub, lora, model, sharding
 from steptool_jax.rollout.strategy import Search
 from steptool_jax.run.hosts import hosts
 from steptool_jax.run.parts import tokenizers
@@ -254,19 +254,25 @@ def build_mesh(config: Config) -> Mesh:
 
 
 def build_engine(config: Config, policy: Policy, mesh: Mesh) -> engine_lib.Engine:
-  r = config.rollout
-  where = slot_shardings(policy.model, r.slots, mesh)
+  """The engine on its own mesh; ValueError where rollout.tensor or rollout.slots split badly."""
+  r, m = config.rollout, policy.model
+  sizes = {
+    "key-value heads": m.num_kv_heads,
+    "of vocab_size": m.vocab_size,
+    "of intermediate_size": m.intermediate_size,
+  }
+  where = sharding.rollout_mesh(mesh, r.tensor, sizes)
+  sharding.check_rows("rollout.slots", r.slots, where)
   return engine_lib.make_engine(
-    policy.model, r.slots, slot_tokens(config), r.decode_chunk, r.top_k, r.top_p, where
+    m,
+    r.slots,
+    slot_tokens(config),
+    r.decode_chunk,
+    r.top_k,
+    r.top_p,
+    where,
+    copied=where is not mesh,
   )
-
-
-def slot_shardings(config: model.ModelConfig, slots: int, mesh: Mesh) -> engine_lib.EngineState:
-  """How the engine's slots lie on the mesh."""
-  row = attention.cache_row(config.num_kv_heads, config.head_dim)
-  cache = sharding.cache_sharding(row, slots, mesh)
-  rows = sharding.batch_sharding(mesh)
-  return engine_lib.EngineState(model.KVCache(cache, cache), rows, rows)
 
 
 def fold_adapters(config: Config, policy: Policy, mesh: Mesh, variables: dict) -> dict:

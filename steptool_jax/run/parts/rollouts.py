@@ -51,7 +51,7 @@ def roll(
 
     setting = Setting(
       parts.engine,
-      variables,
+      parts.engine.lay_out(variables),
       parts.environment,
       parts.policy.chat_format,
       limits or parts.limits,
