@@ -39,6 +39,7 @@ def online(algorithm, path, chat_format, **architecture):
   # conversations for a stable whitening.
   r.tasks, r.samples, r.slots = 32, 4, 64
   r.max_steps, r.max_step_tokens, r.decode_chunk = 12, 1024, 128
+  r.tensor = -1  # decoding reads every weight for one token a slot: no chip gathers them
   # The release cuts at 4,096 from the left, which removes the query first.
   r.max_tokens = config.train.row_tokens = 8192
   # The release sums alpha = 1 rewards, offline; of a policy's own rollouts that pays for calls

@@ -196,7 +196,8 @@ def run_step(workdir: pathlib.Path, layers: int, merged: bool) -> dict:
   import jax
   import jax.numpy as jnp
 
-  from steptool_jax.policy import hfconfig, hub, lora, peftfile, sharding
+  from steptool_jax.policy import hfconfig, hub, lora, sharding
+  from steptool_jax.policy.formats import peftfile
 
   mesh = sharding.make_mesh(data=1, fsdp=8)
   settings = lora.Lora(RANK, ALPHA)

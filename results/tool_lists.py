@@ -16,7 +16,7 @@ import numpy as np
 from steptool_jax.config import base_config
 from steptool_jax.dialogue.codec import Codec
 from steptool_jax.dialogue.template import get_format
-from steptool_jax.policy import gguf
+from steptool_jax.policy.formats import gguf
 from steptool_jax.run.parts import build
 from steptool_jax.validation import validate
 

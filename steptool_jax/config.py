@@ -255,6 +255,12 @@ class Rollout(Limits):
     above=0,
   )
   slots: int = option(64, "conversations decoded at the same time", above=0)
+  tensor: int = option(
+    0,
+    "ways that heads, MLP and vocabulary are split in rollouts; weights are laid out for it once a "
+    "rollout (-1 = as many as devices and key-value heads allow, 0 = as in training)",
+    least=-1,
+  )
   decode_chunk: int = option(32, "tokens that one decode call samples at most", above=0)
   leave: float = option(
     0.5,

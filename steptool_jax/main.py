@@ -63,6 +63,9 @@ _COORDINATOR = flags.DEFINE_string(
 )
 _PROCESSES = flags.DEFINE_integer("processes", -1, "Processes of this run; 1 = alone, anywhere.")
 _PROCESS = flags.DEFINE_integer("process", -1, "Number of this one, from 0.")
+_PROGRAMS = flags.DEFINE_list(
+  "programs", None, "--mode=compile: only these, such as append,decode."
+)
 _TOPOLOGY = flags.DEFINE_string("topology", None, "--mode=compile: TPU slice, such as v5e:4x4.")
 flags.mark_flags_as_required(["config", "workdir"])
 
@@ -85,6 +88,10 @@ def _dispatch() -> dict[str, Any]:
   if (_MODE.value == "compile") != (_TOPOLOGY.value is not None):
     raise ValueError(f"--topology names the slice of --mode=compile; the mode is {_MODE.value}")
   options = {} if _TOPOLOGY.value is None else {"topology": _TOPOLOGY.value}
+  if _PROGRAMS.value:
+    if _MODE.value != "compile":
+      raise ValueError(f"--programs names those of --mode=compile; the mode is {_MODE.value}")
+    options["only"] = _PROGRAMS.value
   workdir = pathlib.Path(_WORKDIR.value).absolute()
   try:
     workdir.mkdir(parents=True, exist_ok=True)

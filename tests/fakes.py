@@ -109,6 +109,9 @@ class ScriptedEngine:
   def init(self):
     return None
 
+  def lay_out(self, variables):
+    return variables
+
   def rewind(self, state, lengths):
     for slot, length in lengths.items():
       assert length <= len(self.seen[slot])

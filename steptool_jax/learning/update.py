@@ -81,7 +81,7 @@ def init_state(learner: Learner, trainable: Any, frozen: Any, seed: int = 0) -> 
   needs_copy = learner.with_reference and "lora" not in trainable
   reference, target = {}, ()
   if needs_copy:
-    reference = jax.tree.map(jnp.copy, _in_compute_dtype(learner.model, trainable))
+    reference = jax.tree.map(jnp.copy, model.in_compute_dtype(learner.model, trainable))
   if learner.critic == "double":
     heads = double_critic.init_critic(learner.model.hidden_size, jax.random.key(seed))
     trainable, target = trainable | {"critic": heads}, jax.tree.map(jnp.copy, heads)
@@ -94,18 +94,6 @@ def init_state(learner: Learner, trainable: Any, frozen: Any, seed: int = 0) -> 
     kl_coef=jnp.asarray(learner.config.loss.kl_coef, jnp.float32),
     target=target,
   )
-
-
-def _in_compute_dtype(config: model.ModelConfig, trainable: Any) -> Any:
-  """Matrices in the compute dtype, which they are only ever read in: no log-prob changes by it."""
-
-  def cast(path, x):
-    name = sharding.path_string(path)
-    matrix = name.endswith(("/kernel", "/embedding"))
-    float32 = any(part in name for part in ("value_head/", "critic/", "router/"))
-    return x.astype(config.dtype) if matrix and not float32 else x
-
-  return jax.tree_util.tree_map_with_path(cast, trainable)
 
 
 def reference_variables(state: TrainState) -> dict:
@@ -268,7 +256,7 @@ def update(
 
   # Gradients of what is read, not of what is stored: those of one micro-batch take half the room
   # where storage is float32, and are summed up in float32.
-  read = _in_compute_dtype(learner.model, state.trainable)
+  read = model.in_compute_dtype(learner.model, state.trainable)
   zero_grads = jax.tree.map(jnp.zeros_like, state.trainable)
   zero_totals = {name: jnp.zeros((), jnp.float32) for name in denominators}
   start = (zero_grads, zero_totals, jnp.bool_(True))

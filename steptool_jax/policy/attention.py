@@ -48,6 +48,32 @@ class Tree(NamedTuple):
   positions: jax.Array  # int32 [B, T], along the path
 
 
+class Positions(NamedTuple):
+  """Where C tokens a slot read and write a KVCache; the same for all layers."""
+
+  reads: jax.Array  # int32[N, C], positions
+  writes: jax.Array  # the same, and S where nothing may be written
+  blocks: jax.Array  # int32[], cache_blocks
+  lowest: jax.Array  # int32[], the least position that counts
+
+  def step(
+    self,
+    q_NCHh: jax.Array,
+    k_NCKh: jax.Array,
+    v_NCKh: jax.Array,
+    layer: jax.Array,
+    cache: KVCache,
+    window: Window | None = None,
+  ) -> tuple[jax.Array, KVCache]:
+    """(attention [N, C, H, h], the cache with the tokens), of one layer."""
+    cache = KVCache(
+      write_cache(cache.k, k_NCKh, layer, self.writes),
+      write_cache(cache.v, v_NCKh, layer, self.writes),
+    )
+    inputs = (q_NCHh, cache, k_NCKh.shape[2], layer, self.reads, self.blocks)
+    return attend_cache(*inputs, window, self.lowest), cache
+
+
 def attend(
   q_BTHh: jax.Array,
   k_BTKh: jax.Array,
@@ -213,6 +239,14 @@ def _attend_backward(residuals, d_out):
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
+
+
+def init_cache(
+  layers: int, slots: int, kv_heads: int, size: int, head_dim: int, dtype: str
+) -> KVCache:
+  """An empty cache of `size` positions for each of `slots` conversations."""
+  shape = (layers, slots, size, *cache_row(kv_heads, head_dim))
+  return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
 
 def cache_row(kv_heads: int, head_dim: int) -> tuple[int, ...]:

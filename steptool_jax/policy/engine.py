@@ -5,13 +5,15 @@ shapes are static and all limits are arguments: rewind and fork compile once, de
 slots and for each of `row_buckets`, because a lone observation or the tail of a rollout must not
 pay for every slot; append twice for each of these: pieces of any length go in by long chunks and
 then by short ones. On a TPU, where a program takes long to compile and wants large products, there
-is one bucket, and append compiles per power-of-two chunk.
+is one bucket, and append compiles per power-of-two chunk. With a TPU's kernels (headcache) decode
+compiles once, because a slot costs what it holds, and append once per number of tiles.
 
 The state holds every slot's token ids. Keys and values are always complete for positions before
 the last one; the last token is pending and is fed when the next one is wanted. So rewind is a new
 length and nothing else.
 """
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
@@ -20,8 +22,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
 
-from steptool_jax.policy import model, sampling, sharding
+from steptool_jax.policy import caches, headcache, model, sampling, sharding
 
 MIN_CHUNK = 16  # the shortest append program, tokens
 CHUNKS = (128, 16)  # tokens of a slot that append takes in one pass of its loop, but on TPUs
@@ -30,7 +33,7 @@ CHUNKS = (128, 16)  # tokens of a slot that append takes in one pass of its loop
 class EngineState(NamedTuple):
   """Donated to every call. N slots of S positions."""
 
-  cache: model.KVCache  # [layers, N, S, *cache_row]
+  cache: caches.Cache
   tokens: jax.Array  # int32[N, S], what each slot has seen and said
   length: jax.Array  # int32[N]
 
@@ -126,6 +129,26 @@ def append_in_chunks(
   return put(whole, rows, jax.lax.fori_loop(0, trips, one, take(whole, rows)))
 
 
+def append_tiles(
+  config: model.ModelConfig,
+  variables: dict,
+  state: EngineState,
+  tokens_P: jax.Array,
+  count_N: jax.Array,
+  *,
+  tiles: int,
+) -> EngineState:
+  """As `append`, for the kernels' cache: count[n] tokens for each slot, of a flat list.
+
+  tokens_P: each shard's own part holds the tokens of its slots, one slot after the other. tiles: of
+  each shard, at least the sum of headcache.rows_needed.
+  """
+  history_NS, fed_RT, *where = headcache.place(tokens_P, count_N, state.tokens, state.length, tiles)
+  plan = headcache.tiles(*where, state.cache)
+  cache = model.forward_tiles(config, variables, fed_RT, plan, state.cache)
+  return EngineState(cache, history_NS, state.length + count_N)
+
+
 def decode(
   config: model.ModelConfig,
   variables: dict,
@@ -183,7 +206,8 @@ def decode(
       active_N[:, None],
       state.cache,
     )
-    logits_NV = sharding.constrain_rows(model.project_logits(config, variables, hidden_N1D[:, 0]))
+    logits_NV = model.project_logits(config, variables, hidden_N1D[:, 0])
+    logits_NV = sharding.constrain_logits(logits_NV)
     token_keys_N = jax.vmap(jax.random.fold_in)(keys_N, state.length)
     new_N, logprobs_N = sampling.sample(logits_NV, token_keys_N, temperature, top_k, top_p)
     history_NS = state.tokens.at[rows_N, jnp.where(active_N, state.length, size)].set(
@@ -212,12 +236,22 @@ def rewind(state: EngineState, length_N: jax.Array) -> EngineState:
 
 
 def fork(state: EngineState, source_N: jax.Array) -> EngineState:
-  """Slot n becomes a copy of slot source[n]; source[n] == n leaves it as it is."""
-  return EngineState(
-    cache=jax.tree.map(lambda x: x[:, source_N], state.cache),
-    tokens=state.tokens[source_N],
-    length=state.length[source_N],
-  )
+  """Slot n becomes a copy of slot source[n]; source[n] == n leaves it as it is.
+
+  Only what the sources hold is copied; none of them may be made a copy in the same call.
+  """
+  length_N = state.length[source_N]
+  longest = jnp.max(jnp.where(source_N == jnp.arange(len(source_N)), 0, length_N))
+  cache = caches.copy_slots(state.cache, source_N, longest)
+  return EngineState(cache, state.tokens[source_N], length_N)
+
+
+def state_shardings(config: model.ModelConfig, slots: int, size: int, mesh: Mesh) -> EngineState:
+  """How the engine's slots lie on the mesh; ValueError where they do not divide."""
+  sharding.check_rows("slots", slots, mesh)
+  empty = jax.eval_shape(functools.partial(model.init_cache, config, slots, size))
+  cache, rows = NamedSharding(mesh, caches.spec(empty, mesh)), sharding.batch_sharding(mesh)
+  return EngineState(type(empty)(cache, cache), rows, rows)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,29 +260,60 @@ class Engine:
 
   chunk: tokens that one decode call samples at most; size: positions of a slot. buckets: calls for
   at most so many slots take programs of their own, ascending; () = none. append_programs: (tokens
-  of a chunk, program), in the order in which pieces go in; () = append_program takes all.
+  of a chunk, program), in the order in which pieces go in; () = append_program takes all. mesh:
+  that the programs run on; None = one device. tiled: the cache is the kernels', and append takes
+  tiles. copied: weights have a layout of their own in rollouts.
   """
 
+  config: model.ModelConfig
   slots: int
   size: int
   chunk: int
   buckets: tuple[int, ...]
-  init: Callable[[], EngineState]
+  mesh: Mesh | None
+  tiled: bool
+  copied: bool
+  init_program: Callable[[], EngineState]
   append_program: Callable
   append_programs: tuple[tuple[int, Callable], ...]
   decode_program: Callable
   rewind_program: Callable
   fork_program: Callable
 
+  def here(self) -> contextlib.AbstractContextManager:
+    """In it the programs are traced and called: their mesh need not be that of training."""
+    return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
+
+  def init(self) -> EngineState:
+    """Empty slots."""
+    with self.here():
+      return self.init_program()
+
+  def lay_out(self, variables: dict) -> dict:
+    """The policy's variables as the programs read them; once a rollout.
+
+    Where rollouts have a layout of their own this is a copy, in the compute dtype.
+    """
+    if not self.copied:
+      return variables
+    return layout_program(self.mesh, variables)(self.config, variables)
+
   def append(
     self, variables: dict, state: EngineState, pieces: dict[int, np.ndarray]
   ) -> EngineState:
     """Appends ids int32[any] to the named slots; the host has checked that they fit."""
+    if self.tiled:
+      shards = 1 if self.mesh is None else self.mesh.size // self.mesh.shape["tensor"]
+      for tokens_P, count_N, tiles in headcache.calls(pieces, self.slots, shards):
+        with self.here():
+          state = self.append_program(variables, state, tokens_P, count_N, tiles=tiles)
+      return state
     if not self.append_programs:
       width = MIN_CHUNK
       while width < min(max(map(len, pieces.values())), self.size):
         width *= 2
-      return self.append_program(variables, state, *self._arrays(pieces, width))
+      with self.here():
+        return self.append_program(variables, state, *self._arrays(pieces, width))
     for chunk, program in self.append_programs:
       whole = chunk == self.append_programs[-1][0]
       parts = {n: ids if whole else ids[: len(ids) - len(ids) % chunk] for n, ids in pieces.items()}
@@ -256,7 +321,8 @@ class Engine:
       parts = {n: ids for n, ids in parts.items() if len(ids)}
       if parts:
         width = -(-self.size // chunk) * chunk
-        state = program(variables, state, *self._arrays(parts, width))
+        with self.here():
+          state = program(variables, state, *self._arrays(parts, width))
     return state
 
   def _arrays(
@@ -295,15 +361,16 @@ class Engine:
       if slot in limits:
         limit_N[row] = limits[slot]
         seeds_N2[row] = seeds[slot]
-    state, decoded = self.decode_program(
-      variables,
-      state,
-      rows,
-      limit_N,
-      np.asarray(stop_ids, np.int32),
-      seeds_N2,
-      np.float32(temperature),
-    )
+    with self.here():
+      state, decoded = self.decode_program(
+        variables,
+        state,
+        rows,
+        limit_N,
+        np.asarray(stop_ids, np.int32),
+        seeds_N2,
+        np.float32(temperature),
+      )
     decoded = Decoded(*jax.device_get(decoded))
     if rows is None:
       return state, decoded
@@ -327,14 +394,16 @@ class Engine:
     length_N = np.full(self.slots, self.size, np.int32)
     for slot, length in lengths.items():
       length_N[slot] = length
-    return self.rewind_program(state, length_N)
+    with self.here():
+      return self.rewind_program(state, length_N)
 
   def fork(self, state: EngineState, sources: dict[int, int]) -> EngineState:
     """Makes slot n a copy of slot sources[n]."""
     source_N = np.arange(self.slots, dtype=np.int32)
     for slot, source in sources.items():
       source_N[slot] = source
-    return self.fork_program(state, source_N)
+    with self.here():
+      return self.fork_program(state, source_N)
 
 
 def row_buckets(slots: int) -> tuple[int, ...]:
@@ -350,31 +419,44 @@ def make_engine(
   chunk: int,
   top_k: int = 0,
   top_p: float = 1.0,
-  state_sharding: EngineState | None = None,
+  mesh: Mesh | None = None,
   leave: float = 1.0,
+  *,
+  copied: bool = False,
 ) -> Engine:
-  """Jits the four programs; `state_sharding` places the slots on a mesh. leave: as in `decode`.
+  """Jits the four programs; `mesh` is what the slots lie on. leave: as in `decode`.
 
-  Slots on several devices have no buckets: their rows would have to travel.
+  Slots on several devices have no buckets: their rows would have to travel. copied: weights are
+  laid out anew for this mesh, which is not training's.
   """
-  alone = state_sharding is None or state_sharding.length.mesh.size == 1
-  jit = functools.partial(sharding.jit, out_shardings=state_sharding)
+  where = None if mesh is None else state_shardings(config, slots, size, mesh)
+  alone = mesh is None or mesh.size == 1
+  tiled = model.tiled(config)
+  jit = functools.partial(sharding.jit, out_shardings=where)
   # What was sampled goes to every process.
-  out = None
-  if state_sharding is not None:
-    out = (state_sharding, sharding.replicated(state_sharding.length.mesh))
+  out = None if mesh is None else (where, sharding.replicated(mesh))
   in_chunks = [
     (width, jit(functools.partial(append_in_chunks, config, chunk=width), donate_argnums=1))
     for width in CHUNKS
   ]
+  if tiled:
+    append_program = jit(
+      functools.partial(append_tiles, config), donate_argnums=1, static_argnames="tiles"
+    )
+  else:
+    append_program = jit(functools.partial(append, config), donate_argnums=1)
   return Engine(
+    config=config,
     slots=slots,
     size=size,
     chunk=chunk,
-    buckets=row_buckets(slots) if alone else (),
-    init=jit(functools.partial(init_state, config, slots, size)),
-    append_program=jit(functools.partial(append, config), donate_argnums=1),
-    append_programs=() if sharding.platform() == "tpu" else tuple(in_chunks),
+    buckets=row_buckets(slots) if alone and not tiled else (),
+    mesh=mesh,
+    tiled=tiled,
+    copied=copied,
+    init_program=jit(functools.partial(init_state, config, slots, size)),
+    append_program=append_program,
+    append_programs=() if tiled or sharding.platform() == "tpu" else tuple(in_chunks),
     decode_program=sharding.jit(
       functools.partial(decode, config, max_tokens=chunk, top_k=top_k, top_p=top_p, leave=leave),
       donate_argnums=1,
@@ -383,3 +465,9 @@ def make_engine(
     rewind_program=jit(rewind, donate_argnums=0),
     fork_program=jit(fork, donate_argnums=0),
   )
+
+
+def layout_program(mesh: Mesh, variables: Any) -> Callable:
+  """(model config, variables) -> the variables in the compute dtype, laid out on `mesh`."""
+  where = sharding.shardings(variables, mesh)
+  return sharding.jit(model.in_compute_dtype, static_argnums=0, out_shardings=where)

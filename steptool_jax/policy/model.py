@@ -21,21 +21,25 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from steptool_jax.policy import experts
+from steptool_jax.policy import attention, caches, experts, headcache
 from steptool_jax.policy.attention import (
   ATTENTION,
-  KVCache,
+  Positions,
   Tree,
   Window,
   attend,
-  attend_cache,
   cache_blocks,
-  cache_row,
-  write_cache,
 )
+from steptool_jax.policy.caches import Cache
 from steptool_jax.policy.embedding import look_up
 from steptool_jax.policy.families import REMATS, ModelConfig, inverse_frequencies
-from steptool_jax.policy.sharding import constrain_features, constrain_heads, constrain_rows
+from steptool_jax.policy.headcache import HeadCache
+from steptool_jax.policy.sharding import (
+  constrain_features,
+  constrain_heads,
+  constrain_rows,
+  path_string,
+)
 
 REMAT = dict(
   zip(
@@ -51,10 +55,16 @@ REMAT = dict(
 )
 
 
-def init_cache(config: ModelConfig, slots: int, size: int) -> KVCache:
-  """An empty cache of `size` positions for each of `slots` conversations."""
-  shape = (config.num_layers, slots, size, *cache_row(config.num_kv_heads, config.head_dim))
-  return KVCache(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype))
+def tiled(config: ModelConfig) -> bool:
+  """Whether its live cache is the kernels' (headcache), which see everything: no windows."""
+  return headcache.suits(config.head_dim) and not config.sliding_layers
+
+
+def init_cache(config: ModelConfig, slots: int, size: int) -> Cache:
+  """An empty cache of `size` positions (or a few more) for each of `slots` conversations."""
+  init = headcache.init if tiled(config) else attention.init_cache
+  heads, width = config.num_kv_heads, config.head_dim
+  return init(config.num_layers, slots, heads, size, width, config.dtype)
 
 
 def _rope_tables(config: ModelConfig, positions_BT: jax.Array) -> tuple[jax.Array, ...]:
@@ -238,12 +248,7 @@ class _Block(nn.Module):
     if cache is None:
       out = attend(q, k, v, *segments, window)
     else:
-      positions, writes, blocks, lowest = cached
-      cache = KVCache(
-        write_cache(cache.k, k, layer, writes), write_cache(cache.v, v, layer, writes)
-      )
-      inputs = (q, cache, config.num_kv_heads, layer, positions, blocks)
-      out = attend_cache(*inputs, window, lowest)
+      out, cache = cached.step(q, k, v, layer, cache, window)
     out = spread(out.reshape(rows, length, q_size))
     out = linear(config.hidden_size, config.output_bias, residual_scale, name="o")(out)
     if config.kind.post_norms:
@@ -284,12 +289,12 @@ class _Block(nn.Module):
     return experts.mix(y, weights, chosen, kernels, gated)
 
 
-def _one_token(x: jax.Array, cache: KVCache | None) -> bool:
+def _one_token(x: jax.Array, cache: Cache | None) -> bool:
   """Whether x [B, T, D] is one token a slot: then the weights stay where they are."""
   return cache is not None and x.shape[1] == 1
 
 
-def _hidden(x: jax.Array, cache: KVCache | None) -> jax.Array:
+def _hidden(x: jax.Array, cache: Cache | None) -> jax.Array:
   """Hidden states [B, T, D] laid out for training, for a prompt, or for one token a slot."""
   if _one_token(x, cache):
     return constrain_features(x, "fsdp")
@@ -347,6 +352,18 @@ def abstract_params(config: ModelConfig) -> dict[str, Any]:
   return jax.eval_shape(functools.partial(init_params, config), jax.random.key(0))
 
 
+def in_compute_dtype(config: ModelConfig, variables: Any) -> Any:
+  """Matrices in the compute dtype, which they are only ever read in: no log-prob changes by it."""
+
+  def cast(path, x):
+    name = path_string(path)
+    matrix = name.endswith(("/kernel", "/embedding"))
+    float32 = any(part in name for part in ("value_head/", "critic/", "router/"))
+    return x.astype(config.dtype) if matrix and not float32 else x
+
+  return jax.tree_util.tree_map_with_path(cast, variables)
+
+
 def forward(
   config: ModelConfig,
   variables: dict[str, Any],
@@ -379,26 +396,43 @@ def forward_cached(
   tokens_NC: jax.Array,
   positions_NC: jax.Array,
   valid_NC: jax.Array,
-  cache: KVCache,
-) -> tuple[jax.Array, KVCache]:
+  cache: Cache,
+) -> tuple[jax.Array, Cache]:
   """Feeds C tokens to each of N slots: hidden [N, C, D] (compute dtype) and the new cache.
 
   Keys and values of valid tokens are written at their position of their slot; invalid tokens (and
   positions outside the cache) write nothing, and their hidden states mean nothing but are finite. A
-  token at position p sees the positions 0..p of its slot.
+  token at position p sees the positions 0..p of its slot. C = 1 where the kernels' cache is used,
+  which takes more tokens as tiles.
   """
-  size = cache.k.shape[2]
+  size = cache.k.shape[caches.positions_axis(cache)]
   inside = valid_NC & (positions_NC >= 0) & (positions_NC < size)
   writes = jnp.where(inside, positions_NC, size)
   reads = jnp.where(inside, positions_NC, 0)
+  if isinstance(cache, HeadCache):
+    plan = headcache.one_token(reads[:, 0], inside[:, 0], cache)
+  else:
+    lowest = jnp.min(jnp.where(inside, positions_NC, size))
+    plan = Positions(reads, writes, cache_blocks(reads, size), lowest)
+  return _feed(config, variables, tokens_NC, reads, plan, cache)
+
+
+def forward_tiles(
+  config: ModelConfig,
+  variables: dict[str, Any],
+  tokens_RT: jax.Array,
+  plan: headcache.Tiles,
+  cache: HeadCache,
+) -> HeadCache:
+  """The cache after an append's tiles, as `plan` places them."""
+  positions_RT = plan.base[:, None] + jnp.arange(tokens_RT.shape[1])
+  _, cache = _feed(config, variables, tokens_RT, positions_RT, plan, cache)
+  return cache
+
+
+def _feed(config, variables, tokens, positions, plan, cache):
   return _Policy(config).apply(
-    variables,
-    tokens_NC,
-    reads,
-    None,
-    (reads, writes, cache_blocks(reads, size), jnp.min(jnp.where(inside, positions_NC, size))),
-    cache,
-    method=_Policy.trunk,
+    variables, tokens, positions, None, plan, cache, method=_Policy.trunk
   )
 
 

@@ -134,11 +134,42 @@ def check_rows(name: str, rows: int, mesh: Mesh) -> None:
     )
 
 
-def cache_sharding(row: tuple[int, ...], slots: int, mesh: Mesh) -> NamedSharding:
+def rollout_mesh(mesh: Mesh, tensor: int, sizes: dict[str, int]) -> Mesh:
+  """The devices of `mesh` as rollouts use them: data x tensor, nothing gathered for a token.
+
+  Decoding reads every weight for one token a slot, so weights stay in parts (`tensor`) and slots
+  are spread over the rest (`data`).
+
+  Args:
+    mesh: training's.
+    tensor: 0 takes it as it is; -1 the most ways that devices and all of `sizes` split in.
+    sizes: what lies over `tensor`, key-value heads among it; a head is never split.
+
+  ValueError (rollout.tensor) with the nearest valid number where it does not divide one of them.
+  """
+  if not tensor:
+    return mesh
+  parted = {"devices": mesh.size} | sizes
+  valid = [n for n in range(1, mesh.size + 1) if not any(size % n for size in parted.values())]
+  if tensor != -1 and tensor not in valid:
+    badly = ", ".join(f"{size} {name}" for name, size in parted.items() if size % tensor)
+    nearest = min(valid, key=lambda n: abs(n - tensor))
+    raise ValueError(
+      f"rollout.tensor: {tensor} does not divide {badly}; nearest: {nearest}, valid: "
+      f"{', '.join(map(str, valid))}, -1 (the most), 0 (as training)"
+    )
+  tensor = valid[-1] if tensor == -1 else tensor
+  if dict(mesh.shape) == dict(zip(AXES, (mesh.size // tensor, 1, tensor), strict=True)):
+    return mesh
+  # In the order of training's mesh, so that one program can read one layout and write the other.
+  devices = mesh.devices.reshape(mesh.size // tensor, 1, tensor)
+  return Mesh(devices, AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def cache_spec(row: tuple[int, ...], mesh: Any) -> PartitionSpec:
   """The layout of k and v [layers, slots, S, *row]; heads are replicated where they must."""
-  check_rows("slots", slots, mesh)
   split = len(row) == 2 and row[0] % mesh.shape["tensor"] == 0
-  return NamedSharding(mesh, P(None, ROWS, None, *(("tensor",) if split else ())))
+  return P(None, ROWS, None, *(("tensor",) if split else ()))
 
 
 def place(x: np.ndarray, where: jax.sharding.Sharding) -> jax.Array:
@@ -182,7 +213,7 @@ def constrain_rows(x: jax.Array, sequence: bool = False) -> jax.Array:
   stored once.
   """
   spread = P(ROWS, "tensor")
-  if sequence and _divides(x.shape, spread, jax.sharding.get_abstract_mesh()):
+  if sequence and _divides(x.shape, spread, _mesh()):
     return constrain(x, spread)
   return constrain(x, P(ROWS))
 
@@ -195,9 +226,22 @@ def constrain_features(x: jax.Array, axis: str) -> jax.Array:
   return constrain(x, P("data", *(None,) * (x.ndim - 2), axis))
 
 
+def constrain_logits(x: jax.Array) -> jax.Array:
+  """Logits [N, V] as the output matrix lies: the vocabulary over `tensor`.
+
+  Sampling then computes its noise, maximum and sum in parts; a row of logits never travels.
+  """
+  spread = P(ROWS, "tensor")
+  return constrain(x, spread if _divides(x.shape, spread, _mesh()) else P(ROWS))
+
+
 def constrain_heads(x: jax.Array) -> jax.Array:
   """Queries, keys or values [N, C, H, h] as the cache lies."""
   return constrain(x, P(ROWS, None, "tensor"))
+
+
+def _mesh() -> Any:
+  return jax.sharding.get_abstract_mesh()
 
 
 def rows_divide(rows: int, mesh: Any) -> bool:

@@ -92,7 +92,7 @@ def _line() -> str | None:
 def _attempt(parts: Parts, variables: dict, task: Task, number: int, checked: bool) -> None:
   setting = Setting(
     parts.engine,
-    variables,
+    parts.engine.lay_out(variables),
     _Watched(parts.environment, checked),
     parts.policy.chat_format,
     parts.limits,

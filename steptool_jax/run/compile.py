@@ -1,7 +1,7 @@
 """--mode=compile: will it fit, and how fast will it be? For a TPU slice that is not here.
 
-Compiles prepare, update, append and decode of a run for --topology=v5e:4x4 (or any other that
-libtpu knows) from abstract arrays: no weights are made, no chip is needed. Prints a table and
+Compiles prepare, update and the engine's programs of a run for --topology=v5e:4x4 (or any other
+that libtpu knows) from abstract arrays: no weights are made, no chip is needed. Prints a table and
 writes WORKDIR/summary.json. Every position counts as a sampled one, every slot as full.
 """
 
@@ -12,6 +12,7 @@ import itertools
 import os
 import pathlib
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -22,9 +23,19 @@ from jax.sharding import Mesh
 from steptool_jax.config import Config, Lora
 from steptool_jax.learning import batching, steptable, update
 from steptool_jax.learning.steptable import StepTable
-from steptool_jax.policy import attention, experts, hfconfig, lora, model, sharding
+from steptool_jax.policy import (
+  attention,
+  caches,
+  experts,
+  headcache,
+  hfconfig,
+  lora,
+  model,
+  sharding,
+)
 from steptool_jax.policy import engine as engine_lib
-from steptool_jax.run.cost import pricing, roofline
+from steptool_jax.run.cost import pricing
+from steptool_jax.run.cost.chips import CHIPS, Chip
 from steptool_jax.run.cost.pricing import Program
 from steptool_jax.run.parts import build
 from steptool_jax.run.training import setup
@@ -37,11 +48,14 @@ HOST = [2, 2, 1]  # chips of a whole host, by side
 KNOWN = "v4:2x2x2, v5e:1x1, v5e:2x2, v5e:4x4, v5e:8x8, v5p:2x2x4, v6e:2x4, v6e:4x4, tpu7x:2x2x1"
 
 
-def run(config: Config, workdir: pathlib.Path, topology: str) -> dict[str, Any]:
-  """Compiles all programs and returns the table.
+def run(
+  config: Config, workdir: pathlib.Path, topology: str, only: Sequence[str] = ()
+) -> dict[str, Any]:
+  """Compiles all programs, or `only` these, and returns the table.
 
   Raises:
-    ValueError: libtpu missing, an unknown topology, one that does not divide the model.
+    ValueError: libtpu missing, an unknown topology, one that does not divide the model, an unknown
+      program.
     RuntimeError: a program does not fit (summary.json is written all the same).
   """
   chip, devices = open_topology(topology)
@@ -50,7 +64,7 @@ def run(config: Config, workdir: pathlib.Path, topology: str) -> dict[str, Any]:
   sharding.check_rows("train.micro_rows", config.train.micro_rows, mesh)
   reports = {}
   with jax.set_mesh(mesh):
-    for program in programs(config, policy, mesh):
+    for program in chosen(programs(config, policy, mesh), only):
       logging.info("compiling %s for %s", program.name, topology)
       reports[program.name] = pricing.report(program, chip, len(devices))
       outputs.write_summary(workdir, "compile", {"programs": reports})
@@ -61,13 +75,22 @@ def run(config: Config, workdir: pathlib.Path, topology: str) -> dict[str, Any]:
   return {"mode": "compile", "topology": topology, "programs": ", ".join(reports)}
 
 
-def open_topology(name: str) -> tuple[roofline.Chip, list]:
+def chosen(found: list[Program], only: Sequence[str]) -> list[Program]:
+  """The programs of these names; all for none."""
+  names = [program.name for program in found]
+  for name in only:
+    if name not in names:
+      raise ValueError(f"--programs: {name!r} is not one of {', '.join(names)}")
+  return [program for program in found if not only or program.name in only]
+
+
+def open_topology(name: str) -> tuple[Chip, list]:
   """The chip and the devices of a slice, without the slice. Any other backend is the CPU."""
   found = re.fullmatch(r"([a-z0-9]+):(\d+(?:x\d+)*)", name)
-  if not found or found[1] not in roofline.CHIPS:
+  if not found or found[1] not in CHIPS:
     raise ValueError(
       f"--topology: {name!r} is unknown; it is GENERATION:SIZE with a generation among "
-      f"{', '.join(roofline.CHIPS)}, for example {KNOWN}"
+      f"{', '.join(CHIPS)}, for example {KNOWN}"
     )
   if importlib.util.find_spec("libtpu") is None:
     raise ValueError(
@@ -88,7 +111,7 @@ def open_topology(name: str) -> tuple[roofline.Chip, list]:
   except Exception as error:  # libtpu's own, of no public type
     reason = str(error).splitlines()[0]
     raise ValueError(f"--topology: libtpu refuses {name!r} ({reason}); try {KNOWN}") from error
-  return roofline.CHIPS[found[1]], devices
+  return CHIPS[found[1]], devices
 
 
 def _host(size: str) -> dict[str, list[int]]:
@@ -122,11 +145,11 @@ def abstract_policy(config: Config) -> AbstractPolicy:
   return AbstractPolicy(*build.with_adapters(config, model_config))
 
 
-# --- the four programs ---
+# --- the programs ---
 
 
 def programs(config: Config, policy: AbstractPolicy, mesh: Mesh) -> list[Program]:
-  """prepare, update, append and decode as --mode=train runs them on this mesh."""
+  """prepare, update, append, decode, fork and rewind as --mode=train runs them on this mesh."""
   learner = setup.build_learner(config, policy.model, config.algorithm)
   state = setup.abstract_state(policy, mesh, learner)
   prepare, step = update.compile_programs(learner)
@@ -156,6 +179,7 @@ def programs(config: Config, policy: AbstractPolicy, mesh: Mesh) -> list[Program
       trips=(most,),
       expert_blocks=chosen(t.micro_rows, t.row_tokens),
       useful_flops=passes * tokens[most] * train(backward=False),
+      tokens=tokens[most],
     ),
     Program(
       "update",
@@ -165,6 +189,7 @@ def programs(config: Config, policy: AbstractPolicy, mesh: Mesh) -> list[Program
       trips=(minibatch,),
       expert_blocks=chosen(t.micro_rows, t.row_tokens),
       useful_flops=tokens[minibatch] * train(backward=True),
+      tokens=tokens[minibatch],
     ),
   ]
   return found + engine_programs(config, policy, mesh, state)
@@ -173,18 +198,38 @@ def programs(config: Config, policy: AbstractPolicy, mesh: Mesh) -> list[Program
 def engine_programs(
   config: Config, policy: AbstractPolicy, mesh: Mesh, state: TrainState
 ) -> list[Program]:
-  """append and decode for all slots; the train state stays in memory meanwhile."""
+  """append and decode for all slots, fork and rewind; the train state stays in memory meanwhile.
+
+  Where rollouts have a layout of their own, `layout` makes a copy of the weights, which stays too.
+  """
   engine = build.build_engine(config, policy, mesh)
   empty = functools.partial(engine_lib.init_state, policy.model, engine.slots, engine.size)
-  where = build.slot_shardings(policy.model, engine.slots, mesh)
+  where = engine_lib.state_shardings(policy.model, engine.slots, engine.size, engine.mesh)
   slots = sharding.abstract(jax.eval_shape(empty), where)
-  variables = lora.join_variables(state.trainable, state.frozen)
-  width = min(APPEND_TOKENS, engine.size)
-  host = functools.partial(jax.ShapeDtypeStruct, sharding=sharding.replicated(mesh))
+  trained = lora.join_variables(state.trainable, state.frozen)
+  variables, alive, found = trained, (state, slots), []
+  if engine.mesh is not mesh:
+    copy = jax.eval_shape(functools.partial(model.in_compute_dtype, policy.model), trained)
+    variables = sharding.abstract(copy, sharding.shardings(copy, engine.mesh))
+    alive = (state, variables, slots)
+    program = engine_lib.layout_program(engine.mesh, trained)
+    found.append(Program("layout", program, (policy.model, trained), (state, variables)))
+  host = functools.partial(jax.ShapeDtypeStruct, sharding=sharding.replicated(engine.mesh))
   numbers = host((engine.slots,), np.int32)
-  blocks = -(-engine.size // attention.cache_block(engine.size))
+  size = slots.cache.k.shape[caches.positions_axis(slots.cache)]
+  blocks, layers = -(-size // attention.cache_block(size)), policy.model.num_layers
   token = functools.partial(useful_flops, policy, backward=False)
-  append = (variables, slots, None, host((engine.slots, width), np.int32), numbers)
+  if engine.tiled:
+    shards = engine.mesh.size // engine.mesh.shape["tensor"]
+    tiles = headcache.MOST_TILES
+    tokens = host((shards * tiles * headcache.TILE,), np.int32)
+    fed, appended, context = (shards * tiles, headcache.TILE), tokens.size, engine.size / 2
+    append, options = (variables, slots, tokens, numbers), {"tiles": tiles}
+  else:
+    width = min(APPEND_TOKENS, engine.size)
+    fed, appended = (engine.slots, width), engine.slots * width
+    context = engine.size - width / 2
+    append, options = (variables, slots, None, host((engine.slots, width), np.int32), numbers), {}
   decode = (
     variables,
     slots,
@@ -194,26 +239,32 @@ def engine_programs(
     host((engine.slots, 2), np.uint32),
     host((), np.float32),
   )
-  alive = (state, slots)
+  decoded = engine.slots * engine.chunk
+  blocks_of = functools.partial(_expert_blocks, policy, engine.mesh)
+  share = functools.partial(Program, alive=alive, mesh=engine.mesh)
   return [
-    Program(
+    *found,
+    share(
       "append",
       engine.append_program,
       append,
-      alive,
+      options=options,
       trips=(blocks,),
-      expert_blocks=_expert_blocks(policy, mesh, engine.slots, width),
-      useful_flops=engine.slots * width * token(context=engine.size - width / 2, head=False),
+      expert_blocks=blocks_of(*fed),
+      useful_flops=appended * token(context=context, head=False),
+      tokens=appended,
     ),
-    Program(
+    share(
       "decode",
       engine.decode_program,
       decode,
-      alive,
       trips=(engine.chunk, blocks),
-      expert_blocks=_expert_blocks(policy, mesh, engine.slots, 1),
-      useful_flops=engine.slots * engine.chunk * token(context=engine.size - engine.chunk / 2),
+      expert_blocks=blocks_of(engine.slots, 1),
+      useful_flops=decoded * token(context=engine.size - engine.chunk / 2),
+      tokens=decoded,
     ),
+    share("fork", engine.fork_program, (slots, numbers), trips=(layers * blocks,)),
+    share("rewind", engine.rewind_program, (slots, numbers)),
   ]
 
 
@@ -274,8 +325,10 @@ def misfit(config: Config, topology: str, reports: dict[str, dict[str, Any]]) ->
 def knob(config: Config, program: str) -> str:
   """What to change first, from the configuration as it is."""
   advice = []
-  if program in ("append", "decode"):
+  if program not in ("prepare", "update"):
     advice.append(f"rollout.slots below {config.rollout.slots}")
+    if config.rollout.tensor:
+      advice.append("rollout.tensor=0 (no second copy of the weights)")
   else:
     if config.model.remat != "full":
       advice.append("model.remat=full")

@@ -5,7 +5,8 @@ import shutil
 from typing import Any
 
 from steptool_jax.config import Config
-from steptool_jax.policy import hub, peftfile
+from steptool_jax.policy import hub
+from steptool_jax.policy.formats import peftfile
 from steptool_jax.run.hosts import hang, hosts
 from steptool_jax.run.parts import opening
 from steptool_jax.run.parts.opening import Parts

@@ -52,6 +52,7 @@ def _policy(config: Config, workdir: pathlib.Path, key: str, stop: Stop) -> dict
   with opening.open_parts(config, workdir, stop) as parts:
     variables, source = restore.policy_variables(parts)
     chat_format = parts.policy.chat_format
+    variables = parts.engine.lay_out(variables)
     decoder = Decoder(parts.engine, variables, chat_format.stop_ids)
     with PolicyServer(
       *(decoder, chat_format, c.host, c.port),

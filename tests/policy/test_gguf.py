@@ -15,7 +15,7 @@ from steptool_jax.dialogue.codec import Codec
 from steptool_jax.dialogue.template import get_format
 from steptool_jax.policy import families, hfconfig, hub, model
 from steptool_jax.policy.families import RopeScaling
-from steptool_jax.policy.gguf import gguf_to_hub, gguf_tokenizer
+from steptool_jax.policy.formats.gguf import gguf_to_hub, gguf_tokenizer
 from steptool_jax.types import ToolCall
 
 gguf = pytest.importorskip("gguf", reason="the test writes its file with the gguf package")

@@ -71,11 +71,11 @@ def test_rows_and_cache():
   assert sharding.batch_sharding(mesh).spec == P(("data", "fsdp"))
   whole = P(None, ("data", "fsdp"), None)
   split = P(None, ("data", "fsdp"), None, "tensor")
-  assert sharding.cache_sharding((4, 8), 8, mesh).spec == split
-  assert sharding.cache_sharding((3, 8), 8, mesh).spec == whole
-  assert sharding.cache_sharding((128,), 8, mesh).spec == whole
+  assert sharding.cache_spec((4, 8), mesh) == split
+  assert sharding.cache_spec((3, 8), mesh) == whole
+  assert sharding.cache_spec((128,), mesh) == whole
   with pytest.raises(ValueError, match=r"slots: 6 is not a multiple .* = 4; valid: 4 or 8"):
-    sharding.cache_sharding((4, 8), 6, mesh)
+    sharding.check_rows("slots", 6, mesh)
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,7 @@ def _on_eight_devices(directory: pathlib.Path) -> None:
   kernel = placed["params"]["layers"]["up"]["kernel"]
   assert kernel.addressable_shards[0].data.shape == (2, 16, 24)
   rows = jax.device_put(tokens, sharding.batch_sharding(mesh))
-  spot = sharding.cache_sharding(cache.k.shape[3:], 4, mesh)
+  spot = jax.NamedSharding(mesh, sharding.cache_spec(cache.k.shape[3:], mesh))
   with jax.set_mesh(mesh):
     eight = jax.jit(jax.value_and_grad(loss))(placed, rows)
     eight_cached = jax.jit(cached)(placed, rows, jax.device_put(cache, spot))

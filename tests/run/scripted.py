@@ -24,6 +24,9 @@ class Script:
   def init(self):
     return None
 
+  def lay_out(self, variables):
+    return variables
+
   def append(self, variables, state, pieces):
     return state
 

@@ -10,9 +10,12 @@ import pytest
 import tiny
 
 from steptool_jax.policy import attention, model
+from steptool_jax.policy.kernels import cached
 from steptool_jax.run import compile as compile_mode
 from steptool_jax.run.cost import hlo_counts, pricing, roofline
+from steptool_jax.run.cost.chips import CHIPS, Chip
 
+V5E = CHIPS["v5e"]
 # A loop of 3 turns (0, 2, 4 < 6) around a product [4, 8] x [8, 16] whose result stays on the core,
 # a gather over 4 devices, and a branch.
 TEXT = """HloModule m, is_scheduled=true
@@ -71,7 +74,7 @@ replica_groups=mesh['x'=4,'y'=2] {'x'}, dimensions={0}
 
 
 def test_counts_by_hand():
-  counts = hlo_counts.count(TEXT)
+  counts = hlo_counts.count(TEXT, V5E)
   assert counts.flops == 3 * 2 * 4 * 8 * 16 + 2 * 4 * 4 * 8
   assert counts.cycles == 300
   assert counts.collectives == {"all-gather": 3 * 4 * 8 * 4}
@@ -91,13 +94,13 @@ def test_a_fusion_within_a_fusion_counts_as_if_written_out():
   call = "  %flat = f32[8,16]{1,0} fusion(%p1, %p2), kind=kLoop, calls=%inner\n"
   text = TEXT[:start] + call + TEXT[end:]
   text = text.replace("%fused (p0", head + parameters + inner + "}\n\n%fused (p0")
-  assert hlo_counts.count(text) == hlo_counts.count(TEXT)
+  assert hlo_counts.count(text, V5E) == hlo_counts.count(TEXT, V5E)
   # And where the product is in the inner one.
   whole = TEXT.replace("calls=%fused", "calls=%outer")
   outer = TEXT[TEXT.index("%fused (p0") : TEXT.index("  %slice =")].replace("%fused", "%outer")
   outer += "  ROOT %same = f32[4,16]{1,0} fusion(%p0, %p1, %p2), kind=kOutput, calls=%fused\n}\n\n"
   nested = whole.replace("%body (arg", outer + "%body (arg")
-  assert hlo_counts.count(nested) == hlo_counts.count(TEXT)
+  assert hlo_counts.count(nested, V5E) == hlo_counts.count(TEXT, V5E)
 
 
 # A gather that begins before a loop and goes on inside of it, beside the loop's own work.
@@ -145,17 +148,51 @@ ENTRY %main (a: f32[4,8]) -> (s32[], f32[4,8], f32[16,8]) {
 
 
 def test_a_collective_beside_a_loop_counts_once():
-  counts = hlo_counts.count(OVERLAPPED)
+  counts = hlo_counts.count(OVERLAPPED, V5E)
   assert counts.collectives == {"all-gather": 3 * 4 * 8 * 4}
   # The gather reads its shard and writes the whole once; each turn reads and writes its counter.
   assert counts.hbm_bytes == (4 * 8 + 16 * 8) * 4 + 6 * 2 * 4
 
 
+def test_a_reduce_scatter_within_a_fusion_is_one():
+  """A TPU writes it as an all-reduce in a fusion of its own, which may stand in another one.
+
+  Counted as an all-reduce, the links of an update's gradients would seem to carry twice as much.
+  """
+  fused = """
+%all-reduce-scatter.1 (x: f32[8,4]) -> f32[2,4] {
+  %x = f32[8,4]{1,0} parameter(0)
+  %whole = f32[8,4]{1,0} all-reduce(%x), channel_id=3, replica_groups=[1,4]<=[4]
+  %zero = s32[] constant(0)
+  ROOT %part = f32[2,4]{1,0} dynamic-slice(%whole, %zero, %zero), dynamic_slice_sizes={2,4}
+}
+
+%beside (x: f32[8,4], y: f32[8,4]) -> (f32[2,4], f32[8,8]) {
+  %x = f32[8,4]{1,0} parameter(0)
+  %y = f32[8,4]{1,0} parameter(1)
+  %scattered = f32[2,4]{1,0} fusion(%x), kind=kCustom, calls=%all-reduce-scatter.1
+  %dot = f32[8,8]{1,0} dot(%y, %y), lhs_contracting_dims={1}, rhs_contracting_dims={1}
+  ROOT %out = (f32[2,4], f32[8,8]) tuple(%scattered, %dot)
+}
+
+ENTRY %main (a: f32[8,4]) -> f32[2,4] {
+  %a = f32[8,4]{1,0} parameter(0)
+  CALL
+}
+"""
+  alone = "ROOT %own = f32[2,4]{1,0} fusion(%a), kind=kCustom, calls=%all-reduce-scatter.1"
+  beside = "ROOT %own = (f32[2,4], f32[8,8]) fusion(%a, %a), kind=kOutput, calls=%beside"
+  for call, waits in ((alone, True), (beside, False)):
+    counts = hlo_counts.count(fused.replace("CALL", call), V5E)
+    assert counts.collectives == {"reduce-scatter": 8 * 4 * 4 * 3 / 4}
+    assert (counts.background == 0) == waits
+
+
 def test_a_loop_without_a_bound_takes_the_given_one():
   text = TEXT.replace("%six = s32[] constant(6)", "%six = s32[] get-tuple-element(%arg), index=0")
-  assert hlo_counts.count(text, (5,)).cycles == 500
+  assert hlo_counts.count(text, V5E, (5,)).cycles == 500
   with pytest.raises(ValueError, match="loop loop has no known bound"):
-    hlo_counts.count(text)
+    hlo_counts.count(text, V5E)
 
 
 @pytest.mark.parametrize(
@@ -191,18 +228,53 @@ def test_convolution_flops(left, right, out, attributes, flops):
 )
 def test_group_sizes(notation, size):
   text = TEXT.replace("mesh['x'=4,'y'=2] {'x'}", notation)
-  assert hlo_counts.count(text).collectives["all-gather"] == (size - 1) * 4 * 8 * 4
+  assert hlo_counts.count(text, V5E).collectives["all-gather"] == (size - 1) * 4 * 8 * 4
 
 
 def test_the_longest_term_is_the_estimate():
-  chip = roofline.Chip(flops=100.0, hbm=1, bandwidth=10.0, link=5.0, clock=2.0)
-  counts = hlo_counts.Counts(flops=400.0, hbm_bytes=70.0, cycles=3.0)
+  chip = Chip(flops=100.0, hbm=1, bandwidth=10.0, link=5.0, clock=2.0)
+  counts = hlo_counts.Counts(flops=400.0, hbm_bytes=70.0, cycles=3.0, kernel_flops=50.0)
   counts.collectives["all-gather"] = 25.0
-  cost = roofline.estimate(counts, kernel_flops=50.0, chip=chip)
-  assert dataclasses.astuple(cost) == (4.0 + 1.0, 7.0, 2.5, 1.5 + 1.0)
-  assert (cost.seconds, cost.binding) == (7.0, "hbm")
-  unknown = roofline.estimate(counts, 50.0, dataclasses.replace(chip, clock=0))
-  assert unknown.schedule == 0
+  counts.seconds, counts.background = 9.0, 2.5
+  cost = roofline.estimate(counts, chip)
+  assert dataclasses.astuple(cost) == (4.0 + 1.0, 7.0, 2.5, 1.5 + 1.0, 9.0)
+  assert (cost.seconds, cost.longest_term, cost.binding) == (9.0, 7.0, "hbm")
+  assert roofline.estimate(counts, dataclasses.replace(chip, clock=0)).schedule == 0
+  counts.background = 11.0  # links that take longer than all that runs beside them
+  assert roofline.estimate(counts, chip).seconds == 11.0
+
+
+def test_seconds_of_operations_by_hand():
+  """Each operation at its own price: a loop bound by cycles, a collective that all wait for."""
+  chip = Chip(flops=1e12, hbm=1, bandwidth=1e9, link=1e9, clock=1e6)
+  counts = hlo_counts.count(TEXT, chip)
+  # A turn: 100 cycles are longer than its bytes; its counter's sum moves 12 bytes. The
+  # branch moves 320 bytes. The gather's copies take 640 bytes, and its ring of 4 two hops.
+  assert counts.seconds == pytest.approx(3 * (100e-6 + 12e-9) + 320e-9 + 640e-9 + 2e-6)
+  assert counts.background == 0
+  # As a start and a done it runs beside the rest.
+  start = TEXT.replace(
+    "ROOT %all = f32[16,8]{1,0} all-gather(", "ROOT %all = f32[16,8]{1,0} all-gather-start("
+  )
+  assert hlo_counts.count(start, chip).background == pytest.approx(2e-6)
+  # Where bytes are the most, the ring takes their time.
+  slow = dataclasses.replace(chip, link=1e6)
+  assert hlo_counts.count(TEXT, slow).seconds - counts.seconds == pytest.approx(384 / 2e6 - 2e-6)
+
+
+def test_prices_of_kernels_by_hand():
+  """What the estimator takes for a kernel that XLA does not see into."""
+  # 4 slots of 1,024 positions, 1 head of width 128, 8 queries: keys and values once, 2 products.
+  cache, rows = (2, 4, 1, 1024, 128), (4, 1, 8, 128)
+  flops, moved, steps = cached.cost("flash_decode.1", (rows, cache, cache), 2)
+  assert flops == 2 * 2 * 4 * 8 * 1024 * 128
+  assert moved == 2 * 4 * 1024 * 128 * 2 + 2 * 4 * 8 * 128 * 2
+  assert steps == pytest.approx(4 * 0.35e-6)  # 1,024 positions are the 2**18 bytes of one step
+  assert cached.cost("write_cache", (rows, cache), 2)[1] == 6 * 4 * 8 * 128 * 2
+  assert cached.cost("splash_mha_fwd", (rows, cache), 2) == (0, 0, 0)
+  chip = Chip(flops=100.0, hbm=1, bandwidth=10.0, link=5.0, clock=2.0)
+  assert (chip.kernel(50.0, 5.0, 0.2), chip.kernel(5.0, 30.0, 0.2)) == (1.0, 3.0)
+  assert chip.kernel(5.0, 5.0, 4.0) == 4.0
 
 
 @pytest.fixture(scope="module")
@@ -227,10 +299,10 @@ def result(tmp_path_factory):
       "programs",
       lambda *args: [dataclasses.replace(p, trips=(*p.trips, 1)) for p in programs(*args)],
     )
-    chip = roofline.Chip(1e12, 16, 1e11, 1e10, 1e9)
+    chip = Chip(1e12, 16, 1e11, 1e10, 1e9)
     patch.setattr(compile_mode, "open_topology", lambda name: (chip, jax.devices()[:1]))
     summary = compile_mode.run(config, workdir, "cpu:1")
-  assert summary["programs"] == "prepare, update, append, decode"
+  assert summary["programs"] == "prepare, update, append, decode, fork, rewind"
   return config, json.loads((workdir / "summary.json").read_text())["programs"]
 
 
@@ -275,8 +347,8 @@ def test_what_lies_beside_counts(result):
 def test_the_table_and_what_does_not_fit(result):
   config, reports = result
   text = pricing.table(reports)
-  assert len(text.splitlines()) == 6
-  assert text.count("| yes |") == 4
+  assert len(text.splitlines()) == 8
+  assert text.count("| yes |") == 6
   failed = {"capacity_gib": 16, "fits": False, "hbm_gib_per_chip": 23.5, "compile_seconds": 9.0}
   failed["largest_arguments"] = ["cache/k bfloat16[4, 8]: 3.00 GiB"]
   columns = {line.count("|") for line in pricing.table(reports | {"update": failed}).splitlines()}
@@ -289,7 +361,7 @@ def test_the_table_and_what_does_not_fit(result):
 
 def test_a_misfit_ends_with_an_error(result, monkeypatch, tmp_path):
   config, reports = result
-  device = (roofline.CHIPS["v5e"], jax.devices()[:1])
+  device = (CHIPS["v5e"], jax.devices()[:1])
   monkeypatch.setattr(compile_mode, "open_topology", lambda name: device)
   monkeypatch.setattr(
     pricing, "report", lambda program, *_: reports[program.name] | {"fits": False}
@@ -307,9 +379,11 @@ def test_bad_input_is_named(monkeypatch, tmp_path):
     patch.setattr(compile_mode.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"needs libtpu.*pip install -e '\.\[tpu\]'"):
       compile_mode.open_topology("v5e:2x2")
-  device = (roofline.CHIPS["v5e"], jax.devices()[:1])
+  device = (CHIPS["v5e"], jax.devices()[:1])
   monkeypatch.setattr(compile_mode, "open_topology", lambda name: device)
   config = tiny.make(model__path="/not/here", mesh__tensor=3)
+  with pytest.raises(ValueError, match="--programs: 'train' is not one of prepare, update, append"):
+    compile_mode.run(tiny.make(model__path="/not/here"), tmp_path, "v5e:1", ["train"])
   with pytest.raises(ValueError, match=r"mesh axis tensor: 3 does not divide 1 devices; valid"):
     compile_mode.run(config, tmp_path, "v5e:1")
 

@@ -1,6 +1,6 @@
 """8 fake devices (mesh 2x2x2) do what one device does: SFT step, rollout, update; full and LoRA.
 
-LoRA goes without the SFT step, for time.
+LoRA goes without the SFT step, for time, and rolls out on a mesh of its own.
 """
 
 import dataclasses
@@ -85,6 +85,7 @@ def _main(kind, compiled):
   )
   if kind == "lora":
     config = tiny.replace(config, rollout__max_steps=2, rollout__max_step_tokens=8)
+    config = tiny.replace(config, rollout__tensor=-1)
   config = tiny.replace(config, sft__optimizer__eps=1e-3, train__optimizer__eps=1e-3)
   with tempfile.TemporaryDirectory() as folder:
     folder = pathlib.Path(folder)

@@ -245,7 +245,7 @@ def test_damaged_log_probs_of_stored_data_are_named(tmp_path, data):
 
 def test_another_gguf_is_another_model(tmp_path, monkeypatch):
   """The second one used to be taken for the first, whose weights lay there already."""
-  gguf = pytest.importorskip("steptool_jax.policy.gguf")
+  gguf = pytest.importorskip("steptool_jax.policy.formats.gguf")
 
   def convert(source, out):
     out.mkdir(parents=True)

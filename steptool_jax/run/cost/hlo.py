@@ -36,6 +36,7 @@ class Instruction:
   operands: tuple[str, ...]
   attributes: str
   root: bool
+  home: str = ""  # the computation that it was written in, where it stands in another
 
   @functools.cached_property
   def arrays(self) -> tuple[Array, ...]:

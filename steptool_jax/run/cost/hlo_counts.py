@@ -1,8 +1,8 @@
-"""What a compiled program does, counted from its HLO: FLOPs, HBM bytes, collective bytes.
+"""What a compiled program does, counted from its HLO: FLOPs, HBM bytes, collective bytes, seconds.
 
 XLA's own cost analysis counts a loop body once and does not see into kernels. Here a body counts as
-often as it runs, a branch as its dearest one, and kernels are listed for the caller to price. What
-stays in a chip's scratch memory (memory spaces above 0) is no HBM traffic.
+often as it runs, a branch as its dearest one, and kernels have prices of their own. What stays in a
+chip's scratch memory (memory spaces above 0) is no HBM traffic.
 """
 
 import collections
@@ -12,7 +12,10 @@ import re
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 
+from steptool_jax.policy import experts, splash
+from steptool_jax.policy.kernels import cached
 from steptool_jax.run.cost import hlo
+from steptool_jax.run.cost.chips import Chip
 from steptool_jax.run.cost.hlo import Instruction
 
 COLLECTIVE = re.compile(
@@ -22,15 +25,6 @@ SLICES = ("dynamic-slice", "slice", "gather")
 FREE_TARGETS = ("AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBound")
 
 
-@dataclasses.dataclass(frozen=True)
-class Kernel:
-  """A Pallas kernel: how often it runs and the arrays that it reads."""
-
-  name: str
-  times: float
-  operands: tuple[hlo.Array, ...]
-
-
 @dataclasses.dataclass
 class Counts:
   """Per chip and run of the program."""
@@ -38,37 +32,46 @@ class Counts:
   flops: float = 0.0
   hbm_bytes: float = 0.0
   cycles: float = 0.0  # the compiler's own estimate, summed over fusions; 0 where it gives none
+  kernel_flops: float = 0.0
+  kernel_bytes: float = 0.0
+  # Operations one after the other, each at its own price, and collectives that nothing overlaps.
+  seconds: float = 0.0
+  background: float = 0.0  # seconds of collectives beside which other operations run
   collectives: collections.Counter = dataclasses.field(default_factory=collections.Counter)
-  kernels: list[Kernel] = dataclasses.field(default_factory=list)
 
   def add(self, other: "Counts", times: float) -> None:
-    self.flops += times * other.flops
-    self.hbm_bytes += times * other.hbm_bytes
-    self.cycles += times * other.cycles
+    for field in dataclasses.fields(self):
+      if field.name != "collectives":
+        more = getattr(self, field.name) + times * getattr(other, field.name)
+        setattr(self, field.name, more)
     for kind, amount in other.collectives.items():
       self.collectives[kind] += times * amount
-    self.kernels += [dataclasses.replace(k, times=times * k.times) for k in other.kernels]
 
 
 def count(
-  text: str, dynamic_trips: Sequence[int] = (), scoped_trips: Mapping[str, int] | None = None
+  text: str,
+  chip: Chip,
+  dynamic_trips: Sequence[int] = (),
+  scoped_trips: Mapping[str, int] | None = None,
 ) -> Counts:
   """Counts of a program's HLO text.
 
   Args:
     text: compiled.as_text().
+    chip: whose rates the seconds are at.
     dynamic_trips: how often loops run whose bound is an argument, by their depth among such loops.
     scoped_trips: the same of loops in a jax.named_scope, by its name; these have no depth.
 
   Raises:
     ValueError: a loop bound is neither in the program nor in dynamic_trips.
   """
-  return _Counter(hlo.parse(text), dynamic_trips, scoped_trips or {}).total()
+  return _Counter(hlo.parse(text), chip, dynamic_trips, scoped_trips or {}).total()
 
 
 class _Counter:
-  def __init__(self, module, dynamic_trips, scoped_trips):
+  def __init__(self, module, chip, dynamic_trips, scoped_trips):
     self.computations, self.entry = module
+    self.chip = chip
     self.trips, self.scoped = tuple(dynamic_trips), scoped_trips
     self.named = {name: _by_name(body) for name, body in self.computations.items()}
     self.inlined: dict[str, dict[str, Instruction]] = {}
@@ -98,7 +101,7 @@ class _Counter:
           counts.add(self._sequence(ins.attribute("body"), depth, seen), trips)
       elif ins.opcode == "conditional":
         branches = [self._sequence(branch, depth, seen) for branch in hlo.branches(ins)]
-        counts.add(max(branches, key=lambda c: (c.flops, c.hbm_bytes)), 1)
+        counts.add(max(branches, key=lambda c: (c.seconds, c.flops, c.hbm_bytes)), 1)
       elif ins.opcode == "call":
         counts.add(self._sequence(ins.attribute("to_apply"), depth, seen), 1)
       else:
@@ -108,16 +111,69 @@ class _Counter:
   def _single(self, ins: Instruction, home: str, counts: Counts, seen: set) -> None:
     called = ins.attribute("calls")
     inner = self._inlined(called) if called else {}
-    counts.hbm_bytes += self._traffic(ins, home, inner, seen)
-    for each in (ins, *inner.values()):
-      named, where = (self.named[home], home) if each is ins else (inner, called)
-      counts.flops += _flops(each, named)
-      _collective(each, named, where, counts, seen)
-    cycles = re.search(r'"estimated_cycles":"(\d+)"', ins.attributes)
-    counts.cycles += int(cycles[1]) if cycles else 0
     if ins.attribute("custom_call_target") == '"tpu_custom_call"':
-      reads = tuple(a for x in ins.operands for a in self.named[home][x].arrays)
-      counts.kernels.append(Kernel(ins.name, 1, reads))
+      self._kernel(ins, home, counts)
+      return
+    flops, moved = 0.0, self._traffic(ins, home, inner, seen)
+    for each in (ins, *inner.values()):
+      named, where = (self.named[home], home) if each is ins else (inner, each.home or called)
+      flops += _flops(each, named)
+      self._collective(each, named, where, ins, counts, seen)
+    found = re.search(r'"estimated_cycles":"(\d+)"', ins.attributes)
+    cycles = int(found[1]) if found else 0
+    counts.flops += flops
+    counts.hbm_bytes += moved
+    counts.cycles += cycles
+    counts.seconds += self.chip.operation(flops, moved, cycles)
+
+  def _kernel(self, ins: Instruction, home: str, counts: Counts) -> None:
+    """A Pallas kernel, which XLA does not see into."""
+    reads = [a for x in ins.operands for a in self.named[home][x].arrays]
+    numbers = [a for a in reads if a.dtype[0] in "bf"]
+    floats = [a for a in numbers if len(a.dims) > 2]
+    steps, flops = 0.0, experts.kernel_flops(ins.name, [a.dims for a in numbers])
+    if floats and not flops:
+      flops = splash.kernel_flops(ins.name, floats[0].dims)
+    moved = _hbm(ins.arrays) + _hbm(reads)
+    if ins.name.startswith((cached.DECODE, cached.ATTEND, cached.WRITE)):
+      shapes = tuple(a.dims for a in floats)
+      flops, moved, steps = cached.cost(ins.name, shapes, floats[-1].bytes / math.prod(shapes[-1]))
+    counts.kernel_flops += flops
+    counts.kernel_bytes += moved
+    counts.seconds += self.chip.kernel(flops, moved, steps)
+
+  def _collective(
+    self,
+    ins: Instruction,
+    named: dict[str, Instruction],
+    home: str,
+    outside: Instruction,
+    counts: Counts,
+    seen: set,
+  ) -> None:
+    """Counts one that begins here; `outside`: the instruction, or the fusion that it is in."""
+    found = COLLECTIVE.fullmatch(ins.opcode)
+    if not found or _began_earlier(ins, seen):
+      return
+    kind = found[1]
+    seen.add(ins.attribute("channel_id"))
+    size = hlo.group_size(ins)
+    moved = sum(a.bytes for x in ins.operands for a in named[x].arrays)
+    scattered = home.startswith("all-reduce-scatter")
+    if kind == "all-gather":
+      moved *= size - 1
+    elif kind != "collective-permute":
+      if scattered:
+        kind = "reduce-scatter"
+      moved *= (2 if kind == "all-reduce" else 1) * (size - 1) / size
+    counts.collectives[kind] += moved
+    seconds = self.chip.collective(moved, size, kind == "all-reduce")
+    # Alone, or as a fusion of nothing else, everything waits for it; else it runs beside a product.
+    alone = ins is outside or (home == outside.attribute("calls") and scattered)
+    if alone and not ins.opcode.endswith("-start"):
+      counts.seconds += seconds
+    else:
+      counts.background += seconds
 
   def _inlined(self, name: str) -> dict[str, Instruction]:
     """A fused computation with the fusions in it written out, prefixed with their fusion's name."""
@@ -143,6 +199,7 @@ class _Counter:
         name=names[i.name],
         operands=tuple(names[x] for x in i.operands),
         root=i.root and fusion.root,
+        home=i.home or called,
       )
       for i in kept
     ]
@@ -251,25 +308,6 @@ def _flops(ins: Instruction, named: dict[str, Instruction]) -> float:
     left, right = (named[x].arrays[0].dims for x in ins.operands[:2])
     return convolution_flops(left, right, ins.arrays[0].dims, ins.attributes)
   return 0.0
-
-
-def _collective(
-  ins: Instruction, named: dict[str, Instruction], home: str, counts: Counts, seen: set
-) -> None:
-  found = COLLECTIVE.fullmatch(ins.opcode)
-  if not found or _began_earlier(ins, seen):
-    return
-  kind = found[1]
-  seen.add(ins.attribute("channel_id"))
-  size = hlo.group_size(ins)
-  moved = sum(a.bytes for x in ins.operands for a in named[x].arrays)
-  if kind == "all-gather":
-    moved *= size - 1
-  elif kind != "collective-permute":
-    if home.startswith("all-reduce-scatter"):
-      kind = "reduce-scatter"
-    moved *= (2 if kind == "all-reduce" else 1) * (size - 1) / size
-  counts.collectives[kind] += moved
 
 
 def _began_earlier(ins: Instruction, seen: AbstractSet[str]) -> bool:

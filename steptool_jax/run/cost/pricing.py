@@ -1,5 +1,6 @@
 """Compiles a program for chips that are not here and prices it: memory, FLOPs, bytes, seconds."""
 
+import contextlib
 import dataclasses
 import math
 import re
@@ -10,8 +11,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from steptool_jax.policy import experts, sharding, splash
+from steptool_jax.policy import experts, sharding
 from steptool_jax.run.cost import hlo, hlo_counts, roofline
+from steptool_jax.run.cost.chips import Chip
 
 GIB = 2**30
 LISTED = 5  # largest buffers that are named
@@ -23,19 +25,29 @@ class Program:
 
   alive: what lies in the chip's memory meanwhile, its arguments among it. trips: bounds of loops
   that an argument decides; expert_blocks: of the one over blocks of a mixture of experts.
-  useful_flops: of the whole slice, without anything computed twice.
+  useful_flops: of the whole slice, without anything computed twice. tokens: of the whole slice,
+  that one run works on; 0 = not counted. options: static arguments. mesh: that the program is
+  traced on, where it is not training's.
   """
 
   name: str
   function: Callable
   arguments: tuple
   alive: Any
-  trips: tuple[int, ...]
-  useful_flops: float
+  trips: tuple[int, ...] = ()
+  useful_flops: float = 0.0
   expert_blocks: int = 1
+  tokens: int = 0
+  options: dict[str, Any] = dataclasses.field(default_factory=dict)
+  mesh: jax.sharding.Mesh | None = None
+
+  def compile(self) -> Any:
+    """The compiled program."""
+    with contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh):
+      return self.function.lower(*self.arguments, **self.options).compile()
 
 
-def report(program: Program, chip: roofline.Chip, devices: int) -> dict[str, Any]:
+def report(program: Program, chip: Chip, devices: int) -> dict[str, Any]:
   """Compiles and prices one program."""
   started = time.monotonic()
   alive = bytes_per_chip(program.alive)
@@ -46,7 +58,7 @@ def report(program: Program, chip: roofline.Chip, devices: int) -> dict[str, Any
     "largest_arguments": _largest_arguments(program.alive),
   }
   try:
-    compiled = program.function.lower(*program.arguments).compile()
+    compiled = program.compile()
   except jax.errors.JaxRuntimeError as error:
     if "RESOURCE_EXHAUSTED" not in str(error):
       raise
@@ -61,9 +73,9 @@ def report(program: Program, chip: roofline.Chip, devices: int) -> dict[str, Any
   compile_seconds = time.monotonic() - started
   text = compiled.as_text()
   memory = compiled.memory_analysis()
-  counts = hlo_counts.count(text, program.trips, {experts.SCOPE: program.expert_blocks})
-  kernels = sum(k.times * _kernel_flops(k) for k in counts.kernels)
-  cost = roofline.estimate(counts, kernels, chip)
+  scoped = {experts.SCOPE: program.expert_blocks}
+  counts = hlo_counts.count(text, chip, program.trips, scoped)
+  cost = roofline.estimate(counts, chip)
   # Beside the program's own buffers lies what it does not read: moments during a rollout.
   beside = max(alive - memory.argument_size_in_bytes, 0)
   peak = memory.peak_memory_in_bytes + beside
@@ -75,29 +87,21 @@ def report(program: Program, chip: roofline.Chip, devices: int) -> dict[str, Any
     "temporaries_gib": memory.temp_size_in_bytes / GIB,
     "aliased_gib": memory.alias_size_in_bytes / GIB,
     "beside_gib": beside / GIB,
-    "flops": counts.flops + kernels,
-    "kernel_flops": kernels,
+    "flops": counts.flops + counts.kernel_flops,
+    "kernel_flops": counts.kernel_flops,
     "useful_flops": program.useful_flops / devices,
-    "hbm_bytes": counts.hbm_bytes,
+    "hbm_bytes": counts.hbm_bytes + counts.kernel_bytes,
     "collective_bytes": dict(counts.collectives),
     "seconds_by_term": dataclasses.asdict(cost),
     "binding": cost.binding,
     "estimated_seconds": cost.seconds,
+    "longest_term_seconds": cost.longest_term,
+    "tokens_per_second": program.tokens / cost.seconds,
     "estimated_mfu": program.useful_flops / devices / (cost.seconds * chip.flops),
     "rates": dataclasses.asdict(chip),
     "largest_buffers": hlo.largest_buffers(text, LISTED),
     "compile_seconds": compile_seconds,
   }
-
-
-def _kernel_flops(kernel: hlo_counts.Kernel) -> float:
-  shapes = [a.dims for a in kernel.operands if a.dtype[0] in "bf"]
-  grouped = experts.kernel_flops(kernel.name, shapes)
-  return grouped or splash.kernel_flops(kernel.name, _queries(kernel))
-
-
-def _queries(kernel: hlo_counts.Kernel) -> tuple[int, ...]:
-  return next((a.dims for a in kernel.operands if a.dtype[0] in "bf" and len(a.dims) > 2), ())
 
 
 def bytes_per_chip(tree: Any) -> float:
@@ -138,7 +142,9 @@ COLUMNS: tuple[tuple[str, Callable[[dict[str, Any]], str]], ...] = (
   ("links s", lambda r: f"{r['seconds_by_term']['interconnect']:.3f}"),
   ("schedule s", lambda r: f"{r['seconds_by_term']['schedule']:.3f}"),
   ("binds", lambda r: r["binding"]),
+  ("longest s", lambda r: f"{r['longest_term_seconds']:.3f}"),
   ("estimate s", lambda r: f"{r['estimated_seconds']:.3f}"),
+  ("tokens/s", lambda r: f"{r['tokens_per_second']:,.0f}" if r.get("tokens_per_second") else ""),
   ("MFU", lambda r: f"{r['estimated_mfu']:.0%}"),
   ("compile s", lambda r: f"{r['compile_seconds']:.0f}"),
 )

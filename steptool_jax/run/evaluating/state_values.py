@@ -54,7 +54,7 @@ class Kept:
     attempts = p.config.annotate.monte_carlo.samples
     setting = Setting(
       p.engine,
-      variables,
+      p.engine.lay_out(variables),
       p.environment,
       p.policy.chat_format,
       p.limits,

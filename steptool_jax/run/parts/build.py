@@ -16,8 +16,8 @@ from steptool_jax.environments.base import Environment, Problem, make
 from steptool_jax.environments.faults import FaultyEnvironment, total
 from steptool_jax.environments.market import MarketEnvironment
 from steptool_jax.files import write_text
-from steptool_jax.policy import attention, families, hfconfig, hub, lora, model, sharding
 from steptool_jax.policy import engine as engine_lib
+from steptool_jax.policy import families, hfconfig, hub, lora, model, sharding
 from steptool_jax.rollout.strategy import Search
 from steptool_jax.run.hosts import hosts
 from steptool_jax.run.parts import tokenizers
@@ -191,7 +191,7 @@ def _source(path: str, workdir: pathlib.Path) -> pathlib.Path:
   source = pathlib.Path(path)
   if source.suffix != ".gguf":
     return source
-  from steptool_jax.policy import gguf  # needs the extra `gguf`
+  from steptool_jax.policy.formats import gguf  # needs the extra `gguf`
 
   def write() -> str:
     imported = workdir / "imported" / inputs.digest([source])  # another file has another folder
@@ -256,10 +256,17 @@ def build_mesh(config: Config) -> Mesh:
 
 
 def build_engine(config: Config, policy: Policy, mesh: Mesh) -> engine_lib.Engine:
-  r = config.rollout
-  where = slot_shardings(policy.model, r.slots, mesh)
+  """The engine on its own mesh; ValueError where rollout.tensor or rollout.slots split badly."""
+  r, m = config.rollout, policy.model
+  sizes = {
+    "key-value heads": m.num_kv_heads,
+    "of vocab_size": m.vocab_size,
+    "of intermediate_size": m.intermediate_size,
+  }
+  where = sharding.rollout_mesh(mesh, r.tensor, sizes)
+  sharding.check_rows("rollout.slots", r.slots, where)
   engine = engine_lib.make_engine(
-    policy.model,
+    m,
     r.slots,
     slot_tokens(config),
     r.decode_chunk,
@@ -267,17 +274,10 @@ def build_engine(config: Config, policy: Policy, mesh: Mesh) -> engine_lib.Engin
     r.top_p,
     where,
     leave=r.leave,
+    copied=where is not mesh,
   )
   # Trained on, the sampler's log-probs must not depend on how soon tools answer (Engine.decode).
   return dataclasses.replace(engine, buckets=()) if r.lag else engine
-
-
-def slot_shardings(config: model.ModelConfig, slots: int, mesh: Mesh) -> engine_lib.EngineState:
-  """How the engine's slots lie on the mesh."""
-  row = attention.cache_row(config.num_kv_heads, config.head_dim)
-  cache = sharding.cache_sharding(row, slots, mesh)
-  rows = sharding.batch_sharding(mesh)
-  return engine_lib.EngineState(model.KVCache(cache, cache), rows, rows)
 
 
 def fold_adapters(config: Config, policy: Policy, mesh: Mesh, variables: dict) -> dict:

@@ -55,9 +55,16 @@ def roll(
       bar.update()
       bar.set_postfix_str(f"{word} {sum(solved) / len(solved):.0%}", refresh=False)
 
+    laid_out = parts.engine.lay_out(variables)
+
+    def moved() -> dict | None:
+      """What is laid out for rollouts alone stays where it is while training's buffers move."""
+      found = idle()
+      return found if laid_out is variables else None
+
     setting = Setting(
       parts.engine,
-      variables,
+      laid_out,
       parts.environment,
       parts.policy.chat_format,
       limits or parts.limits,
@@ -72,7 +79,7 @@ def roll(
       elif isinstance(parts.environment, harness.Harness):
         found, stats = harness.rollout(setting, jobs, stop or parts.stop, on_done)
       else:
-        found, stats = chain.rollout(setting, jobs, stop or parts.stop, on_done, idle)
+        found, stats = chain.rollout(setting, jobs, stop or parts.stop, on_done, moved)
     except InfrastructureError as error:
       raise RuntimeError(f"{label}: {error}") from error
   if len(stats.failures) == len(jobs) and not some:

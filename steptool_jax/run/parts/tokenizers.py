@@ -99,7 +99,7 @@ def _directory(
     kept = workdir / "imported" / inputs.digest([path])
     if (kept / "tokenizer_config.json").exists():
       return kept
-    from steptool_jax.policy import gguf  # needs the extra `gguf`
+    from steptool_jax.policy.formats import gguf  # needs the extra `gguf`
 
     gguf.gguf_tokenizer(path, made)
     return made

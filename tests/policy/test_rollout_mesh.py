@@ -1,0 +1,140 @@
+"""Rollouts on their own mesh, forks between chips, and the kernels' cache in the engine."""
+
+import types
+
+import fakes
+import jax
+import numpy as np
+import pytest
+
+from steptool_jax.policy import engine, headcache, model, sharding
+
+CONFIG = fakes.tiny_config(vocab_size=64)
+SIZES = {"key-value heads": 2, "of vocab_size": 64}
+
+
+def make_variables():
+  return {"params": model.init_params(CONFIG, jax.random.key(0))}
+
+
+def conversations(eng, variables, training=None):
+  """Prompts, forks, turns and observations: what an iteration does; (tokens, log-probs) said."""
+  rng = np.random.default_rng(0)
+  if training is not None:
+    variables = jax.device_put(variables, sharding.shardings(variables, training))
+  weights = eng.lay_out(variables)
+  state = eng.init()
+  prompts = {s: rng.integers(0, 60, 20 + 7 * s).astype(np.int32) for s in (0, 3, 6)}
+  state = eng.append(weights, state, prompts)
+  state = eng.fork(state, {1: 0, 7: 0, 4: 3, 5: 3})
+  said = []
+  for turn in range(2):
+    slots = range(turn, 8 - turn)
+    seeds = {s: np.array([s, turn], np.uint32) for s in slots}
+    state, out = eng.decode(weights, state, dict.fromkeys(slots, 6), seeds, (), 1.0)
+    said.append((out.count.tolist(), out.tokens.tolist(), out.logprobs))
+    state = eng.rewind(state, {6: 21})
+    state = eng.append(weights, state, {s: rng.integers(0, 60, 9).astype(np.int32) for s in (4, 6)})
+  return said, np.asarray(state.length).tolist()
+
+
+def assert_same(found, expected):
+  for (count, tokens, logprobs), (count_, tokens_, logprobs_) in zip(
+    found[0], expected[0], strict=True
+  ):
+    assert (count, tokens) == (count_, tokens_)
+    np.testing.assert_allclose(logprobs, logprobs_, atol=2e-5)
+  assert found[1] == expected[1]
+
+
+def of_one_device(variables):
+  return conversations(engine.make_engine(CONFIG, slots=8, size=160, chunk=8), variables)
+
+
+def test_tokens_are_those_of_one_device():
+  """On training's mesh and on one of their own, where slots are forked from chip to chip."""
+  assert "8 devices say the same" in fakes.on_devices(8, __file__).stdout
+
+
+def _on_eight_devices(variables, expected, tensor):
+  training = sharding.make_mesh(1, 4, 2)
+  where = sharding.rollout_mesh(training, tensor, SIZES)
+  assert dict(where.shape) == {"data": 4 if tensor else 1, "fsdp": 1 if tensor else 4, "tensor": 2}
+  with jax.set_mesh(training):
+    eng = engine.make_engine(
+      CONFIG, slots=8, size=160, chunk=8, mesh=where, copied=where is not training
+    )
+    assert_same(conversations(eng, variables, training), expected)
+    placed = jax.device_put(variables, sharding.shardings(variables, training))
+    up = eng.lay_out(placed)["params"]["layers"]["up"]["kernel"]
+  # Laid out for rollouts a chip has half of a matrix; in training an eighth.
+  assert up.addressable_shards[0].data.shape == ((2, 32, 24) if tensor else (2, 8, 24))
+
+
+def test_the_kernels_cache_says_the_same(monkeypatch):
+  """Interpreted: a prompt as tiles of two calls, a fork, the fused write, an observation."""
+  config = fakes.tiny_config(vocab_size=64, num_layers=1)
+  variables = {"params": model.init_params(config, jax.random.key(0))}
+  rng = np.random.default_rng(0)
+  prompt, observation = (rng.integers(0, 60, n).astype(np.int32) for n in (70, 9))
+  seeds = {s: np.array([s, 1], np.uint32) for s in range(2)}
+
+  def turns(eng):
+    state = eng.fork(eng.append(variables, eng.init(), {0: prompt}), {1: 0})
+    said = []
+    for _ in range(2):
+      state, out = eng.decode(variables, state, {0: 3, 1: 2}, seeds, (), 1.0)
+      said.append((out.count.tolist(), out.tokens.tolist(), out.logprobs))
+      state = eng.append(variables, state, {1: observation})
+    return said, np.asarray(state.length).tolist()
+
+  expected = turns(engine.make_engine(config, slots=2, size=128, chunk=4))
+  monkeypatch.setattr(headcache, "suits", lambda head_dim: True)
+  monkeypatch.setattr(headcache, "MOST_TILES", 2)
+  eng = engine.make_engine(config, slots=2, size=128, chunk=4)
+  assert eng.tiled
+  assert (eng.buckets, eng.append_programs) == ((), ())
+  assert_same(turns(eng), expected)
+
+
+def test_tiles_of_a_call(monkeypatch):
+  """An observation costs its own tiles; what is too long for a call goes on in the next one."""
+  monkeypatch.setattr(headcache, "MOST_TILES", 8)
+  ids = np.arange(1, 2001, dtype=np.int32)
+  ((tokens, count, tiles),) = headcache.calls({5: ids[:60]}, 8, 4)
+  assert tiles == 2
+  assert tokens.reshape(4, -1)[2, :60].tolist() == ids[:60].tolist()
+  assert count.tolist() == [0, 0, 0, 0, 0, 60, 0, 0]
+  calls = list(headcache.calls({0: ids[:900], 1: ids[:30], 7: ids[:100]}, 8, 4))
+  assert [c.tolist() for _, c, _ in calls] == [
+    [448, 0, 0, 0, 0, 0, 0, 100],
+    [448, 0, 0, 0, 0, 0, 0, 0],
+    [4, 30, 0, 0, 0, 0, 0, 0],
+  ]
+  assert [t for *_, t in calls] == [8, 8, 8]
+  assert calls[1][0].reshape(4, -1)[0, :448].tolist() == ids[448:896].tolist()
+  for tokens, count, tiles in calls:
+    shards = count.reshape(4, 2)
+    assert all(sum(headcache.rows_needed(n) for n in s if n) <= tiles for s in shards)
+    assert tokens.shape == (4 * tiles * headcache.TILE,)
+
+
+def test_bad_splits_are_refused_with_the_nearest_valid_one():
+  mesh = types.SimpleNamespace(size=8)
+  assert sharding.rollout_mesh(mesh, 0, SIZES) is mesh
+  for tensor, badly, nearest in (
+    (4, "2 key-value heads", 2),
+    (3, "8 devices, 2 key-value heads", 2),
+  ):
+    with pytest.raises(
+      ValueError, match=rf"rollout\.tensor: {tensor} does not divide {badly}.*nearest: {nearest}, "
+    ):
+      sharding.rollout_mesh(mesh, tensor, SIZES)
+
+
+if __name__ == "__main__":
+  weights = make_variables()
+  of_one = of_one_device(weights)
+  for ways in (0, 2, -1):
+    _on_eight_devices(weights, of_one, ways)
+  print("8 devices say the same")
