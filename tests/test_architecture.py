@@ -37,6 +37,7 @@ ROOMS = [
   "run.cost",
   "run.parts",
   "run.checks",
+  "run.data",
   "run.training",
   "run.evaluating",
   "run.studies",

@@ -26,7 +26,7 @@ def whole(config, tmp_path_factory):
   seen, updates, real, update = [], [], rollouts.roll, phase.Phase.update
 
   def roll(parts, variables, work, version, *args, **options):
-    seen.append((version, options["policy"], len(updates)))
+    seen.append((version, options.get("policy", version), len(updates)))
     return real(parts, variables, work, version, *args, **options)
 
   def counted(self, *args):
