@@ -39,6 +39,7 @@ ROOMS = [
   "run.cost",
   "run.parts",
   "run.checks",
+  "run.data",
   "run.training",
   "run.evaluating",
   "run.studies",

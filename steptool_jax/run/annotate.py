@@ -34,11 +34,11 @@ from steptool_jax.rewards import monte_carlo, responses, rules, shaping
 from steptool_jax.rewards.judge import StepJudge
 from steptool_jax.rewards.scores import apply
 from steptool_jax.rollout.chain import Interrupted
+from steptool_jax.run.data.offline import files
 from steptool_jax.run.evaluating.state_values import Kept
 from steptool_jax.run.parts import build, opening, services
 from steptool_jax.run.parts.opening import Stop
 from steptool_jax.run.training import restore
-from steptool_jax.run.training.offline import files
 from steptool_jax.run.workdir import inputs, outputs
 from steptool_jax.toolbench import rule_judge
 from steptool_jax.toolbench.formats import conversations, converted, judged

@@ -24,11 +24,12 @@ from steptool_jax.config import Config
 from steptool_jax.evaluation import scoring
 from steptool_jax.learning import reward_model
 from steptool_jax.policy import lora, model, sharding
+from steptool_jax.run.data import reward_data
+from steptool_jax.run.data.reward_data import Split
 from steptool_jax.run.hosts import hang, hosts
 from steptool_jax.run.parts import build, opening, reward_models
 from steptool_jax.run.parts.opening import Parts
-from steptool_jax.run.training import restore, reward_data, setup
-from steptool_jax.run.training.reward_data import Split
+from steptool_jax.run.training import restore, setup
 from steptool_jax.run.workdir import outputs
 from steptool_jax.run.workdir.checkpoint import Checkpoints
 from steptool_jax.run.workdir.outputs import MetricsWriter

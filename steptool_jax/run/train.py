@@ -24,19 +24,12 @@ from steptool_jax.rewards import assembly
 from steptool_jax.rollout.chain import Interrupted
 from steptool_jax.run import export
 from steptool_jax.run.checks import before_training
+from steptool_jax.run.data import offline
 from steptool_jax.run.evaluating import tries
 from steptool_jax.run.hosts import hosts, maintenance
 from steptool_jax.run.parts import build, opening, rollouts
 from steptool_jax.run.parts.opening import Parts
-from steptool_jax.run.training import (
-  behaviour,
-  iteration,
-  offline,
-  record,
-  replay,
-  restore,
-  sources,
-)
+from steptool_jax.run.training import behaviour, iteration, record, replay, restore, sources
 from steptool_jax.run.training.phase import Phase
 from steptool_jax.run.training.progress import Progress, plot, shown, summarise
 from steptool_jax.run.training.sft_batches import SftBatches

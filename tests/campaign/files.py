@@ -20,7 +20,8 @@ from steptool_jax.environments.custom import Custom
 from steptool_jax.evaluation import records
 from steptool_jax.policy import hfconfig, hub, tensorfile
 from steptool_jax.policy.formats import gguf
-from steptool_jax.run.training import behaviour, offline, restore
+from steptool_jax.run.data import offline
+from steptool_jax.run.training import behaviour, restore
 from steptool_jax.run.workdir import checkpoint
 from steptool_jax.toolbench.environment import ToolBench
 from steptool_jax.toolbench.formats import conversations, judged, training_rows

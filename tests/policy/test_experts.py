@@ -177,7 +177,7 @@ def _on_eight_devices(directory: pathlib.Path) -> None:
   kernel = placed["params"]["layers"]["expert_up"]["kernel"]
   assert kernel.addressable_shards[0].data.shape == (1, 4, 32, 6)
   rows = jax.device_put(tokens, sharding.batch_sharding(mesh))
-  spot = sharding.cache_sharding(cache.k.shape[3:], 4, mesh)
+  spot = jax.NamedSharding(mesh, sharding.cache_spec(cache.k.shape[3:], mesh))
   with jax.set_mesh(mesh):
     experts.TOKENS, experts.PAIRS = 24, 16  # a row in parts, and a part in blocks
     got = jax.jit(jax.value_and_grad(loss))(placed, rows)

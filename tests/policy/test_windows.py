@@ -73,10 +73,26 @@ def test_values_and_gradients(size, here, block, monkeypatch):
   assert_agree(ours, oracle(size if here else 99), (q, k, v), segments, weight)
 
 
-def test_first_block_by_hand():
-  # Blocks of two tokens, one segment, 3 tokens seen: query 4 sees keys 2 to 4, query 6 4 to 6.
-  row = jnp.ones((4, 1, 2), jnp.int32)
-  assert attention._first_seen(row, 3).tolist() == [0, 0, 1, 2]
+def test_blocks_seen_by_hand():
+  """Blocks of two tokens, one path, 3 tokens seen: query 4 sees keys 2 to 4, query 6 4 to 6."""
+  rows = jnp.full((4, 1, 2), 8), jnp.arange(8).reshape(4, 1, 2)
+  seen = np.tril(attention._blocks_seen(rows, 3)).astype(int)
+  assert seen.tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1]]
+
+
+def test_a_window_reaches_back_along_the_path():
+  """A branch whose prompt stands before another branch is as near to it as if it came first."""
+  keys = jax.random.split(jax.random.key(0), 3)
+  q, k, v = (jax.random.normal(key, (1, 8, 2, 6)) for key in keys)
+  # A prompt of three, a branch of three, a branch of two; a window of three tokens.
+  until = jnp.array([[8, 8, 8, 6, 6, 6, 8, 8]])
+  tree = attention.Tree(until, jnp.array([[0, 1, 2, 3, 4, 5, 3, 4]]))
+  window = Window(3, jnp.array(True))
+  out = attention.attend(q, k, v, jnp.ones_like(until), tree, window)
+  alone = [0, 1, 2, 6, 7]
+  parts = (x[:, jnp.array(alone)] for x in (q, k, v))
+  expected = attention.attend(*parts, jnp.ones((1, 5), jnp.int32), window=window)
+  np.testing.assert_allclose(out[:, 6:], expected[:, 3:], atol=1e-5)
 
 
 def test_the_tpu_kernel_sees_the_same():

@@ -152,8 +152,8 @@ def _main(argv) -> None:
 
   reward = rollouts.reward
 
-  def recording(parts, *args):
-    trajectories = reward(parts, *args)
+  def recording(parts, *args, **options):
+    trajectories = reward(parts, *args, **options)
     name = f"rolled_{hosts.peers().index}.jsonl"
     with pathlib.Path(parts.workdir, name).open("a") as file:
       file.writelines(dump(AnnotatedTrajectory(t)) + "\n" for t in trajectories)

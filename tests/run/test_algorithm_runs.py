@@ -29,8 +29,8 @@ def some_solved(monkeypatch):
   """Random weights solve nothing: every first sample is called solved, and paid."""
   reward = rollouts.reward
 
-  def paid(*args):
-    return [with_outcome(t, float(t.sample == 0)) for t in reward(*args)]
+  def paid(*args, **options):
+    return [with_outcome(t, float(t.sample == 0)) for t in reward(*args, **options)]
 
   monkeypatch.setattr(rollouts, "reward", paid)
 
@@ -88,9 +88,10 @@ def test_iterations_without_a_pair_are_skipped_and_a_run_without_any_is_an_error
 ):
   reward, calls = rollouts.reward, []
 
-  def second_only(*args):
+  def second_only(*args, **options):
     calls.append(1)
-    return [with_outcome(t, float(len(calls) == 2 and t.sample == 0)) for t in reward(*args)]
+    solved = float(len(calls) == 2)
+    return [with_outcome(t, solved * (t.sample == 0)) for t in reward(*args, **options)]
 
   monkeypatch.setattr(rollouts, "reward", second_only)
   train.run(make("eto", compiled), tmp_path / "one")

@@ -32,9 +32,9 @@ def _run(config, workdir, mesh):
   build.build_mesh = lambda config: mesh
   reward, sampled = rollouts.reward, []
 
-  def recording(parts, tasks, trajectories, scheme="steptool"):
+  def recording(parts, tasks, trajectories, scheme="steptool", **options):
     sampled.extend(step.tokens for t in trajectories for step in t.steps)
-    return [_paid(t) for t in reward(parts, tasks, trajectories, scheme)]
+    return [_paid(t) for t in reward(parts, tasks, trajectories, scheme, **options)]
 
   rollouts.reward = recording
   workdir.mkdir()

@@ -10,9 +10,9 @@ import tiny
 from resuming import crash_and_go_on, records, saved
 
 from steptool_jax.rollout.setting import Stats
+from steptool_jax.run.data.order import Order
 from steptool_jax.run.parts import rollouts
 from steptool_jax.run.training import drawing
-from steptool_jax.run.training.order import Order
 from steptool_jax.types import Finish, Status, Step, Trajectory
 
 

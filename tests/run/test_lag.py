@@ -9,7 +9,7 @@ from resuming import Crash, assert_same_run, saved
 from steptool_jax.environments import generated
 from steptool_jax.run import train
 from steptool_jax.run.parts import rollouts
-from steptool_jax.run.training import iteration, phase
+from steptool_jax.run.training import drawing, iteration, phase
 from steptool_jax.run.workdir.outputs import read_jsonl
 
 
@@ -26,7 +26,7 @@ def whole(config, tmp_path_factory):
   seen, updates, real, update = [], [], rollouts.roll, phase.Phase.update
 
   def roll(parts, variables, work, version, *args, **options):
-    seen.append((version, options["policy"], len(updates)))
+    seen.append((version, options.get("policy", version), len(updates)))
     return real(parts, variables, work, version, *args, **options)
 
   def counted(self, *args):
@@ -83,7 +83,7 @@ def test_a_run_that_is_killed_goes_on_bit_equal(config, whole, tmp_path):
 def test_updates_fill_the_gaps_and_change_nothing(config, whole, tmp_path, monkeypatch):
   """A slow tool leaves all slots idle. The update must not reach the weights that sample, and the
   sampler's log-probs, which are trained on, must not depend on how soon a tool answers."""
-  step, collect = iteration.Pieces.step, iteration._collect
+  step, draw = iteration.Pieces.step, drawing.draw
   call = generated.SerialSession.call
   gaps, rolling = [], []
 
@@ -94,7 +94,7 @@ def test_updates_fill_the_gaps_and_change_nothing(config, whole, tmp_path, monke
   def collecting(*args, **options):
     rolling.append(1)
     try:
-      return collect(*args, **options)
+      return draw(*args, **options)
     finally:
       rolling.pop()
 
@@ -103,7 +103,7 @@ def test_updates_fill_the_gaps_and_change_nothing(config, whole, tmp_path, monke
     return call(self, given)
 
   monkeypatch.setattr(iteration.Pieces, "step", noted)
-  monkeypatch.setattr(iteration, "_collect", collecting)
+  monkeypatch.setattr(drawing, "draw", collecting)
   monkeypatch.setattr(generated.SerialSession, "call", slow)
   train.run(config, tmp_path)
   assert any(gaps), "no gap was filled"

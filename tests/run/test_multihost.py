@@ -65,8 +65,8 @@ def alone(compiled, tmp_path_factory):
   workdir = tmp_path_factory.mktemp("alone")
   reward, rolled = rollouts.reward, []
 
-  def recording(*args):
-    trajectories = reward(*args)
+  def recording(*args, **options):
+    trajectories = reward(*args, **options)
     rolled.extend(trajectories)
     return trajectories
 

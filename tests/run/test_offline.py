@@ -18,8 +18,9 @@ from toolbench.official_rows import CALL, FINISH, row
 from steptool_jax.data import annotated_trajectories
 from steptool_jax.data.trajectories import AnnotatedTrajectory, write_trajectories
 from steptool_jax.run import train
+from steptool_jax.run.data import offline
 from steptool_jax.run.parts import build
-from steptool_jax.run.training import iteration, offline, phase
+from steptool_jax.run.training import iteration, phase
 from steptool_jax.run.workdir.outputs import read_jsonl
 from steptool_jax.toolbench.formats import conversations, training_rows
 from steptool_jax.types import Finish, Status, Step, Trajectory

@@ -17,8 +17,9 @@ from steptool_jax.policy import model as model_lib
 from steptool_jax.rewards import information, rules
 from steptool_jax.run import reward_model as mode
 from steptool_jax.run import train
+from steptool_jax.run.data import reward_data
 from steptool_jax.run.parts import build, reward_models
-from steptool_jax.run.training import iteration, reward_data, sources
+from steptool_jax.run.training import iteration, sources
 from steptool_jax.run.workdir.outputs import read_jsonl
 from steptool_jax.types import Finish, Status, Task, ToolCall, Trajectory
 

@@ -131,8 +131,8 @@ def test_what_is_compiled_ahead_is_what_a_phase_calls(phase, algorithm, tmp_path
       one.imitate(trajectories, -(-config.sft.batch // config.sft.micro_rows))
       assert one.programs[1].fits
       return
-    batch = one.pack(trajectories).batch
-    prepared, _ = one.prepare(batch)
-    for minibatch, count in one.minibatches(prepared, len(batch.tokens), 0):
+    packed = one.pack(trajectories)
+    prepared, _ = one.prepare(packed)
+    for minibatch, count in one.minibatches(prepared, len(packed.batch.tokens), 0):
       one.update(minibatch, count)
       assert [program.fits for program in one.programs] == [True, True]

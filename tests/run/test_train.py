@@ -14,9 +14,9 @@ from scripted import bare_phase, scripted
 
 from steptool_jax.learning import batching
 from steptool_jax.run import train
+from steptool_jax.run.data.order import jobs
 from steptool_jax.run.parts import build, opening, rollouts
 from steptool_jax.run.training import iteration, setup, sft_batches
-from steptool_jax.run.training.order import jobs
 from steptool_jax.run.workdir import checkpoint
 from steptool_jax.run.workdir.outputs import read_jsonl
 from steptool_jax.types import Status, TrainState

@@ -10,9 +10,9 @@ import tiny
 
 from steptool_jax.rollout.chain import Interrupted
 from steptool_jax.run import train
+from steptool_jax.run.data.order import Order
 from steptool_jax.run.parts import opening, rollouts, tokenizers
 from steptool_jax.run.training import usable
-from steptool_jax.run.training.order import Order
 from steptool_jax.run.training.sft_batches import SftBatches
 from steptool_jax.types import Status
 

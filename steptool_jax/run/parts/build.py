@@ -154,7 +154,7 @@ def random_model(config: Config, **run_fields: str) -> model.ModelConfig:
   a = config.model.architecture
   family = families.FAMILIES[a.family]
   return model.ModelConfig(
-    **dataclasses.asdict(a),
+    **dataclasses.asdict(a) | ({} if family.full_every else {"sliding_window": None}),
     qkv_bias=family.qkv_bias,
     qk_norm=family.qk_norm,
     max_position_embeddings=slot_tokens(config),

@@ -21,8 +21,8 @@ import numpy as np
 
 from steptool_jax.files import replacing
 from steptool_jax.learning import batching
+from steptool_jax.run.data.offline import Data
 from steptool_jax.run.hosts import hosts
-from steptool_jax.run.training.offline import Data
 from steptool_jax.types import TokenBatch
 
 _FILE = "behaviour.npz"

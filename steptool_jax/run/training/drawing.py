@@ -18,9 +18,10 @@ import numpy as np
 from steptool_jax.config import Config, Filters
 from steptool_jax.rewards import orchestra
 from steptool_jax.rollout.setting import Stats
+from steptool_jax.run.data import order
 from steptool_jax.run.parts import rollouts
 from steptool_jax.run.parts.opening import Parts
-from steptool_jax.run.training import order, replay, sources
+from steptool_jax.run.training import replay, sources
 from steptool_jax.run.training.phase import Phase
 from steptool_jax.types import Status, Trajectory
 

@@ -13,8 +13,9 @@ from steptool_jax.learning import batching
 from steptool_jax.policy import sharding
 from steptool_jax.rollout.conversation import NonFiniteLogprobs
 from steptool_jax.rollout.setting import Stats
+from steptool_jax.run.data import offline
 from steptool_jax.run.parts.opening import Parts
-from steptool_jax.run.training import drawing, offline
+from steptool_jax.run.training import drawing
 from steptool_jax.run.training.phase import Phase
 from steptool_jax.run.training.progress import shares
 from steptool_jax.run.training.record import Recorder

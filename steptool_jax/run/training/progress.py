@@ -9,8 +9,8 @@ from steptool_jax.config import Config
 from steptool_jax.learning.algorithms import get_algorithm
 from steptool_jax.rewards import assembly
 from steptool_jax.rollout.setting import Stats
+from steptool_jax.run.data import offline
 from steptool_jax.run.parts.opening import Parts
-from steptool_jax.run.training import offline
 from steptool_jax.run.workdir import outputs
 from steptool_jax.types import Trajectory
 

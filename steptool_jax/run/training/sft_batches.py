@@ -10,9 +10,9 @@ from steptool_jax.data.trajectories import AnnotatedTrajectory, from_document, t
 from steptool_jax.environments.mistakes import imperfect
 from steptool_jax.rollout.peers import together
 from steptool_jax.rollout.replaying import hung, replay_actions
+from steptool_jax.run.data.order import Order
 from steptool_jax.run.hosts import hosts
 from steptool_jax.run.parts.opening import Parts
-from steptool_jax.run.training.order import Order
 from steptool_jax.run.training.usable import usable
 from steptool_jax.types import TRUNCATED, Action, Status, Task, Trajectory
 

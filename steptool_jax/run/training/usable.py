@@ -10,9 +10,9 @@ from absl import logging
 from steptool_jax.checking import replays
 from steptool_jax.rollout.chain import Interrupted
 from steptool_jax.rollout.replaying import hung
+from steptool_jax.run.data.order import Order
 from steptool_jax.run.hosts import hosts
 from steptool_jax.run.parts.opening import Parts
-from steptool_jax.run.training.order import Order
 from steptool_jax.simulators.errors import InfrastructureError
 from steptool_jax.types import Status, Task
 

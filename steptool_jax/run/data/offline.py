@@ -33,7 +33,7 @@ from steptool_jax.dialogue.template import ChatFormat
 from steptool_jax.learning.algorithms import get_algorithm
 from steptool_jax.policy.model import ModelConfig
 from steptool_jax.rewards import shaping
-from steptool_jax.run.training.order import permutation
+from steptool_jax.run.data.order import permutation
 from steptool_jax.toolbench.formats import conversations, training_rows
 from steptool_jax.types import Status, Trajectory
 

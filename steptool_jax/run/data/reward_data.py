@@ -12,9 +12,9 @@ from steptool_jax.config import Config
 from steptool_jax.data import trajectories as stored
 from steptool_jax.dialogue.template import ChatFormat
 from steptool_jax.rewards.model import labels
+from steptool_jax.run.data.offline import files, token_arrays
+from steptool_jax.run.data.order import permutation
 from steptool_jax.run.parts.build import Policy
-from steptool_jax.run.training.offline import files, token_arrays
-from steptool_jax.run.training.order import permutation
 from steptool_jax.types import HEADS, Status, ToolCall, Trajectory
 
 _LEAST = 2  # tasks on each side
