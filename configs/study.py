@@ -18,17 +18,23 @@ tasks, SFT warm-up included, 16 x 3 cells with the study's budget, over an hour:
 
     python -m steptool_jax.main --config=configs/study.py:algorithms --mode=study --workdir=runs/all
 
-Groups. core: 6 methods x 4 environments x 5 seeds = 120 cells. wide: the other methods of the table
-that learn from rewards, on nested_api with faults, 8 x 3 = 24. depth: outcome-only PPO and StepTool
-at 2, 3, 4 and 5 dependent calls, 2 x 4 x 3 = 24. 168 cells in all.
+Groups (results/study is still of the study before this one, of version 0.1.0):
 
-Equal budgets: all methods of one environment have the same start checkpoint, training tasks in the
-same order, 24 iterations of 12 tasks x 4 samples = 1,152 conversations of at most 8 LLM calls, and
-48 optimizer steps; they differ in what config.study.cells says and in nothing else (a study with
-unequal budgets is refused).
+    core         outcome-only PPO, its twin with GAE over steps, StepTool, each with the old critic
+                 (value) and the new one (ridge), 8 seeds; the paper's sum with credit in
+                 hindsight, StepTool as it was in 0.1.0, GRPO, grpo_step, ToolOrchestra's scheme
+                 without and with step rewards, 4 seeds; four environments
+    depth        the three main methods at 2, 3, 4 and 5 dependent calls, 8 seeds
+    granularity  the same rewards of 4-call tasks paid at the end, for every two steps, and token
+                 by token with GAE over tokens (at each step is depth's), 8 seeds
+    sources      information gain in the place of rules, 4 seeds
+    plateau      the three main methods with four times the budget, 4 seeds
+    new          64 tries a task before and after: is what is solved new, or only sharper? 4 seeds
 
-Time, two cells side by side with a core each (results/study/cells.csv): nested_api 125 s (2 calls)
-to 255 s (5 calls) a cell, data_pipeline 230 s, all 168 cells 4.9 h; 1.4 GiB a cell at most.
+Equal budgets: all methods of one environment of a group have the same start checkpoint, training
+tasks in the same order, 24 iterations (plateau: 96) of 12 tasks x 4 samples = 1,152 conversations
+of at most 8 LLM calls, and 48 optimizer steps; they differ in what config.study.cells says and in
+nothing else (a study with unequal budgets is refused).
 """
 
 import pathlib
@@ -43,15 +49,31 @@ _FAULTS = "rate_limit timeout transient not_found"
 _PIPELINE_BASE = "/tmp/pipeline_base/export"
 
 # Name in the study -> algorithm and what makes it this method.
-_CORE = {
-  "ppo": "ppo",
+_MAIN = {
+  "ppo": "ppo critic.kind=ridge",
+  "outcome": "steptool_no_step_rewards",
   "steptool": "steptool",
-  "steptool_no_step_rewards": "steptool_no_step_rewards",
-  "steptool_no_step_grained": "steptool_no_step_grained",
-  "orchestra": "grpo rewards.scheme=orchestra",
-  "orchestra_steps": "grpo_step rewards.scheme=orchestra_steps",
 }
-_WIDE = ("rft", "reinforce", "rloo", "grpo", "grpo_step", "gigpo", "eto", "archer")
+_OLD_CRITIC = {
+  "ppo_value": "ppo",
+  "outcome_value": "steptool_no_step_rewards critic.kind=value",
+  "steptool_value": "steptool critic.kind=value",
+}
+_HINDSIGHT = "rewards.source=hindsight rewards.unsafe=True"
+_OTHERS = {
+  "paper_sum": f"steptool rewards.shaping=sum {_HINDSIGHT}",
+  "steptool_0_1": f"steptool rewards.shaping=episode_mean {_HINDSIGHT} critic.kind=value "
+  "advantage.bootstrap=step_budget,token_budget",
+  "grpo": "grpo",
+  "grpo_step": "grpo_step",
+  "orchestra": "steptool_no_step_rewards rewards.scheme=orchestra",
+  "orchestra_steps": "steptool rewards.scheme=orchestra_steps",
+}
+_GRANULARITY = {
+  "once": "steptool rewards.every=0",
+  "every_two": "steptool rewards.every=2",
+  "tokens": "steptool rewards.spread=True advantage.level=token",
+}
 _NESTED = "environment.min_calls=2 environment.max_calls=3"
 _PIPELINE = (
   f"model.path={_PIPELINE_BASE} environment.name=data_pipeline environment.min_calls=3 "
@@ -72,15 +94,27 @@ _ENVIRONMENTS = {
 
 
 def _cells() -> tuple[str, ...]:
-  lines = []
+  def lines(group, environment, methods, fields, seeds):
+    return [_line(group, environment, m, how, fields, seeds) for m, how in methods.items()]
+
+  found = []
   for environment, fields in _ENVIRONMENTS.items():
-    lines += [_line("core", environment, m, how, fields, 5) for m, how in _CORE.items()]
-  faults = _ENVIRONMENTS["nested_api_faults"]
-  lines += [_line("wide", "nested_api_faults", m, m, faults, 3) for m in _WIDE]
+    found += lines("core", environment, _MAIN | _OLD_CRITIC, fields, 8)
+    found += lines("core", environment, _OTHERS, fields, 4)
   for depth in (2, 3, 4, 5):
     fields = f"environment.min_calls={depth} environment.max_calls={depth}"
-    lines += [_line("depth", f"{depth}_calls", m, m, fields, 3) for m in ("ppo", "steptool")]
-  return tuple(lines)
+    found += lines("depth", f"{depth}_calls", _MAIN, fields, 8)
+    if depth == 4:
+      found += lines("granularity", f"{depth}_calls", _GRANULARITY, fields, 8)
+  found += lines(
+    "sources", "nested_api", {"info_gain": "steptool rewards.source=info_gain"}, _NESTED, 4
+  )
+  for environment in ("nested_api", "data_pipeline"):
+    longer = f"{_ENVIRONMENTS[environment]} train.iterations=96"
+    found += lines("plateau", environment, _MAIN, longer, 4)
+  tries = f"{_NESTED} evaluation.samples=64 evaluation.sampled_tasks=60"
+  found += lines("new", "nested_api", _MAIN, tries, 4)
+  return tuple(found)
 
 
 def _line(group, environment, method, how, fields, seeds) -> str:

@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -45,6 +47,14 @@ def test_nothing_to_take_a_mean_of():
   assert set(figures.values()) == {0.0}
   lost = trajectory(call(), finish(), status=Status.INFRASTRUCTURE_ERROR)
   assert rollout_metrics([lost]) == figures | {"infrastructure_errors": 1.0}
+
+
+def test_useless_calls_are_those_that_contributed_nothing():
+  """Two of three calls here, one of one there; the answer is no call, and half a Con is some."""
+  helped = dataclasses.replace(call(), contribution=0.5)
+  first = trajectory(call(), helped, call("g", Code.TOOL_ERROR), finish())
+  figures = rollout_metrics([first, trajectory(call(), finish())])
+  assert figures["useless_calls"] == (2 + 1) / 2
 
 
 def test_figures_by_hand():

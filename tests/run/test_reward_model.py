@@ -236,7 +236,7 @@ def seen(monkeypatch):
     found.append((parts, phase, tasks, trajectories, jax.device_get(phase.variables()), *out))
     return out
 
-  monkeypatch.setattr(iteration.sources, "mark", recording)
+  monkeypatch.setattr(sources, "mark", recording)
   return found
 
 

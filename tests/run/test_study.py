@@ -314,10 +314,14 @@ def test_the_committed_study(committed):
   study_ = validate(committed()).study
   cells = grid.plan(study_)
   sizes = collections.Counter(cell.group for cell in cells)
-  assert sizes == {"core": 6 * 4 * 5, "wide": 8 * 3, "depth": 2 * 4 * 3}
-  learning = {name for name, row in ALGORITHMS.items() if row.rewards != "none"}
-  learning -= {"gspo", "dr_grpo", "cispo"}  # grpo with another loss
-  assert {cell.overrides["algorithm"] for cell in cells} == learning
+  assert sizes == {
+    "core": 4 * (6 * 8 + 6 * 4),
+    "depth": 4 * 3 * 8,
+    "granularity": 3 * 8,
+    "sources": 4,
+    "plateau": 2 * 3 * 4,
+    "new": 3 * 4,
+  }
   found = grid.configs(validate(committed()), cells)
   faulty = found["core/data_pipeline_faults/ppo/4"]
   assert (faulty.seed, faulty.environment.name) == (4, "data_pipeline")
