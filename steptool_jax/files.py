@@ -7,6 +7,7 @@ import lzma
 import math
 import os
 import pathlib
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from typing import IO, Any
@@ -118,6 +119,22 @@ def replacing(path: str | pathlib.Path, mode: str = "w", **arguments: Any) -> It
   except BaseException:
     os.unlink(temporary)
     raise
+
+
+@contextlib.contextmanager
+def replacing_folder(folder: pathlib.Path, mine: bool = True) -> Iterator[pathlib.Path]:
+  """A new folder to write to, which takes the place of `folder` once it is whole.
+
+  What an interrupted one left is removed. mine: on several hosts, whether this one moves folders.
+  """
+  new = folder.with_name(f"{folder.name}.new")
+  if mine and new.exists():
+    shutil.rmtree(new)
+  yield new
+  if mine:
+    if folder.exists():
+      shutil.rmtree(folder)
+    new.rename(folder)
 
 
 def write_text(path: str | pathlib.Path, text: str, **arguments: Any) -> None:

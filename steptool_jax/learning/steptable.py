@@ -47,19 +47,17 @@ def build(packed: Packed, width: int = 0) -> StepTable:
     task = int(packed.batch.group_ids[row, start])
     first, position = len(entries[row]), start + prompt - 1
     succeeded = failed = last_failed = 0.0
-    for k, step in enumerate(trajectory.steps):
+    goes_on = [None] if packed.batch.bootstrap[row, stop - 1] else []
+    for k, step in enumerate((*trajectory.steps, *goes_on)):
       same = numbers.setdefault((task, k), len(numbers) + 1)
       known = (succeeded, failed, last_failed)
-      entries[row].append((position, False, task, same, first, k, *known))
+      entries[row].append((position, step is None, task, same, first, k, *known))
+      if step is None:
+        break
       position += len(step.tokens) + len(step.observation_tokens)
       if isinstance(step.action, ToolCall):
         last_failed = 1.0 - step.success_calling
         succeeded, failed = succeeded + step.success_calling, failed + last_failed
-    if packed.batch.bootstrap[row, stop - 1]:
-      k = len(trajectory.steps)
-      same = numbers.setdefault((task, k), len(numbers) + 1)
-      known = (succeeded, failed, last_failed)
-      entries[row].append((stop - 1, True, task, same, first, k, *known))
   needed = max(map(len, entries), default=0)
   table = empty(rows, max(width, -(-needed // _WIDTH) * _WIDTH, _WIDTH))
   for row, of_row in enumerate(entries):

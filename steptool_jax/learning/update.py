@@ -145,14 +145,16 @@ def prepare(
   rewards_BT = flat.rewards
   if c.loss.kl == "reward":
     rewards_BT = rewards_BT - state.kl_coef * log_ratio_BT
-  signal, values = {}, now.values
+  signal, values, returns_BT = {}, now.values, None
+  if learner.critic != "none":
+    returns_BT = _returns_to_go(learner, flat, rewards_BT)
   if learner.fits is not None:
-    returns_BK = steptable.gather(_returns_to_go(learner, flat, rewards_BT), table)
+    returns_BK = steptable.gather(returns_BT, table)
     values_BK = learner.fits(table, returns_BK, now.values, c.critic.penalty, c.critic.folds)
     values = steptable.scatter(values_BK, table, flat)
   if learner.algorithm.advantage is not None:
     signal = learner.algorithm.advantage(flat, rewards_BT, values, c)
-  metrics = _signal_metrics(learner, flat, rewards_BT, values, signal)
+  metrics = _signal_metrics(learner, flat, returns_BT, values, signal)
   if learner.critic != "none" and c.advantage.whiten:
     weights_BT = losses.action_weights(flat, c.loss.aggregation)
     signal |= {"advantages": advantages.whiten(signal["advantages"], weights_BT)}
@@ -193,7 +195,7 @@ def _returns_to_go(learner: Learner, batch: TokenBatch, rewards_BT: jax.Array) -
   )[0]
 
 
-def _signal_metrics(learner, batch, rewards_BT, values, signal: dict[str, jax.Array]) -> Metrics:
+def _signal_metrics(learner, batch, returns_BT, values, signal: dict[str, jax.Array]) -> Metrics:
   """How far advantages spread before whitening, and how much of the returns V explains."""
   metrics = {}
   if "advantages" in signal:
@@ -203,7 +205,6 @@ def _signal_metrics(learner, batch, rewards_BT, values, signal: dict[str, jax.Ar
     values_BT = values[0].v if learner.critic == "double" else values
     # At step starts, where every level fits the values; of returns that no V has a part in.
     starts_BT = segments.step_starts(batch)
-    returns_BT = _returns_to_go(learner, batch, rewards_BT)
     left = _masked_variance(returns_BT - values_BT, starts_BT)
     metrics["explained_variance"] = 1.0 - left / (_masked_variance(returns_BT, starts_BT) + 1e-8)
   return metrics

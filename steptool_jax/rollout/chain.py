@@ -10,12 +10,11 @@ On several processes (peers.py) all hold the same conversations and make the sam
 sessions of a slot live in one of them, which tells the others its observations and grades.
 """
 
-import contextlib
 import dataclasses
 import functools
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import Any
 
@@ -336,7 +335,7 @@ class Loop:
 
   def _start(self, fresh: list[int]) -> None:
     """Prompts into new slots; a prompt that stands in another slot is forked, not computed."""
-    with self._device():
+    with self.stats.device():
       self.state = self.engine.rewind(self.state, dict.fromkeys(fresh, 0))
     holders: dict[bytes, int] = {}
     for slot, seat in self.seats.items():
@@ -358,7 +357,7 @@ class Loop:
       self._append_pieces(prompts)
     if copies:
       lengths = {s: len(self.seats[s].conversation.pending_tokens()) for s in copies}
-      with self._device():
+      with self.stats.device():
         self.state = self.engine.fork(self.state, copies)
         self.state = self.engine.rewind(self.state, lengths)
       self.stats.shared_prefills += len(copies)
@@ -398,7 +397,7 @@ class Loop:
 
   def _append_pieces(self, pieces: dict[int, np.ndarray]) -> None:
     self.stats.forced_tokens += sum(map(len, pieces.values()))
-    with self._device():
+    with self.stats.device():
       self.state = self.engine.append(self.variables, self.state, pieces)
 
   def _decode(self) -> None:
@@ -408,7 +407,7 @@ class Loop:
     if not decoding:
       return
     started = time.monotonic()
-    with self._device():
+    with self.stats.device():
       self.state, decoded = self.engine.decode(
         self.variables,
         self.state,
@@ -430,15 +429,6 @@ class Loop:
   def _submit(self, seat: Seat) -> Future:
     """A tool call in a thread."""
     return self.runner.submit(seat.session, seat.conversation.call)
-
-  @contextlib.contextmanager
-  def _device(self) -> Iterator[None]:
-    """Time in here is time on the device."""
-    started = time.monotonic()
-    try:
-      yield
-    finally:
-      self.stats.device_seconds += time.monotonic() - started
 
 
 def _prompt_key(seat: Seat) -> bytes:

@@ -1,7 +1,10 @@
 """What a rollout is done with, by chain.py and tree.py, and what it cost."""
 
+import contextlib
 import dataclasses
 import hashlib
+import time
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -27,6 +30,15 @@ class Stats:
   shared_tokens: int = 0  # their tokens
   # Why conversations were marked: no session could be opened, or the answer not be graded.
   failures: list[str] = dataclasses.field(default_factory=list)
+
+  @contextlib.contextmanager
+  def device(self) -> Iterator[None]:
+    """Time in here is time on the device."""
+    started = time.monotonic()
+    try:
+      yield
+    finally:
+      self.device_seconds += time.monotonic() - started
 
 
 @dataclasses.dataclass(frozen=True)

@@ -345,7 +345,7 @@ class _TreeLoop(Loop):
     }
     lengths = {s: tree.rewind_to for s, tree in waiting.items() if tree.rewind_to is not None}
     if lengths:
-      with self._device():
+      with self.stats.device():
         self.state = self.engine.rewind(self.state, lengths)
     sizes: collections.Counter[str] = collections.Counter()
     for tree in waiting.values():

@@ -1,10 +1,10 @@
 """--mode=export: the newest checkpoint as a Hugging Face directory, WORKDIR/export."""
 
 import pathlib
-import shutil
 from typing import Any
 
 from steptool_jax.config import Config
+from steptool_jax.files import replacing_folder
 from steptool_jax.policy import hub
 from steptool_jax.policy.formats import peftfile
 from steptool_jax.run.hosts import hang, hosts
@@ -39,21 +39,16 @@ def write(parts: Parts, variables: dict, folded: bool) -> pathlib.Path:
   """
   hang.rest()  # a large model takes its time
   policy = parts.policy
-  out, new = parts.workdir / "export", parts.workdir / "export.new"
-  if hosts.primary() and new.exists():  # of an export that was interrupted
-    shutil.rmtree(new)
-  hub.save_params(
-    new,
-    policy.model,
-    variables["params"],
-    policy.raw_config,
-    source=policy.tokenizer,
-    adapters=variables.get("lora"),
-  )
-  if policy.lora is not None and not folded:
-    peftfile.save_adapter(new / "adapter", policy.model, variables["lora"], policy.lora)
-  if hosts.primary():
-    if out.exists():
-      shutil.rmtree(out)
-    new.rename(out)
+  out = parts.workdir / "export"
+  with replacing_folder(out, hosts.primary()) as new:
+    hub.save_params(
+      new,
+      policy.model,
+      variables["params"],
+      policy.raw_config,
+      source=policy.tokenizer,
+      adapters=variables.get("lora"),
+    )
+    if policy.lora is not None and not folded:
+      peftfile.save_adapter(new / "adapter", policy.model, variables["lora"], policy.lora)
   return out

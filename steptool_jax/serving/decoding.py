@@ -6,11 +6,10 @@ it: so a conversation that goes on appends only what is new, samples of one prom
 prefill, and nobody has to say which slot is whose.
 """
 
-import contextlib
 import dataclasses
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -208,11 +207,11 @@ class Decoder:
       self._active[slot], self._held[slot], self._owner[slot] = turn, turn.ids, turn.owner
       self._length[slot] = len(turn.ids)
     if rewinds:
-      with self._device():
+      with self.stats.device():
         self._state = self._engine.rewind(self._state, rewinds)
     self._append(pieces)
     if forks:
-      with self._device():
+      with self.stats.device():
         self._state = self._engine.fork(self._state, forks)
         cached = {slot: self._active[slot].cached for slot in forks}
         self._state = self._engine.rewind(self._state, cached)
@@ -222,7 +221,7 @@ class Decoder:
   def _append(self, pieces: dict[int, np.ndarray]) -> None:
     if pieces:
       self.stats.forced_tokens += sum(map(len, pieces.values()))
-      with self._device():
+      with self.stats.device():
         self._state = self._engine.append(self._variables, self._state, pieces)
 
   def _free(self, slot: int, turn: Turn) -> None:
@@ -237,7 +236,7 @@ class Decoder:
     """One call for each temperature that is asked for: the engine takes one at a time."""
     for temperature in dict.fromkeys(turn.temperature for turn in self._active.values()):
       group = {s: turn for s, turn in self._active.items() if turn.temperature == temperature}
-      with self._device():
+      with self.stats.device():
         self._state, decoded = self._engine.decode(
           self._variables,
           self._state,
@@ -275,14 +274,6 @@ class Decoder:
       self._free(slot, turn)
       self._expected.add(("slot", slot) if turn.owner is None else turn.owner)
       _settle(turn, None)
-
-  @contextlib.contextmanager
-  def _device(self) -> Iterator[None]:
-    started = time.monotonic()
-    try:
-      yield
-    finally:
-      self.stats.device_seconds += time.monotonic() - started
 
 
 def _settle(turn: Turn, error: Exception | None) -> None:

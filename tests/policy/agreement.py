@@ -1,4 +1,4 @@
-"""Whether two implementations of attention agree."""
+"""Whether two implementations of attention agree; the slow one."""
 
 import jax
 import jax.numpy as jnp
@@ -18,3 +18,20 @@ def assert_agree(one, other, inputs, segments, weight):
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5)
 
   jax.tree.map(close, both(one), both(other))
+
+
+def token_by_token(sees):
+  """Attention in a loop; sees: (what is said of the rows, row, query, key <= query) -> bool."""
+
+  def attend(q, k, v, said):
+    B, T, H, h = q.shape
+    k, v = (jnp.repeat(x, H // x.shape[2], axis=2) for x in (k, v))
+    rows = []
+    for b in range(B):
+      for t in range(T):
+        seen = np.array([s for s in range(t + 1) if sees(said, b, t, s)])
+        probs = jax.nn.softmax(jnp.einsum("shd,hd->hs", k[b, seen], q[b, t]) / np.sqrt(h))
+        rows.append(jnp.einsum("hs,shd->hd", probs, v[b, seen]))
+    return jnp.stack(rows).reshape(B, T, H, h)
+
+  return attend

@@ -4,22 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from agreement import assert_agree
+from agreement import assert_agree, token_by_token
 
 from steptool_jax.policy import attention
 
-
-def oracle(q, k, v, segments):
-  """Token by token."""
-  B, T, H, h = q.shape
-  k, v = (jnp.repeat(x, H // x.shape[2], axis=2) for x in (k, v))
-  rows = []
-  for b in range(B):
-    for t in range(T):
-      seen = np.array([s for s in range(t + 1) if segments[b, s] == segments[b, t]])
-      probs = jax.nn.softmax(jnp.einsum("shd,hd->hs", k[b, seen], q[b, t]) / np.sqrt(h))
-      rows.append(jnp.einsum("hs,shd->hd", probs, v[b, seen]))
-  return jnp.stack(rows).reshape(B, T, H, h)
+oracle = token_by_token(lambda segments, b, t, s: segments[b, s] == segments[b, t])
+# Those on the way from the root.
+tree_oracle = token_by_token(lambda until, b, t, s: t < until[b][s] or s == t)
 
 
 @pytest.mark.parametrize("block", [128, 4])
@@ -37,19 +28,6 @@ def test_values_and_gradients(segments, block, monkeypatch):
   k, v = (jax.random.normal(key, (2, 10, 2, 6)) for key in keys[2:])
 
   assert_agree(attention.attend, oracle, (q, k, v), np.array(segments), weight)
-
-
-def tree_oracle(q, k, v, until):
-  """Token by token: those on the way from the root."""
-  B, T, H, h = q.shape
-  k, v = (jnp.repeat(x, H // x.shape[2], axis=2) for x in (k, v))
-  rows = []
-  for b in range(B):
-    for t in range(T):
-      seen = np.array([s for s in range(t + 1) if t < until[b][s] or s == t])
-      probs = jax.nn.softmax(jnp.einsum("shd,hd->hs", k[b, seen], q[b, t]) / np.sqrt(h))
-      rows.append(jnp.einsum("hs,shd->hd", probs, v[b, seen]))
-  return jnp.stack(rows).reshape(B, T, H, h)
 
 
 # A root of two tokens with two branches, the second of which has two of its own; then a path.

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from agreement import assert_agree
+from agreement import assert_agree, token_by_token
 from fakes import tiny_config
 
 from steptool_jax.learning import vocabulary
@@ -42,20 +42,7 @@ def run(tokens, positions, segments):
 
 def oracle(size):
   """Token by token: its own segment, itself and the size - 1 tokens before it."""
-
-  def attend(q, k, v, segments):
-    B, T, H, h = q.shape
-    k, v = (jnp.repeat(x, H // x.shape[2], axis=2) for x in (k, v))
-    rows = []
-    for b in range(B):
-      for t in range(T):
-        near = range(max(t - size + 1, 0), t + 1)
-        seen = np.array([s for s in near if segments[b, s] == segments[b, t]])
-        probs = jax.nn.softmax(jnp.einsum("shd,hd->hs", k[b, seen], q[b, t]) / np.sqrt(h))
-        rows.append(jnp.einsum("hs,shd->hd", probs, v[b, seen]))
-    return jnp.stack(rows).reshape(B, T, H, h)
-
-  return attend
+  return token_by_token(lambda segments, b, t, s: t - s < size and segments[b, s] == segments[b, t])
 
 
 @pytest.mark.parametrize(

@@ -139,7 +139,7 @@ def load(config: Config, chat_format: ChatFormat, model: ModelConfig) -> Data:
       continue
     for number, record in enumerate(stored or trajectories.read_trajectories(path)):
       total += 1
-      reason = _unfit(record.trajectory, limit)
+      reason = unfit(record.trajectory, limit)
       if reason:
         leave_out(reason, _name(record.trajectory))
         continue
@@ -293,7 +293,8 @@ def _official(
   )
 
 
-def _unfit(trajectory: Trajectory, limit: int) -> str:
+def unfit(trajectory: Trajectory, limit: int) -> str:
+  """Why a stored trajectory is not trained on; "" where it is."""
   if trajectory.status is Status.INFRASTRUCTURE_ERROR:
     return "infrastructure_error"
   if not trajectory.steps:

@@ -12,10 +12,10 @@ from steptool_jax.config import Config
 from steptool_jax.data import trajectories as stored
 from steptool_jax.dialogue.template import ChatFormat
 from steptool_jax.rewards.model import labels
-from steptool_jax.run.data.offline import files, token_arrays
+from steptool_jax.run.data.offline import files, token_arrays, unfit
 from steptool_jax.run.data.order import permutation
 from steptool_jax.run.parts.build import Policy
-from steptool_jax.types import HEADS, Status, ToolCall, Trajectory
+from steptool_jax.types import HEADS, ToolCall, Trajectory
 
 _LEAST = 2  # tasks on each side
 _LOOKED_AT = 50  # calls that must be spelled as the chat format says
@@ -65,7 +65,7 @@ def load(config: Config, policy: Policy) -> Split:
           f"{t.sample}): their {', '.join(HEADS)} mean nothing yet; run --mode=annotate with "
           f"annotate.input={path}, and name its annotated.jsonl here"
         )
-      reason = _unfit(t, limit)
+      reason = unfit(t, limit)
       if reason:
         left_out[reason] += 1
         continue
@@ -91,14 +91,6 @@ def load(config: Config, policy: Policy) -> Split:
     "left_out": left_out,
   }
   return Split(train, measured, _digest(train), report, c.batch, config.seed)
-
-
-def _unfit(t: Trajectory, limit: int) -> str:
-  if t.status is Status.INFRASTRUCTURE_ERROR:
-    return "infrastructure_error"
-  if not t.steps:
-    return "no_steps"
-  return "too_long" if t.num_tokens > limit else ""
 
 
 def _heldout(tasks: Sequence[str], share: float, seed: int, where: str) -> set[str]:

@@ -7,7 +7,6 @@ WORKDIR/reward_model/       a Hugging Face directory of the trunk (adapters merg
 
 import dataclasses
 import pathlib
-import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from steptool_jax.config import Config
-from steptool_jax.files import read_json
+from steptool_jax.files import read_json, replacing_folder
 from steptool_jax.learning import batching, reward_model
 from steptool_jax.policy import hfconfig, hub, model, sharding
 from steptool_jax.policy.tensorfile import TensorFile, write_file, write_json
@@ -108,37 +107,32 @@ def save(
   note: Mapping[str, Any],
 ) -> None:
   """Writes the directory; replaces an earlier one, which is kept until the new one is whole."""
-  new = directory.with_name(f"{directory.name}.new")
-  if new.exists():  # of a run that was cut off
-    shutil.rmtree(new)
-  hub.save_params(
-    new,
-    policy.model,
-    variables["params"],
-    policy.raw_config,
-    source=policy.tokenizer,
-    adapters=variables.get("lora"),
-  )
-  tensors = {name: np.asarray(x, np.float32) for name, x in heads.items()}
-  write_file(
-    new / WEIGHTS, {n: (x.shape, x.dtype) for n, x in tensors.items()}, tensors.__getitem__
-  )
-  codec = policy.chat_format.codec
-  write_json(
-    new / NOTE,
-    {
-      "format": _FORMAT,
-      "heads": list(HEADS),
-      "trunk": _trunk(new),
-      "tokenizer": codec.digest(),
-      "vocab_size": codec.vocab_size,
-      "chat_format": policy.chat_format.name,
-      **note,
-    },
-  )
-  if directory.exists():
-    shutil.rmtree(directory)
-  new.rename(directory)
+  with replacing_folder(directory) as new:
+    hub.save_params(
+      new,
+      policy.model,
+      variables["params"],
+      policy.raw_config,
+      source=policy.tokenizer,
+      adapters=variables.get("lora"),
+    )
+    tensors = {name: np.asarray(x, np.float32) for name, x in heads.items()}
+    write_file(
+      new / WEIGHTS, {n: (x.shape, x.dtype) for n, x in tensors.items()}, tensors.__getitem__
+    )
+    codec = policy.chat_format.codec
+    write_json(
+      new / NOTE,
+      {
+        "format": _FORMAT,
+        "heads": list(HEADS),
+        "trunk": _trunk(new),
+        "tokenizer": codec.digest(),
+        "vocab_size": codec.vocab_size,
+        "chat_format": policy.chat_format.name,
+        **note,
+      },
+    )
 
 
 def _trunk(directory: pathlib.Path) -> str:
