@@ -154,7 +154,7 @@ def test_interrupted_work_is_resumed(tmp_path):
 def test_concurrency_over_trajectories():
   texts = [Transcript(f"q{k}", (("f {}", "r"),), "a") for k in range(16)]
   answer = completion(arguments=grades((1,), (5,)))
-  with Server(script(answer), delay_s=0.05) as server:
+  with Server(script(answer), delay_s=0.2) as server:
     scorer, _ = judge(server, runs=2, max_in_flight=8)
     assert scorer.score(texts).failures == {}
   assert server.peak == 8

@@ -9,17 +9,25 @@ from steptool_jax.policy import engine
 from steptool_jax.run.training import setup
 
 
-@pytest.fixture(scope="session", autouse=True)
+_KEPT = [
+  (module, name, functools.lru_cache(maxsize=32)(getattr(module, name)))
+  for module, name in (
+    (engine, "make_engine"),
+    (setup, "build_learner"),
+    (update, "compile_programs"),
+  )
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
 def traced_once():
-  """Equal runs in one process share their programs: to trace and lower them takes half the time."""
-  keep = functools.lru_cache(maxsize=32)
+  """Equal runs in one process share their programs: to trace and lower them takes half the time.
+
+  In this folder's tests alone: others make an engine again after they have changed what it reads.
+  """
   with pytest.MonkeyPatch.context() as patch:
-    for module, name in (
-      (engine, "make_engine"),
-      (setup, "build_learner"),
-      (update, "compile_programs"),
-    ):
-      patch.setattr(module, name, keep(getattr(module, name)))
+    for kept in _KEPT:
+      patch.setattr(*kept)
     yield
 
 
