@@ -1,12 +1,14 @@
 """Do step rewards make a tool user learn faster, or better? Methods x environments x seeds.
 
     python -m steptool_jax.main --config=configs/study.py:pipeline_base --workdir=/tmp/pipeline_base
+    python -m steptool_jax.main --config=configs/study.py:archive_base --workdir=/tmp/archive_base
     python -m steptool_jax.main --config=configs/study.py --mode=study --workdir=runs/study
     python -m steptool_jax.main --config=configs/study.py --mode=report --workdir=runs/study
 
-The first makes the start checkpoint of data_pipeline (nested_api's is in the package). The second
-is the study: the same command goes on after a stop, `--config.study.hours=2` stops it in time, and
-`--config.study.only="('core/*/0',)"` chooses cells. runs/study/results is what to keep.
+The first two make the start checkpoints of data_pipeline and archive (nested_api's is in the
+package). The third is the study: the same command goes on after a stop, `--config.study.hours=2`
+stops it in time, `--config.study.only="('core/*/0',)"` chooses cells. runs/study/results is what to
+keep.
 
 One cell alone, with the bits that it has in the study (which gives every cell one core):
 
@@ -29,6 +31,8 @@ Groups (results/study is still of the study before this one, of version 0.1.0):
                  by token with GAE over tokens (at each step is depth's), 8 seeds
     sources      information gain in the place of rules, 4 seeds
     plateau      the three main methods with four times the budget, 4 seeds
+    delayed      the three main methods on archive, where a call is of use three and more calls
+                 later and effects show only after another call, 4 to 6 calls, 8 seeds
     new          64 tries a task before and after: is what is solved new, or only sharper? 4 seeds
 
 Equal budgets: all methods of one environment of a group have the same start checkpoint, training
@@ -46,7 +50,7 @@ from steptool_jax.validation import validate
 
 _QUICKSTART = runpy.run_path(str(pathlib.Path(__file__).with_name("quickstart.py")))["get_config"]
 _FAULTS = "rate_limit timeout transient not_found"
-_PIPELINE_BASE = "/tmp/pipeline_base/export"
+_BASE = "/tmp/{}_base/export"
 
 # Name in the study -> algorithm and what makes it this method.
 _MAIN = {
@@ -76,8 +80,12 @@ _GRANULARITY = {
 }
 _NESTED = "environment.min_calls=2 environment.max_calls=3"
 _PIPELINE = (
-  f"model.path={_PIPELINE_BASE} environment.name=data_pipeline environment.min_calls=3 "
+  f"model.path={_BASE.format('pipeline')} environment.name=data_pipeline environment.min_calls=3 "
   "environment.max_calls=4"
+)
+_ARCHIVE = (
+  f"model.path={_BASE.format('archive')} environment.name=archive environment.min_calls=4 "
+  "environment.max_calls=6"
 )
 
 
@@ -112,6 +120,7 @@ def _cells() -> tuple[str, ...]:
   for environment in ("nested_api", "data_pipeline"):
     longer = f"{_ENVIRONMENTS[environment]} train.iterations=96"
     found += lines("plateau", environment, _MAIN, longer, 4)
+  found += lines("delayed", "archive", _MAIN, _ARCHIVE, 8)
   tries = f"{_NESTED} evaluation.samples=64 evaluation.sampled_tasks=60"
   found += lines("new", "nested_api", _MAIN, tries, 4)
   return tuple(found)
@@ -140,10 +149,12 @@ def _flat(tree: dict, prefix: str = "") -> dict:
 
 
 def get_config(arg=""):
-  """The study; ':algorithms' the smaller one; ':pipeline_base' the start checkpoint of
-  data_pipeline; ':NAME' one cell of the study."""
+  """The study; ':algorithms' the smaller one; ':pipeline_base' and ':archive_base' the start
+  checkpoints of data_pipeline and archive; ':NAME' one cell of the study."""
   if arg == "pipeline_base":
-    return _pipeline_base()
+    return _base("data_pipeline", 3, 4)
+  if arg == "archive_base":
+    return _base("archive", 2, 6)
   config = _study()
   if arg == "algorithms":
     return _all_algorithms(config)
@@ -189,10 +200,10 @@ def _all_algorithms(config):
   return config
 
 
-def _pipeline_base():
-  """The quickstart's base, made on data_pipeline: clean demonstrations, then bad habits."""
+def _base(environment: str, fewest: int, most: int):
+  """The quickstart's base, made on another environment: clean demonstrations, then bad habits."""
   base = runpy.run_path(str(pathlib.Path(__file__).with_name("quickstart_base.py")))
   config = base["get_config"]()
   e = config.environment
-  e.name, e.min_calls, e.max_calls = "data_pipeline", 3, 4
+  e.name, e.min_calls, e.max_calls = environment, fewest, most
   return config

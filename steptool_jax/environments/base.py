@@ -18,6 +18,7 @@ SPLITS: tuple[Split, ...] = ("train", "heldout")
 ENVIRONMENTS: dict[str, str] = {
   "nested_api": "steptool_jax.environments.nested_api",
   "data_pipeline": "steptool_jax.environments.data_pipeline",
+  "archive": "steptool_jax.environments.archive",
   "toolbench": "steptool_jax.toolbench.environment",
   "custom": "steptool_jax.environments.custom",
   "harness": "steptool_jax.serving.harness",

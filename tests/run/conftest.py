@@ -8,7 +8,6 @@ from steptool_jax.learning import update
 from steptool_jax.policy import engine
 from steptool_jax.run.training import setup
 
-
 _KEPT = [
   (module, name, functools.lru_cache(maxsize=32)(getattr(module, name)))
   for module, name in (

@@ -92,7 +92,12 @@ def test_the_summary_counts_and_a_hanging_tool_does_not_hang_it(faulty):
 
 
 @pytest.mark.parametrize(
-  "environment", [{}, {"environment__name": "data_pipeline", "environment__max_calls": 4}]
+  "environment",
+  [
+    {},
+    {"environment__name": "data_pipeline", "environment__max_calls": 4},
+    {"environment__name": "archive", "environment__max_calls": 5},
+  ],
 )
 def test_embedded_environments_are_clean(tmp_path, environment):
   fields = {"rollout__max_tokens": 500, "train__row_tokens": 500, "rollout__max_steps": 6}

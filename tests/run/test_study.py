@@ -320,6 +320,7 @@ def test_the_committed_study(committed):
     "granularity": 3 * 8,
     "sources": 4,
     "plateau": 2 * 3 * 4,
+    "delayed": 3 * 8,
     "new": 3 * 4,
   }
   found = grid.configs(validate(committed()), cells)
@@ -353,6 +354,9 @@ def test_all_algorithms_as_the_quickstart_trains_them(committed):
     assert mine.train.optimizer == usual.train.optimizer
 
 
-def test_the_start_of_the_pipeline(committed):
-  config = validate(committed("pipeline_base"))
-  assert (config.algorithm, config.environment.name) == ("sft", "data_pipeline")
+@pytest.mark.parametrize(
+  ("start", "environment"), [("pipeline_base", "data_pipeline"), ("archive_base", "archive")]
+)
+def test_the_starts_of_other_environments(committed, start, environment):
+  config = validate(committed(start))
+  assert (config.algorithm, config.environment.name) == ("sft", environment)
