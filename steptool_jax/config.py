@@ -80,6 +80,9 @@ class Model:
     "how prompts list tools: schemas, or a line each that costs a fraction (not in 'compact')",
     choices="tool lists",
   )
+  parallel_calls: bool = option(
+    False, "a turn may have several calls, which are made side by side (chat format 'hermes')"
+  )
   system: str = option("", "task description in the system turn; empty = the chat format's own")
   dtype: str = option("float32", "compute; norms and log-probs stay float32", choices="dtypes")
   param_dtype: str = option("float32", "parameters and optimizer moments", choices="dtypes")
@@ -211,6 +214,7 @@ class Environment:
   heldout_share: float = option(
     0.2, "custom, harness: share of tasks without a split held out", least=0, most=1
   )
+  user: Endpoint = option(Endpoint(), "custom: the model behind users of type 'model'")
   toolbench: ToolBench = option(ToolBench(), "toolbench: queries")
   faults: Faults = option(Faults(), "injected faults, in training and evaluation")
   market: Market = option(Market(), "what calls cost")
@@ -352,6 +356,9 @@ class Rewards:
     choices="shapings",
   )
   weight: float = option(1.0, "of intermediate rewards, where a solved task earns 1", least=0)
+  turns: float = option(
+    1.0, "what a solved turn earns whose answer the user replies to, by its own checker", least=0
+  )
   every: int = option(
     1,
     "steps that are paid together, at the last of them; 0 = a whole conversation, at its end",

@@ -7,7 +7,7 @@ Host records are frozen dataclasses; what goes to a device is a NamedTuple (a py
 import dataclasses
 import enum
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -60,6 +60,14 @@ class ToolCall:
 
 
 @dataclasses.dataclass(frozen=True)
+class ToolCalls:
+  """Two or more calls of one turn, none of which waits for another's result."""
+
+  calls: tuple[ToolCall, ...]
+  thought: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
 class Finish:
   """The final answer, or giving up."""
 
@@ -75,12 +83,16 @@ class Malformed:
   reason: str
 
 
-Action = ToolCall | Finish | Malformed
+Action = ToolCall | ToolCalls | Finish | Malformed
 
 
 @dataclasses.dataclass(frozen=True)
 class Observation:
-  """Answer to one call. Only `text` is shown to the model; the rest is for rewards and metrics."""
+  """Answer to one call. Only `text` is shown to the model; the rest is for rewards and metrics.
+
+  Of a turn with several calls it sums up `parts`, their own answers in the order of the calls.
+  After a final answer it is the user's next message.
+  """
 
   text: str
   code: Code
@@ -90,6 +102,8 @@ class Observation:
   seconds: float = 0.0  # measured
   cost: float = 0.0  # USD, by the task's price list
   latency: float = 0.0  # seconds, by the task's price list: simulated, nobody waits for them
+  parts: tuple["Observation", ...] = ()  # of the calls of one turn
+  solved: float | None = None  # a user's message: how well the turn that it answers was solved
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,6 +133,35 @@ class Step:
   success_calling: float = 0.0  # SC in [0, 1]
   contribution: float = 0.0  # Con in [0, 1]
   reward: float = 0.0  # r_k, after shaping
+
+
+def by_call(steps: Iterable[Step]) -> list[Step]:
+  """The steps with every call of a turn as one of its own, for whoever looks at calls.
+
+  The first of them keeps the turn's tokens, the last one its reward and what was forced after it;
+  all keep its SC and Con, which are means over its calls.
+  """
+  return [part for step in steps for part in _parts(step)]
+
+
+def _parts(step: Step) -> list[Step]:
+  if not isinstance(step.action, ToolCalls):
+    return [step]
+  calls = step.action.calls
+  answers = step.observation.parts if step.observation is not None else ()
+  none = (None,) * (len(calls) - len(answers))
+  parts = [
+    dataclasses.replace(
+      step, action=call, observation=answer, tokens=step.tokens[:0], logprobs=step.logprobs[:0]
+    )
+    for call, answer in zip(calls, (*answers, *none), strict=True)
+  ]
+  parts[0] = dataclasses.replace(parts[0], tokens=step.tokens, logprobs=step.logprobs)
+  nothing = step.observation_tokens[:0]
+  parts[:-1] = [
+    dataclasses.replace(part, reward=0.0, observation_tokens=nothing) for part in parts[:-1]
+  ]
+  return parts
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

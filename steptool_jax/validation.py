@@ -12,7 +12,7 @@ import ml_collections
 from steptool_jax.config import Config, Filters
 from steptool_jax.dialogue import template
 from steptool_jax.environments.base import ENVIRONMENTS
-from steptool_jax.environments.specialists import TIERS
+from steptool_jax.environments.markets.specialists import TIERS
 from steptool_jax.learning import importance
 from steptool_jax.learning.advantages import LEVELS
 from steptool_jax.learning.algorithms import Algorithm, get_algorithm
@@ -351,6 +351,7 @@ def _check_addresses(config: Config) -> None:
     ("simulator.http", config.simulator.http, "http://host:port/virtual"),
     ("simulator.llm.base_url", config.simulator.llm.base_url, "http://host:port/v1"),
     ("judge.endpoint.base_url", config.judge.endpoint.base_url, "http://host:port/v1"),
+    ("environment.user.base_url", config.environment.user.base_url, "http://host:port/v1"),
     ("environment.mcp", mcp if mcp.startswith("http") and "//" in mcp else "", "http://host/mcp"),
   ):
     if url:
@@ -368,7 +369,7 @@ def _check_market(config: Config) -> None:
     if getattr(m, name) and not m.prices:
       raise ValueError(f"{where}.{name}: set, but {where}.prices is False, so there is no market")
   if m.specialists:
-    from steptool_jax.environments.market import SPECIALTIES  # slow: all their environments
+    from steptool_jax.environments.markets.market import SPECIALTIES  # slow: all their environments
 
     if config.environment.name not in SPECIALTIES:
       raise ValueError(

@@ -11,7 +11,7 @@ from steptool_jax.rollout.conversation import Limits
 from steptool_jax.rollout.replaying import perform, replay_actions, unopened
 from steptool_jax.simulators.render import clean_text
 from steptool_jax.simulators.runner import ToolRunner, TooManyStuck
-from steptool_jax.types import Code, Malformed, Status, Step, Task, Trajectory
+from steptool_jax.types import Code, Finish, Status, Step, Task, ToolCalls, Trajectory
 
 _WITHOUT_END = 2**30  # tokens and steps of a replay that is measured, not cut
 # Codes of a call that nobody should learn from, even where the task is solved in the end.
@@ -166,7 +166,7 @@ def _paid(task: Task, trajectory: Trajectory) -> list[Finding]:
   findings = []
   for number, step in enumerate(trajectory.steps, start=1):
     observation = step.observation
-    if observation is None or observation.code is not Code.OK:
+    if isinstance(step.action, Finish) or observation is None or observation.code is not Code.OK:
       continue
     lacks = [n for n, v in (("SC", step.success_calling), ("Con", step.contribution)) if not v]
     if lacks:
@@ -205,4 +205,6 @@ def _finding(level: str, kind: str, task: Task, what: str, remedy: str) -> Findi
 
 
 def _name(step: Step) -> str:
-  return "malformed turn" if isinstance(step.action, Malformed) else step.action.name
+  if isinstance(step.action, ToolCalls):
+    return ", ".join(call.name for call in step.action.calls)
+  return getattr(step.action, "name", "malformed turn")

@@ -15,7 +15,7 @@ import numpy as np
 
 from steptool_jax.data.trajectories import AnnotatedTrajectory
 from steptool_jax.files import write_text
-from steptool_jax.types import Finish, Malformed, Step, ToolCall
+from steptool_jax.types import Finish, Malformed, Step, ToolCall, by_call
 
 VERSION = "ATIF-v1.4"
 
@@ -76,21 +76,37 @@ def _step(number: int, step: Step, seen: np.ndarray, logprobs_known: bool) -> di
   out: dict[str, Any] = {"step_id": number, "source": "agent", "message": _said(action)}
   if not isinstance(action, Malformed) and action.thought:
     out["reasoning_content"] = action.thought
-  result: dict[str, Any] = {}
-  if isinstance(action, ToolCall):
-    call = {"tool_call_id": f"call_{number}", "function_name": action.name}
-    out["tool_calls"] = [call | {"arguments": dict(action.arguments)}]
-    result["source_call_id"] = call["tool_call_id"]
+  calls = [part for part in by_call([step]) if isinstance(part.action, ToolCall)]
+  if calls:
+    out["tool_calls"] = [
+      {
+        "tool_call_id": _call_id(number, k),
+        "function_name": part.action.name,
+        "arguments": dict(part.action.arguments),
+      }
+      for k, part in enumerate(calls)
+    ]
   extra = {
     "success_calling": float(step.success_calling),
     "contribution": float(step.contribution),
     "reward": float(step.reward),
   }
   if observation is not None:
-    out["observation"] = {"results": [result | {"content": observation.text}]}
+    answers = [part.observation for part in calls] if len(calls) > 1 else [observation]
+    out["observation"] = {
+      "results": [
+        ({"source_call_id": _call_id(number, k)} if calls else {}) | {"content": answer.text}
+        for k, answer in enumerate(answers)
+        if answer is not None
+      ]
+    }
     extra["code"] = str(observation.code)
     metrics["cost_usd"] = float(observation.cost)
   return out | {"metrics": metrics, "extra": extra}
+
+
+def _call_id(number: int, k: int) -> str:
+  return f"call_{number}" if not k else f"call_{number}_{k}"
 
 
 def _said(action: Any) -> str:

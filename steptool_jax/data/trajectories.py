@@ -24,6 +24,7 @@ from steptool_jax.types import (
   Status,
   Step,
   ToolCall,
+  ToolCalls,
   Trajectory,
 )
 
@@ -194,6 +195,8 @@ def _dump_action(action: Action) -> dict[str, Any]:
   if isinstance(action, ToolCall):
     arguments = _plain(action.arguments, f"arguments of {action.name!r}")
     return {"call": action.name, "arguments": arguments, "thought": action.thought}
+  if isinstance(action, ToolCalls):
+    return {"calls": [_dump_action(call) for call in action.calls], "thought": action.thought}
   if isinstance(action, Finish):
     return {"finish": action.answer, "gave_up": action.gave_up, "thought": action.thought}
   return {"malformed": action.reason}
@@ -206,6 +209,11 @@ def _load_action(entry: Mapping[str, Any]) -> Action:
       _typed(entry["arguments"], dict),
       _typed(entry["thought"], str),
     )
+  if "calls" in entry:
+    calls = tuple(_load_action(call) for call in _typed(entry["calls"], list))
+    if len(calls) < 2 or not all(isinstance(call, ToolCall) for call in calls):
+      raise ValueError("calls: must be two or more calls")
+    return ToolCalls(calls, _typed(entry["thought"], str))
   if "finish" in entry:
     return Finish(
       _typed(entry["finish"], str),
@@ -219,7 +227,12 @@ def observation_document(observation: Observation | None) -> dict[str, Any] | No
   """An observation as JSON data; ValueError for a value that JSON cannot carry back."""
   if observation is None:
     return None
-  return {
+  several: dict[str, Any] = {}
+  if observation.parts:
+    several["parts"] = [observation_document(part) for part in observation.parts]
+  if observation.solved is not None:
+    several["solved"] = float(observation.solved)
+  return several | {
     "text": observation.text,
     "code": str(observation.code),
     "value": _plain(observation.value, "value of an observation"),
@@ -244,6 +257,8 @@ def observation_of(entry: Mapping[str, Any] | None) -> Observation | None:
     seconds=_typed(entry["seconds"], float),
     cost=_typed(entry.get("cost", 0.0), float),
     latency=_typed(entry.get("latency", 0.0), float),
+    parts=tuple(observation_of(part) for part in _typed(entry.get("parts", []), list)),
+    solved=_share(entry, "solved") if "solved" in entry else None,
   )
 
 

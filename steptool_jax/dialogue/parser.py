@@ -11,10 +11,11 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from steptool_jax.types import Action, Finish, Malformed, ToolCall, ToolSpec
+from steptool_jax.types import Action, Finish, Malformed, ToolCall, ToolCalls, ToolSpec
 
 MAX_JSON_CHARS = 100_000
 MAX_JSON_DEPTH = 64
+MAX_CALLS = 8  # of one turn
 FINISH = "Finish"
 GIVE_ANSWER = "give_answer"
 GIVE_UP = "give_up_and_restart"
@@ -115,16 +116,27 @@ _THINK, _UNTHINK = "<think>", "</think>"
 
 
 def write_tool_call(action: Action, think: bool) -> str:
-  """The text that `parse_tool_call` reads back. think: the thought goes into a `<think>` block."""
-  name, arguments, thought = _call_of(action)
+  """The text that `parse_tool_calls` reads back. think: the thought goes into a `<think>` block."""
+  thought = "" if isinstance(action, Malformed) else action.thought
   for tag in (_OPEN, _CLOSE, _THINK, _UNTHINK):
     if tag in thought:
       raise ValueError(f"thought: contains {tag!r}, which has a meaning in this format")
-  _check_name(name)
-  call = f"{_OPEN}\n{dump_json({'name': name, 'arguments': arguments})}\n{_CLOSE}"
+  calls = action.calls if isinstance(action, ToolCalls) else (action,)
+  if len(calls) != 1 and (
+    not 2 <= len(calls) <= MAX_CALLS
+    or not all(isinstance(call, ToolCall) and not call.thought for call in calls)
+  ):
+    raise ValueError(f"calls of one turn: 2 to {MAX_CALLS} without thoughts of their own")
+  text = "\n".join(map(_tool_call, calls))
   if think:
-    return f"{_THINK}\n{thought}\n{_UNTHINK}\n\n{call}"
-  return f"{thought}\n{call}" if thought else call
+    return f"{_THINK}\n{thought}\n{_UNTHINK}\n\n{text}"
+  return f"{thought}\n{text}" if thought else text
+
+
+def _tool_call(action: Action) -> str:
+  name, arguments, _ = _call_of(action)
+  _check_name(name)
+  return f"{_OPEN}\n{dump_json({'name': name, 'arguments': arguments})}\n{_CLOSE}"
 
 
 @_refusing
@@ -133,6 +145,16 @@ def parse_tool_call(text: str) -> Action:
 
   The thought is the `<think>` block where there is one, else the text in front of the call.
   """
+  return _tool_calls(text, 1)
+
+
+@_refusing
+def parse_tool_calls(text: str) -> Action:
+  """The same with up to MAX_CALLS such blocks a turn; Finish stands alone."""
+  return _tool_calls(text, MAX_CALLS)
+
+
+def _tool_calls(text: str, most: int) -> Action:
   thought, block = "", text.lstrip(_BLANK)
   if block.startswith(_THINK):
     inner, found, rest = block.removeprefix(_THINK).partition(_UNTHINK)
@@ -150,15 +172,33 @@ def parse_tool_call(text: str) -> Action:
       f'no tool call: write {_OPEN}\\n{{"name": …, "arguments": {{…}}}}\\n{_CLOSE}; '
       f"to answer, call {FINISH}"
     )
-  value, end = _scan(rest, 0, "the tool call")
-  tail = rest[end:].lstrip(_BLANK)
-  if not tail.startswith(_CLOSE):
-    raise _Refused(f"{_CLOSE} must follow the JSON object, found: {_short(tail)}")
-  tail = tail.removeprefix(_CLOSE).strip(_BLANK)
-  if _OPEN in tail:
-    raise _Refused(f"one call a turn: stop behind the first {_CLOSE}")
-  if tail:
-    raise _Refused(f"text behind {_CLOSE}: {_short(tail)}")
+  values = []
+  while True:
+    value, end = _scan(rest, 0, "the tool call")
+    rest = rest[end:].lstrip(_BLANK)
+    if not rest.startswith(_CLOSE):
+      raise _Refused(f"{_CLOSE} must follow the JSON object, found: {_short(rest)}")
+    rest = rest.removeprefix(_CLOSE).strip(_BLANK)
+    values.append(value)
+    if most == 1 and _OPEN in rest:
+      raise _Refused(f"one call a turn: stop behind the first {_CLOSE}")
+    if not rest.startswith(_OPEN):
+      break
+    if len(values) == most:
+      raise _Refused(f"at most {most} calls a turn")
+    rest = rest.removeprefix(_OPEN)
+  if rest:
+    raise _Refused(f"text behind {_CLOSE}: {_short(rest)}")
+  if len(values) == 1:
+    return _block(values[0], thought)
+  actions = [_block(value, "") for value in values]
+  if not all(isinstance(action, ToolCall) for action in actions):
+    raise _Refused(f"{FINISH} ends the task: call it alone, when the other results are there")
+  return ToolCalls(tuple(actions), thought)
+
+
+def _block(value: Any, thought: str) -> Action:
+  """The action of one <tool_call> block."""
   if not isinstance(value, dict):
     raise _Refused("the tool call must be a JSON object with 'name' and 'arguments'")
   if set(value) != {"name", "arguments"}:
@@ -226,6 +266,8 @@ def _call_of(action: Action) -> tuple[str, Mapping[str, Any], str]:
   if isinstance(action, Finish):
     kind = GIVE_UP if action.gave_up else GIVE_ANSWER
     return FINISH, {"return_type": kind, "final_answer": action.answer}, action.thought
+  if isinstance(action, ToolCalls):
+    raise ValueError("several calls of one turn: this chat format has one a turn")
   raise ValueError("a malformed action cannot be written")
 
 

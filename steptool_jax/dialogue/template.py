@@ -12,7 +12,8 @@ kept as they are, and what follows them is appended. So the ids that the model s
     compact        the quickstart's model      name {json}       <|result|>
 
 In every format but compact the task ends with a call of the tool `Finish`, which the prompt lists
-after the task's own tools; plain text without a call is malformed, not an answer. Tools are listed
+after the task's own tools; plain text without a call is malformed, not an answer. A turn has one
+call; in hermes it may have several, which is asked for (`parallel_calls`). Tools are listed
 as JSON schemas, which published models were trained on, or as signatures (signatures.py), for less
 than half of the tokens; how a call is written and read is the same.
 
@@ -20,6 +21,7 @@ A new format is one row of FORMATS: how its turns are spelled, and which tokeniz
 """
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
@@ -56,6 +58,8 @@ class ChatFormat:
   write: Callable[[Action], str] = parser.write_react
   read: Callable[[str], Action] = parser.parse_react
   tags: tuple[str, ...] = ()  # control tokens that belong into a turn
+  # Results of several calls of one turn, which the model writes then; None: one call a turn.
+  results: Callable[[Sequence[str]], list[Piece]] | None = None
   talks: bool = True  # a user's turn is spelled as such, so that one can talk without tools
 
   @property
@@ -87,16 +91,22 @@ class ChatFormat:
       turns += self.turn("user", f"\n{query}\nBegin!\n")
     return self.codec.join([*self.start, *turns, *self.header])
 
-  def observation(self, text: str) -> np.ndarray:
-    """int32[M] that follow a turn's stop token: the observation and the next assistant header."""
-    return self.others([("function", text)])
+  def observation(self, *texts: str) -> np.ndarray:
+    """int32[M] that follow a turn's stop token: an observation a call, the assistant's header."""
+    return self.others([("function", text) for text in texts])
 
   def others(self, turns: Sequence[tuple[str, str]]) -> np.ndarray:
     """int32[M] that follow a turn's stop token: (role, text) of anyone but the model, the header.
 
     Roles are user and function (an observation).
     """
-    pieces = [piece for role, text in turns for piece in self.turn(role, text)]
+    pieces: list[Piece] = []
+    for role, group in itertools.groupby(turns, lambda turn: turn[0]):
+      texts = [text for _, text in group]
+      if role == "function" and len(texts) > 1 and self.results is not None:
+        pieces += self.results(texts)
+      else:
+        pieces += [piece for text in texts for piece in self.turn(role, text)]
     return self.codec.join([self.after_stop, *pieces, *self.header])
 
   def talk(self, system: str | None, text: str) -> np.ndarray:
@@ -146,12 +156,15 @@ class ChatFormat:
     return self.read(text)
 
 
-def get_format(name: str, codec: Codec, tool_list: str = "json") -> ChatFormat:
+def get_format(
+  name: str, codec: Codec, tool_list: str = "json", parallel_calls: bool = False
+) -> ChatFormat:
   """A format by name, or "auto": chosen by the tokenizer's control tokens and chat template.
 
-  tool_list: how prompts list the tools, json or signature. ValueError for an unknown name, for a
-  tokenizer that lacks a token the format needs, for "auto" on a tokenizer without a chat template,
-  and for signatures in the compact format, whose list is shorter.
+  tool_list: how prompts list the tools, json or signature. parallel_calls: a turn may have several
+  calls. ValueError for an unknown name, for a tokenizer that lacks a token the format needs, for
+  "auto" on a tokenizer without a chat template, for signatures in the compact format, whose list is
+  shorter, and for several calls in a format that has one a turn.
   """
   if name == "auto":
     name = _choose(codec)
@@ -164,7 +177,13 @@ def get_format(name: str, codec: Codec, tool_list: str = "json") -> ChatFormat:
       f"tool_list {tool_list!r}: chat_format 'compact' has a list of its own, shorter still; leave "
       "model.tool_list at 'json'"
     )
-  return dataclasses.replace(FORMATS[name].make(codec), tool_list=tool_list)
+  if parallel_calls and name not in PARALLEL:
+    raise ValueError(
+      f"parallel_calls: chat_format {name!r} has one call a turn; use {' or '.join(PARALLEL)} "
+      "(Qwen2.5, Qwen3), or set model.parallel_calls=False"
+    )
+  make = PARALLEL[name] if parallel_calls else FORMATS[name].make
+  return dataclasses.replace(make(codec), tool_list=tool_list)
 
 
 def _choose(codec: Codec) -> str:
@@ -188,6 +207,11 @@ def _choose(codec: Codec) -> str:
 _TASK = (
   "You solve the user's task by calling tools. Think first, then make exactly one call and wait "
   f"for its result. When you know the answer, or know that there is none, call {parser.FINISH}."
+)
+_TASK_PARALLEL = (
+  "You solve the user's task by calling tools. Think first, then make a call, or several calls "
+  "that do not need one another's results, and wait for what they return. When you know the "
+  f"answer, or know that there is none, call {parser.FINISH}, alone."
 )
 _REACT_RULES = (
   "Your output should follow this format:\nThought:\nAction\nAction Input:\n\n"
@@ -329,7 +353,7 @@ def _gemma_react(codec: Codec) -> ChatFormat:
   )
 
 
-def _hermes(codec: Codec) -> ChatFormat:
+def _hermes(codec: Codec, parallel: bool = False) -> ChatFormat:
   codec.token_id(_IM_START.name)
 
   def tag(name: str) -> Piece:
@@ -342,9 +366,11 @@ def _hermes(codec: Codec) -> ChatFormat:
       for tool in _with_finish(tools)
     )
 
+  task = _TASK_PARALLEL if parallel else _TASK
+
   def opening(system: str | None, listed: str, query: str) -> list[Piece]:
     content: list[Piece] = [
-      _TASK if system is None else system,
+      task if system is None else system,
       "\n\n# Tools\n\nYou may call one or more functions to assist with the user query.\n\nYou are "
       f"provided with function signatures within <tools></tools> XML tags:\n<tools>\n{listed}\n"
       "</tools>\n\nFor each function call, return a json object with function name and arguments "
@@ -358,11 +384,16 @@ def _hermes(codec: Codec) -> ChatFormat:
     ]
     return [*_chatml_turn("system", *content), *_chatml_turn("user", query)]
 
+  def results(texts: Sequence[str]) -> list[Piece]:
+    # One user turn for all of them, as the models' own templates have it.
+    content: list[Piece] = []
+    for text in texts:
+      between = ["\n"] if content else []
+      content += [*between, tag("<tool_response>"), f"\n{text}\n", tag("</tool_response>")]
+    return _chatml_turn("user", *content)
+
   def turn(role: str, text: str) -> list[Piece]:
-    if role != "function":
-      return _chatml_turn(role, text)
-    response = (tag("<tool_response>"), f"\n{text}\n", tag("</tool_response>"))
-    return _chatml_turn("user", *response)
+    return results([text]) if role == "function" else _chatml_turn(role, text)
 
   think = codec.has("<think>")
   return ChatFormat(
@@ -375,7 +406,8 @@ def _hermes(codec: Codec) -> ChatFormat:
     opening=opening,
     json_list=json_list,
     write=lambda action: parser.write_tool_call(action, think),
-    read=parser.parse_tool_call,
+    read=parser.parse_tool_calls if parallel else parser.parse_tool_call,
+    results=results if parallel else None,
     tags=("<tool_call>", "</tool_call>", "<think>", "</think>"),
   )
 
@@ -428,4 +460,8 @@ FORMATS: Mapping[str, Row] = {
   "gemma_react": Row(_gemma_react, _has("<start_of_turn>", "<end_of_turn>")),
   "hermes": Row(_hermes, _is_hermes),
   "compact": Row(_compact, _has(compact.RESULT, compact.CALL)),
+}
+# Those whose turns may have several calls.
+PARALLEL: Mapping[str, Callable[[Codec], ChatFormat]] = {
+  "hermes": lambda c: _hermes(c, parallel=True)
 }

@@ -25,9 +25,19 @@ ENVIRONMENTS: dict[str, str] = {
 }
 
 
+# In a task's metadata, true: after a final answer the user may go on (Session.reply).
+TURNS = "turns"
+
+
 @runtime_checkable
 class Session(Protocol):
-  """One attempt at one task: a private copy of the world."""
+  """One attempt at one task: a private copy of the world.
+
+  Two more members are there where they are needed. `side_by_side = True`: calls of one turn may
+  run at the same time, since tools share nothing. `reply(answer) -> Observation | None`: of tasks
+  with TURNS, the user's next message after a final answer, whose `solved` is the verdict on the
+  turn that ends (None: nobody knows); None when the user has no more to say. Blocks as `call`.
+  """
 
   def call(self, call: ToolCall) -> Observation:
     """Answers one call; blocks; safe from any thread. A tool failure is an observation."""

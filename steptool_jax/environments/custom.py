@@ -5,6 +5,8 @@ One task a line:
    "tools": ["add"], "split": "train",
    "demonstration": [{"tool": "add", "arguments": {"a": 5, "b": 7}}, {"answer": "12"}]}
 tools (default: all), split (default: by `heldout_share`), demonstration and state are optional.
+An entry of a demonstration may hold several calls of one turn: {"calls": [{"tool": …}, …]}, for
+model.parallel_calls. `turns` or `user`: a user who goes on after an answer (environments/users.py).
 `"state": {…}`, any JSON value, is the task's own start: `make_tools(state)` receives a copy of it
 for every conversation, and None for a task without one.
 Checkers: exact {value}, number {value, tolerance}, regex {pattern}, contains_all {values}, none
@@ -30,22 +32,25 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jsonschema
 import regex
 
 from steptool_jax.config import Config
-from steptool_jax.environments.base import SPLITS, Problem, Split, check_split
+from steptool_jax.environments import demonstrations, users
+from steptool_jax.environments.base import SPLITS, TURNS, Problem, Split, check_split
 from steptool_jax.environments.checkers import contains_all, same_value
 from steptool_jax.files import parse_json
 from steptool_jax.simulators import starts
 from steptool_jax.simulators.changes import state_digest
+from steptool_jax.simulators.endpoint import Endpoint
 from steptool_jax.simulators.functions import Tool, Toolbox, tool
 from steptool_jax.simulators.mcp import McpServers, McpSession
-from steptool_jax.simulators.schemas import MATCH_S, matches, validator
-from steptool_jax.types import Action, Finish, Observation, Task, ToolCall, ToolSpec
+from steptool_jax.simulators.schemas import MATCH_S, matches
+from steptool_jax.types import Observation, Task, ToolCall
 
 Functions = Sequence[Callable[..., Any] | Tool]
-_FIELDS = frozenset({"id", "query", "checker", "tools", "split", "demonstration", starts.STATE})
+_FIELDS = frozenset(
+  {"id", "query", "checker", "tools", "split", "demonstration", starts.STATE, *users.FIELDS}
+)
 # Checkers of other environments, whose fields rewards/rules.py reads.
 _TAKEN = frozenset({"value", "state", "table"})
 # type -> its fields: (name, JSON type, required)
@@ -69,6 +74,7 @@ class Custom:
   tasks are found here, as ValueError, in tasks with "file:line: reason". problems: a list that
   takes them in the place of the first error; tools and tasks with one are left out. servers: lends
   an MCP server's tools to each session; `functions` is then "" or a module with checkers only.
+  user: the endpoint of users of type "model".
   """
 
   name = "custom"
@@ -81,6 +87,7 @@ class Custom:
     max_observation_chars: int = 1024,
     problems: list[Problem] | None = None,
     servers: McpServers | None = None,
+    user: Endpoint | None = None,
   ):
     if not 0 <= heldout_share <= 1:
       raise ValueError(f"heldout_share is {heldout_share}: must be in [0, 1]")
@@ -93,10 +100,12 @@ class Custom:
       functions = _tools_of(module, str(functions), servers is not None)
     if servers is not None:
       functions = servers.tools
-    self._servers = servers
+    self._servers, self._user = servers, user
     self._checkers = known
     self._max_chars = max_observation_chars
     self._problems = problems
+    # What a list shares is shared by all conversations: its functions hold nothing of one.
+    self._side_by_side = servers is None and not callable(functions)
     if callable(functions):
       self._make, self._with_state = functions, starts.takes_state(functions)
     else:
@@ -134,7 +143,9 @@ class Custom:
     # What a server holds cannot be compared.
     digest = functools.partial(state_digest, functions.values() if server is None else ())
     box = Toolbox([t for t in tools if t.spec.name in offered], self._max_chars, digest)
-    return CustomSession(task, box, functions, self._checkers, server)
+    return CustomSession(
+      task, box, functions, self._checkers, server, self._side_by_side, self._user
+    )
 
   def _read(
     self, path: Path, lines: Sequence[str], heldout_share: float
@@ -185,8 +196,10 @@ class Custom:
         raise ValueError(f"unknown tool {name!r}: there are {', '.join(self._specs)}")
     specs = tuple(self._specs[name] for name in dict.fromkeys(names))
     checker = self._check_checker(record.get("checker"))
-    actions = _demonstration(record.get("demonstration", []), specs)
-    metadata = starts.metadata_of(record, self._with_state)
+    own = {n: f for n, f in self._checkers.items() if n not in self._specs}
+    says = users.metadata_of(record, own, self._check_checker, self._user is not None)
+    actions = demonstrations.read(record.get("demonstration", []), specs, bool(says))
+    metadata = starts.metadata_of(record, self._with_state) | says
     return Task(record["id"], self.name, record["query"], specs, checker, actions, metadata), split
 
   def _check_checker(self, checker: Any) -> dict[str, Any]:
@@ -242,15 +255,28 @@ class CustomSession:
   functions: Mapping[str, Callable[..., Any]]
   checkers: Mapping[str, Callable[..., Any]]
   server: McpSession | None = None
+  side_by_side: bool = False
+  user: Endpoint | None = None
+
+  @functools.cached_property
+  def _user(self) -> users.User:
+    says = self.task.metadata[TURNS]
+    return users.User(
+      self.task.query, says, self.checkers, self.functions, self._verdict, self.user
+    )
 
   def call(self, call: ToolCall) -> Observation:
     return self.box.call(call)
 
+  def reply(self, answer: str) -> Observation | None:
+    """RuntimeError as of `grade`, InfrastructureError where the user's endpoint is down."""
+    return self._user.reply(answer)
+
   def grade(self, answer: str | None) -> float:
     """RuntimeError naming task and checker when a checker function raises or returns nonsense."""
-    if answer is None:
-      return 0.0
-    checker = self.task.checker
+    return 0.0 if answer is None else self._verdict(self.task.checker, answer)
+
+  def _verdict(self, checker: Mapping[str, Any], answer: str) -> float:
     kind = checker["type"]
     if kind in _CHECKERS:
       try:
@@ -290,33 +316,6 @@ def _matches(checker: Mapping[str, Any], answer: str, query: str) -> bool:
   if kind == "contains_all":
     return contains_all(answer, checker["values"], query)
   return same_value(answer, checker["value"])
-
-
-def _demonstration(entries: Any, specs: Sequence[ToolSpec]) -> tuple[Action, ...]:
-  if not isinstance(entries, list):
-    raise ValueError("field 'demonstration' must be a list")
-  schemas = {spec.name: spec for spec in specs}
-  actions: list[Action] = []
-  for k, entry in enumerate(entries):
-    at = f"demonstration, entry {k}"
-    last = k == len(entries) - 1
-    if last != (isinstance(entry, dict) and set(entry) == {"answer"}):
-      raise ValueError(f"{at}: the last entry, and no other, must be {{'answer': ...}}")
-    if last:
-      if not isinstance(entry["answer"], str):
-        raise ValueError(f"{at}: 'answer' must be a string")
-      actions.append(Finish(entry["answer"]))
-      continue
-    if not isinstance(entry, dict) or set(entry) != {"tool", "arguments"}:
-      raise ValueError(f"{at}: must be {{'tool': ..., 'arguments': {{...}}}}")
-    if entry["tool"] not in list(schemas):
-      raise ValueError(f"{at}: unknown tool {entry['tool']!r} for this task")
-    checked = validator(schemas[entry["tool"]])
-    wrong = jsonschema.exceptions.best_match(checked.iter_errors(entry["arguments"]))
-    if wrong is not None:
-      raise ValueError(f"{at}: {wrong.message}")
-    actions.append(ToolCall(entry["tool"], entry["arguments"]))
-  return tuple(actions)
 
 
 def task_lines(path: Path) -> list[str]:
@@ -394,4 +393,5 @@ def from_config(config: Config, services: Any, problems: list[Problem] | None = 
     max_observation_chars=config.rollout.max_observation_chars,
     problems=problems,
     servers=services.mcp if services is not None else None,
+    user=services.user if services is not None else None,
   )

@@ -20,7 +20,7 @@ def total(faults: Faults) -> float:
 
 
 class FaultInjector:
-  """A session around a session."""
+  """A session around a session. Draws count calls, so that those of a turn keep their order."""
 
   def __init__(self, session: Session, faults: Faults, task: Task, sample: int):
     self._session, self._faults = session, faults
@@ -66,6 +66,9 @@ class FaultInjector:
     if finders and rng.random() < 0.5:
       return Code.NOT_FOUND, f"not found, {rng.choice(finders)} gives ids, then try again"
     return Code.NOT_FOUND, "not found yet, try again"
+
+  def reply(self, answer: str) -> Observation | None:
+    return self._session.reply(answer)
 
   def grade(self, answer: str | None) -> float:
     return self._session.grade(answer)

@@ -20,6 +20,7 @@ from steptool_jax.types import (
   Step,
   ToolCall,
   Trajectory,
+  by_call,
 )
 
 START, ANSWER, GIVE_UP = "(start)", "(answer)", "(give up)"
@@ -38,7 +39,7 @@ def transitions(trajectories: Iterable[Trajectory]) -> Transitions:
   """How often an action of the first kind was followed by one of the second (see `kind`)."""
   pairs: Transitions = collections.Counter()
   for trajectory in _healthy(trajectories):
-    kinds = [START, *(kind(step) for step in trajectory.steps)]
+    kinds = [START, *(kind(step) for step in by_call(trajectory.steps))]
     if trajectory.truncated:
       kinds.append(CUT)
     pairs.update(itertools.pairwise(kinds))
@@ -76,7 +77,7 @@ def recovery(trajectories: Iterable[Trajectory], injected: bool = True) -> Recov
   """What was done after errors of the fault injector, or (injected=False) after all others."""
   reactions: collections.Counter[str] = collections.Counter()
   recovered, extra, solved = [], [], []
-  for trajectory in _healthy(trajectories):
+  for trajectory in _healthy_calls(trajectories):
     errors = [k for k, step in enumerate(trajectory.steps) if _failed(step, injected)]
     if errors:
       solved.append(trajectory.solved)
@@ -102,7 +103,7 @@ def repeated_after_ok(trajectories: Iterable[Trajectory]) -> float:
   calls = repeats = 0
   for trajectory in _healthy(trajectories):
     answered: set[str] = set()
-    for step in trajectory.steps:
+    for step in by_call(trajectory.steps):
       if not isinstance(step.action, ToolCall):
         continue
       calls += 1
@@ -193,6 +194,11 @@ def first_change(before: Trajectory, after: Trajectory) -> int:
 
 def _healthy(trajectories: Iterable[Trajectory]) -> Iterable[Trajectory]:
   return (t for t in trajectories if t.status is not Status.INFRASTRUCTURE_ERROR)
+
+
+def _healthy_calls(trajectories: Iterable[Trajectory]) -> Iterable[Trajectory]:
+  """The same with a step a call."""
+  return (dataclasses.replace(t, steps=tuple(by_call(t.steps))) for t in _healthy(trajectories))
 
 
 def _failed(step: Step, injected: bool) -> bool:

@@ -6,7 +6,17 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 
 from steptool_jax.rollout.conversation import INVALID
-from steptool_jax.types import Action, Code, Finish, Status, Step, ToolCall, Trajectory
+from steptool_jax.types import (
+  Action,
+  Code,
+  Finish,
+  Status,
+  Step,
+  ToolCall,
+  ToolCalls,
+  Trajectory,
+  by_call,
+)
 
 
 def rollout_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
@@ -21,11 +31,17 @@ def rollout_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
 
 
 def _calls(trajectory: Trajectory) -> list[Step]:
-  return [step for step in trajectory.steps if isinstance(step.action, ToolCall)]
+  return [step for step in by_call(trajectory.steps) if isinstance(step.action, ToolCall)]
 
 
 def _codes(trajectory: Trajectory) -> list[Code]:
-  return [step.observation.code for step in trajectory.steps if step.observation is not None]
+  """Of calls, malformed ones too."""
+  return [step.observation.code for step in _answered(trajectory)]
+
+
+def _answered(trajectory: Trajectory) -> list[Step]:
+  steps = by_call(trajectory.steps)
+  return [s for s in steps if s.observation is not None and not isinstance(s.action, Finish)]
 
 
 def _failed(step: Step) -> bool:
@@ -35,7 +51,7 @@ def _failed(step: Step) -> bool:
 def _repeats(trajectory: Trajectory) -> list[bool]:
   """For each call, whether an earlier one was the same and nothing has changed since."""
   out, done = [], set()
-  for step in trajectory.steps:
+  for step in by_call(trajectory.steps):
     if isinstance(step.action, ToolCall):
       key = action_key(step.action)
       out.append(key in done)
@@ -47,7 +63,7 @@ def _repeats(trajectory: Trajectory) -> list[bool]:
 
 def _recoveries(trajectory: Trajectory) -> list[bool]:
   """For each failed call, whether the trajectory made it good."""
-  called = [step for step in trajectory.steps if step.observation is not None]
+  called = _answered(trajectory)
   out = []
   for k, step in enumerate(called):
     if not _failed(step):
@@ -78,6 +94,8 @@ def action_key(action: Action) -> str:
   if isinstance(action, ToolCall):
     # default: arguments that the schema refused may be anything.
     return json.dumps([action.name, action.arguments], sort_keys=True, default=str)
+  if isinstance(action, ToolCalls):
+    return " ".join(map(action_key, action.calls))
   if isinstance(action, Finish):
     return json.dumps({"answer": action.answer, "gave_up": action.gave_up})
   return "malformed"

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from steptool_jax.types import Status, ToolCall, Trajectory
+from steptool_jax.types import Status, ToolCall, Trajectory, by_call
 
 MOST_TRIES = 16  # the largest k of pass@k
 
@@ -28,7 +28,8 @@ def pass_at(solved: Sequence[tuple[int, int]], k: int) -> float:
 
 def sequence(trajectory: Trajectory) -> tuple[str, ...]:
   """Names of the tools that it calls, in their order; whatever the arguments."""
-  return tuple(step.action.name for step in trajectory.steps if isinstance(step.action, ToolCall))
+  steps = by_call(trajectory.steps)
+  return tuple(step.action.name for step in steps if isinstance(step.action, ToolCall))
 
 
 def document(trajectories: Iterable[Trajectory]) -> dict[str, dict[str, Any]]:

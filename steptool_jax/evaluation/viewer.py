@@ -14,7 +14,7 @@ import numpy as np
 
 from steptool_jax.data.trajectories import AnnotatedTrajectory
 from steptool_jax.evaluation import behaviour
-from steptool_jax.types import Code, Finish, Malformed, Step, ToolCall
+from steptool_jax.types import Code, Finish, Malformed, Step, ToolCall, ToolCalls, by_call
 
 CHUNK = 40  # trajectories
 _ANSWER_CHARS = 80  # of an answer in the index
@@ -56,8 +56,9 @@ def payload(entries: Sequence[Entry], pairs: Sequence[Pair]) -> tuple[str, list[
     chunk = []
     for entry in entries[start : start + CHUNK]:
       trajectory = entry.record.trajectory
-      codes = [s.observation.code for s in trajectory.steps if s.observation is not None]
-      calls = [s.action for s in trajectory.steps if isinstance(s.action, ToolCall)]
+      steps = by_call(trajectory.steps)
+      codes = [s.observation.code for s in steps if s.observation is not None]
+      calls = [s.action for s in steps if isinstance(s.action, ToolCall)]
       index.append(
         [
           moments(f"{entry.cell} · {entry.moment}" if entry.cell else entry.moment),
@@ -164,6 +165,13 @@ def _action(step: Step) -> dict[str, Any]:
     return {
       "call": action.name,
       "arguments": json.dumps(action.arguments, ensure_ascii=False, default=str),
+      "thought": action.thought,
+    }
+  if isinstance(action, ToolCalls):
+    calls = [_action(part) for part in by_call([step])]
+    return {
+      "call": ", ".join(call["call"] for call in calls),
+      "arguments": "\n".join(call["arguments"] for call in calls),
       "thought": action.thought,
     }
   if isinstance(action, Malformed):

@@ -14,7 +14,7 @@ import numpy as np
 
 from steptool_jax.learning import segments
 from steptool_jax.learning.batching import Packed
-from steptool_jax.types import TokenBatch, ToolCall
+from steptool_jax.types import TokenBatch, ToolCall, ToolCalls, by_call
 
 _WIDTH = 8  # entries a row has room for, in multiples: few shapes, so few compilations
 USUAL_WIDTH = 4 * _WIDTH
@@ -55,9 +55,11 @@ def build(packed: Packed, width: int = 0) -> StepTable:
       if step is None:
         break
       position += len(step.tokens) + len(step.observation_tokens)
-      if isinstance(step.action, ToolCall):
+      if isinstance(step.action, (ToolCall, ToolCalls)):
+        calls = len(by_call([step]))
         last_failed = 1.0 - step.success_calling
-        succeeded, failed = succeeded + step.success_calling, failed + last_failed
+        succeeded += calls * step.success_calling
+        failed += calls * last_failed
   needed = max(map(len, entries), default=0)
   table = empty(rows, max(width, -(-needed // _WIDTH) * _WIDTH, _WIDTH))
   for row, of_row in enumerate(entries):

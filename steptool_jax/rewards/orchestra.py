@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from steptool_jax.config import Filters
-from steptool_jax.types import Code, Status, ToolCall, Trajectory
+from steptool_jax.types import Code, Status, ToolCall, Trajectory, by_call
 
 PARTS = ("outcome", "cost", "latency", "preference")
 
@@ -117,7 +117,8 @@ def _normalised(values: Any) -> np.ndarray:
 
 
 def _calls(trajectory: Trajectory, tool: str) -> int:
-  return sum(isinstance(s.action, ToolCall) and s.action.name == tool for s in trajectory.steps)
+  steps = by_call(trajectory.steps)
+  return sum(isinstance(s.action, ToolCall) and s.action.name == tool for s in steps)
 
 
 def _is_malformed(trajectory: Trajectory) -> bool:

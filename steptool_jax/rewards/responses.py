@@ -12,7 +12,7 @@ import json
 import re
 from typing import Literal
 
-from steptool_jax.types import Finish, Malformed, Step, ToolCall, Trajectory
+from steptool_jax.types import Finish, Malformed, Step, ToolCall, Trajectory, by_call
 
 Rule = Literal["evidence", "lcs", "news"]
 
@@ -37,7 +37,7 @@ def transcript(query: str, trajectory: Trajectory) -> Transcript:
   """The texts of a trajectory: every step but Finish is a call, whatever became of it."""
   last = trajectory.steps[-1].action if trajectory.steps else None
   finished = isinstance(last, Finish)
-  calls = trajectory.steps[: len(trajectory.steps) - finished]
+  calls = by_call(trajectory.steps[: len(trajectory.steps) - finished])
   texts = tuple(
     (_action_text(step), step.observation.text if step.observation else "") for step in calls
   )

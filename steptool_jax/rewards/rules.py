@@ -1,5 +1,6 @@
 """SuccCalling and Contribution by rules, from what a trajectory really did. Exact, no model.
 
+In a turn with several calls each is marked by itself, in their order; the step has their means.
 SC = 1: the call was executed (code OK) and repeats nothing.
 Con = 1, by progress (`causal`): SC = 1 and the step is one of the demonstration's, or the first to
 obtain a value that the goal needs: an argument of a demonstrated call, or the answer. It depends on
@@ -21,7 +22,7 @@ from typing import Any
 
 from steptool_jax.environments.checkers import number
 from steptool_jax.simulators.render import leaves
-from steptool_jax.types import Code, Finish, Step, Task, ToolCall, Trajectory
+from steptool_jax.types import Code, Finish, Step, Task, ToolCall, ToolCalls, Trajectory, by_call
 
 # Here the final state is checked and the answer's text is free, so it proves no use of a value.
 _STATE_CHECKERS = frozenset({"state", "table"})
@@ -38,18 +39,34 @@ def annotate(task: Task, trajectory: Trajectory, causal: bool = False) -> Trajec
   """
   if trajectory.task_id != task.id:
     raise ValueError(f"trajectory of task {trajectory.task_id!r} annotated with task {task.id!r}")
-  facts = _forward(task, trajectory.steps)
+  facts = _forward(task, by_call(trajectory.steps))
   contributions = _progress(task, facts) if causal else _backward(task, trajectory, facts)
-  steps = tuple(
-    dataclasses.replace(step, success_calling=float(fact.success), contribution=float(con))
-    for step, fact, con in zip(trajectory.steps, facts, contributions, strict=True)
-  )
-  return dataclasses.replace(trajectory, steps=steps)
+  marks = iter(zip(facts, contributions, strict=True))
+  steps = []
+  for step in trajectory.steps:
+    # Those of a turn with several calls are means over its calls.
+    mine = [next(marks) for _ in by_call([step])]
+    steps.append(
+      dataclasses.replace(
+        step,
+        success_calling=sum(fact.success for fact, _ in mine) / len(mine),
+        contribution=sum(con for _, con in mine) / len(mine),
+      )
+    )
+  return dataclasses.replace(trajectory, steps=tuple(steps))
 
 
 def needed(task: Task) -> int:
   """Contributions (by progress) that the goal needs: the demonstrated calls; 0: nobody knows."""
-  return sum(isinstance(action, ToolCall) for action in task.demonstration)
+  return sum(1 for _ in _demonstrated(task))
+
+
+def _demonstrated(task: Task) -> Iterator[ToolCall]:
+  for action in task.demonstration:
+    if isinstance(action, ToolCalls):
+      yield from action.calls
+    elif isinstance(action, ToolCall):
+      yield action
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +79,7 @@ class _Fact:
 
 
 _NOTHING = _Fact()
+_ANSWERED = _Fact(success=True)  # a turn's answer, to which the user has replied
 
 
 def _forward(task: Task, steps: Sequence[Step]) -> list[_Fact]:
@@ -71,9 +89,14 @@ def _forward(task: Task, steps: Sequence[Step]) -> list[_Fact]:
   done: set[str] = set()  # calls since the last change of state
   seen: set[str] = set()
   seen_in_gold: set[str] = set()
+  said = task.query
   facts = []
   for step in steps:
     call, observation = step.action, step.observation
+    if isinstance(call, Finish) and observation is not None:
+      said += f" {observation.text}"  # what the user tells needs no call
+      facts.append(_ANSWERED)
+      continue
     if (
       not isinstance(call, ToolCall)
       or observation is None
@@ -96,7 +119,7 @@ def _forward(task: Task, steps: Sequence[Step]) -> list[_Fact]:
       values = frozenset({_key(handle)})
     # A distractor that lists values at random must not rob the call that singles one out.
     new = values - (seen_in_gold if is_gold else seen)
-    new = frozenset(v for v in new if handle or not _mentions(task.query, v))
+    new = frozenset(v for v in new if handle or not _mentions(said, v))
     seen |= values
     if repeat:
       facts.append(_NOTHING)
@@ -111,19 +134,19 @@ def _forward(task: Task, steps: Sequence[Step]) -> list[_Fact]:
 
 def _progress(task: Task, facts: Sequence[_Fact]) -> list[bool]:
   wanted: set[str] = set()
-  answer = ""
+  answers: list[str] = []
   if "handles" not in task.metadata:
-    for action in task.demonstration:
-      if isinstance(action, ToolCall):
-        wanted |= set(_leaves(action.arguments))
+    for call in _demonstrated(task):
+      wanted |= set(_leaves(call.arguments))
     if task.checker.get("type") not in _STATE_CHECKERS:
-      last = task.demonstration[-1] if task.demonstration else None
-      value = last.answer if isinstance(last, Finish) else task.checker.get("value", "")
-      answer = str(value)
+      demonstrated = [a.answer for a in task.demonstration if isinstance(a, Finish)]
+      answers = demonstrated or [str(task.checker.get("value", ""))]
   obtained: set[str] = set()
   contributions = []
   for fact in facts:
-    values = {v for v in fact.produced - obtained if v in wanted or _mentions(answer, v)}
+    values = {
+      v for v in fact.produced - obtained if v in wanted or any(_mentions(a, v) for a in answers)
+    }
     obtained |= values
     contributions.append(fact.gold or bool(values))
   return contributions
@@ -160,7 +183,7 @@ def _backward(task: Task, trajectory: Trajectory, facts: Sequence[_Fact]) -> lis
 
 def _gold_calls(task: Task) -> Iterator[str]:
   handles: dict[str, str] = {}
-  calls = [action for action in task.demonstration if isinstance(action, ToolCall)]
+  calls = [*_demonstrated(task)]
   produced = task.metadata.get("handles", ("",) * len(calls))
   for call, handle in zip(calls, produced, strict=True):
     key = _canonical(call, handles)

@@ -4,7 +4,8 @@
     r_k = weight * row(m_1 … m_k)                  r_S = IsSolved
 
 alpha = 1 gives the numbers of the released annotations. Let M_k be the mean of m_1 … m_k, and P_k
-the progress after step k: min(1, (Con_1 + … + Con_k) / calls that the goal needs).
+the progress after step k: min(1, (n_1 Con_1 + … + n_k Con_k) / calls that the goal needs), n_k the
+calls of step k, one in most formats.
 
     sum           r_k = m_k                            the paper's
     prefix_mean   r_k = M_k - M_{k-1}
@@ -25,7 +26,7 @@ import math
 from collections.abc import Callable, Container, Mapping
 
 from steptool_jax.config import Rewards
-from steptool_jax.types import Status, Trajectory
+from steptool_jax.types import Status, Trajectory, by_call
 
 _COST = 0.1  # of a failed call, where a solved task earns 1
 
@@ -41,6 +42,7 @@ class Past:
   contribution: tuple[float, ...]
   alpha: float
   needed: int
+  calls: tuple[int, ...] = ()  # of each step, where a turn may have several; empty: one each
 
   @property
   def scores(self) -> tuple[float, ...]:
@@ -50,13 +52,22 @@ class Past:
   @property
   def progress(self) -> float:
     """P in [0, 1]; where nobody knows what the goal needs, one full contribution is all."""
-    return min(1.0, math.fsum(self.contribution) / max(self.needed, 1))
+    calls = self.calls or (1,) * len(self.contribution)
+    done = math.fsum(con * n for con, n in zip(self.contribution, calls, strict=True))
+    return min(1.0, done / max(self.needed, 1))
 
   @property
   def before(self) -> "Past":
     """The same without the last step."""
+    return self.until(len(self.contribution) - 1)
+
+  def until(self, k: int) -> "Past":
+    """The same after its first k steps."""
     return dataclasses.replace(
-      self, success_calling=self.success_calling[:-1], contribution=self.contribution[:-1]
+      self,
+      success_calling=self.success_calling[:k],
+      contribution=self.contribution[:k],
+      calls=self.calls[:k],
     )
 
 
@@ -114,6 +125,8 @@ def shape(
   (rewards/orchestra.py). A truncated one has no last step in this sense: all its steps are
   intermediate. An INFRASTRUCTURE_ERROR earns 0 everywhere (and is kept out of training).
 
+  A turn of several earns rewards.turns times the verdict of its own checker at its answer.
+
   reward_parts: success_calling (what the calls would earn if none contributed), contribution (the
   rest of what they earn), and solved or the names in `final`.
 
@@ -139,6 +152,7 @@ def shape(
     tuple(s.contribution for s in trajectory.steps[: max(count, 0)]),
     options.alpha,
     needed,
+    tuple(len(by_call([s])) for s in trajectory.steps[: max(count, 0)]),
   )
   goes_on = trajectory.status in bootstrap
   weight = 0.0 if outcome_only or broken else options.weight
@@ -150,6 +164,13 @@ def shape(
     "contribution": weight * math.fsum(rewards) - calls,
   }
   rewards = [weight * r for r in rewards]
+  # Of a turn that the user replies to: its own verdict, where there is one.
+  turns = [None if s.observation is None else s.observation.solved for s in trajectory.steps]
+  if any(solved is not None for solved in turns):
+    pay = 0.0 if outcome_only or broken else options.turns
+    earned = [pay * (solved or 0.0) for solved in turns]
+    rewards = [r + e for r, e in zip(rewards, earned, strict=True)]
+    parts["turns"] = math.fsum(earned)
   last = {"solved": float(trajectory.solved)} if final is None else dict(final)
   if not rewards or trajectory.truncated or broken:
     last = dict.fromkeys(last, 0.0)
@@ -167,14 +188,7 @@ def _rewards(row: Shaping, whole: Past, steps: int, gamma: float, goes_on: bool)
   """Of all steps, what the last one is paid for the outcome left out."""
   if not steps:
     return []
-  pasts = [
-    dataclasses.replace(
-      whole,
-      success_calling=whole.success_calling[:k],
-      contribution=whole.contribution[:k],
-    )
-    for k in range(len(whole.contribution) + 1)
-  ]
+  pasts = [whole.until(k) for k in range(len(whole.contribution) + 1)]
   scale = 1.0 / max(len(pasts) - 1, 1) if row.by_count else 1.0
   rewards = [scale * row.reward(past) for past in pasts[1:]]
   rewards += [0.0] * (steps - len(rewards))

@@ -12,7 +12,7 @@ from typing import Protocol, runtime_checkable
 
 from steptool_jax.environments.base import Environment, Session
 from steptool_jax.simulators.errors import InfrastructureError
-from steptool_jax.types import Code, Observation, Step, Task, ToolCall
+from steptool_jax.types import Code, Finish, Observation, Step, Task, ToolCall, by_call
 
 ROOT = -1  # the node in front of the first turn
 
@@ -78,7 +78,9 @@ class Branches:
     """A fresh session that has repeated the calls of `path`; InfrastructureError if it differs."""
     session = self._open()
     try:
-      for step in path:
+      for step in by_call(path):
+        if isinstance(step.action, Finish) and step.observation is not None:
+          session.reply(step.action.answer)
         if not isinstance(step.action, ToolCall) or step.observation is None:
           continue
         got = session.call(step.action)

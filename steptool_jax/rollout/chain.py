@@ -27,8 +27,9 @@ from steptool_jax.rollout.conversation import Conversation, State
 from steptool_jax.rollout.peers import together
 from steptool_jax.rollout.replaying import unopened
 from steptool_jax.rollout.setting import Setting, Stats, step_seed
+from steptool_jax.simulators import parallel
 from steptool_jax.simulators.runner import TooManyStuck
-from steptool_jax.types import Observation, Status, Task, Trajectory
+from steptool_jax.types import Code, Finish, Observation, Status, Task, Trajectory
 
 # Several processes look at each other's tools so often while nothing can be decoded, seconds.
 PATIENCE_S = 0.05
@@ -230,7 +231,7 @@ class Loop:
     if seat.opening is not None and seat.opening.done():
       self._opened(seat)
     if seat.calling is not None and seat.calling.done():
-      observation, seat.calling = seat.calling.result(), None
+      observation, seat.calling = _answer(seat), None
       if self.peers.count > 1:
         observed[str(slot)] = observation_document(observation)
       self._observe(seat, observation)
@@ -379,8 +380,9 @@ class Loop:
     """Whether the slot begins with the whole prompt at this moment."""
     return True
 
-  def _observe(self, seat: Seat, observation: Observation) -> None:
-    self.stats.tool_seconds += observation.seconds
+  def _observe(self, seat: Seat, observation: Observation | None) -> None:
+    if observation is not None:
+      self.stats.tool_seconds += observation.seconds
     seat.conversation.observe(observation)
 
   def _append(self) -> None:
@@ -427,8 +429,24 @@ class Loop:
         self._defer_error(functools.partial(self._ask, seat))
 
   def _submit(self, seat: Seat) -> Future:
-    """A tool call in a thread."""
-    return self.runner.submit(seat.session, seat.conversation.call)
+    """A turn's calls, or the user's reply to an answer, in threads."""
+    action, session = seat.conversation.call, seat.session
+    if isinstance(action, Finish):
+      what = f"the user's reply in task {seat.conversation.task.id}"
+      return self._begin(what, lambda: session.reply(action.answer))
+    return parallel.submit(self.runner, session, action)
+
+
+def _answer(seat: Seat) -> Observation | None:
+  """What a call or the user answered; a user that fails is not the policy's failure."""
+  try:
+    return seat.calling.result()
+  except TooManyStuck:
+    raise
+  except Exception as error:
+    if not isinstance(seat.conversation.call, Finish):
+      raise
+    return Observation(_why("the user's reply", error), Code.INFRASTRUCTURE)
 
 
 def _prompt_key(seat: Seat) -> bytes:

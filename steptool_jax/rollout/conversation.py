@@ -17,6 +17,7 @@ import numpy as np
 
 from steptool_jax.config import Limits
 from steptool_jax.dialogue.template import ChatFormat
+from steptool_jax.environments.base import TURNS
 from steptool_jax.simulators.render import shorten
 from steptool_jax.types import (
   Action,
@@ -28,6 +29,7 @@ from steptool_jax.types import (
   Step,
   Task,
   ToolCall,
+  ToolCalls,
   Trajectory,
 )
 
@@ -52,6 +54,9 @@ class Conversation:
   system: the task description for the chat format; task.metadata["system"], where there is one, is
   the whole system text instead, in the formats that take one (ChatFormat.prompt's `whole`).
 
+  A task whose user may go on after a final answer (environments/base.py, TURNS) calls that answer
+  too: what `observe` gets is the user's next message, or None when there is none.
+
   A prompt that leaves no room for a single sampled token ends at once: TOKEN_BUDGET, no steps, no
   prompt tokens (nothing was shown to the model).
   """
@@ -69,7 +74,7 @@ class Conversation:
     self.limits = limits
     self.state = State.NEEDS_APPEND
     self.status: Status | None = None
-    self.call: ToolCall | None = None
+    self.call: ToolCall | ToolCalls | Finish | None = None
     self.steps: tuple[Step, ...] = ()
     self._format = chat_format
     self._invalid_in_a_row = 0
@@ -157,11 +162,15 @@ class Conversation:
       self._cut()
     return self.state
 
-  def observe(self, observation: Observation) -> State:
-    """Takes the environment's answer to `call`; returns the new state."""
+  def observe(self, observation: Observation | None) -> State:
+    """Takes the environment's answer to `call`, or the user's; returns the new state."""
     self._expect(State.CALLING)
     call, self.call = self.call, None
-    self._answer_call(call, observation, closing=())
+    if observation is None:
+      self._record(call, None, ())
+      self._end(Status.ANSWERED)
+    else:
+      self._answer_call(call, observation, closing=())
     return self.state
 
   def branch(self) -> "Conversation":
@@ -189,10 +198,11 @@ class Conversation:
     )
 
   def _act(self, action: Action) -> None:
-    if isinstance(action, Finish):
+    goes_on = bool(self.task.metadata.get(TURNS)) and not getattr(action, "gave_up", True)
+    if isinstance(action, Finish) and not goes_on:
       self._record(action, None, ())
       self._end(Status.GAVE_UP if action.gave_up else Status.ANSWERED)
-    elif isinstance(action, ToolCall):
+    elif isinstance(action, (ToolCall, ToolCalls, Finish)):
       self.call = action
       self.state = State.CALLING
     else:
@@ -223,7 +233,12 @@ class Conversation:
       self._record(action, observation, ())
       self._end(Status.GAVE_UP)
       return
-    shown = self._format.observation(shorten(observation.text, self.limits.max_observation_chars))
+    most = self.limits.max_observation_chars
+    texts = [shorten(o.text, most) for o in observation.parts or (observation,)]
+    if isinstance(action, Finish):
+      shown = self._format.others([("user", text) for text in texts])
+    else:
+      shown = self._format.observation(*texts)
     forced = np.concatenate([np.asarray(closing, np.int32), shown])
     if self._length + len(forced) > self.limits.max_tokens:
       # All or nothing: half an observation would be a state that no prompt can lead to.

@@ -7,11 +7,24 @@ from typing import TypeVar
 import numpy as np
 
 from steptool_jax.dialogue.template import ChatFormat
-from steptool_jax.environments.base import Environment
+from steptool_jax.environments.base import TURNS, Environment
 from steptool_jax.rollout.conversation import Conversation, Limits, State
+from steptool_jax.simulators import parallel
 from steptool_jax.simulators.errors import InfrastructureError
 from steptool_jax.simulators.runner import ToolRunner, TooManyStuck
-from steptool_jax.types import Action, Code, Status, Step, Task, ToolCall, Trajectory
+from steptool_jax.types import (
+  Action,
+  Code,
+  Finish,
+  Observation,
+  Status,
+  Step,
+  Task,
+  ToolCall,
+  ToolCalls,
+  Trajectory,
+  by_call,
+)
 
 T = TypeVar("T")
 
@@ -58,7 +71,7 @@ def replay_actions(
         faulted = False
         if conversation.state is State.CALLING:
           observation = replaying.answered(session, conversation.call)
-          faulted = observation.injected
+          faulted = observation is not None and observation.injected
           conversation.observe(observation)
     if conversation.state is not State.DONE:
       raise ValueError(f"the demonstration of task {task.id!r} does not end in Finish")
@@ -88,9 +101,9 @@ def perform(
   try:
     for action in actions:
       observation = None
-      if isinstance(action, ToolCall):
+      if not isinstance(action, Finish) or task.metadata.get(TURNS):
         observation = replaying.answered(session, action)
-        while observation.injected:
+        while observation is not None and observation.injected:
           steps.append(Step(nothing, nothing.astype(np.float32), action, observation))
           observation = replaying.answered(session, action)
       steps.append(Step(nothing, nothing.astype(np.float32), action, observation))
@@ -119,7 +132,7 @@ def hung(trajectory: Trajectory) -> bool:
   """Whether one of its calls took longer than its time-out, and no injected fault said so."""
   return any(
     s.observation is not None and s.observation.code is Code.TIMEOUT and not s.observation.injected
-    for s in trajectory.steps
+    for s in by_call(trajectory.steps)
   )
 
 
@@ -142,10 +155,12 @@ class _Replaying:
     except InfrastructureError:
       return None
 
-  def answered(self, session, call: ToolCall):
+  def answered(self, session, action: ToolCall | ToolCalls | Finish) -> Observation | None:
+    if isinstance(action, Finish):
+      return self._within("the user's reply", lambda: session.reply(action.answer))
     if self._runner is None:
-      return session.call(call)
-    return self._runner.submit(session, call).result()
+      return parallel.call(session, action)
+    return parallel.submit(self._runner, session, action).result()
 
   def graded(self, session, trajectory: Trajectory, answer: str | None) -> Trajectory:
     """The trajectory with its checker's verdict; one that is down marks it."""

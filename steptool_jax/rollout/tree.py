@@ -29,8 +29,18 @@ from steptool_jax.rollout.chain import Loop, Seat, judged
 from steptool_jax.rollout.conversation import Conversation, Limits, State
 from steptool_jax.rollout.setting import Setting, Stats
 from steptool_jax.rollout.strategy import CANDIDATES, Node, Search, SearchResult
+from steptool_jax.simulators import parallel
 from steptool_jax.simulators.render import shorten
-from steptool_jax.types import Finish, Malformed, Observation, Status, Step, Task, Trajectory
+from steptool_jax.types import (
+  Finish,
+  Malformed,
+  Observation,
+  Status,
+  Step,
+  Task,
+  Trajectory,
+  by_call,
+)
 
 
 @dataclasses.dataclass
@@ -274,9 +284,17 @@ class _Tree:
     if isinstance(action, Finish):
       kind = "gave up" if action.gave_up else "answered"
       return {"name": "Finish", "result": kind, "final_answer": action.answer}
+    listed = [self._made(part) for part in by_call([step])]
+    return listed[0] if len(listed) == 1 else {"calls": listed}
+
+  def _made(self, step: Step) -> dict[str, Any]:
     output = step.observation.text if step.observation is not None else ""
     output = shorten(output, self._limits.max_observation_chars)
-    return {"name": action.name, "arguments": dict(action.arguments), "function_output": output}
+    return {
+      "name": step.action.name,
+      "arguments": dict(step.action.arguments),
+      "function_output": output,
+    }
 
 
 class _TreeLoop(Loop):
@@ -332,7 +350,8 @@ class _TreeLoop(Loop):
 
   def _submit(self, seat: Seat) -> Future:
     tree = seat.conversation
-    return self.runner.submit(seat.session.branch(tree.node, tree.path(tree.node)), tree.call)
+    branch = seat.session.branch(tree.node, tree.path(tree.node))
+    return parallel.submit(self.runner, branch, tree.call)
 
   def _holds_prompt(self, seat: Seat) -> bool:
     return seat.conversation.holds_prompt

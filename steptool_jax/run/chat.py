@@ -31,7 +31,7 @@ from steptool_jax.run.parts.opening import Parts
 from steptool_jax.run.training import restore
 from steptool_jax.run.workdir import outputs
 from steptool_jax.serving.harness import NAME as HARNESS
-from steptool_jax.types import Finish, Malformed, Observation, Task, ToolCall, Trajectory
+from steptool_jax.types import Finish, Malformed, Observation, Task, ToolCall, ToolCalls, Trajectory
 
 _LISTED = 8  # tasks that /tasks shows
 _SHOWN = 300  # characters of an observation
@@ -141,6 +141,12 @@ class _WatchedSession:
     print(f"    {observation.code}: {observation.text[:_SHOWN]}", flush=True)
     return observation
 
+  def reply(self, answer: str) -> Observation | None:
+    print(f"  answers: {answer}")
+    said = self.session.reply(answer)
+    print(f"  {said.text}" if said is not None else "  (no more to say)", flush=True)
+    return said
+
   def grade(self, answer: str | None) -> float:
     """A question that somebody has typed has no checker."""
     return self.session.grade(answer) if self.checked else 0.0
@@ -165,6 +171,8 @@ def _named(action: Any) -> str:
     return f"malformed: {action.reason}"
   if isinstance(action, Finish):
     return "gives up" if action.gave_up else f"answers: {action.answer}"
+  if isinstance(action, ToolCalls):
+    return ", ".join(call.name for call in action.calls)
   return action.name
 
 

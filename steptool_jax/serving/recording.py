@@ -27,6 +27,7 @@ from steptool_jax.types import (
   Status,
   Step,
   ToolCall,
+  ToolCalls,
   Trajectory,
 )
 
@@ -237,7 +238,7 @@ class Session:
   ) -> Conversation:
     """With what came after its last turn; ends the session where a budget is spent with it."""
     last = found.steps[-1]
-    observation = Observation("\n".join(m.whole for m in new), self._code(new, last.action))
+    observation = self._observation(new, last.action)
     closing = () if found.closed else self._format.stop_ids[:1]
     if observation.code is Code.INFRASTRUCTURE:
       self._record_end(found, observation, (), Status.INFRASTRUCTURE_ERROR)
@@ -257,6 +258,13 @@ class Session:
     if length == self.limits.max_tokens:
       self._record_end(found, observation, forced, Status.TOKEN_BUDGET)
     return dataclasses.replace(_observed(found, observation, forced), invalid=invalid)
+
+  def _observation(self, new: Sequence[Message], action: Action) -> Observation:
+    observation = Observation("\n".join(m.whole for m in new), self._code(new, action))
+    results = [Observation(m.whole, m.code) for m in new if m.role == "tool"]
+    if isinstance(action, ToolCalls) and len(results) == len(action.calls):
+      return dataclasses.replace(observation, parts=tuple(results))
+    return observation
 
   def _code(self, new: Sequence[Message], action: Action) -> Code:
     """What became of a step: as its client says, the worst where there were several results."""

@@ -24,7 +24,7 @@ import numpy as np
 from steptool_jax.dialogue.parser import FINISH
 from steptool_jax.simulators.errors import InfrastructureError
 from steptool_jax.toolbench.formats.judged import Verdict
-from steptool_jax.types import Code, Finish, Malformed, Status, ToolCall, Trajectory
+from steptool_jax.types import Code, Finish, Malformed, Status, ToolCall, Trajectory, by_call
 
 Preference = Literal["first", "second", "tie"]
 
@@ -99,7 +99,7 @@ class WinRate:
 def outcome_of(trajectory: Trajectory, query: str) -> Outcome:
   """The outcome of a rollout; `query` is what the user asked."""
   answer, lines, codes = "", [], []
-  for number, step in enumerate(trajectory.steps, start=1):
+  for number, step in enumerate(by_call(trajectory.steps), start=1):
     action = step.action
     if isinstance(action, Finish):
       answer = "" if action.gave_up else action.answer.strip()

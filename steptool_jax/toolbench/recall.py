@@ -8,12 +8,13 @@ the branches that a search left), whether or not a call succeeded. Finish is nev
 
 from collections.abc import Collection, Iterable, Mapping
 
-from steptool_jax.types import Status, ToolCall, Trajectory
+from steptool_jax.types import Status, ToolCall, Trajectory, by_call
 
 
 def recall(trajectory: Trajectory, relevant: Collection[str]) -> float:
   """The share of the relevant functions (at least one) that the trajectory calls."""
-  called = {step.action.name for step in trajectory.steps if isinstance(step.action, ToolCall)}
+  steps = by_call(trajectory.steps)
+  called = {step.action.name for step in steps if isinstance(step.action, ToolCall)}
   return len(called.intersection(relevant)) / len(set(relevant))
 
 

@@ -6,12 +6,12 @@ import time
 import pytest
 from rewards.replays import replay
 
-from steptool_jax.environments import market, pipeline_specialists
-from steptool_jax.environments import shop_specialists as specialists
 from steptool_jax.environments.base import Environment, Session
 from steptool_jax.environments.data_pipeline import DataPipeline
 from steptool_jax.environments.faults import Faults, FaultyEnvironment
-from steptool_jax.environments.market import Market, MarketEnvironment, MarketSession
+from steptool_jax.environments.markets import market, pipeline_specialists
+from steptool_jax.environments.markets import shop_specialists as specialists
+from steptool_jax.environments.markets.market import Market, MarketEnvironment, MarketSession
 from steptool_jax.environments.nested_api import NestedApi
 from steptool_jax.environments.tables import PipelineTools, Table
 from steptool_jax.rewards import rules

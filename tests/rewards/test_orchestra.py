@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rewards.replays import replay, step, trajectory
 
-from steptool_jax.environments.market import Market, MarketEnvironment
+from steptool_jax.environments.markets.market import Market, MarketEnvironment
 from steptool_jax.environments.nested_api import NestedApi
 from steptool_jax.rewards import orchestra
 from steptool_jax.rewards.orchestra import Filters, Preference

@@ -4,7 +4,7 @@ import pytest
 import tiny
 
 from steptool_jax import validation
-from steptool_jax.environments.market import MarketEnvironment
+from steptool_jax.environments.markets.market import MarketEnvironment
 from steptool_jax.run.parts import build
 
 PRICES = {"environment__market__prices": True}

@@ -47,6 +47,7 @@ class Services:
   judging: Judging | None = None  # toolbench
   toolbench_key: str = ""  # toolbench: of the http server, sent with every call
   mcp: McpServers | None = None  # custom, with environment.mcp
+  user: endpoint_lib.Endpoint | None = None  # custom, with environment.user
 
   def beside(self, figure: str) -> str:
     """A printed figure, with who judged where there is a judge."""
@@ -69,7 +70,11 @@ def open_services(config: Config) -> Iterator[Services]:
       name = "simulator.toolbench_key_variable"
       key = secret(config.simulator.toolbench_key_variable, name)
       yield Services(answering, Judging(endpoint, config.judge.runs), key)
-    elif c.mcp:
+      return
+    user = None
+    if c.user.base_url:
+      user = open_endpoint(c.user, "environment.user", stack)
+    if c.mcp:
       is_url = len(c.mcp) == 1 and c.mcp[0].startswith(("http://", "https://"))
       servers = McpServers(
         command=None if is_url else c.mcp,
@@ -77,9 +82,9 @@ def open_services(config: Config) -> Iterator[Services]:
         shared=c.mcp_shared,
         timeout_s=config.rollout.tool_timeout,
       )
-      yield Services(mcp=stack.enter_context(servers))
+      yield Services(mcp=stack.enter_context(servers), user=user)
     else:
-      yield Services()
+      yield Services(user=user)
 
 
 @contextlib.contextmanager

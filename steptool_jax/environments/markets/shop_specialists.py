@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from steptool_jax.environments import shop
+from steptool_jax.environments.markets.specialists import Knowledge, Specialty
 from steptool_jax.environments.nested_api import HOPS, READS, STARTS
-from steptool_jax.environments.specialists import Knowledge, Specialty
 from steptool_jax.simulators.functions import NotFound
 from steptool_jax.types import Action, Finish, Task, ToolCall
 

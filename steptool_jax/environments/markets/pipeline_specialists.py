@@ -12,7 +12,7 @@ from typing import Any
 
 from steptool_jax.environments import tables
 from steptool_jax.environments.data_pipeline import PipelineSession
-from steptool_jax.environments.specialists import Knowledge, Specialty
+from steptool_jax.environments.markets.specialists import Knowledge, Specialty
 from steptool_jax.environments.tables import Table
 from steptool_jax.simulators.functions import NotFound
 from steptool_jax.types import Action, Finish, Task, ToolCall

@@ -14,9 +14,9 @@ from typing import Any
 
 from steptool_jax.config import Market
 from steptool_jax.environments.base import Environment, Session, Split, check_split
-from steptool_jax.environments.pipeline_specialists import PIPELINE
-from steptool_jax.environments.shop_specialists import SHOP
-from steptool_jax.environments.specialists import TIERS, Knowledge, Specialty
+from steptool_jax.environments.markets.pipeline_specialists import PIPELINE
+from steptool_jax.environments.markets.shop_specialists import SHOP
+from steptool_jax.environments.markets.specialists import TIERS, Knowledge, Specialty
 from steptool_jax.simulators.functions import Tool, Toolbox
 from steptool_jax.types import Action, Code, Observation, Task, ToolCall, ToolSpec
 
@@ -150,6 +150,13 @@ class MarketSession:
       return observation
     cost, latency = self._prices.get(call.name, (0.0, 0.0))
     return dataclasses.replace(observation, cost=cost, latency=latency)
+
+  @property
+  def side_by_side(self) -> bool:
+    return getattr(self._session, "side_by_side", False)
+
+  def reply(self, answer: str) -> Observation | None:
+    return self._session.reply(answer)
 
   def grade(self, answer: str | None) -> float:
     return self._session.grade(answer)
