@@ -122,7 +122,7 @@ def write_tool_call(action: Action, think: bool) -> str:
     if tag in thought:
       raise ValueError(f"thought: contains {tag!r}, which has a meaning in this format")
   calls = action.calls if isinstance(action, ToolCalls) else (action,)
-  if len(calls) != 1 and (
+  if isinstance(action, ToolCalls) and (
     not 2 <= len(calls) <= MAX_CALLS
     or not all(isinstance(call, ToolCall) and not call.thought for call in calls)
   ):

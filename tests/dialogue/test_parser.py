@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from steptool_jax.dialogue import parser
-from steptool_jax.types import Finish, Malformed, ToolCall
+from steptool_jax.types import Finish, Malformed, ToolCall, ToolCalls
 
 READERS = {
   "react": lambda payload: parser.parse_react(f"Thought: t\nAction: f\nAction Input: {payload}"),
@@ -267,3 +267,29 @@ def test_a_blank_in_front_of_a_react_turn_does_not_matter(front):
   """Models sample a blank or a newline after the turn's header; the call was refused for it."""
   turn = "Thought: a\nAction: f\nAction Input: {}"
   assert parser.parse_react(front + turn) == ToolCall("f", {}, "a")
+
+
+PAIR = ToolCalls((ToolCall("a", {"x": 1}), ToolCall("b", {})), "both")
+
+
+@pytest.mark.parametrize("think", [False, True])
+def test_several_calls_round_trip_where_they_are_allowed(think):
+  text = parser.write_tool_call(PAIR, think)
+  assert parser.parse_tool_calls(text) == PAIR
+  assert parser.parse_tool_call(text).reason.startswith("one call a turn")
+  single = ToolCall("a", {}, "t")
+  assert parser.parse_tool_calls(parser.write_tool_call(single, think)) == single
+
+
+def test_several_calls_are_refused_where_they_make_no_sense():
+  """Finish among calls ends before their results are there; more calls than anybody needs flood."""
+  block = '<tool_call>\n{"name": "a", "arguments": {}}\n</tool_call>\n'
+  finish = parser.write_tool_call(Finish("1"), False)
+  assert "call it alone" in parser.parse_tool_calls(block + finish).reason
+  assert "at most 8 calls" in parser.parse_tool_calls(block * 9).reason
+  assert len(parser.parse_tool_calls(block * 8).calls) == 8
+  with pytest.raises(ValueError, match="2 to 8"):
+    parser.write_tool_call(ToolCalls((ToolCall("a", {}),)), False)
+  for write in (parser.write_react, parser.write_compact):
+    with pytest.raises(ValueError, match="one a turn|malformed"):
+      write(PAIR)
