@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from dialogue import conftest as tokenizers
 
-from steptool_jax.config import Rewards
+from steptool_jax.config import Rewards, base_config
 from steptool_jax.data import trajectories as files
 from steptool_jax.dialogue.codec import Codec
 from steptool_jax.dialogue.template import get_format
+from steptool_jax.environments import custom
 from steptool_jax.environments.custom import Custom
 from steptool_jax.environments.faults import Faults, FaultyEnvironment
 from steptool_jax.evaluation.metrics import rollout_metrics
@@ -202,6 +203,21 @@ def test_users_that_are_functions(tmp_path):
   ]
   with pytest.raises(RuntimeError, match="user again raised KeyError"):
     env.open(task, 0).reply("boom")
+
+
+def test_a_tree_search_is_refused(tmp_path):
+  """Its leaves are answers; here an answer is no leaf."""
+  environment(tmp_path)
+  (tmp_path / "mine.py").write_text(
+    "def price(item: str) -> int:\n  '''Price.'''\n  return 1\nTOOLS = [price]\n"
+  )
+  config = base_config()
+  config.environment.functions = str(tmp_path / "mine.py")
+  config.environment.tasks = str(tmp_path / "tasks.jsonl")
+  custom.from_config(config, None)
+  config.rollout.strategy = "dfsdt"
+  with pytest.raises(ValueError, match="rollout.strategy: 'dfsdt' .*task two .*'chain'"):
+    custom.from_config(config, None)
 
 
 class ScriptedEngine:
