@@ -1,4 +1,7 @@
-"""python -m steptool_jax.main --config=FILE[:arg] --workdir=DIR [--mode=M] [--config.a.b=value]
+"""python -m steptool_jax.main --config=FILE[:arg] [--workdir=DIR] [--mode=M] [--config.a.b=value]
+
+or  steptool [M] --config=…, with the same meaning. FILE may be the name of a config that comes with
+the package (quickstart). Without a workdir it is runs/<name of the config>.
 
   train     SFT on demonstrations, then RL; the same command again goes on (the default)
   evaluate  held-out figures of WORKDIR's newest checkpoint, or of the model where there is none
@@ -52,8 +55,12 @@ MODES = (
 SEVERAL = ("train", "evaluate", "export")  # on several processes
 BESIDE = ("check", "report", "serve", "chat")  # may use a workdir in which a run is at work
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, FILE.py or FILE.py:arg.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; everything is written there.")
+_CONFIG = config_flags.DEFINE_config_file(
+  "config", None, "Config file, FILE.py or FILE.py:arg; or the name of one in the package."
+)
+_WORKDIR = flags.DEFINE_string(
+  "workdir", None, "Folder of the run; everything is written there. Default: runs/<config>."
+)
 _MODE = flags.DEFINE_enum("mode", "train", MODES, "What to do; see above.")
 _COORDINATOR = flags.DEFINE_string(
   "coordinator",
@@ -67,7 +74,12 @@ _PROGRAMS = flags.DEFINE_list(
   "programs", None, "--mode=compile: only these, such as append,decode."
 )
 _TOPOLOGY = flags.DEFINE_string("topology", None, "--mode=compile: TPU slice, such as v5e:4x4.")
-flags.mark_flags_as_required(["config", "workdir"])
+flags.mark_flags_as_required(["config"])
+# In a checkout; a wheel has them within the package.
+_CONFIGS = (
+  pathlib.Path(__file__).parent / "configs",
+  pathlib.Path(__file__).parent.parent / "configs",
+)
 
 
 def main(argv: list[str]) -> None:
@@ -92,7 +104,7 @@ def _dispatch() -> dict[str, Any]:
     if _MODE.value != "compile":
       raise ValueError(f"--programs names those of --mode=compile; the mode is {_MODE.value}")
     options["only"] = _PROGRAMS.value
-  workdir = pathlib.Path(_WORKDIR.value).absolute()
+  workdir = pathlib.Path(_WORKDIR.value or _usual_workdir()).absolute()
   try:
     workdir.mkdir(parents=True, exist_ok=True)
   except OSError as error:
@@ -115,6 +127,14 @@ def _dispatch() -> dict[str, Any]:
       raise
 
 
+def _usual_workdir() -> str:
+  """runs/ and the config's name, with its argument: equal commands go on with each other's run."""
+  file, _, argument = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")
+  named = "-".join([pathlib.Path(file).stem, *re.findall(r"[\w.]+", argument)])
+  hosts.say(f"--workdir is not given: runs/{named}")
+  return f"runs/{named}"
+
+
 def _alone(workdir: pathlib.Path, mode: str) -> contextlib.AbstractContextManager:
   """The workdir for this run; the processes of one run share it."""
   free = mode in BESIDE or not hosts.primary()
@@ -122,11 +142,15 @@ def _alone(workdir: pathlib.Path, mode: str) -> contextlib.AbstractContextManage
 
 
 def _parse(argv: list[str]) -> list[str]:
-  for word, following in zip(argv, [*argv[1:], ""], strict=True):
+  if len(argv) > 1 and argv[1] in MODES:
+    argv = [argv[0], f"--mode={argv[1]}", *argv[2:]]
+  argv = list(argv)
+  for k, word in enumerate(argv):
     if re.fullmatch("--?config(=.*)?", word):
-      file = (word.partition("=")[2] or following).partition(":")[0]
-      if not pathlib.Path(file).is_file():
-        sys.exit(f"steptool_jax: --config: there is no file {file!r}; configs/ has examples")
+      at = k if "=" in word else k + 1
+      if at < len(argv):
+        flag, equals, value = argv[at].partition("=") if at == k else ("", "", argv[at])
+        argv[at] = flag + equals + _found(value)
   try:
     return flags.FLAGS(argv)
   except flags.Error as error:
@@ -136,6 +160,21 @@ def _parse(argv: list[str]) -> list[str]:
       if word.startswith("--config."):
         _or_exit(validation.check_name, word.removeprefix("--config.").partition("=")[0])
     sys.exit(f"steptool_jax: --config: it cannot be loaded ({type(error).__name__}: {error})")
+
+
+def _found(value: str) -> str:
+  """The config file that FILE[:arg] names, a packaged one by its name; exits where none is."""
+  file, colon, argument = value.partition(":")
+  if pathlib.Path(file).is_file():
+    return value
+  for folder in _CONFIGS:
+    if (folder / f"{file}.py").is_file():
+      return f"{folder / file}.py{colon}{argument}"
+  names = sorted({p.stem for f in _CONFIGS for p in f.glob("[a-z]*.py")})
+  sys.exit(
+    f"steptool_jax: --config: there is no file {file!r}, and no config of that name comes with the "
+    f"package: {', '.join(names)}"
+  )
 
 
 def _wrong_value(message: str) -> str:

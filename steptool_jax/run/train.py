@@ -29,7 +29,15 @@ from steptool_jax.run.evaluating import tries
 from steptool_jax.run.hosts import hosts, maintenance
 from steptool_jax.run.parts import build, opening, rollouts
 from steptool_jax.run.parts.opening import Parts
-from steptool_jax.run.training import behaviour, iteration, record, replay, restore, sources
+from steptool_jax.run.training import (
+  behaviour,
+  closing,
+  iteration,
+  record,
+  replay,
+  restore,
+  sources,
+)
 from steptool_jax.run.training.phase import Phase
 from steptool_jax.run.training.progress import Progress, plot, shown, summarise
 from steptool_jax.run.training.sft_batches import SftBatches
@@ -114,9 +122,12 @@ def run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
     with ThreadPoolExecutor(1, "compile") as executor:
       run.compile_ahead(executor)
       try:
-        return _train(run)
+        summary = _train(run)
       finally:
         executor.shutdown(wait=False, cancel_futures=True)
+    if not summary["interrupted"]:
+      hosts.say("\n".join(closing.lines(workdir, summary)))
+    return summary
 
 
 class Run:

@@ -1,0 +1,106 @@
+"""What a training run says in the terminal when it has ended: how far it came, and one task again.
+
+    held out      start  ########                                  14.0 %
+                    SFT  ##########                                18.0 %
+                     RL  ################################          54.3 %
+
+Below it a held-out task that was missed at the start and is solved now, both conversations side by
+side, and what to do next. Plain text, so that it looks the same in a log.
+"""
+
+import itertools
+import pathlib
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from steptool_jax.data.trajectories import AnnotatedTrajectory, read_trajectories
+from steptool_jax.types import Finish, Malformed, Trajectory, by_call
+
+_BAR = 60  # characters of 100 %
+_WIDTH = 47  # of each of the two conversations
+_LINES = 24
+_STAGES = (("start", "pass_rate_base"), ("SFT", "pass_rate_sft"), ("RL", "pass_rate_rl"))
+
+
+def lines(workdir: pathlib.Path, summary: Mapping[str, Any]) -> list[str]:
+  """The text, at most 100 columns wide; nothing where no pass rate was measured."""
+  shares = [(name, float(summary[key])) for name, key in _STAGES if key in summary]
+  if not shares:
+    return []
+  out = ["", *bars(shares)]
+  pair = improved(workdir)
+  if pair is not None:
+    out += ["", *side_by_side(*pair)]
+  return [*out, "", *_next(workdir)]
+
+
+def bars(shares: Sequence[tuple[str, float]]) -> list[str]:
+  """A line a stage; shares in [0, 1]."""
+  return [
+    f"{'' if k else 'held out':<10}{name:>9}  {'#' * round(_BAR * share):<{_BAR}}{share:8.1%}"
+    for k, (name, share) in enumerate(shares)
+  ]
+
+
+def improved(workdir: pathlib.Path) -> tuple[AnnotatedTrajectory, AnnotatedTrajectory] | None:
+  """The records of a held-out task, missed at the start and solved at the end: the shortest one."""
+  files = [workdir / "moments" / f"heldout_{moment}.jsonl" for moment in ("base", "rl")]
+  if not all(file.is_file() for file in files):
+    return None
+  try:
+    before, after = ({_key(r.trajectory): r for r in read_trajectories(f)} for f in files)
+  except ValueError:  # a damaged record is no reason to fail a run that has ended
+    return None
+  found = [
+    (before[key], record)
+    for key, record in after.items()
+    if key in before and record.trajectory.solved == 1 and before[key].trajectory.solved == 0
+  ]
+  return min(found, key=lambda pair: pair[1].trajectory.num_tokens, default=None)
+
+
+def _key(trajectory: Trajectory) -> tuple[str, int]:
+  return trajectory.task_id, trajectory.sample
+
+
+def side_by_side(before: AnnotatedTrajectory, after: AnnotatedTrajectory) -> list[str]:
+  """Two conversations about one task."""
+  columns = [
+    [title, "-" * _WIDTH, *_told(record.trajectory)]
+    for title, record in (("at the start", before), ("now", after))
+  ]
+  rows = itertools.zip_longest(*columns, fillvalue="")
+  both = [f"  {left:<{_WIDTH}}  {right}".rstrip() for left, right in rows]
+  cut = ["  …"] if len(both) > _LINES else []
+  return [*textwrap.wrap(f"Task: {before.query}", 98), "", *both[:_LINES], *cut]
+
+
+def _told(trajectory: Trajectory) -> list[str]:
+  out: list[str] = []
+  for step in by_call(trajectory.steps):
+    action = step.action
+    if isinstance(action, Finish):
+      out += _wrapped("gives up" if action.gave_up else f"answers: {action.answer}")
+    elif isinstance(action, Malformed):
+      out += _wrapped(f"malformed: {action.reason}")
+    else:
+      arguments = ", ".join(f"{name}={value}" for name, value in action.arguments.items())
+      out += _wrapped(f"{action.name}({arguments})")
+    if step.observation is not None:
+      out += _wrapped(f"  {step.observation.text}")
+  return [*out, "", f"{trajectory.status}, {'solved' if trajectory.solved == 1 else 'not solved'}"]
+
+
+def _wrapped(text: str) -> list[str]:
+  found = textwrap.wrap(
+    text, _WIDTH, subsequent_indent="    ", max_lines=2, placeholder=" …", drop_whitespace=True
+  )
+  return found or [""]
+
+
+def _next(workdir: pathlib.Path) -> list[str]:
+  return [
+    "Next: read the conversations   steptool report --config=… --workdir=" + str(workdir),
+    '      your own tools           README, "Your own tools and tasks"; docs/tools.md',
+  ]

@@ -1,0 +1,87 @@
+"""What the terminal shows when a run has ended: bars, a task again, what to do next."""
+
+import numpy as np
+
+from steptool_jax.data.trajectories import AnnotatedTrajectory, write_trajectories
+from steptool_jax.run.training import closing
+from steptool_jax.types import (
+  Code,
+  Finish,
+  Malformed,
+  Observation,
+  Status,
+  Step,
+  ToolCall,
+  Trajectory,
+)
+
+RATES = {"pass_rate_base": 0.14, "pass_rate_sft": 0.18, "pass_rate_rl": 0.5433}
+
+
+def record(task, solved, *actions):
+  ids = np.array([1], np.int32)
+  steps = tuple(
+    Step(
+      ids,
+      np.array([-0.5], np.float32),
+      action,
+      None if isinstance(action, Finish) else Observation("x" * 300, Code.OK),
+    )
+    for action in actions
+  )
+  trajectory = Trajectory(task, 0, ids, steps, Status.ANSWERED, solved)
+  return AnnotatedTrajectory(trajectory, True, "what is it?", {})
+
+
+def wrote(workdir, base, rl):
+  (workdir / "moments").mkdir()
+  write_trajectories(workdir / "moments/heldout_base.jsonl", base)
+  write_trajectories(workdir / "moments/heldout_rl.jsonl", rl)
+
+
+def test_bars_are_as_long_as_their_shares():
+  start, sft, rl = closing.bars([("start", 0.0), ("SFT", 0.5), ("RL", 1.0)])
+  assert [line.count("#") for line in (start, sft, rl)] == [0, 30, 60]
+  assert rl.endswith("100.0%")
+
+
+def test_a_task_that_was_missed_and_is_solved_now_stands_side_by_side(tmp_path):
+  """Not one that was solved before, nor one that is still missed; within 100 columns."""
+  call = ToolCall("find", {"name": "y" * 200})
+  wrote(
+    tmp_path,
+    [
+      record("a", 1.0, Finish("1")),
+      record("b", 0.0, Malformed("no JSON"), Finish("none", gave_up=True)),
+      record("c", 0.0, Finish("2")),
+    ],
+    [
+      record("a", 1.0, Finish("1")),
+      record("b", 1.0, call, call, Finish("703")),
+      record("c", 0.0, Finish("2")),
+    ],
+  )
+  lines = closing.lines(tmp_path, RATES)
+  text = "\n".join(lines)
+  assert max(len(line) for line in lines if str(tmp_path) not in line) <= 100
+  assert "54.3%" in text
+  assert any("malformed: no JSON" in line and "find(name=y" in line for line in lines)
+  assert "gives up" in text
+  assert "answers: 703" in text
+  assert f"--workdir={tmp_path}" in text
+
+
+def test_without_records_or_figures_it_says_less_and_never_fails(tmp_path):
+  assert closing.lines(tmp_path, {}) == []
+  assert any("54.3%" in line for line in closing.lines(tmp_path, RATES))
+  wrote(tmp_path, [record("a", 0.0, Finish("1"))], [record("a", 1.0, Finish("1"))])
+  (tmp_path / "moments/heldout_rl.jsonl").write_text("{")
+  assert closing.improved(tmp_path) is None
+
+
+def test_a_long_conversation_is_cut(tmp_path):
+  call = ToolCall("find", {})
+  before = record("a", 0.0, Finish("1"))
+  lines = closing.side_by_side(before, record("a", 1.0, *[call] * 20, Finish("1")))
+  assert lines[-1] == "  …"
+  assert len(lines) < 30
