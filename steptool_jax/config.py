@@ -560,13 +560,19 @@ class Evaluation:
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-  """Trajectories that --mode=train keeps in WORKDIR/moments for --mode=report."""
+  """What is kept of a training: trajectories in WORKDIR/moments for --mode=report, and figures."""
 
   heldout: int = option(
     300, "of the evaluations at start, after SFT and at the end; 0 = none", least=0
   )
   train: int = option(16, "of a training iteration; 0 = none", least=0)
   every: int = option(10, "RL iterations between those kept; the last one is, too", above=0)
+  sinks: tuple[str, ...] = option(
+    (),
+    "where figures go besides metrics.jsonl and TensorBoard",
+    choices=("wandb", "mlflow", "trackio"),
+  )
+  project: str = option("steptool_jax", "the sinks' project or experiment")
 
 
 @dataclasses.dataclass(frozen=True)

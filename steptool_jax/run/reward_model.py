@@ -33,6 +33,7 @@ from steptool_jax.run.training import restore, setup
 from steptool_jax.run.workdir import outputs
 from steptool_jax.run.workdir.checkpoint import Checkpoints
 from steptool_jax.run.workdir.outputs import MetricsWriter
+from steptool_jax.run.workdir.sinks import Sinks
 from steptool_jax.types import TrainState, Trajectory
 
 # What the result depends on; all other fields may differ between a start and a resume.
@@ -89,7 +90,8 @@ class _Training:
       logging.info("resuming: step %d of %d", self.meta["done"], self.steps)
     self._began = started - self.meta["seconds"]
     restore.claim(parts.config, parts.workdir)
-    self.writer = MetricsWriter(parts.workdir, self.meta["records"], self.meta["done"])
+    sinks = Sinks(parts.config, parts.workdir)
+    self.writer = MetricsWriter(parts.workdir, self.meta["records"], self.meta["done"], sinks)
 
   def run(self) -> dict[str, Any]:
     """Learns to the end, or to where it is asked to stop."""

@@ -43,6 +43,7 @@ from steptool_jax.run.training.progress import Progress, plot, shown, summarise
 from steptool_jax.run.training.sft_batches import SftBatches
 from steptool_jax.run.workdir.checkpoint import Checkpoints
 from steptool_jax.run.workdir.outputs import MetricsWriter
+from steptool_jax.run.workdir.sinks import Sinks
 from steptool_jax.types import TrainState
 
 # Fields that may change between a start and a resume: they do not change what was learnt so far.
@@ -171,7 +172,8 @@ class Run:
     if self.progress.phase == "sft" and self.progress.done < config.sft.steps:
       self.sft = SftBatches(parts)
     restore.claim(config, parts.workdir)
-    self.writer = MetricsWriter(parts.workdir, self.progress.records, self.number)
+    sinks = Sinks(config, parts.workdir)
+    self.writer = MetricsWriter(parts.workdir, self.progress.records, self.number, sinks)
 
   def _restored_phase(self) -> Phase:
     def abstract_of(meta: dict[str, Any]) -> TrainState:

@@ -15,6 +15,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from steptool_jax.evaluation.records import json_object
 from steptool_jax.files import read_json, read_lines, write_text
 from steptool_jax.run.hosts import hosts
+from steptool_jax.run.workdir.sinks import Sinks
 
 
 class MetricsWriter:
@@ -22,11 +23,19 @@ class MetricsWriter:
 
   A resumed run keeps the first `keep` records, those that its checkpoint knows, and drops the
   others, because they are written again. `resumed_at`: the checkpoint's step, for TensorBoard.
+  sinks: get the same figures, and are closed with it.
   """
 
-  def __init__(self, workdir: pathlib.Path, keep: int = 0, resumed_at: int = 0):
+  def __init__(
+    self,
+    workdir: pathlib.Path,
+    keep: int = 0,
+    resumed_at: int = 0,
+    sinks: Sinks | None = None,
+  ):
     self.records = keep
     self._file = self._board = None
+    self._sinks = sinks
     if not hosts.primary():
       return
     path = workdir / "metrics.jsonl"
@@ -46,11 +55,15 @@ class MetricsWriter:
     self._file.write(json.dumps({"step": step} | figures) + "\n")
     self._file.flush()
     self._board.write(step, figures)
+    if self._sinks is not None:
+      self._sinks.log(step, figures)
 
   def close(self) -> None:
     if self._file is not None:
       self._file.close()
       self._board.close()
+    if self._sinks is not None:
+      self._sinks.close()
 
 
 class _Board:
