@@ -244,7 +244,27 @@ class Limits:
 
 
 @dataclasses.dataclass(frozen=True)
+class Http:
+  """Rollouts on vLLM servers (engine 'http'; docs/vllm.md)."""
+
+  servers: tuple[str, ...] = option((), "their addresses, http://host:8000")
+  key_variable: str = option("", "NAME of the environment variable with their key; empty = none")
+  weights: str = option(
+    "reload", "sent as a whole, or as a LoRA adapter alone", choices=("reload", "adapter")
+  )
+  folder: str = option("", "where they are written, as the servers see it; empty = WORKDIR/served")
+  timeout: float = option(600.0, "seconds for one request", above=0, most=_DAY_S)
+  gap: float = option(
+    1.0, "nats that a sampled token's log-prob may be off the trainer's; 0 = any", least=0
+  )
+
+
+@dataclasses.dataclass(frozen=True)
 class Rollout(Limits):
+  engine: str = option(
+    "own", "what samples: the run's own engine, or vLLM", choices=("own", "http")
+  )
+  http: Http = option(Http(), "engine 'http'")
   strategy: str = option(
     "chain", "dfsdt (tree search): --mode=evaluate only", choices=("chain", "dfsdt")
   )

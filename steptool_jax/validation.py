@@ -190,6 +190,7 @@ def _check(config: Config) -> None:
     raise ValueError(f"config.lora.targets: empty; choose from {', '.join(lora.TARGETS)}")
   _check_environment(config)
   _check_addresses(config)
+  _check_http(config)
   _check_market(config)
   _check_rewards(config, get_algorithm(config.algorithm))
   _check_evaluation(config)
@@ -360,6 +361,24 @@ def _check_addresses(config: Config) -> None:
       check_address(url, f"config.{name}", form)
   if not config.serve.host:
     raise ValueError("config.serve.host: is empty; name 0.0.0.0 to listen on every address")
+
+
+def _check_http(config: Config) -> None:
+  """rollout.engine 'http'."""
+  h = config.rollout.http
+  if config.rollout.engine != "http":
+    return
+  if not h.servers:
+    raise ValueError("config.rollout.http.servers: empty; name vLLM's addresses: http://host:8000")
+  from steptool_jax.simulators.posting import check_address  # slow: httpx
+
+  for address in h.servers:
+    check_address(address, "config.rollout.http.servers", "http://host:8000")
+  if h.weights == "adapter" and (not config.lora.rank or config.sft.steps):
+    raise ValueError(
+      "config.rollout.http.weights: 'adapter' sends LoRA's adapters to servers that have the base; "
+      "without lora.rank there are none, and SFT (sft.steps) changes the base; use 'reload'"
+    )
 
 
 def _check_market(config: Config) -> None:

@@ -12,8 +12,9 @@ from jax.sharding import Mesh
 from steptool_jax.config import Config, Limits
 from steptool_jax.environments.base import Environment
 from steptool_jax.policy.engine import Engine
+from steptool_jax.rollout.remote import HttpEngine
 from steptool_jax.run.hosts import agreement, allocator, ending, hang, hosts
-from steptool_jax.run.parts import build, compiled
+from steptool_jax.run.parts import build, compiled, remote
 from steptool_jax.run.parts.services import Services, open_services
 from steptool_jax.run.parts.watchdog import Watchdog
 from steptool_jax.simulators.runner import ToolRunner
@@ -62,7 +63,7 @@ class Parts:
   environment: Environment
   services: Services
   policy: build.Policy
-  engine: Engine
+  engine: Engine | HttpEngine
   limits: Limits
   runner: ToolRunner
   stop: Stop
@@ -84,6 +85,7 @@ def open_parts(config: Config, workdir: pathlib.Path, stop: Stop) -> Iterator[Pa
     Watchdog(workdir / name) as watchdog,
     open_services(config) as services,
     build.build_runner(config, watchdog.during) as runner,
+    contextlib.ExitStack() as stack,
   ):
     environment = build.build_environment(config, services)
     policy = build.build_policy(config, environment, workdir, runner)
@@ -94,7 +96,7 @@ def open_parts(config: Config, workdir: pathlib.Path, stop: Stop) -> Iterator[Pa
       environment=environment,
       services=services,
       policy=policy,
-      engine=build.build_engine(config, policy, mesh),
+      engine=stack.enter_context(remote.opened(config, policy, mesh, workdir)),
       limits=config.rollout,
       runner=runner,
       stop=stop,

@@ -12,6 +12,7 @@ from steptool_jax.evaluation.metrics import rollout_metrics
 from steptool_jax.learning import batching
 from steptool_jax.policy import sharding
 from steptool_jax.rollout.conversation import NonFiniteLogprobs
+from steptool_jax.rollout.remote import refuse_gap
 from steptool_jax.rollout.setting import Stats
 from steptool_jax.run.data import offline
 from steptool_jax.run.parts.opening import Parts
@@ -153,6 +154,8 @@ def _learn(
     return {"nothing_to_learn": 1.0}
   rows = len(packed.batch.tokens)
   prepared, prepare_figures = phase.prepare(packed)
+  if config.rollout.engine == "http":
+    refuse_gap(float(prepare_figures["sampler_gap"]), config.rollout.http.gap)
   if recorder.wants(done):
     advantages = prepared.advantages
     if advantages is not None:
