@@ -1,4 +1,4 @@
-"""Rollouts on vLLM servers: what is sent, what is refused, and a run end to end against a fake one."""
+"""Rollouts on vLLM servers: what is sent, and what is refused. The servers are fakes."""
 
 import json
 import re

@@ -28,8 +28,8 @@ def opened(
     return
   if hosts.peers().count > 1:
     raise ValueError(
-      "config.rollout.engine: 'http' samples from one process, which learns too; start it alone, with "
-      "its mesh over this host's chips"
+      "config.rollout.engine: 'http' samples from one process, which learns too; start it alone, "
+      "with its mesh over this host's chips"
     )
   h = config.rollout.http
   key = secret(h.key_variable, "rollout.http.key_variable")
