@@ -212,9 +212,14 @@ class Environment:
     600.0, "harness: seconds for one run of the function", above=0, most=_DAY_S
   )
   heldout_share: float = option(
-    0.2, "custom, harness: share of tasks without a split held out", least=0, most=1
+    0.2, "custom, harness, bfcl: share of tasks without a split held out", least=0, most=1
   )
   user: Endpoint = option(Endpoint(), "custom: the model behind users of type 'model'")
+  bfcl: tuple[str, ...] = option(
+    ("base", "miss_func", "miss_param", "long_context"),
+    "bfcl: categories of its multi-turn part",
+    choices=("base", "miss_func", "miss_param", "long_context"),
+  )
   toolbench: ToolBench = option(ToolBench(), "toolbench: queries")
   faults: Faults = option(Faults(), "injected faults, in training and evaluation")
   market: Market = option(Market(), "what calls cost")

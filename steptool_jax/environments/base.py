@@ -20,6 +20,7 @@ ENVIRONMENTS: dict[str, str] = {
   "data_pipeline": "steptool_jax.environments.data_pipeline",
   "archive": "steptool_jax.environments.archive",
   "toolbench": "steptool_jax.toolbench.environment",
+  "bfcl": "steptool_jax.environments.benchmarks.bfcl",
   "custom": "steptool_jax.environments.custom",
   "harness": "steptool_jax.serving.harness",
 }
