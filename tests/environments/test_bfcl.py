@@ -129,6 +129,15 @@ def test_replayed_demonstrations_are_solved_and_paid():
         assert step.contribution == 1.0, (task.id, step.action)
 
 
+def test_a_call_keeps_its_arguments():
+  """Some tools keep a list that they are given and add to it later: the record must not change."""
+  task = next(t for t in TASKS if t.id == "bfcl/multi_turn_base_90")
+  before = repr(task.demonstration)
+  for _ in range(2):
+    assert ours(task, turns_of(task.demonstration))
+  assert repr(task.demonstration) == before
+
+
 def test_withheld_functions_come_with_the_users_message():
   task = next(t for t in TASKS if t.metadata["category"] == "miss_func")
   entry, _ = ENV._package.of(task)
@@ -144,5 +153,5 @@ def test_nothing_that_is_written_is_evaluated():
   session = ENV.open(TASKS[0], 0)
   for name in ("_load_scenario", "__init__", "__class__", "kill", "eval", "import os"):
     assert session.call(ToolCall(name, {})).code in (Code.UNKNOWN_TOOL, Code.TOOL_ERROR)
-  with pytest.raises(ValueError):
+  with pytest.raises(ValueError, match="malformed node"):
     bfcl._parsed("f(x=__import__('os').getcwd())")
