@@ -214,11 +214,16 @@ class Environment:
   heldout_share: float = option(
     0.2, "custom, harness, bfcl: share of tasks without a split held out", least=0, most=1
   )
-  user: Endpoint = option(Endpoint(), "custom: the model behind users of type 'model'")
+  user: Endpoint = option(
+    Endpoint(), "custom: the model behind users of type 'model'; tau2: that of its user"
+  )
   bfcl: tuple[str, ...] = option(
     ("base", "miss_func", "miss_param", "long_context"),
     "bfcl: categories of its multi-turn part",
     choices=("base", "miss_func", "miss_param", "long_context"),
+  )
+  tau2: tuple[str, ...] = option(
+    ("telecom",), "tau2: its domains", choices=("airline", "retail", "telecom")
   )
   toolbench: ToolBench = option(ToolBench(), "toolbench: queries")
   faults: Faults = option(Faults(), "injected faults, in training and evaluation")

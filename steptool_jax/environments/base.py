@@ -21,6 +21,7 @@ ENVIRONMENTS: dict[str, str] = {
   "archive": "steptool_jax.environments.archive",
   "toolbench": "steptool_jax.toolbench.environment",
   "bfcl": "steptool_jax.environments.benchmarks.bfcl",
+  "tau2": "steptool_jax.environments.benchmarks.tau2",
   "custom": "steptool_jax.environments.custom",
   "harness": "steptool_jax.serving.harness",
 }

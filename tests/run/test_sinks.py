@@ -117,7 +117,8 @@ def test_the_real_package_offline(monkeypatch, tmp_path, name):
   if importlib.util.find_spec(name) is None:
     pytest.skip(f"the optional package {name} is missing")
   monkeypatch.setenv("WANDB_MODE", "offline")
-  monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+  monkeypatch.setenv("MLFLOW_TRACKING_URI", f"file://{tmp_path}/mlruns")
+  monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
   monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
   said = []
   monkeypatch.setattr("steptool_jax.run.workdir.sinks.logging.warning", lambda *a: said.append(a))
