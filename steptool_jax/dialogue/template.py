@@ -33,6 +33,8 @@ from steptool_jax.types import Action, Malformed, ToolSpec
 
 Tools = tuple[ToolSpec, ...]
 TOOL_LISTS = ("json", "signature")
+THINKING = ("kept", "template", "stripped")
+_UNTHINK = "</think>"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -53,6 +55,7 @@ class ChatFormat:
   opening: Callable[[str | None, str, str], list[Piece]] | None = None
   json_list: Callable[[Tools], str] | None = None  # tools in its own layout; None: as ReAct does
   tool_list: str = "json"  # or "signature"
+  thinking: str = "kept"  # what becomes of the thoughts of earlier turns: one of THINKING
   write: Callable[[Action], str] = parser.write_react
   read: Callable[[str], Action] = parser.parse_react
   tags: tuple[str, ...] = ()  # control tokens that belong into a turn
@@ -131,6 +134,22 @@ class ChatFormat:
     pieces = _split_tags(self.write(action), self.tags, self.codec)
     return np.append(self.codec.join(pieces), np.int32(self.stop_ids[0]))
 
+  def without_thoughts(self, turn: np.ndarray) -> np.ndarray:
+    """int32[L] of an assistant turn as Qwen3's chat template repeats it in history: what stands up
+    to the last </think> and the line breaks after it are gone. A block that was never closed stays.
+    """
+    ends = np.flatnonzero(turn == self.codec.token_id(_UNTHINK))
+    if not len(ends):
+      return turn
+    left = turn[ends[-1] + 1 :]
+    while len(left):
+      text = self.codec.decode(left[:1])
+      rest = text.lstrip("\n")
+      if rest == text:
+        break
+      left = np.concatenate([np.asarray(self.codec.encode(rest), np.int32), left[1:]])
+    return left
+
   def parse(self, ids: Sequence[int] | np.ndarray) -> Action:
     """The action of one sampled turn, int32[L], with or without its stop token."""
     body = [int(i) for i in ids]
@@ -146,12 +165,15 @@ class ChatFormat:
     return self.read(text)
 
 
-def get_format(name: str, codec: Codec, tool_list: str = "json") -> ChatFormat:
+def get_format(
+  name: str, codec: Codec, tool_list: str = "json", thinking: str = "kept"
+) -> ChatFormat:
   """A format by name, or "auto": chosen by the tokenizer's control tokens and chat template.
 
-  tool_list: how prompts list the tools, json or signature. ValueError for an unknown name, for a
-  tokenizer that lacks a token the format needs, for "auto" on a tokenizer without a chat template,
-  and for signatures in the compact format, whose list is shorter.
+  tool_list: how prompts list the tools, json or signature. thinking: one of THINKING. ValueError
+  for an unknown name, for a tokenizer that lacks a token the format needs, for "auto" on a
+  tokenizer without a chat template, for signatures in the compact format, whose list is shorter,
+  and for thoughts to strip where there are no <think> blocks.
   """
   if name == "auto":
     name = _choose(codec)
@@ -164,7 +186,15 @@ def get_format(name: str, codec: Codec, tool_list: str = "json") -> ChatFormat:
       f"tool_list {tool_list!r}: chat_format 'compact' has a list of its own, shorter still; leave "
       "model.tool_list at 'json'"
     )
-  return dataclasses.replace(FORMATS[name].make(codec), tool_list=tool_list)
+  made = FORMATS[name].make(codec)
+  if thinking not in THINKING:
+    raise ValueError(f"thinking {thinking!r}: choose one of {', '.join(THINKING)}")
+  if thinking != "kept" and not (_UNTHINK in made.tags and codec.has(_UNTHINK)):
+    raise ValueError(
+      f"thinking {thinking!r}: chat format {name!r} over the tokenizer in {codec.directory} has no "
+      "<think> blocks (hermes over Qwen3's has); leave model.thinking at 'kept'"
+    )
+  return dataclasses.replace(made, tool_list=tool_list, thinking=thinking)
 
 
 def _choose(codec: Codec) -> str:

@@ -86,8 +86,8 @@ def edited(*path, value):
   [
     ("{", "Expecting property name"),
     ("", "Expecting value"),
-    ("[]", "not a trajectory of format 1"),
-    (edited("format", value=2), "not a trajectory of format 1"),
+    ("[]", "not a trajectory of format 1 or 2"),
+    (edited("format", value=3), "not a trajectory of format 1 or 2"),
     (edited("status", value=...), "the field 'status' is missing"),
     (edited("status", value="lost"), "'lost' is not a valid Status"),
     (edited("solved", value="1"), "'1' must be of type float"),

@@ -67,7 +67,7 @@ def opened_format(
     try:
       directory = _directory(config, environment, workdir, runner, pathlib.Path(folder) / "made")
       m = config.model
-      found = get_format(m.chat_format, Codec.load(directory), m.tool_list), ""
+      found = get_format(m.chat_format, Codec.load(directory), m.tool_list, m.thinking), ""
     except (OSError, ValueError, ImportError) as error:
       found = None, str(error)
     yield found
