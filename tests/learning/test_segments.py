@@ -15,6 +15,7 @@ import optax
 import oracles
 import pytest
 import samples
+import thinker
 
 from steptool_jax.config import Advantage, Config, Critic, Loss
 from steptool_jax.learning import advantages, algorithms, batching, groups, losses, update
@@ -193,30 +194,30 @@ def test_the_step_table_and_its_critics_know_whole_trajectories():
 # --- gradients ---------------------------------------------------------------------------------
 
 
-def learner_of(name, aggregation=""):
+def learner_of(name, aggregation="", shape=CONFIG):
   row = algorithms.get_algorithm(name)
   config = Config(
     advantage=ADVANTAGE,
     critic=Critic(kind="value" if row.gae else ""),
     loss=Loss(kl_coef=0.1, value_coef=1.0, logprob_chunk=16, aggregation=aggregation),
   )
-  return update.Learner(CONFIG, row, algorithms.resolve(row, config), optax.sgd(1.0))
+  return update.Learner(shape, row, algorithms.resolve(row, config), optax.sgd(1.0))
 
 
 @functools.cache
-def params():
-  made = model.init_params(CONFIG, jax.random.key(0))
+def params(shape=CONFIG):
+  made = model.init_params(shape, jax.random.key(0))
   made["value_head"]["kernel"] = jax.random.normal(jax.random.key(1), (32, 1)) * 0.3
   return made
 
 
-def learnt(name, packed, micro=3, aggregation=""):
+def learnt(name, packed, micro=3, aggregation="", shape=CONFIG, rows=ROWS):
   """(advantages of each trajectory, weights after a step of SGD)."""
-  learner = learner_of(name, aggregation)
-  made = {"params": jax.tree.map(jnp.copy, params())}
+  learner = learner_of(name, aggregation, shape)
+  made = {"params": jax.tree.map(jnp.copy, params(shape))}
   parts = lora.split_variables(made, train_values=learner.critic == "value")
   state = update.init_state(learner, *parts)
-  batch = fakes.padded(packed, ROWS)
+  batch = fakes.padded(packed, rows)
   stack = functools.partial(jax.tree.map, lambda x: jnp.asarray(x).reshape(-1, micro, x.shape[-1]))
   prepare, step = update.compile_programs(learner)
   count = len(batch.tokens) // micro
@@ -227,7 +228,7 @@ def learnt(name, packed, micro=3, aggregation=""):
   return found, lora.join_variables(state.trainable, state.frozen)["params"]
 
 
-def each_step_alone(trajectories, found, aggregation):
+def each_step_alone(trajectories, found, aggregation, shape=CONFIG):
   """The oracle: - sum of w A log pi(token | its own prompt) over steps, each of them in a forward
   pass of its own; its gradient by JAX, advantages as given. w: 1, or 1 / tokens of the trajectory.
   """
@@ -252,27 +253,47 @@ def each_step_alone(trajectories, found, aggregation):
   @jax.grad
   def gradient(p):
     positions = jnp.broadcast_to(jnp.arange(size), ids.shape)
-    hidden = model.forward(CONFIG, {"params": p}, ids, positions, jnp.ones_like(ids))
-    logp = jax.nn.log_softmax(model.project_logits(CONFIG, {"params": p}, hidden))
+    hidden = model.forward(shape, {"params": p}, ids, positions, jnp.ones_like(ids))
+    logp = jax.nn.log_softmax(model.project_logits(shape, {"params": p}, hidden))
     next_logp = jnp.take_along_axis(logp[:, :-1], ids[:, 1:, None], -1)[..., 0]
     return -(coefficient[:, :-1] * next_logp).sum() / weights
 
-  return gradient(params())
+  return gradient(params(shape))
 
 
-@pytest.mark.parametrize(("name", "aggregation"), [("rloo", "trajectory")])
-def test_gradients_equal_each_step_alone(name, aggregation):
-  """Policy gradients on packed segments are those of every step computed from its own prompt."""
-  trajectories = random_breaks(group(5), 5)
-  packed = batching.pack(trajectories, ROW_TOKENS)
-  found, after = learnt(name, packed, aggregation=aggregation)
-  expected = each_step_alone(trajectories, found, aggregation)
-  moved = jax.tree.map(lambda x, y: x - y, params(), after)  # SGD with rate 1
+def compare(trajectories, row_tokens, aggregation, micro=3, shape=CONFIG, rows=ROWS):
+  """The weights that one step of SGD with rate 1 has moved, against the oracle's gradient."""
+  packed = batching.pack(trajectories, row_tokens)
+  found, after = learnt("rloo", packed, micro, aggregation, shape, rows)
+  expected = each_step_alone(trajectories, found, aggregation, shape)
+  moved = jax.tree.map(lambda x, y: x - y, params(shape), after)
   for path, x in jax.tree_util.tree_leaves_with_path(moved):
     y = functools.reduce(lambda tree, key: tree[key.key], path, expected)
     if "value_head" not in jax.tree_util.keystr(path):
       np.testing.assert_allclose(x, y, atol=2e-6, err_msg=jax.tree_util.keystr(path))
   assert np.abs(moved["embed"]["embedding"]).max() > 1e-3, "an empty comparison"
+
+
+def test_gradients_equal_each_step_alone():
+  """Policy gradients on packed segments are those of every step computed from its own prompt."""
+  compare(random_breaks(group(5), 5), ROW_TOKENS, "trajectory")
+
+
+def test_a_thinker_with_a_folded_context_learns_as_each_step_alone(tmp_path):
+  """From the rollout to the gradient: thoughts stripped and results folded, nothing of either
+  reaches a step that did not see it."""
+  codec = thinker.tokenizer(tmp_path / "tokenizer")
+  trajectories = []
+  for n, (thinking, fold) in enumerate((("stripped", 0), ("kept", 1), ("stripped", 1))):
+    chat_format = thinker.hermes(codec, thinking)
+    limits = dataclasses.replace(thinker.LIMITS, fold=fold)
+    (t,), engine = thinker.rollouts(chat_format, limits, calls=2)
+    assert thinker.contexts(t) == [seen for seen, _ in engine.turns]
+    paid = [dataclasses.replace(s, reward=float(k + n)) for k, s in enumerate(t.steps)]
+    trajectories.append(dataclasses.replace(t, sample=n, steps=tuple(paid)))
+  assert [len(t.parts) for t in trajectories] == [3, 2, 3]
+  shape = fakes.tiny_config(vocab_size=codec.vocab_size, max_position_embeddings=512)
+  compare(trajectories, 460, "token", micro=4, shape=shape, rows=8)
 
 
 def test_rows_and_micro_batches_do_not_matter():
