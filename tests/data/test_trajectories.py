@@ -129,6 +129,18 @@ def test_a_broken_line_is_named(line, match, tmp_path):
     next(reader)
 
 
+def test_a_reader_of_before_refuses_segments():
+  """It would pass over a step's own prompt and train behind what the model never saw."""
+  whole = trajectories.to_document(RECORD)
+  assert whole["format"] == 2
+  steps = [dataclasses.replace(s, prompt_tokens=None) for s in RECORD.trajectory.steps]
+  plain = dataclasses.replace(RECORD.trajectory, steps=tuple(steps))
+  assert trajectories.to_document(dataclasses.replace(RECORD, trajectory=plain))["format"] == 1
+  whole["steps"][2]["prompt_tokens"] = []
+  with pytest.raises(ValueError, match="prompt_tokens of a step: empty"):
+    trajectories.from_document(whole)
+
+
 def test_a_cut_file_is_named(tmp_path):
   path = tmp_path / "t.jsonl"
   trajectories.write_trajectories(path, [RECORD, RECORD])
