@@ -287,8 +287,6 @@ def _write(
     [part.prompt[before:]]
     + [ids for step in steps for ids in (step.tokens, step.observation_tokens)]
   ).astype(np.int32)
-  last = part.stop == len(trajectory.steps)
-  ids = ids if last else ids[: len(ids) - len(steps[-1].observation_tokens)]
   length = stop - start
   batch.tokens[row, start:stop] = ids[:length]
   targets = ids[1 : length + 1]
@@ -312,7 +310,7 @@ def _write(
     batch.behaviour_logprobs[row, first:end] = step.logprobs
     batch.anchor_ids[row, first:end] = anchors[trajectory.task_id, seen.tobytes()]
     first, seen = end + len(step.observation_tokens), step.observation_tokens
-  if last and trajectory.status in bootstrap:
+  if part.stop == len(trajectory.steps) and trajectory.status in bootstrap:
     batch.bootstrap[row, stop - 1] = True
 
 
