@@ -83,6 +83,12 @@ class Model:
   parallel_calls: bool = option(
     False, "a turn may have several calls, which are made side by side (chat format 'hermes')"
   )
+  thinking: str = option(
+    "kept",
+    "<think> blocks of earlier turns: stay in history; go when the user speaks again ('template', "
+    "as Qwen3's own); or go at once ('stripped'), so that a turn sees none but its own",
+    choices="thinking",
+  )
   system: str = option("", "task description in the system turn; empty = the chat format's own")
   dtype: str = option("float32", "compute; norms and log-probs stay float32", choices="dtypes")
   param_dtype: str = option("float32", "parameters and optimizer moments", choices="dtypes")
@@ -251,6 +257,9 @@ class Limits:
   max_step_tokens: int = option(64, "sampled tokens of one call, the stop token included", above=0)
   max_invalid: int = option(3, "invalid calls in a row that end it as GAVE_UP", above=0)
   max_observation_chars: int = option(1024, "longer observations are cut and end in ...", above=0)
+  fold: int = option(
+    0, "results that stay as they were, the newest; older ones become one line; 0 = all", least=0
+  )
 
 
 @dataclasses.dataclass(frozen=True)

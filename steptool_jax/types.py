@@ -129,10 +129,21 @@ class Step:
   observation: Observation | None = None  # None after Finish and after a token budget
   observation_tokens: np.ndarray = dataclasses.field(
     default_factory=lambda: np.zeros(0, np.int32)
-  )  # int32[M], forced after this step
+  )  # int32[M], forced after this step; where the next one has a prompt of its own, its end
   success_calling: float = 0.0  # SC in [0, 1]
   contribution: float = 0.0  # Con in [0, 1]
   reward: float = 0.0  # r_k, after shaping
+  # int32[P], all that stands in front of this step where history was changed (thoughts stripped,
+  # results folded, a sub-agent's own); None: what was there before goes on.
+  prompt_tokens: np.ndarray | None = None
+
+
+class Part(NamedTuple):
+  """Steps [start, stop) of a trajectory that share a growing context, and what it begins with."""
+
+  start: int
+  stop: int
+  prompt: np.ndarray  # int32[P]
 
 
 def by_call(steps: Iterable[Step]) -> list[Step]:
@@ -161,6 +172,7 @@ def _parts(step: Step) -> list[Step]:
   parts[:-1] = [
     dataclasses.replace(part, reward=0.0, observation_tokens=nothing) for part in parts[:-1]
   ]
+  parts[1:] = [dataclasses.replace(part, prompt_tokens=None) for part in parts[1:]]
   return parts
 
 
@@ -191,18 +203,36 @@ class Trajectory:
     return self.status in TRUNCATED
 
   @property
+  def parts(self) -> tuple[Part, ...]:
+    """The segments: a new one where a step has a prompt of its own. One, where none has."""
+    own = [k for k, step in enumerate(self.steps) if k and step.prompt_tokens is not None]
+    prompts = (self.prompt_tokens, *(self.steps[k].prompt_tokens for k in own))
+    return tuple(map(Part, (0, *own), (*own, len(self.steps)), prompts))
+
+  def part_tokens(self, part: Part) -> int:
+    """Tokens of a segment, the last observation included only where nothing follows it."""
+    steps = self.steps[part.start : part.stop]
+    count = len(part.prompt) + sum(len(s.tokens) + len(s.observation_tokens) for s in steps)
+    return count if part.stop == len(self.steps) else count - len(steps[-1].observation_tokens)
+
+  @property
   def num_tokens(self) -> int:
-    return len(self.prompt_tokens) + sum(
-      len(s.tokens) + len(s.observation_tokens) for s in self.steps
-    )
+    """Of all segments."""
+    return sum(map(self.part_tokens, self.parts))
+
+  @property
+  def longest(self) -> int:
+    """Tokens of its longest segment: the context that it needs."""
+    return max(map(self.part_tokens, self.parts))
 
 
 class TokenBatch(NamedTuple):
   """Packed trajectories. Every field is [B, T] and aligned with `targets`: value[t] belongs to
   the state that emits targets[t]. Segment 0 is padding; positions run along a trajectory.
 
-  A trajectory is one segment. Where samples of a task share their prompt, it stands in front of
-  them, but for its last token, as a segment of its own that they see (`until`).
+  A trajectory is one segment, or several, of several rows, where a step has a prompt of its own
+  (Trajectory.parts). Where samples of a task share their prompt, it stands in front of them, but
+  for its last token, as a segment of its own that they see (`until`).
 
   A trajectory that only a critic reads (ArCHer's replay) has step ids and an empty action mask.
   The second group is None until `prepare` has filled what the algorithm needs of it.
@@ -221,6 +251,11 @@ class TokenBatch(NamedTuple):
   behaviour_logprobs: Any  # float32, as sampled, 0 outside the action mask
   group_ids: Any  # int32, 1.. the task of the trajectory, one number over all rows; 0 = padding
   anchor_ids: Any  # int32, 1.. task and last observation before the step; 0 outside steps
+
+  # None where every trajectory is one segment. Numbers are over all rows.
+  part_ids: Any = None  # int32, 1.. those of a trajectory one after the other, in its order
+  trajectory_ids: Any = None  # int32, 1..
+  trajectory_tokens: Any = None  # int32, sampled tokens of the position's whole trajectory
 
   old_logprobs: Any = None  # float32
   ref_logprobs: Any = None  # float32

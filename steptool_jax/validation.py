@@ -15,7 +15,12 @@ from steptool_jax.environments.base import ENVIRONMENTS
 from steptool_jax.environments.markets.specialists import TIERS
 from steptool_jax.learning import importance
 from steptool_jax.learning.advantages import LEVELS
-from steptool_jax.learning.algorithms import Algorithm, get_algorithm
+from steptool_jax.learning.algorithms import (
+  Algorithm,
+  changes_history,
+  get_algorithm,
+  refuse_segments,
+)
 from steptool_jax.learning.critics import CRITICS
 from steptool_jax.learning.losses import AGGREGATIONS, SURROGATES, UNITS
 from steptool_jax.learning.selection import EVERYTHING
@@ -40,6 +45,7 @@ TABLES: Mapping[str, Iterable[str]] = {
   "shapings": SHAPINGS,
   "specialists": TIERS,
   "surrogates": SURROGATES,
+  "thinking": template.THINKING,
   "tool lists": template.TOOL_LISTS,
   "units": UNITS,
 }
@@ -194,6 +200,28 @@ def _check(config: Config) -> None:
   _check_market(config)
   _check_rewards(config, get_algorithm(config.algorithm))
   _check_evaluation(config)
+  if changes_history(config):
+    _check_history(config)
+
+
+def _check_history(config: Config) -> None:
+  """What needs a conversation that only grows."""
+  which = f"model.thinking = {config.model.thinking!r}"
+  off = "'kept'"
+  if config.rollout.fold:
+    which, off = f"rollout.fold = {config.rollout.fold}", "0"
+  refuse_segments(config, which)
+  for name, value in (
+    ("environment.name = 'harness'", config.environment.name == "harness"),
+    ("rollout.strategy = 'dfsdt'", config.rollout.strategy == "dfsdt"),
+    (f"rewards.source = {config.rewards.source!r}", SOURCES[config.rewards.source].device),
+    ("annotate.source = 'monte_carlo'", config.annotate.source == "monte_carlo"),
+  ):
+    if value:
+      raise ValueError(
+        f"config.{which}: changes what earlier turns look like, but {name} needs a conversation "
+        f"that only grows; set it to {off}, or leave the other at its default"
+      )
 
 
 def _check_sizes(config: Config) -> None:

@@ -56,7 +56,8 @@ def tiny_config(**changes) -> model.ModelConfig:
 def padded(packed: batching.Packed, multiple: int) -> TokenBatch:
   """The packed batch with empty rows up to a multiple: one shape, one compilation."""
   rows, row_tokens = packed.batch.tokens.shape
-  padding = batching.empty_batch(-rows % multiple, row_tokens)
+  segmented = packed.batch.part_ids is not None
+  padding = batching.empty_batch(-rows % multiple, row_tokens, segmented)
   return TokenBatch(
     *(
       x if x is None else np.concatenate([x, y]) for x, y in zip(packed.batch, padding, strict=True)

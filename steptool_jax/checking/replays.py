@@ -47,10 +47,10 @@ class Replay:
 
 
 def size_of(trajectory: Trajectory) -> Size:
-  """Tokens and steps of a whole trajectory."""
+  """Tokens (of the longest context) and steps of a whole trajectory."""
   return Size(
     prompt=len(trajectory.prompt_tokens),
-    tokens=trajectory.num_tokens,
+    tokens=trajectory.longest,
     steps=len(trajectory.steps),
     longest=max((len(step.tokens) for step in trajectory.steps), default=0),
   )
@@ -75,6 +75,7 @@ def replay(
     max_tokens=_WITHOUT_END,
     max_invalid=_WITHOUT_END,
     max_observation_chars=limits.max_observation_chars,
+    fold=limits.fold,
   )
   try:
     if chat_format is None:

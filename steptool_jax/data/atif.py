@@ -38,6 +38,8 @@ def to_atif(record: AnnotatedTrajectory) -> dict[str, Any]:
   steps: list[dict[str, Any]] = [{"step_id": 1, "source": "user", "message": record.query}]
   seen, sampled, prompts = t.prompt_tokens, 0, 0
   for step in t.steps:
+    if step.prompt_tokens is not None:
+      seen = step.prompt_tokens
     steps.append(_step(len(steps) + 1, step, seen, record.logprobs_known))
     prompts, sampled = prompts + len(seen), sampled + len(step.tokens)
     seen = np.concatenate([seen, step.tokens, step.observation_tokens])

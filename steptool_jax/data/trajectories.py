@@ -29,7 +29,8 @@ from steptool_jax.types import (
 )
 
 _ROUNDING = 1e-3  # a log-prob of nearly 0 may be as far above it
-_FORMAT = 1  # of a line; a reader refuses what it does not know
+# Of a line; a reader refuses what it does not know. 2: steps have prompts of their own.
+_FORMATS = (1, 2)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -116,8 +117,11 @@ def to_document(record: AnnotatedTrajectory) -> dict[str, Any]:
     }
     for step in trajectory.steps
   ]
+  own = [k for k, step in enumerate(trajectory.steps) if step.prompt_tokens is not None]
+  for k in own:
+    steps[k]["prompt_tokens"] = _ids(trajectory.steps[k].prompt_tokens)
   return {
-    "format": _FORMAT,
+    "format": _FORMATS[bool(own)],
     "task_id": trajectory.task_id,
     "sample": int(trajectory.sample),
     "query": record.query,
@@ -134,8 +138,8 @@ def to_document(record: AnnotatedTrajectory) -> dict[str, Any]:
 
 def from_document(document: Any) -> AnnotatedTrajectory:
   """Inverts `to_document`; ValueError for anything else."""
-  if not isinstance(document, dict) or document.get("format") != _FORMAT:
-    raise ValueError(f"not a trajectory of format {_FORMAT}")
+  if not isinstance(document, dict) or document.get("format") not in _FORMATS:
+    raise ValueError(f"not a trajectory of format {' or '.join(map(str, _FORMATS))}")
   try:
     known = _typed(document["logprobs_known"], bool)
     parts = _typed(document.get("reward_parts", {}), dict)  # files of before there were any
@@ -176,6 +180,9 @@ def _load_step(entry: Mapping[str, Any], known: bool) -> Step:
   else:
     logprobs = np.full(len(tokens), np.nan, np.float32)
     _typed(entry["logprobs"], type(None))
+  prompt = entry.get("prompt_tokens")
+  if prompt is not None and not len(_load_ids(prompt)):
+    raise ValueError("prompt_tokens of a step: empty, but there is something in front of it")
   return Step(
     tokens=tokens,
     logprobs=logprobs,
@@ -185,6 +192,7 @@ def _load_step(entry: Mapping[str, Any], known: bool) -> Step:
     success_calling=_share(entry, "success_calling"),
     contribution=_share(entry, "contribution"),
     reward=_typed(entry["reward"], float),
+    prompt_tokens=None if prompt is None else _load_ids(prompt),
   )
 
 

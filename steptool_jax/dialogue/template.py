@@ -35,6 +35,8 @@ from steptool_jax.types import Action, Malformed, ToolSpec
 
 Tools = tuple[ToolSpec, ...]
 TOOL_LISTS = ("json", "signature")
+THINKING = ("kept", "template", "stripped")
+_UNTHINK = "</think>"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -55,6 +57,7 @@ class ChatFormat:
   opening: Callable[[str | None, str, str], list[Piece]] | None = None
   json_list: Callable[[Tools], str] | None = None  # tools in its own layout; None: as ReAct does
   tool_list: str = "json"  # or "signature"
+  thinking: str = "kept"  # what becomes of the thoughts of earlier turns: one of THINKING
   write: Callable[[Action], str] = parser.write_react
   read: Callable[[str], Action] = parser.parse_react
   tags: tuple[str, ...] = ()  # control tokens that belong into a turn
@@ -141,6 +144,22 @@ class ChatFormat:
     pieces = _split_tags(self.write(action), self.tags, self.codec)
     return np.append(self.codec.join(pieces), np.int32(self.stop_ids[0]))
 
+  def without_thoughts(self, turn: np.ndarray) -> np.ndarray:
+    """int32[L] of an assistant turn as Qwen3's chat template repeats it in history: what stands up
+    to the last </think> and the line breaks after it are gone. A block that was never closed stays.
+    """
+    ends = np.flatnonzero(turn == self.codec.token_id(_UNTHINK))
+    if not len(ends):
+      return turn
+    left = turn[ends[-1] + 1 :]
+    while len(left):
+      text = self.codec.decode(left[:1])
+      rest = text.lstrip("\n")
+      if rest == text:
+        break
+      left = np.concatenate([np.asarray(self.codec.encode(rest), np.int32), left[1:]])
+    return left
+
   def parse(self, ids: Sequence[int] | np.ndarray) -> Action:
     """The action of one sampled turn, int32[L], with or without its stop token."""
     body = [int(i) for i in ids]
@@ -157,14 +176,19 @@ class ChatFormat:
 
 
 def get_format(
-  name: str, codec: Codec, tool_list: str = "json", parallel_calls: bool = False
+  name: str,
+  codec: Codec,
+  tool_list: str = "json",
+  thinking: str = "kept",
+  parallel_calls: bool = False,
 ) -> ChatFormat:
   """A format by name, or "auto": chosen by the tokenizer's control tokens and chat template.
 
-  tool_list: how prompts list the tools, json or signature. parallel_calls: a turn may have several
-  calls. ValueError for an unknown name, for a tokenizer that lacks a token the format needs, for
-  "auto" on a tokenizer without a chat template, for signatures in the compact format, whose list is
-  shorter, and for several calls in a format that has one a turn.
+  tool_list: how prompts list the tools, json or signature. thinking: one of THINKING.
+  parallel_calls: a turn may have several calls. ValueError for an unknown name, for a tokenizer
+  that lacks a token the format needs, for "auto" on a tokenizer without a chat template, for
+  signatures in the compact format, whose list is shorter, for thoughts to strip where there are no
+  <think> blocks, and for several calls in a format that has one a turn.
   """
   if name == "auto":
     name = _choose(codec)
@@ -182,8 +206,15 @@ def get_format(
       f"parallel_calls: chat_format {name!r} has one call a turn; use {' or '.join(PARALLEL)} "
       "(Qwen2.5, Qwen3), or set model.parallel_calls=False"
     )
-  make = PARALLEL[name] if parallel_calls else FORMATS[name].make
-  return dataclasses.replace(make(codec), tool_list=tool_list)
+  made = (PARALLEL[name] if parallel_calls else FORMATS[name].make)(codec)
+  if thinking not in THINKING:
+    raise ValueError(f"thinking {thinking!r}: choose one of {', '.join(THINKING)}")
+  if thinking != "kept" and not (_UNTHINK in made.tags and codec.has(_UNTHINK)):
+    raise ValueError(
+      f"thinking {thinking!r}: chat format {name!r} over the tokenizer in {codec.directory} has no "
+      "<think> blocks (hermes over Qwen3's has); leave model.thinking at 'kept'"
+    )
+  return dataclasses.replace(made, tool_list=tool_list, thinking=thinking)
 
 
 def _choose(codec: Codec) -> str:

@@ -140,6 +140,8 @@ def _step(step: Step, words, values, with_logprobs: bool, pieces: _Table) -> dic
     _rounded(step.contribution),
     _rounded(step.reward),
   ]
+  if step.prompt_tokens is not None:
+    out["own"] = len(step.prompt_tokens)
   observation = step.observation
   if observation is not None:
     out["seen"] = {

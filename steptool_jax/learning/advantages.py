@@ -10,6 +10,8 @@ t' is the next sampled token: observation tokens are skipped and cost no discoun
   token     constant gamma and lambda.
   released  what the authors' code computes, for comparison: values are zero on observations, decay
             goes through every position, and r_k is weighted with (number of steps - k - 1).
+A trajectory in several segments is one all the same at levels step and token: t' is then the first
+sampled token of the next segment. (The positions of level released are those of one segment.)
 """
 
 from typing import Literal
@@ -79,20 +81,18 @@ def _gae(batch, rewards_BT, values_BT, gamma, lam, level, step_episodes):
     trace_BT = jnp.full_like(values_BT, lam)
   if step_episodes:
     discount_BT = discount_BT * (1.0 - end_BT)
-  continues_BT = segments.continues(batch.segment_ids)
-  marked_BT = batch.action_mask | batch.bootstrap
-  next_values_BT = segments.next_marked(values_BT, marked_BT, continues_BT)
+  next_values_BT = segments.next_marked(batch, values_BT, batch.action_mask | batch.bootstrap)
   delta_BT = rewards_BT + discount_BT * next_values_BT - values_BT
   # A bootstrap position ends the recurrence: its value already stands for all that follows.
   pass_BT = jnp.where(batch.bootstrap, 0.0, 1.0)
-  decay_BT = continues_BT * jnp.where(batch.action_mask, discount_BT * trace_BT, pass_BT)
-  return segments.linear_recurrence(decay_BT, action_BT * delta_BT, reverse=True)
+  decay_BT = jnp.where(batch.action_mask, discount_BT * trace_BT, pass_BT)
+  return segments.along(batch, decay_BT, action_BT * delta_BT, reverse=True)
 
 
 def _released_gae(batch, rewards_BT, values_BT, gamma, lam):
   continues_BT = segments.continues(batch.segment_ids)
   ones_BT = jnp.ones_like(values_BT)
-  later_BT = segments.next_marked(ones_BT, batch.action_mask, continues_BT)
+  later_BT = segments.next_marked(batch, ones_BT, batch.action_mask)
   last_BT = batch.action_mask & (later_BT == 0.0)
   ids_BT = batch.step_ids.astype(jnp.float32)
   last_ids_BT = segments.linear_recurrence(

@@ -89,8 +89,7 @@ def _centred(batch, rewards_BT):
   """R - mean of the task's samples, not divided by their deviation: Dr. GRPO (Liu et al. 2025)."""
   returns_BT, one_BT = groups.episode_returns(batch, rewards_BT)
   centred_BT, _, _ = groups.relative(returns_BT, one_BT, batch.group_ids)
-  inside_BT = ~segments.starts(batch.segment_ids)
-  return jnp.where(batch.action_mask, segments.spread(centred_BT, one_BT, inside_BT), 0.0)
+  return groups.on_trajectory(batch, centred_BT, one_BT)
 
 
 def _gigpo(batch, rewards_BT, values: None, c: Config):
@@ -256,6 +255,34 @@ def get_algorithm(name: str) -> Algorithm:
   if name not in ALGORITHMS:
     raise ValueError(f"algorithm: no {name!r}; choose one of {', '.join(sorted(ALGORITHMS))}")
   return ALGORITHMS[name]
+
+
+def changes_history(config: Config) -> bool:
+  """Whether the config's own rollouts take back what was shown, so that steps have prompts of their
+  own. (An agent of environment 'harness', or a stored trajectory, may do so anyhow.)"""
+  return config.model.thinking != "kept" or bool(config.rollout.fold)
+
+
+def refuse_segments(config: Config, why: str) -> None:
+  """ValueError where `why` gives trajectories of several segments, and something that reads them
+  needs all of a trajectory in one place."""
+  row = get_algorithm(config.algorithm)
+  resolved = resolve(row, config)
+  if row.select.rows > 1:
+    raise ValueError(
+      f"config.algorithm: {config.algorithm!r} compares two whole trajectories in one loss, but "
+      f"with {why} their segments lie in different rows; use 'rft' or 'grpo'"
+    )
+  if row.advantage is not None and resolved.loss.ratio == "trajectory":
+    raise ValueError(
+      f"config.loss.ratio: 'trajectory' (algorithm {config.algorithm!r}) is a mean over all tokens "
+      f"of a trajectory, but with {why} its segments lie in different rows; use 'step'"
+    )
+  if row.gae and resolved.advantage.level == "released":
+    raise ValueError(
+      "config.advantage.level: 'released' counts the positions of one conversation, but with "
+      f"{why} there are several; use 'step' or 'token'"
+    )
 
 
 def adapt_kl(

@@ -5,21 +5,29 @@ from typing import NamedTuple
 
 import numpy as np
 
-from steptool_jax.types import TokenBatch, Trajectory
+from steptool_jax.types import Part, TokenBatch, Trajectory
 
 
 def packed_length(
   trajectory: Trajectory, whole_actions: bool = False, bootstrap: Container[str] = ()
 ) -> int:
-  """Positions that a trajectory takes in a row.
+  """Positions that a trajectory takes in rows: its segments, each as follows.
 
   One that ends there ends with its last sampled token, which is a target but never an input, unless
   `whole_actions` asks for it: Q(s, a) reads the state after all of a. One whose status is in
   `bootstrap` keeps all: after its last token comes the state whose value it bootstraps from.
   """
-  if trajectory.status in bootstrap:
-    return trajectory.num_tokens
-  length = trajectory.num_tokens - len(trajectory.steps[-1].observation_tokens)
+  return sum(_part_length(trajectory, p, whole_actions, bootstrap) for p in trajectory.parts)
+
+
+def _part_length(
+  trajectory: Trajectory, part: Part, whole_actions: bool, bootstrap: Container[str]
+) -> int:
+  length = trajectory.part_tokens(part)
+  if part.stop == len(trajectory.steps):
+    if trajectory.status in bootstrap:
+      return length
+    length -= len(trajectory.steps[-1].observation_tokens)
   return length if whole_actions else length - 1
 
 
@@ -42,9 +50,10 @@ def first_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int
   return bins
 
 
-def empty_batch(num_rows: int, row_tokens: int) -> TokenBatch:
-  """A batch of padding only (NumPy arrays)."""
+def empty_batch(num_rows: int, row_tokens: int, segmented: bool = False) -> TokenBatch:
+  """A batch of padding only (NumPy arrays); segmented: for trajectories of several segments."""
   shape = (num_rows, row_tokens)
+  more = ("part_ids", "trajectory_ids", "trajectory_tokens") if segmented else ()
   return TokenBatch(
     tokens=np.zeros(shape, np.int32),
     targets=np.zeros(shape, np.int32),
@@ -59,11 +68,12 @@ def empty_batch(num_rows: int, row_tokens: int) -> TokenBatch:
     behaviour_logprobs=np.zeros(shape, np.float32),
     group_ids=np.zeros(shape, np.int32),
     anchor_ids=np.zeros(shape, np.int32),
+    **{name: np.zeros(shape, np.int32) for name in more},
   )
 
 
 class Place(NamedTuple):
-  """Where a trajectory lies in a batch: positions [start, stop) of a row, the first `prompt` of
+  """Where a segment lies in a batch: positions [start, stop) of a row, the first `prompt` of
   which hold its prompt: all of it, or its last token where it shares the rest."""
 
   row: int
@@ -73,11 +83,11 @@ class Place(NamedTuple):
 
 
 class Packed(NamedTuple):
-  """A packed batch, and where each of its trajectories lies (replayed ones left out)."""
+  """A packed batch, and where the segments of its trajectories lie (replayed ones left out)."""
 
   batch: TokenBatch
   trajectories: tuple[Trajectory, ...]
-  places: tuple[Place, ...]
+  places: tuple[tuple[Place, ...], ...]
 
 
 def pack(
@@ -85,17 +95,19 @@ def pack(
   row_tokens: int,
   bootstrap: Container[str] = (),
   share: bool = False,
+  segmented: bool = False,
 ) -> Packed:
   """Packs into as few rows of `row_tokens` as first-fit-decreasing finds.
 
   share: samples of a task stand together, behind their prompt, which is computed once. What
   follows from it (log-probs, values, gradients) is what separate rows give.
-  bootstrap: the statuses whose trajectories go on beyond their last token (see `pack_units`).
+  bootstrap, segmented: see `pack_units`.
 
   Raises:
     ValueError: a trajectory without steps, or one longer than a row.
   """
-  return pack_units([(t,) for t in trajectories], row_tokens, share=share, bootstrap=bootstrap)
+  units = [(t,) for t in trajectories]
+  return pack_units(units, row_tokens, share=share, bootstrap=bootstrap, segmented=segmented)
 
 
 def pack_units(
@@ -107,8 +119,11 @@ def pack_units(
   share: bool = False,
   bootstrap: Container[str] = (),
   spread: bool = False,
+  segmented: bool = False,
 ) -> Packed:
   """Packs trajectories that belong together into neighbouring rows.
+
+  The segments of a trajectory lie wherever there is room, each as a row's segment of its own.
 
   Args:
     units: each of W trajectories, member m of which goes to a row W n + m, as segment s of all
@@ -120,67 +135,104 @@ def pack_units(
     bootstrap: statuses (config.advantage.bootstrap) whose trajectories are worth V of the state
       after them; all others are worth 0 there.
     spread: a step's reward stands in equal parts on its tokens, not on the last one.
+    segmented: fill part_ids and its like also where no trajectory has several segments.
 
   Raises:
-    ValueError: as `pack`.
+    ValueError: as `pack`; pairs of trajectories of several segments.
   """
   width, fresh = len(units[0]) if units else 1, len(units)
   units = [*units, *((t,) for t in replayed)]
   for trajectory in (t for unit in units for t in unit):
     if not trajectory.steps:
       raise ValueError(f"trajectory of task {trajectory.task_id!r} has no steps: nothing to train")
-  lengths = [[packed_length(t, whole_actions, bootstrap) for t in unit] for unit in units]
-  for index, longest in enumerate(map(max, lengths)):
+  pieces = [_pieces(unit, number) for number, unit in enumerate(units)]
+  segmented = segmented or any(len(of_unit) > 1 for of_unit in pieces)
+  first = np.cumsum([1, *map(len, pieces)])  # number of each unit's first part
+  pieces = [piece for of_unit in pieces for piece in of_unit]
+  lengths = [
+    [_part_length(t, part, whole_actions, bootstrap) for t, part in piece.members]
+    for piece in pieces
+  ]
+  for piece, longest in zip(pieces, map(max, lengths), strict=True):
     if longest > row_tokens:
       raise ValueError(
-        f"trajectory {index} has {longest} tokens but train.row_tokens is {row_tokens}; raise it, "
-        "or lower rollout.max_tokens"
+        f"trajectory {piece.unit} has {longest} tokens but train.row_tokens is {row_tokens}; raise "
+        "it, or lower rollout.max_tokens"
       )
   if share:
-    together = _same_prompts([t for (t,) in units], [length for (length,) in lengths], row_tokens)
+    together = _same_prompts(pieces, [length for (length,) in lengths], row_tokens)
   else:
-    together = [[index] for index in range(len(units))]
-  bins = first_fit_decreasing([_room(units, lengths, group) for group in together], row_tokens)
-  batch = empty_batch(max(len(bins), 1) * width, row_tokens)
+    together = [[index] for index in range(len(pieces))]
+  bins = first_fit_decreasing([_room(pieces, lengths, group) for group in together], row_tokens)
+  batch = empty_batch(max(len(bins), 1) * width, row_tokens, segmented)
   tasks, anchors = _Numbers(), _Numbers()
-  places: dict[tuple[int, int], Place] = {}
+  places: dict[tuple[int, int], dict[int, Place]] = {}
   for number, groups in enumerate(bins):
     for member in range(width):
       row, start, segment = width * number + member, 0, 0
       for group in (together[g] for g in groups):
-        if shared := _shared(units, group):
+        if shared := _shared(pieces, group):
           segment += 1
-          stop = start + _room(units, lengths, group)
-          _write_prompt(batch, units[group[0]][0], Place(row, start, start + shared, shared))
+          stop = start + _room(pieces, lengths, group)
+          prompt = pieces[group[0]].members[0][1].prompt
+          _write_prompt(batch, prompt, Place(row, start, start + shared, shared))
           batch.segment_ids[row, start : start + shared] = segment
           batch.until[row, start : start + shared] = stop
           start += shared
         for index in group:
-          trajectory, segment = units[index][member], segment + 1
+          unit, number_of_part, members = pieces[index]
+          (trajectory, part), segment = members[member], segment + 1
           stop = start + lengths[index][member] - shared
-          place = Place(row, start, stop, len(trajectory.prompt_tokens) - shared)
+          place = Place(row, start, stop, len(part.prompt) - shared)
           here = slice(start, stop)
-          _write(batch, trajectory, place, anchors, bootstrap, spread)
+          _write(batch, trajectory, part, place, anchors, bootstrap, spread)
           batch.group_ids[row, here] = tasks[trajectory.task_id]
           batch.segment_ids[row, here] = segment
           batch.until[row, here] = stop
-          if index < fresh:
-            places[index, member] = place
+          if segmented:
+            batch.part_ids[row, here] = first[unit] + number_of_part
+            batch.trajectory_ids[row, here] = unit + 1
+            batch.trajectory_tokens[row, here] = sum(len(s.tokens) for s in trajectory.steps)
+          if unit < fresh:
+            places.setdefault((unit, member), {})[number_of_part] = place
           else:
             batch.action_mask[row, here] = False
           start = stop
   trajectories = tuple(t for unit in units[:fresh] for t in unit)
-  return Packed(batch, trajectories, tuple(places[key] for key in sorted(places)))
+  in_order = (tuple(of[n] for n in sorted(of)) for _, of in sorted(places.items()))
+  return Packed(batch, trajectories, tuple(in_order))
+
+
+class _Piece(NamedTuple):
+  """A segment of a unit's trajectories: of one, or the only one of each of a pair."""
+
+  unit: int
+  number: int  # of the segment in its trajectory
+  members: tuple[tuple[Trajectory, Part], ...]
+
+
+def _pieces(unit: tuple[Trajectory, ...], number: int) -> list[_Piece]:
+  if len(unit) == 1:
+    (t,) = unit
+    return [_Piece(number, k, ((t, part),)) for k, part in enumerate(t.parts)]
+  for t in unit:
+    if len(t.parts) > 1:
+      raise ValueError(
+        f"trajectory of task {t.task_id!r} has {len(t.parts)} segments, since its history was "
+        "changed, and a pair is compared within two rows; use algorithm rft or grpo"
+      )
+  return [_Piece(number, 0, tuple((t, t.parts[0]) for t in unit))]
 
 
 def _same_prompts(
-  trajectories: Sequence[Trajectory], lengths: Sequence[int], row_tokens: int
+  pieces: Sequence[_Piece], lengths: Sequence[int], row_tokens: int
 ) -> list[list[int]]:
-  """Indices of samples with the same task and prompt, in groups that fit a row."""
+  """Indices of segments with the same task and prompt, in groups that fit a row."""
   groups: dict[tuple[str, bytes], list[list[int]]] = {}
   room: dict[tuple[str, bytes], int] = {}
-  for index, (t, length) in enumerate(zip(trajectories, lengths, strict=True)):
-    key, shared = (t.task_id, t.prompt_tokens.tobytes()), len(t.prompt_tokens) - 1
+  for index, (piece, length) in enumerate(zip(pieces, lengths, strict=True)):
+    ((t, part),) = piece.members
+    key, shared = (t.task_id, part.prompt.tobytes()), len(part.prompt) - 1
     if key in groups and length - shared <= room[key]:
       groups[key][-1].append(index)
       room[key] -= length - shared
@@ -190,17 +242,17 @@ def _same_prompts(
   return [group for of_key in groups.values() for group in of_key]
 
 
-def _shared(units: Sequence[tuple[Trajectory, ...]], group: Sequence[int]) -> int:
+def _shared(pieces: Sequence[_Piece], group: Sequence[int]) -> int:
   """Positions that the members have in common: the prompt but for its last token.
 
   That one is repeated, since every branch has logits of its own at its first sampled token.
   """
-  return len(units[group[0]][0].prompt_tokens) - 1 if len(group) > 1 else 0
+  return len(pieces[group[0]].members[0][1].prompt) - 1 if len(group) > 1 else 0
 
 
-def _room(units, lengths, group: Sequence[int]) -> int:
+def _room(pieces, lengths, group: Sequence[int]) -> int:
   """Positions of a row that a group takes, in the widest of its rows."""
-  shared = _shared(units, group)
+  shared = _shared(pieces, group)
   return shared + sum(max(lengths[index]) - shared for index in group)
 
 
@@ -212,26 +264,28 @@ class _Numbers(dict):
     return self[key]
 
 
-def _write_prompt(batch: TokenBatch, trajectory: Trajectory, place: Place) -> None:
+def _write_prompt(batch: TokenBatch, prompt: np.ndarray, place: Place) -> None:
   here = slice(place.start, place.stop)
-  batch.tokens[place.row, here] = trajectory.prompt_tokens[: place.prompt]
-  batch.targets[place.row, here] = trajectory.prompt_tokens[1 : place.prompt + 1]
+  batch.tokens[place.row, here] = prompt[: place.prompt]
+  batch.targets[place.row, here] = prompt[1 : place.prompt + 1]
   batch.positions[place.row, here] = np.arange(place.prompt)
 
 
 def _write(
   batch: TokenBatch,
   trajectory: Trajectory,
+  part: Part,
   place: Place,
   anchors: _Numbers,
   bootstrap: Container[str],
   spread: bool,
 ) -> None:
   row, start, stop, prompt = place
-  before = len(trajectory.prompt_tokens) - prompt  # positions that stand in front, shared
+  before = len(part.prompt) - prompt  # positions that stand in front, shared
+  steps = trajectory.steps[part.start : part.stop]
   ids = np.concatenate(
-    [trajectory.prompt_tokens[before:]]
-    + [part for step in trajectory.steps for part in (step.tokens, step.observation_tokens)]
+    [part.prompt[before:]]
+    + [ids for step in steps for ids in (step.tokens, step.observation_tokens)]
   ).astype(np.int32)
   length = stop - start
   batch.tokens[row, start:stop] = ids[:length]
@@ -241,7 +295,10 @@ def _write(
   # targets[t] is ids[t + 1]: a step whose first token is ids[first] is aligned at first - 1.
   first = start + prompt - 1
   seen = trajectory.prompt_tokens
-  for index, step in enumerate(trajectory.steps):
+  if part.start:  # the last observation, which the new prompt shows; else the prompt itself
+    shown = trajectory.steps[part.start - 1].observation_tokens
+    seen = shown if len(shown) else part.prompt
+  for index, step in enumerate(steps, start=part.start):
     end = first + len(step.tokens)
     batch.action_mask[row, first:end] = True
     batch.step_ids[row, first:end] = index
@@ -253,16 +310,19 @@ def _write(
     batch.behaviour_logprobs[row, first:end] = step.logprobs
     batch.anchor_ids[row, first:end] = anchors[trajectory.task_id, seen.tobytes()]
     first, seen = end + len(step.observation_tokens), step.observation_tokens
-  if trajectory.status in bootstrap:
+  if part.stop == len(trajectory.steps) and trajectory.status in bootstrap:
     batch.bootstrap[row, stop - 1] = True
 
 
 def unpack(packed: Packed, values_BT: np.ndarray) -> list[np.ndarray]:
   """Values [B, T] on a packed batch -> those of each trajectory's sampled tokens, in order."""
   mask_BT = packed.batch.action_mask
-  return [
-    values_BT[row, start:stop][mask_BT[row, start:stop]] for row, start, stop, _ in packed.places
-  ]
+
+  def of_part(place: Place) -> np.ndarray:
+    here = place.row, slice(place.start, place.stop)
+    return values_BT[here][mask_BT[here]]
+
+  return [np.concatenate([of_part(place) for place in places]) for places in packed.places]
 
 
 def padding_share(batch: TokenBatch) -> float:

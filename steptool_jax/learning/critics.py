@@ -29,7 +29,7 @@ _HIGHEST = jax.lax.Precision.HIGHEST
 def others_mean(table: StepTable, returns_BK: jax.Array) -> jax.Array:
   """Mean return of the task's other samples, float32 [B, K]; 0 without any."""
   begins_BK = (_fitted(table) & (table.step == 0)).astype(jnp.float32)
-  own_BK = jnp.take_along_axis(returns_BK, table.first, axis=1)
+  own_BK, _ = _totals(table.trajectory, begins_BK, returns_BK)
   total_BK, count_BK = _totals(table.task, begins_BK, returns_BK)
   mean_BK = (total_BK - own_BK) / jnp.maximum(count_BK - 1.0, 1.0)
   return jnp.where(count_BK > 1, mean_BK, 0.0)

@@ -70,7 +70,7 @@ def batch_relative(batch: TokenBatch, rewards_BT: jax.Array) -> jax.Array:
   """R - mean of the batch: REINFORCE with a baseline (Williams 1992)."""
   returns_BT, one_BT = episode_returns(batch, rewards_BT)
   centred_BT, _, _ = relative(returns_BT, one_BT, jnp.zeros_like(batch.group_ids))
-  return _on_trajectory(batch, centred_BT, one_BT)
+  return on_trajectory(batch, centred_BT, one_BT)
 
 
 def leave_one_out(batch: TokenBatch, rewards_BT: jax.Array) -> jax.Array:
@@ -81,13 +81,13 @@ def leave_one_out(batch: TokenBatch, rewards_BT: jax.Array) -> jax.Array:
   returns_BT, one_BT = episode_returns(batch, rewards_BT)
   centred_BT, _, count_BT = relative(returns_BT, one_BT, batch.group_ids)
   others_BT = jnp.maximum(count_BT - 1.0, 1.0)
-  return _on_trajectory(batch, centred_BT * count_BT / others_BT, one_BT)
+  return on_trajectory(batch, centred_BT * count_BT / others_BT, one_BT)
 
 
 def group_relative(batch: TokenBatch, rewards_BT: jax.Array) -> jax.Array:
   """(R - mean) / std of the task's samples: GRPO (Shao et al. 2024, section 4.1.2)."""
   returns_BT, one_BT = episode_returns(batch, rewards_BT)
-  return _on_trajectory(batch, _standardised(returns_BT, one_BT, batch.group_ids), one_BT)
+  return on_trajectory(batch, _standardised(returns_BT, one_BT, batch.group_ids), one_BT)
 
 
 def step_relative(batch: TokenBatch, rewards_BT: jax.Array, gamma: float) -> jax.Array:
@@ -100,7 +100,7 @@ def step_relative(batch: TokenBatch, rewards_BT: jax.Array, gamma: float) -> jax
   is 2.1 at right answers, .9 at useful calls, -.8 at wrong answers, -1.8 at useless calls.
   """
   start_BT = _step_starts(batch)
-  steps_BT = segments.group_totals(start_BT, segments.starts(batch.segment_ids))
+  steps_BT = segments.trajectory_totals(batch, start_BT)
   weights_BT = start_BT / jnp.maximum(steps_BT, 1.0)
   own_BT = step_returns(batch, rewards_BT, 0.0)
   normal_BT = start_BT * _standardised(own_BT, weights_BT, batch.group_ids)
@@ -133,7 +133,7 @@ def _on_steps(batch, x_BT):
   return segments.spread(x_BT, _step_starts(batch), batch.action_mask)
 
 
-def _on_trajectory(batch, x_BT, one_BT):
-  """x of a trajectory's first sampled token on all its sampled tokens."""
-  inside_BT = ~segments.starts(batch.segment_ids)
-  return jnp.where(batch.action_mask, segments.spread(x_BT, one_BT, inside_BT), 0.0)
+def on_trajectory(batch: TokenBatch, x_BT: jax.Array, one_BT: jax.Array) -> jax.Array:
+  """x of a trajectory's first sampled token (where one is 1) on all its sampled tokens."""
+  spread_BT = segments.along(batch, 1.0 - one_BT, one_BT * x_BT)
+  return jnp.where(batch.action_mask, spread_BT, 0.0)

@@ -29,7 +29,7 @@ def truncated_weights(
   mask_BT = batch.action_mask
   log_ratio_BT = jnp.where(mask_BT, logprobs_BT - batch.behaviour_logprobs, 0.0)
   if level == "sequence":
-    totals_BT = segments.group_totals(log_ratio_BT, segments.starts(batch.segment_ids))
+    totals_BT = segments.trajectory_totals(batch, log_ratio_BT)
     log_ratio_BT = jnp.where(mask_BT, totals_BT, 0.0)
   elif level == "none":
     log_ratio_BT = jnp.zeros_like(log_ratio_BT)

@@ -34,7 +34,11 @@ def action_weights(batch: TokenBatch, aggregation: Aggregation) -> jax.Array:
   action_BT = batch.action_mask.astype(jnp.float32)
   if aggregation in ("token", "constant"):
     return action_BT
-  totals_BT = segments.group_totals(action_BT, _unit_starts(batch, aggregation))
+  if aggregation == "trajectory" and batch.trajectory_tokens is not None:
+    # Its other segments may lie in another minibatch; how many tokens they have is known.
+    totals_BT = batch.trajectory_tokens.astype(jnp.float32)
+  else:
+    totals_BT = segments.group_totals(action_BT, _unit_starts(batch, aggregation))
   return action_BT / jnp.maximum(totals_BT, 1.0)
 
 

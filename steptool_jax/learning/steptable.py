@@ -3,7 +3,8 @@
 Critics that need no value at every token (learning/critics.py) read this table and not the rows: an
 entry is the state in front of a step, or the one that a trajectory which was cut bootstraps from.
 It is built on the host; entries lie in the table's row of their own row, so it is sharded as the
-batch is, and what is gathered from a row never leaves its device.
+batch is, and what is gathered from a row never leaves its device. The steps of a trajectory of
+several segments stand in the rows of these.
 """
 
 from typing import Any, NamedTuple
@@ -27,7 +28,7 @@ class StepTable(NamedTuple):
   final: Any  # bool, the state that a cut trajectory bootstraps from: a value and no return
   task: Any  # int32, 1.. as TokenBatch.group_ids
   peers: Any  # int32, 1.. one number for each (task, step): what the `group` critic compares
-  first: Any  # int32, entry in this row with which the trajectory begins
+  trajectory: Any  # int32, 1.. one number over all rows
   step: Any  # int32, steps done before
   succeeded: Any  # float32, sum of SC over the calls before
   failed: Any  # float32, sum of 1 - SC over the calls before
@@ -42,16 +43,21 @@ def build(packed: Packed, width: int = 0) -> StepTable:
   rows = len(packed.batch.tokens)
   entries: list[list[tuple]] = [[] for _ in range(rows)]
   numbers: dict[tuple[int, int], int] = {}
-  for trajectory, place in zip(packed.trajectories, packed.places, strict=True):
-    row, start, stop, prompt = place
+  for number, (trajectory, places) in enumerate(
+    zip(packed.trajectories, packed.places, strict=True), start=1
+  ):
+    begins = {part.start: p for part, p in zip(trajectory.parts, places, strict=True)}
+    row, start, stop, _ = places[-1]
     task = int(packed.batch.group_ids[row, start])
-    first, position = len(entries[row]), start + prompt - 1
     succeeded = failed = last_failed = 0.0
     goes_on = [None] if packed.batch.bootstrap[row, stop - 1] else []
     for k, step in enumerate((*trajectory.steps, *goes_on)):
+      if k in begins:
+        row, start, _, prompt = begins[k]
+        position = start + prompt - 1
       same = numbers.setdefault((task, k), len(numbers) + 1)
       known = (succeeded, failed, last_failed)
-      entries[row].append((position, step is None, task, same, first, k, *known))
+      entries[row].append((position, step is None, task, same, number, k, *known))
       if step is None:
         break
       position += len(step.tokens) + len(step.observation_tokens)

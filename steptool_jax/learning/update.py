@@ -174,6 +174,8 @@ def prepare(
   prepared = flat._replace(
     old_logprobs=behaviour_BT if learner.fixed_behaviour else old_BT,
     ref_logprobs=ref_BT,
+    part_ids=None,  # a minibatch need not hold all segments of a trajectory
+    trajectory_ids=None,
     **signal,
   )
   starts_BT = segments.step_starts(flat)

@@ -26,6 +26,11 @@ def ends(trajectory: Trajectory) -> np.ndarray:
 
 def ids(trajectory: Trajectory) -> np.ndarray:
   """int32[num_tokens], everything that was shown and sampled, in order."""
+  if len(trajectory.parts) > 1:
+    raise ValueError(
+      f"trajectory of task {trajectory.task_id!r} has {len(trajectory.parts)} segments, since its "
+      "history was changed; a reward model reads one growing conversation: leave those out"
+    )
   parts = [part for s in trajectory.steps for part in (s.tokens, s.observation_tokens)]
   return np.concatenate([trajectory.prompt_tokens, *parts]).astype(np.int32)
 

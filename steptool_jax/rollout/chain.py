@@ -392,6 +392,11 @@ class Loop:
       for slot, seat in self.seats.items()
       if seat.conversation.state is State.NEEDS_APPEND
     }
+    back = {slot: self.seats[slot].conversation.rewind_to for slot in pieces}
+    back = {slot: length for slot, length in back.items() if length is not None}
+    if back:  # history was changed
+      with self.stats.device():
+        self.state = self.engine.rewind(self.state, back)
     if pieces:
       self._append_pieces(pieces)
       for slot in pieces:

@@ -42,7 +42,16 @@ class Start:
 
 
 def starts(task: Task, trajectory: Trajectory) -> list[Start]:
-  """The states before the first step and after every step but the last one."""
+  """The states before the first step and after every step but the last one.
+
+  ValueError for a trajectory of several segments: a conversation that goes on would only grow.
+  """
+  if len(trajectory.parts) > 1:
+    raise ValueError(
+      f"trajectory of task {trajectory.task_id!r} has {len(trajectory.parts)} segments, since its "
+      "history was changed: no conversation can go on from its states; leave out what rolls on "
+      "from them (evaluation.rollouts)"
+    )
   return [
     Start(task, trajectory.sample, trajectory.prompt_tokens, trajectory.steps[:k])
     for k in range(len(trajectory.steps))

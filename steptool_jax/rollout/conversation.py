@@ -5,7 +5,8 @@
                                     '--- malformed turn: NEEDS_APPEND, finish or budget: DONE
 
 The caller owns the engine's slot: it appends `pending_tokens()`, decodes at most `budget()` tokens,
-hands them to `sampled`, runs `call` in the environment and hands the answer to `observe`.
+hands them to `sampled`, runs `call` in the environment and hands the answer to `observe`. Where
+history is changed (context.py), it first rewinds the slot to `rewind_to`.
 """
 
 import copy
@@ -18,6 +19,7 @@ import numpy as np
 from steptool_jax.config import Limits
 from steptool_jax.dialogue.template import ChatFormat
 from steptool_jax.environments.base import TURNS
+from steptool_jax.rollout import context
 from steptool_jax.simulators.render import shorten
 from steptool_jax.types import (
   Action,
@@ -84,6 +86,9 @@ class Conversation:
       system, task.tools, task.query, whole=task.metadata.get("system")
     )
     self._pending = self._prompt
+    self.rewind_to: int | None = None  # ids that the slot keeps before it takes pending_tokens()
+    self._before = self._prompt  # ids in front of the open turn, where history is changed
+    self._own: np.ndarray | None = None  # the same, where the open turn has a prompt of its own
     self._length = len(self._prompt)
     if self._length >= limits.max_tokens:
       self._prompt = self._pending = np.zeros(0, np.int32)
@@ -121,6 +126,7 @@ class Conversation:
   def appended(self) -> None:
     """The engine holds pending_tokens() now."""
     self._expect(State.NEEDS_APPEND)
+    self.rewind_to = None
     self.state = State.DECODING
 
   def budget(self) -> int:
@@ -240,19 +246,35 @@ class Conversation:
     else:
       shown = self._format.observation(*texts)
     forced = np.concatenate([np.asarray(closing, np.int32), shown])
-    if self._length + len(forced) > self.limits.max_tokens:
+    here, grown = None, self._length + len(forced)
+    if context.changes(self._format, self.limits.fold):
+      step = Step(np.asarray(self._tokens, np.int32), np.zeros(0), action, None, forced)
+      here = context.shown(self._format, self.limits.fold, self._prompt, (*self.steps, step))
+    needed = grown if here is None else len(here)
+    if needed > self.limits.max_tokens:
       # All or nothing: half an observation would be a state that no prompt can lead to.
       self._record(action, observation, ())
       self._end(Status.TOKEN_BUDGET)
       return
+    full, spent = needed == self.limits.max_tokens, len(self.steps) + 1 >= self.limits.max_steps
+    if full or spent:
+      # No turn follows: the state to bootstrap from is that of history as it stands, if it fits.
+      self._record(action, observation, forced if grown <= self.limits.max_tokens else ())
+      self._end(Status.STEP_BUDGET if spent else Status.TOKEN_BUDGET)
+      return
     self._record(action, observation, forced)
-    if len(self.steps) >= self.limits.max_steps:
-      self._end(Status.STEP_BUDGET)
-    elif self._length == self.limits.max_tokens:
-      self._end(Status.TOKEN_BUDGET)
-    else:
-      self._pending = forced
-      self.state = State.NEEDS_APPEND
+    self._pending = forced
+    if here is not None:
+      self._go_on_from(here)
+    self.state = State.NEEDS_APPEND
+
+  def _go_on_from(self, here: np.ndarray) -> None:
+    """The next turn sees the ids `here`, whatever the slot holds."""
+    holds = np.concatenate([self._before, self.steps[-1].tokens])
+    same = min(context.common(holds, here), len(here) - 1)
+    if same < len(holds):
+      self._own, self.rewind_to = here, same
+    self._before, self._pending, self._length = here, here[same:], len(here)
 
   def _record(
     self, action: Action, observation: Observation | None, forced: Sequence[int] | np.ndarray
@@ -263,7 +285,9 @@ class Conversation:
       action=action,
       observation=observation,
       observation_tokens=np.asarray(forced, np.int32),
+      prompt_tokens=self._own,
     )
+    self._own = None
     self.steps = (*self.steps, step)
     self._length += len(step.observation_tokens)
     self._tokens, self._logprobs = [], []

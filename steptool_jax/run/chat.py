@@ -185,13 +185,17 @@ def step_values(
   """
   if not trajectory.steps:
     return np.zeros(0, np.float32)
-  pieces = [p for step in trajectory.steps for p in (step.tokens, step.observation_tokens)]
-  ids = np.concatenate([trajectory.prompt_tokens, *pieces])[:size]
-  lengths = np.cumsum([len(trajectory.prompt_tokens), *map(len, pieces)])
-  starts = lengths[:-1:2] - 1
-  tokens = np.zeros((1, size), np.int32)
-  tokens[0, : len(ids)] = ids
-  return np.asarray(_values(config)(variables, tokens, len(ids)))[0, starts]
+  found = []
+  for part in trajectory.parts:
+    steps = trajectory.steps[part.start : part.stop]
+    pieces = [p for step in steps for p in (step.tokens, step.observation_tokens)]
+    ids = np.concatenate([part.prompt, *pieces])[:size]
+    lengths = np.cumsum([len(part.prompt), *map(len, pieces)])
+    starts = lengths[:-1:2] - 1
+    tokens = np.zeros((1, size), np.int32)
+    tokens[0, : len(ids)] = ids
+    found.append(np.asarray(_values(config)(variables, tokens, len(ids)))[0, starts])
+  return np.concatenate(found)
 
 
 @functools.lru_cache(maxsize=1)

@@ -21,7 +21,7 @@ from absl import logging
 from jax.sharding import Mesh
 
 from steptool_jax.config import Config, Lora
-from steptool_jax.learning import batching, steptable, update
+from steptool_jax.learning import algorithms, batching, steptable, update
 from steptool_jax.learning.steptable import StepTable
 from steptool_jax.policy import (
   attention,
@@ -158,7 +158,8 @@ def programs(config: Config, policy: AbstractPolicy, mesh: Mesh) -> list[Program
   most = -(-conversations // t.micro_rows)
   minibatch = -(-most // t.minibatches)
   count = jax.ShapeDtypeStruct((), np.int32)
-  whole = abstract_batch(batching.empty_batch(1, 1), config, most, mesh)
+  row = batching.empty_batch(1, 1, segmented=algorithms.changes_history(config))
+  whole = abstract_batch(row, config, most, mesh)
   table = None
   if learner.fits is not None:
     host = steptable.empty(1, steptable.USUAL_WIDTH)

@@ -138,8 +138,8 @@ def rollout(
   As many runs as the engine has slots are under way. A key belongs to (task, sample, turn), as in
   chain.rollout, so that an agent that asks the same has the same answers.
 
-  Where an agent has opened several conversations (it changed history, or has sub-agents), the one
-  that it extended last is the trajectory; the others are left out, and counted in the log.
+  Where an agent has opened several conversations (it changed history, or has sub-agents), all its
+  calls of the model are steps of its trajectory, which has several segments then.
 
   Raises:
     Interrupted, TooManyStuck: as chain.rollout.
@@ -155,7 +155,6 @@ def rollout(
   waiting = deque(enumerate(jobs))
   running: dict[int, _Job] = {}
   results: dict[int, Trajectory] = {}
-  others = 0
   with (
     PolicyServer(decoder, setting.chat_format, system=setting.system) as server,
     _Runs(harness, decoder.wake) as runs,
@@ -178,12 +177,11 @@ def rollout(
           del running[index]
           server.close_session(job.opened)
           results[index], why = _finished(job, setting, harness)
-          others += max(0, job.opened.session.opened - 1)
           if why:
             stats.failures.append(why)
           on_done(results[index])
   stats.seconds = time.monotonic() - started
-  _warn(stats, others, len(jobs))
+  _warn(stats, len(jobs))
   return [results[index] for index in range(len(jobs))], stats
 
 
@@ -271,7 +269,7 @@ def _paid(trajectory: Trajectory, returned: Any, session: Session) -> Trajectory
     paid = [0.0] * len(trajectory.steps)
     paid[-1] = 0.0 if trajectory.truncated else float(solved)
   else:
-    paid = [float(rewards[call]) for call in session.last.calls]
+    paid = [float(reward) for reward in rewards]
   steps = tuple(
     dataclasses.replace(step, reward=reward)
     for step, reward in zip(trajectory.steps, paid, strict=True)
@@ -293,17 +291,11 @@ def outcome_only(trajectory: Trajectory) -> Trajectory:
   return dataclasses.replace(trajectory, steps=steps, reward_parts={"harness": last.reward})
 
 
-def _warn(stats: Stats, others: int, jobs: int) -> None:
+def _warn(stats: Stats, jobs: int) -> None:
   if stats.failures:
     logging.warning(
       "%d of %d runs are marked as infrastructure errors, the first: %s",
       *(len(stats.failures), jobs, stats.failures[0]),
-    )
-  if others:
-    logging.warning(
-      "%d conversations of %d runs are left out: their agents changed history or had sub-agents, "
-      "and only the conversation that a run extended last is trained on",
-      *(others, jobs),
     )
 
 

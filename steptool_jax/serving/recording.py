@@ -3,7 +3,9 @@
 A session's request is matched against its recorded conversations by its messages. One that extends
 a conversation appends only what is new; any other one opens a conversation of its own, with a
 prompt of its own: history that a client has changed (thoughts stripped, a summary) is another
-prompt, and what was sampled after the old one stays as it was.
+prompt, and what was sampled after the old one stays as it was. All calls of the model, in their
+order, are the session's trajectory; one that does not go on where the call before it ended begins a
+segment (types.Step.prompt_tokens).
 """
 
 import collections
@@ -89,6 +91,16 @@ class Ask:
   draw: tuple[int, int, int]
 
 
+@dataclasses.dataclass(eq=False)
+class _Taken:
+  """A call of the model. before: int32[N], all that stood in front of it; after: number of the call
+  whose conversation it goes on, None at the beginning of one."""
+
+  step: Step
+  before: np.ndarray
+  after: int | None
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Answer:
   """One turn, answered. finish: stop, tool_calls or length, as OpenAI says it."""
@@ -118,6 +130,7 @@ class Session:
     self._format, self._system, self._keep = chat_format, system, keep
     self._conversations: dict[tuple, Conversation] = {}  # by what a request must begin with
     self.last: Conversation | None = None  # the one that was extended last
+    self._taken: list[_Taken] = []  # all calls of a session that is trained on
     self.opened = 0  # conversations so far
     self.turns = 0
     self.ended: Status | None = None
@@ -175,6 +188,12 @@ class Session:
       closed=stopped,
       calls=(*conversation.calls, self.turns),
     )
+    if self._keep is None:
+      before = conversation.ids()
+      after = conversation.calls[-1] if conversation.calls else None
+      if after is not None:
+        self._heard_after(after, conversation.steps[-1])
+      self._taken.append(_Taken(step, before, after))
     self.turns += 1
     self.opened = max(self.opened, grown.number + 1)
     self._conversations[grown.key] = self.last = grown
@@ -185,16 +204,15 @@ class Session:
     return answer
 
   def trajectory(self, task_id: str, sample: int, version: int) -> Trajectory:
-    """The conversation that was extended last, as far as it came.
+    """All calls of the model, in their order, with what came of them.
 
-    Where nothing ended it but its client: ANSWERED after an answer or a call (nobody has told what
-    came of it), GAVE_UP after a turn that was neither, STEP_BUDGET where no call was left.
+    Where nothing but the client ended them: ANSWERED after an answer or a call (nobody has told
+    what came of it), GAVE_UP after a turn that was neither, STEP_BUDGET where no call was left.
     """
-    last = self.last
-    if last is None:
+    if not self._taken:
       nothing = np.zeros(0, np.int32)
       return Trajectory(task_id, sample, nothing, (), self.ended or Status.INFRASTRUCTURE_ERROR)
-    action = last.steps[-1].action
+    action = self._taken[-1].step.action
     status = Status.ANSWERED
     if self.ended is not None:
       status = self.ended
@@ -204,7 +222,23 @@ class Session:
       status = Status.STEP_BUDGET
     elif isinstance(action, Malformed):
       status = Status.GAVE_UP
-    return Trajectory(task_id, sample, last.prompt, last.steps, status, policy_version=version)
+    steps = tuple(
+      dataclasses.replace(said.step, prompt_tokens=said.before)
+      if self._breaks(number)
+      else said.step
+      for number, said in enumerate(self._taken)
+    )
+    prompt = self._taken[0].before
+    return Trajectory(task_id, sample, prompt, steps, status, policy_version=version)
+
+  def _breaks(self, number: int) -> bool:
+    """Whether a call begins a segment, but for the first one."""
+    return number > 0 and self._taken[number].after != number - 1
+
+  def _heard_after(self, number: int, step: Step) -> None:
+    """What came of a call, unless the next one has gone on from another answer to it."""
+    if number + 1 == len(self._taken) or self._breaks(number + 1):
+      self._taken[number].step = step
 
   # --- what a request adds -------------------------------------------------------------------
 
@@ -347,6 +381,7 @@ class Session:
     self._end(status)
     if self.ended is not None:
       self.last = _observed(found, observation, forced)
+      self._heard_after(found.calls[-1], self.last.steps[-1])
     code, message = _OVER[status]
     raise ApiError(400, message, "messages", code)
 

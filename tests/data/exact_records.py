@@ -36,6 +36,7 @@ STEPS = (
     reward=2 / 3,
   ),
   step(Malformed("no 'Action:'"), Observation("e", Code.MALFORMED, injected=True), 1, reward=-0.0),
+  step(Malformed("own"), None, 3, prompt_tokens=np.array([1, 2**31 - 1, 6], np.int32)),
   step(Finish("ja", False, "so"), None, 2, reward=1.0),
 )
 RECORD = AnnotatedTrajectory(

@@ -91,3 +91,18 @@ def test_unknown_logprobs_are_left_out():
   t = Trajectory("t1", 0, np.array([1], np.int32), (step,), Status.ANSWERED)
   metrics = atif.to_atif(AnnotatedTrajectory(t, logprobs_known=False))["steps"][1]["metrics"]
   assert "logprobs" not in metrics
+
+
+def test_a_step_with_a_prompt_of_its_own():
+  """What stood in front of it is what another tool reads, not the history that was taken back."""
+  logprobs = np.array([-2.0], np.float32)
+  steps = (
+    Step(np.array([8], np.int32), logprobs, ToolCall("f", {}), None, np.array([9], np.int32)),
+    Step(np.array([7], np.int32), logprobs, Finish("7"), prompt_tokens=np.array([4, 9], np.int32)),
+    Step(np.array([6], np.int32), logprobs, Finish("7")),
+  )
+  t = Trajectory("t1", 0, np.array([1], np.int32), steps, Status.ANSWERED)
+  found = atif.to_atif(AnnotatedTrajectory(t))
+  seen = [step["metrics"]["prompt_token_ids"] for step in found["steps"][1:]]
+  assert seen == [[1], [4, 9], [4, 9, 7]]
+  assert found["final_metrics"]["total_prompt_tokens"] == 6

@@ -86,8 +86,8 @@ def edited(*path, value):
   [
     ("{", "Expecting property name"),
     ("", "Expecting value"),
-    ("[]", "not a trajectory of format 1"),
-    (edited("format", value=2), "not a trajectory of format 1"),
+    ("[]", "not a trajectory of format 1 or 2"),
+    (edited("format", value=3), "not a trajectory of format 1 or 2"),
     (edited("status", value=...), "the field 'status' is missing"),
     (edited("status", value="lost"), "'lost' is not a valid Status"),
     (edited("solved", value="1"), "'1' must be of type float"),
@@ -127,6 +127,18 @@ def test_a_broken_line_is_named(line, match, tmp_path):
   next(reader)
   with pytest.raises(ValueError, match=rf"t\.jsonl, line 2: .*{match}.*write the file again"):
     next(reader)
+
+
+def test_a_reader_of_before_refuses_segments():
+  """It would pass over a step's own prompt and train behind what the model never saw."""
+  whole = trajectories.to_document(RECORD)
+  assert whole["format"] == 2
+  steps = [dataclasses.replace(s, prompt_tokens=None) for s in RECORD.trajectory.steps]
+  plain = dataclasses.replace(RECORD.trajectory, steps=tuple(steps))
+  assert trajectories.to_document(dataclasses.replace(RECORD, trajectory=plain))["format"] == 1
+  whole["steps"][2]["prompt_tokens"] = []
+  with pytest.raises(ValueError, match="prompt_tokens of a step: empty"):
+    trajectories.from_document(whole)
 
 
 def test_a_cut_file_is_named(tmp_path):

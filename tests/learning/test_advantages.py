@@ -35,7 +35,7 @@ def packed(seed, count=6, row_tokens=64, bootstrap=("step_budget", "token_budget
   values = rng.normal(size=batch.tokens.shape).astype(np.float32)
   places = [
     (t, row, np.arange(start, stop))
-    for t, (row, start, stop, _) in zip(found.trajectories, found.places, strict=True)
+    for t, ((row, start, stop, _),) in zip(found.trajectories, found.places, strict=True)
   ]
   return places, batch, values
 
@@ -308,7 +308,7 @@ def test_packing_says_where_everything_lies():
   assert packed.trajectories == tuple(trajectories)
   assert len(set(packed.places)) == 41
   at = batching.unpack(packed, columns)
-  for t, (row, start, stop, _), act in zip(trajectories, packed.places, at, strict=True):
+  for t, ((row, start, stop, _),), act in zip(trajectories, packed.places, at, strict=True):
     parts = [t.prompt_tokens, *(p for s in t.steps for p in (s.tokens, s.observation_tokens))]
     expected = np.concatenate(parts)[: batching.packed_length(t)]
     np.testing.assert_array_equal(batch.tokens[row, start:stop], expected)

@@ -58,7 +58,7 @@ def packed_table(trajectories, row_tokens=40, rows=12, width=24):
 def entries_of(packed, table, x_BK):
   """x of every trajectory's entries: its steps', and of the state in which it was cut."""
   out = []
-  for trajectory, (row, start, stop, _) in zip(packed.trajectories, packed.places, strict=True):
+  for trajectory, ((row, start, stop, _),) in zip(packed.trajectories, packed.places, strict=True):
     here = (table.position[row] >= start) & (table.position[row] < stop)
     out.append(np.asarray(x_BK)[row, here])
     assert len(out[-1]) == len(trajectory.steps) + trajectory.truncated
@@ -72,7 +72,7 @@ def to_go(trajectory):
 def returns(packed, table):
   """float32 [B, K]: G at the entries, 0 elsewhere."""
   out = np.zeros(table.position.shape, np.float32)
-  for t, (row, start, stop, _) in zip(packed.trajectories, packed.places, strict=True):
+  for t, ((row, start, stop, _),) in zip(packed.trajectories, packed.places, strict=True):
     here = np.flatnonzero((table.position[row] >= start) & (table.position[row] < stop))
     out[row, here[: len(t.steps)]] = to_go(t)
   return out
@@ -121,7 +121,7 @@ def test_values_reach_all_tokens_of_their_step_and_no_others(seed):
   spread = np.asarray(steptable.scatter(jnp.asarray(values, jnp.float32), table, batch))
   np.testing.assert_array_equal(steptable.gather(jnp.asarray(spread), table), values)
   assert (spread[~(batch.action_mask | batch.bootstrap)] == 0).all()
-  for (row, start, stop, _), own in zip(
+  for ((row, start, stop, _),), own in zip(
     packed.places, entries_of(packed, table, values), strict=True
   ):
     mask, ids = batch.action_mask[row, start:stop], batch.step_ids[row, start:stop]
@@ -155,7 +155,7 @@ def oracle_ridge(packed, table, hidden_BKD, penalty, folds):
   hidden = (hidden_BKD - flat.mean(0)) / np.sqrt(flat.var(0) + 1e-6)
   hidden = hidden * np.sqrt(0.09 / hidden.shape[-1])
   rows = []
-  for t, (row, start, stop, _) in zip(packed.trajectories, packed.places, strict=True):
+  for t, ((row, start, stop, _),) in zip(packed.trajectories, packed.places, strict=True):
     others = [to_go(o)[0] for o in packed.trajectories if o.task_id == t.task_id and o is not t]
     mean = np.mean(others) if others else 0.0
     at = np.flatnonzero((table.position[row] >= start) & (table.position[row] < stop))
@@ -261,7 +261,7 @@ def test_prepare_takes_advantages_over_the_fitted_values(name):
     whole = np.concatenate([to_go(t) for t in packed.trajectories])
     expected = 1 - np.var(np.concatenate(left)) / np.var(whole)
     assert float(metrics["explained_variance"]) == pytest.approx(expected, abs=1e-3)
-  for row, start, stop, _ in packed.places:
+  for ((row, start, stop, _),) in packed.places:
     at = np.arange(start, stop)
     act = at[batch.action_mask[row, at]]
     boot = at[batch.bootstrap[row, at]]

@@ -47,7 +47,7 @@ def test_every_trajectory_is_on_a_path_of_its_own(row_tokens):
   packed = batching.pack(trajectories, row_tokens, TRUNCATED, share=True)
   rows_alone = len(batching.pack(trajectories, row_tokens, TRUNCATED).batch.tokens)
   assert len(packed.batch.tokens) < rows_alone
-  for t, place in zip(packed.trajectories, packed.places, strict=True):
+  for t, (place,) in zip(packed.trajectories, packed.places, strict=True):
     ids = np.concatenate(
       [t.prompt_tokens, *(x for s in t.steps for x in (s.tokens, s.observation_tokens))]
     )
@@ -130,5 +130,5 @@ def test_a_group_that_does_not_fit_a_row_is_parted():
   packed = batching.pack(trajectories, 30, share=True)
   assert len(packed.batch.tokens) > 1
   assert sorted(t.sample for t in packed.trajectories) == list(range(len(trajectories)))
-  for t, place in zip(packed.trajectories, packed.places, strict=True):
+  for t, (place,) in zip(packed.trajectories, packed.places, strict=True):
     assert len(path_of(packed.batch, place)) == batching.packed_length(t)

@@ -10,6 +10,7 @@ import time
 
 import fakes
 import httpx
+import numpy as np
 import pytest
 
 from steptool_jax.config import Limits
@@ -229,17 +230,58 @@ def test_keys_are_those_of_a_chain(roll):
   assert list(dict.fromkeys(seen)) == wanted
 
 
-def test_of_several_conversations_the_last_one_is_kept(roll):
-  """Segments are no trajectories yet: what is left out is left out whole, and its rewards too."""
+def test_several_conversations_are_one_trajectory(roll):
+  """A sub-agent's calls are learnt from too, behind their own prompt, with their own rewards."""
 
   async def run(task, base_url, api_key):
     await converse(base_url, api_key, "a sub-agent")
     await converse(base_url, api_key, "the main one")
     return [0.1, 0.2, 0.3, 0.4, 0.5, 0.6]
 
-  (trajectory,), stats, _ = roll(run, limits=dataclasses.replace(LIMITS, max_steps=9))
+  (trajectory,), stats, engine = roll(run, limits=dataclasses.replace(LIMITS, max_steps=9))
   assert not stats.failures
-  assert [s.reward for s in trajectory.steps] == [0.4, 0.5, 0.6]
+  assert [s.reward for s in trajectory.steps] == [0.1, 0.2, 0.3, 0.4, 0.5, 0.6]
+  assert [(p.start, p.stop) for p in trajectory.parts] == [(0, 3), (3, 6)]
+  assert contexts(trajectory) == [seen for seen, _ in engine.turns]
+
+
+def contexts(trajectory):
+  """What stands in front of each step, as the trajectory has it."""
+  found, seen = [], trajectory.prompt_tokens
+  for step in trajectory.steps:
+    seen = seen if step.prompt_tokens is None else step.prompt_tokens
+    found.append(seen.tolist())
+    seen = np.concatenate([seen, step.tokens, step.observation_tokens])
+  return found
+
+
+async def _takes_turns(task, base_url, api_key):
+  """Two conversations that take turns, and thoughts of one's answers that are taken back."""
+  headers = {"Authorization": f"Bearer {api_key}"}
+  async with httpx.AsyncClient(base_url=base_url, headers=headers, timeout=20) as client:
+    ends = {}
+    for name in ("one", "two", "one", "two", "one"):
+      messages = ends.setdefault(name, [{"role": "user", "content": name}])
+      reply = await client.post("chat/completions", json={"messages": messages, "tools": [ECHO]})
+      message = reply.raise_for_status().json()["choices"][0]["message"]
+      called = message["tool_calls"][0]["id"]
+      messages += [message, {"role": "tool", "tool_call_id": called, "content": name}]
+    messages[0] = {"role": "user", "content": "a summary"}  # another history for the last answer
+    await client.post("chat/completions", json={"messages": messages, "tools": [ECHO]})
+  return 1.0
+
+
+def test_conversations_that_take_turns(roll):
+  """Every step stands behind what the engine saw in front of it, whichever request came between;
+  what another conversation was shown must not follow it."""
+  limits = dataclasses.replace(LIMITS, max_steps=9, max_invalid=9)
+  policy = lambda text: ToolCall("echo", {})  # noqa: E731
+  (trajectory,), stats, engine = roll(_takes_turns, limits=limits, policy=policy)
+  assert not stats.failures
+  assert len(trajectory.parts) == 6
+  assert contexts(trajectory) == [seen for seen, _ in engine.turns]
+  assert [s.tokens.tolist() for s in trajectory.steps] == [ids for _, ids in engine.turns]
+  assert trajectory.steps[-1].reward == 1.0
 
 
 def test_a_stop_ends_runs_that_are_under_way(roll):

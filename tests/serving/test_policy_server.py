@@ -255,6 +255,11 @@ def test_a_session_records_what_was_sampled(serve, chat_format):
   assert "..." in chat_format.codec.decode(t.steps[0].observation_tokens)  # cut as in a rollout
 
 
+def own(trajectory):
+  """The prompts of steps that have one."""
+  return [s.prompt_tokens.tolist() for s in trajectory.steps if s.prompt_tokens is not None]
+
+
 def test_changed_history_opens_a_conversation_of_its_own(serve):
   """Ids that were sampled after one prompt must never be trained on after another."""
   seeds = []
@@ -269,7 +274,9 @@ def test_changed_history_opens_a_conversation_of_its_own(serve):
     assert post([USER, message, echo_result(message)]).status_code == 200
   assert seeds == [(0, 0, 0), (1, 0, 0), (2, 0, 0), (1, 1, 0), (1, 1, 1)]
   t = opened.session.trajectory("t", 0, 0)
-  assert len(t.steps) == 2  # the conversation that was extended last
+  assert [len(p.prompt) for p in t.parts] == [len(t.prompt_tokens), *map(len, own(t))]
+  assert len(t.steps) == len(t.parts) == 5  # nothing goes on where the call before it ended
+  assert own(t)[0] == t.prompt_tokens.tolist()
 
 
 @pytest.mark.parametrize(
@@ -421,11 +428,11 @@ def test_a_client_that_goes_away_frees_its_slot(serve):
   long = " ".join(
     map(str, range(60))
   )  # on a busy machine, too, it is not done when the client goes
-  served = serve(lambda text: Finish("one" if "next" in text else long), slots=1, pause=0.3)
+  served = serve(lambda text: Finish("one" if "next" in text else long), slots=1, pause=0.1)
   for stream in (True, False):
     with served.client() as client, contextlib.suppress(httpx.TimeoutException):
       request = {"messages": [USER], "stream": stream}
-      with client.stream("POST", "chat/completions", json=request, timeout=0.25) as reply:
+      with client.stream("POST", "chat/completions", json=request, timeout=2) as reply:
         next(reply.iter_lines())
         time.sleep(0.2)
     until = time.monotonic() + 5

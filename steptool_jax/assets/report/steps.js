@@ -44,6 +44,7 @@ function drawStep(step, k, changed) {
   box.append(make("h4", {}, `${k + 1}. ${title(step)}`, changed ? make("small", { class: "bad" }, "  first change") : null));
   const advantages = step.advantages ? step.advantages.reduce((a, b) => a + b, 0) / step.advantages.length : null;
   box.append(make("div", { class: "tags" }, tag(`SC ${short(sc)}`), tag(`Con ${short(con)}`), tag(`reward ${short(reward)}`),
+    step.own ? tag(`history changed: ${step.own} tokens in front`) : null,
     advantages === null ? null : tag(`advantage ${advantages > 0 ? "+" : ""}${short(advantages)}`)));
   if (step.thought) box.append(make("p", { class: "thought" }, step.thought));
   if (step.arguments) box.append(make("pre", {}, pretty(step.arguments)));

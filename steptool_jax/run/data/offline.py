@@ -299,11 +299,11 @@ def unfit(trajectory: Trajectory, limit: int) -> str:
     return "infrastructure_error"
   if not trajectory.steps:
     return "no_steps"
-  return "too_long" if trajectory.num_tokens > limit else ""
+  return "too_long" if trajectory.longest > limit else ""
 
 
 def _name(trajectory: Trajectory) -> str:
-  return f"{trajectory.task_id}, sample {trajectory.sample} ({trajectory.num_tokens} tokens)"
+  return f"{trajectory.task_id}, sample {trajectory.sample} ({trajectory.longest} tokens)"
 
 
 def _check_ids(trajectory: Trajectory, vocab_size: int, path: pathlib.Path) -> None:
@@ -321,6 +321,8 @@ def token_arrays(trajectory: Trajectory):
   for step in trajectory.steps:
     yield step.tokens
     yield step.observation_tokens
+    if step.prompt_tokens is not None:
+      yield step.prompt_tokens
 
 
 def with_logprobs(trajectory: Trajectory, values: np.ndarray) -> Trajectory:

@@ -51,7 +51,7 @@ def build_chat_format(config: Config, workdir: pathlib.Path) -> ChatFormat:
       "model.tokenizer: name a tokenizer directory here, or in model.path: texts become tokens"
     )
   directory = pathlib.Path(m.tokenizer) if m.tokenizer else _source(m.path, workdir)
-  return get_format(m.chat_format, Codec.load(directory), m.tool_list, m.parallel_calls)
+  return get_format(m.chat_format, Codec.load(directory), m.tool_list, m.thinking, m.parallel_calls)
 
 
 def build_environment(
@@ -126,7 +126,7 @@ def build_policy(
     model_config = random_model(config, **run_fields)
     raw = {}
   codec = Codec.load(tokenizer)
-  chat_format = get_format(m.chat_format, codec, m.tool_list, m.parallel_calls)
+  chat_format = get_format(m.chat_format, codec, m.tool_list, m.thinking, m.parallel_calls)
   if codec.vocab_size > model_config.vocab_size:
     raise ValueError(
       f"model.tokenizer: {tokenizer} has {codec.vocab_size} tokens, the model only "

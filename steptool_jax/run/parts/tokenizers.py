@@ -67,7 +67,10 @@ def opened_format(
     try:
       directory = _directory(config, environment, workdir, runner, pathlib.Path(folder) / "made")
       m = config.model
-      found = get_format(m.chat_format, Codec.load(directory), m.tool_list, m.parallel_calls), ""
+      found = (
+        get_format(m.chat_format, Codec.load(directory), m.tool_list, m.thinking, m.parallel_calls),
+        "",
+      )
     except (OSError, ValueError, ImportError) as error:
       found = None, str(error)
     yield found

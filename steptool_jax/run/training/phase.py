@@ -53,6 +53,8 @@ class Phase:
     self.skipped_in_a_row = 0
     # Never narrower than it was, as each width is a compilation; this one serves most runs.
     self.table_width = steptable.USUAL_WIDTH
+    # Whether programs are for trajectories of several segments in any case; else a batch decides.
+    self.segmented = algorithms.changes_history(config)
     self.scorer: RewardModel | None = None  # rewards.source = model
 
   def start(self, variables: dict) -> None:
@@ -92,7 +94,7 @@ class Phase:
       ahead.compile_ahead(executor, self.mesh, [prepare, change], learn)
 
   def _abstract_batch(self, micro_batches: int, micro_rows: int) -> TokenBatch:
-    row = batching.empty_batch(1, self.config.train.row_tokens)
+    row = batching.empty_batch(1, self.config.train.row_tokens, self.segmented)
     shape = (micro_batches, micro_rows, self.config.train.row_tokens)
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(shape, x.dtype), row)
 
@@ -113,20 +115,25 @@ class Phase:
 
   def imitate(self, trajectories: Sequence[Trajectory], capacity: int) -> dict[str, float]:
     """One optimizer step of SFT; capacity: micro-batches of the largest batch."""
-    batch = batching.pack(trajectories, self.config.train.row_tokens).batch
-    on_device = self._to_device(batch, self.config.sft.micro_rows, capacity)
+    row_tokens = self.config.train.row_tokens
+    batch = batching.pack(trajectories, row_tokens, segmented=self.segmented).batch
+    needed = -(-len(batch.tokens) // self.config.sft.micro_rows)
+    on_device = self._to_device(batch, self.config.sft.micro_rows, _room(needed, capacity))
     return self.update(on_device, batch.tokens.shape[0])
 
   def pack(self, trajectories: Sequence[Trajectory]) -> batching.Packed | None:
     """What an iteration of RL learns from, [R, T] (NumPy); None where there is nothing to learn."""
-    packed, self.past = setup.pack(self.config, trajectories, self.past, self.progress.done)
+    packed, self.past = setup.pack(
+      self.config, trajectories, self.past, self.progress.done, self.segmented
+    )
     self.progress.learnt += packed is not None
     return packed
 
   def prepare(self, packed: batching.Packed) -> tuple[TokenBatch, dict[str, jax.Array]]:
     """(the batch on the devices [N, B, T] with log-probs, values and advantages, figures)."""
     batch, micro_rows = packed.batch, self.config.train.micro_rows
-    capacity = -(-self._most_rows() // micro_rows)
+    needed = -(-len(batch.tokens) // micro_rows)
+    capacity = _room(needed, -(-self._most_rows() // micro_rows))
     on_device, table = self._to_device(batch, micro_rows, capacity), None
     if self.learner.fits is not None:
       host = steptable.build(packed, self.table_width)
@@ -175,7 +182,8 @@ class Phase:
     """Today's log-probs of the sampled tokens of a packed batch, float32 [R, T]."""
     rows, length = batch.tokens.shape
     micro_rows = self.config.train.micro_rows
-    on_device = self._to_device(batch, micro_rows, -(-self.conversations // micro_rows))
+    capacity = _room(-(-rows // micro_rows), -(-self.conversations // micro_rows))
+    on_device = self._to_device(batch, micro_rows, capacity)
     values = self._logprobs(self.variables(), on_device, np.int32(-(-rows // micro_rows)))
     return sharding.to_host(values).reshape(-1, length)[:rows]
 
@@ -185,6 +193,14 @@ class Phase:
 
   def _to_device(self, batch, micro_rows: int, capacity: int):
     return setup.to_device(batch, micro_rows, capacity, self.mesh)
+
+
+def _room(needed: int, usual: int) -> int:
+  """Micro-batches to make room for: as a row a conversation takes, doubled where segments need
+  more. It follows from the batch alone, so a run that is resumed computes the same bits."""
+  while usual < needed:
+    usual *= 2
+  return usual
 
 
 @jax.jit

@@ -129,12 +129,20 @@ def abstract_state(policy: Policy, mesh: Mesh, learner: update.Learner) -> Train
 
 
 def pack(
-  config: Config, trajectories: Sequence[Trajectory], past: Sequence[Trajectory], done: int
+  config: Config,
+  trajectories: Sequence[Trajectory],
+  past: Sequence[Trajectory],
+  done: int,
+  segmented: bool = False,
 ) -> tuple[batching.Packed | None, Sequence[Trajectory]]:
   """(what the algorithm learns from in iteration `done`, the past of the next one).
 
-  The first is None where there is nothing to learn from; only ArCHer has a past.
+  The first is None where there is nothing to learn from; only ArCHer has a past. segmented: see
+  batching.pack_units. ValueError where a trajectory has several segments and the algorithm cannot
+  learn from such.
   """
+  if any(len(t.parts) > 1 for t in trajectories):
+    algorithms.refuse_segments(config, "a trajectory whose history was changed")
   algorithm = algorithms.get_algorithm(config.algorithm)
   units = algorithm.select.pick(trajectories)
   if not units:
@@ -145,6 +153,7 @@ def pack(
     config.train.row_tokens,
     bootstrap=config.advantage.bootstrap,
     spread=config.rewards.spread,
+    segmented=segmented,
   )
   if algorithm.critic != "double":
     share = config.train.share_prompts and algorithm.select.rows == 1
@@ -162,8 +171,11 @@ def to_device(
   Likewise a step table [R, K].
   """
   rows, length = batch[0].shape
-  empty = steptable.empty if isinstance(batch, StepTable) else batching.empty_batch
-  padding = empty(capacity * micro_rows - rows, length)
+  more = capacity * micro_rows - rows
+  if isinstance(batch, StepTable):
+    padding = steptable.empty(more, length)
+  else:
+    padding = batching.empty_batch(more, length, segmented=batch.part_ids is not None)
   placement = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, sharding.ROWS))
   whole = jax.tree.map(
     lambda x, pad: np.concatenate([x, pad]).reshape(capacity, micro_rows, length), batch, padding
