@@ -182,7 +182,8 @@ def _paid(task: Task, trajectory: Trajectory) -> list[Finding]:
 def row_of(task: Task, split: str, found: Replay, limits: Limits) -> dict[str, Any]:
   """JSON data of one replayed task, for WORKDIR/check.jsonl."""
   trajectory, size = found.trajectory, found.size
-  calls = [step for step in trajectory.steps if step.observation is not None]
+  answered = [step for step in trajectory.steps if step.observation is not None]
+  calls = [step for step in answered if not isinstance(step.action, Finish)]
   return {
     "id": task.id,
     "split": split,

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from steptool_jax.environments.base import Environment
-from steptool_jax.types import Action, Finish, Task, ToolCall, ToolSpec
+from steptool_jax.environments.base import TURNS, Environment
+from steptool_jax.types import Action, Finish, Task, ToolCall, ToolCalls, ToolSpec
 
 Random = random.Random | np.random.Generator
 _GIVE_UP = Finish("none")
@@ -35,15 +35,25 @@ def imperfect(env: Environment, task: Task, rng: Random, rate: float) -> tuple[A
       actions.append(action)
     elif isinstance(action, ToolCall):
       actions.extend(_spoil(action, task, rng))
+    elif isinstance(action, ToolCalls):  # one of them is forgotten
+      left = _without_one(action.calls, rng)
+      actions.append(ToolCalls(left) if len(left) > 1 else left[0])
     else:
       actions.append(_GIVE_UP)
-    if isinstance(actions[-1], Finish):
+    if actions[-1] is _GIVE_UP:
       break
+  if actions[-1] is _GIVE_UP and task.metadata.get(TURNS):
+    actions[-1] = Finish("none", gave_up=True)  # else the user would go on
   return tuple(actions)
 
 
 def _pick(options: list, rng: Random) -> Any:
   return options[min(int(rng.random() * len(options)), len(options) - 1)]
+
+
+def _without_one(calls: tuple[ToolCall, ...], rng: Random) -> tuple[ToolCall, ...]:
+  gone = _pick([*range(len(calls))], rng)
+  return calls[:gone] + calls[gone + 1 :]
 
 
 def _spoil(call: ToolCall, task: Task, rng: Random) -> list[Action]:

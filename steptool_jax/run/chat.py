@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from steptool_jax.config import Config
-from steptool_jax.environments.base import Environment, Session
+from steptool_jax.environments.base import TURNS, Environment, Session
 from steptool_jax.learning.algorithms import get_algorithm
 from steptool_jax.policy import model, sharding
 from steptool_jax.rollout import chain
@@ -76,7 +76,9 @@ def _converse(parts: Parts, variables: dict, tasks: dict[str, Task]) -> int:
     elif word.startswith("/"):
       print(f"  there is no {line!r}; /tasks lists tasks, /task ID attempts one, /quit ends")
     else:
-      question = dataclasses.replace(present, query=line, demonstration=())
+      # A question that is typed has no checker, and nobody who goes on after the answer.
+      known = {k: v for k, v in present.metadata.items() if k != TURNS}
+      question = dataclasses.replace(present, query=line, demonstration=(), metadata=known)
       _attempt(parts, variables, question, asked, checked=False)
       asked += 1
   return asked

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import random
 import threading
 import types
 
@@ -14,7 +15,7 @@ from steptool_jax.config import Rewards, base_config
 from steptool_jax.data import trajectories as files
 from steptool_jax.dialogue.codec import Codec
 from steptool_jax.dialogue.template import get_format
-from steptool_jax.environments import custom
+from steptool_jax.environments import custom, mistakes
 from steptool_jax.environments.custom import Custom
 from steptool_jax.environments.faults import Faults, FaultyEnvironment
 from steptool_jax.evaluation.metrics import rollout_metrics
@@ -24,6 +25,7 @@ from steptool_jax.rollout import chain
 from steptool_jax.rollout.conversation import Limits
 from steptool_jax.rollout.replaying import perform, replay_actions
 from steptool_jax.rollout.setting import Sampling, Setting
+from steptool_jax.run.parts import tokenizers as tokenizer_parts
 from steptool_jax.simulators import parallel
 from steptool_jax.simulators.functions import Toolbox, tool
 from steptool_jax.simulators.runner import ToolRunner, TooManyStuck
@@ -203,6 +205,31 @@ def test_users_that_are_functions(tmp_path):
   ]
   with pytest.raises(RuntimeError, match="user again raised KeyError"):
     env.open(task, 0).reply("boom")
+
+
+def test_spoiled_demonstrations_end_for_good(tmp_path, hermes):
+  """Giving up in the middle ends the conversation; of a turn's calls one may be forgotten."""
+  env, task = environment(tmp_path)
+  kinds = set()
+  for seed in range(60):
+    actions = mistakes.imperfect(env, task, random.Random(seed), 0.4)
+    found = replay_actions(env, task, actions, hermes, LIMITS)
+    kinds.add((found.status, type(actions[0]).__name__))
+    assert found.status in (Status.ANSWERED, Status.GAVE_UP)
+  assert {(Status.ANSWERED, "ToolCalls"), (Status.GAVE_UP, "ToolCalls")} <= kinds
+  assert (Status.ANSWERED, "ToolCall") in kinds
+
+
+def test_a_compact_tokenizer_learns_from_users_too(tmp_path):
+  """Its corpus has what users say; a demonstration's answer is no call of a tool."""
+  desk = TASK["demonstration"][2:]
+  env, task = environment(tmp_path, demonstration=[{"answer": "42"}, *desk])
+  with ToolRunner(timeout_s=1, workers=2) as runner:
+    for texts in (
+      tokenizer_parts._texts(env, task, runner),
+      tokenizer_parts._texts(env, task, None),
+    ):
+      assert [*texts][-2:] == ["And with a desk?", "45"]
 
 
 def test_a_tree_search_is_refused(tmp_path):
