@@ -529,7 +529,7 @@ def test_sft_imitates_the_last_turn_of_official_dialogues(folder, compiled, tmp_
   packed = []
   pack = phase.batching.pack
   monkeypatch.setattr(
-    phase.batching, "pack", lambda *args: packed.append(pack(*args)) or packed[-1]
+    phase.batching, "pack", lambda *a, **k: packed.append(pack(*a, **k)) or packed[-1]
   )
   config = stored.make(
     folder / "tokenizer",

@@ -1,5 +1,7 @@
 """The optimizers of a run: rates, and what they store; and what its batches are worth at a cut."""
 
+import dataclasses
+
 import fakes
 import jax
 import jax.numpy as jnp
@@ -8,8 +10,9 @@ import pytest
 import tiny
 
 from steptool_jax.config import Optimizer
-from steptool_jax.run.training import setup
-from steptool_jax.types import TRUNCATED
+from steptool_jax.policy import sharding
+from steptool_jax.run.training import phase, setup
+from steptool_jax.types import TRUNCATED, Status
 
 
 @pytest.mark.parametrize(
@@ -76,3 +79,37 @@ def test_the_config_says_which_spent_budgets_bootstrap(algorithm):
     assert found == bootstrap
   with pytest.raises(ValueError, match=r"advantage\.bootstrap: .*'steps'.*'step_budget'"):
     tiny.make(advantage__bootstrap=("steps",))
+
+
+def segmented(count: int):
+  """Trajectories with a prompt of its own at every second step."""
+  rng = np.random.default_rng(0)
+  found = []
+  for _ in range(count):
+    t = fakes.random_trajectory(rng, status=Status.ANSWERED)
+    own = np.arange(5, 9, dtype=np.int32)
+    steps = [
+      dataclasses.replace(s, prompt_tokens=own) if k % 2 else s for k, s in enumerate(t.steps)
+    ]
+    found.append(dataclasses.replace(t, steps=tuple(steps)))
+  return found
+
+
+def test_an_agent_that_changes_history_meets_its_algorithms_refusal():
+  """No config told of it: the first such batch does, in words, and before it is half learnt."""
+  config = tiny.make(algorithm="gspo")
+  with pytest.raises(ValueError, match=r"config\.loss\.ratio.*history was changed.*use 'step'"):
+    setup.pack(config, segmented(6), [], 0)
+  packed, _ = setup.pack(tiny.make(algorithm="grpo"), segmented(6), [], 0)
+  assert packed.batch.trajectory_ids.max() == 6
+
+
+def test_segments_find_room_that_follows_from_the_batch_alone():
+  """More rows than conversations; a width that went by the batches before would resume otherwise.
+  Padding rows must have the fields of the rows that they pad."""
+  assert [phase._room(needed, 3) for needed in (0, 3, 4, 7, 13)] == [3, 3, 6, 12, 24]
+  packed, _ = setup.pack(tiny.make(), segmented(6), [], 0, segmented=True)
+  mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
+  on_device = setup.to_device(packed.batch, 2, 4, mesh)
+  assert {x.shape for x in jax.tree.leaves(on_device)} == {(4, 2, 320)}
+  assert int(on_device.part_ids.max()) == sum(len(t.parts) for t in packed.trajectories)
