@@ -73,7 +73,13 @@ CELLS = (
   ("llama3_1_8b", "v5e:2x2", "LoRA, 64 x 2k", (rows(4), *slots(64, 2048)), ENGINE),
   # What others have published. JetStream: Llama-2-7B on 8 chips. MaxText: Llama-3.1-8B, rows of 8k.
   ("toolllama2_7b", "v5e:2x4", "as JetStream", (rows(8), *slots(64, 2048)), ("decode",)),
-  ("llama3_1_8b", "v6e:4x4", "as MaxText", (*FULL, rows(16)), ("update",)),
+  (
+    "llama3_1_8b",
+    "v6e:4x4",
+    "as MaxText",
+    (*FULL, rows(16), "train.share_prompts=False"),
+    ("update",),
+  ),
 )
 
 
