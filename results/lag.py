@@ -57,6 +57,9 @@ def write(workdir: pathlib.Path) -> None:
     way: [c for seed in range(SEEDS) if (c := curve(folder(workdir, way, seed)))] for way in WAYS
   }
   steps = sorted({step for found in curves.values() for c in found for step in c})
+  if not steps:
+    (ROOT / "results" / "lag.md").write_text(HEAD + "Not run yet.\n")
+    return
   lines = [f"| | seeds | {' | '.join(map(str, steps))} |", "| --- " * (len(steps) + 2) + "|"]
   for way, found in curves.items():
     cells = (_cell([c[step] for c in found if step in c]) for step in steps)
