@@ -227,10 +227,9 @@ v5e:2x2 decodes 64 conversations of 2k at 4,300 tokens/s (3,000 were asked for).
 Against what others have measured, each with batches and lengths of their own. Decoding (64
 conversations of 2k) is estimated a quarter above JetStream's 383 tokens/s a chip. The update for
 v6e (rows of 8k, one a chip at a time, everything recomputed) is estimated at 35 % MFU where MaxText
-measured 45.5 % with its own program; the longest term alone would say 63 %. So the truth lies
-between the two estimates there, and the one by operation, which lets nothing overlap within a
-layer, is the careful one.
-
+measured 45.5 % with its own program; the longest term alone would say 63 %. So the measured figure
+lies between the two, and the one by operation, in which operations never overlap, is the careful
+one.
 """
 # (cell, what, published and by whom, ours of its program's report and the chips).
 PUBLISHED = (
