@@ -555,7 +555,9 @@ class Train:
   micro_rows: int = option(8, "packed rows in one forward pass; gradients are summed", above=0)
   row_tokens: int = option(512, "tokens of a packed row, at least rollout.max_tokens", above=0)
   share_prompts: bool = option(
-    True, "the prompt of a task's samples is computed once (not on TPUs, nor by eto and archer)"
+    True,
+    "the prompt of a task's samples is computed once (not by eto and archer); on TPUs this takes "
+    "row_tokens^2 bytes of memory for each row of a chip",
   )
   max_skipped: int = option(5, "non-finite updates in a row that stop the run", above=0)
   export: bool = option(False, "write WORKDIR/export (Hugging Face) at the end")

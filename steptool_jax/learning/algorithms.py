@@ -10,7 +10,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from steptool_jax.config import Config
+from steptool_jax.config import Config, Train
 from steptool_jax.learning import advantages, double_critic, groups, losses, segments
 from steptool_jax.learning.outputs import Outputs
 from steptool_jax.learning.selection import EVERYTHING, PAIRS, SOLVED, Selection
@@ -283,6 +283,11 @@ def refuse_segments(config: Config, why: str) -> None:
       "config.advantage.level: 'released' counts the positions of one conversation, but with "
       f"{why} there are several; use 'step' or 'token'"
     )
+
+
+def shares_prompts(algorithm: Algorithm, train: Train) -> bool:
+  """Whether rows hold trees, in which a prompt stands once for all samples of its task."""
+  return train.share_prompts and algorithm.select.rows == 1 and algorithm.critic != "double"
 
 
 def adapt_kl(

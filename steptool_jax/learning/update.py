@@ -23,7 +23,7 @@ from steptool_jax.learning import (
   segments,
   steptable,
 )
-from steptool_jax.learning.algorithms import Algorithm
+from steptool_jax.learning.algorithms import Algorithm, shares_prompts
 from steptool_jax.learning.outputs import Outputs, policy_outputs
 from steptool_jax.learning.steptable import StepTable
 from steptool_jax.policy import lora, model, sharding
@@ -295,6 +295,8 @@ def _values(learner, variables, micro, heads, table=None) -> Callable[[jax.Array
 
 
 def _outputs(learner, variables, micro, heads=None) -> Outputs:
+  if sharding.platform() == "tpu" and not shares_prompts(learner.algorithm, learner.config.train):
+    micro = micro._replace(until=None)  # segments say it all, to a kernel that asks for less
   return policy_outputs(
     learner.model,
     variables,

@@ -87,8 +87,8 @@ def attend(
   tree: of the rows; None: every segment is a path of its own.
   window: how far back along its path a token sees; None: to the start.
 
-  On a TPU by the splash kernel, which knows segments alone: rows hold no trees there. Elsewhere by
-  XLA, in blocks with a backward pass of their own.
+  On a TPU by the splash kernel, which takes segments for less than trees. Elsewhere by XLA, in
+  blocks with a backward pass of their own.
   """
   B, T, H, h = q_BTHh.shape
   if platform() == "tpu":
@@ -96,6 +96,9 @@ def attend(
 
     run = functools.partial(splash.attend, name=ATTENTION)
     inputs = (q_BTHh, k_BTKh, v_BTKh, segment_ids_BT)
+    if tree is not None:
+      reach = None if window is None else jnp.where(window.here, window.size, T)
+      return run(*inputs, tree, window=reach)
     if window is None:
       return run(*inputs)
     # A kernel's mask is static: both are compiled, and each layer runs one of them.

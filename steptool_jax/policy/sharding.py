@@ -134,6 +134,18 @@ def check_rows(name: str, rows: int, mesh: Mesh) -> None:
     )
 
 
+def check_heads(kv_heads: int, mesh: Mesh) -> None:
+  """ValueError when mesh.tensor splits a key-value head: every chip would compute all of them."""
+  tensor = mesh.shape["tensor"]
+  if kv_heads % tensor:
+    valid = [n for n in range(1, mesh.size + 1) if not (kv_heads % n or mesh.size % n)]
+    nearest = min(valid, key=lambda n: abs(n - tensor))
+    raise ValueError(
+      f"mesh.tensor: {tensor} does not divide {kv_heads} key-value heads; nearest: {nearest}, "
+      f"valid: {', '.join(map(str, valid))}"
+    )
+
+
 def rollout_mesh(mesh: Mesh, tensor: int, sizes: dict[str, int]) -> Mesh:
   """The devices of `mesh` as rollouts use them: data x tensor, nothing gathered for a token.
 

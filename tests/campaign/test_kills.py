@@ -26,17 +26,23 @@ RUN = (
   *("--config.train.export=True", "--config.record.train=4"),
   *("--config.record.every=1", "--config.evaluation.selection=2"),
 )
+# Its conversations of an iteration are sampled before the update of the one before it.
+LAG = (
+  *("--config.rollout.lag=1", "--config.sft.steps=2", "--config.train.iterations=6"),
+  *("--config.checkpoint.every=1", "--config.record.train=4", "--config.record.every=1"),
+)
 STORED = ("--config.algorithm=ppo", "--config.data.passes=3", "--config.sft.steps=0")
 CLOCKS = ("seconds", "peak_rss_gib", "tokens_per_second")
 # What a kill waits for, and seconds of the random delay after it, at most.
 WORK, WRITE = (("start", 2.0), ("work", 0.5), ("checkpoint", 0.05)), ("work", 0.05)
 MOMENTS = {
   "train": (*WORK, WRITE, ("checkpoint", 0.05), ("export", 0.1)),
+  "lag": (*WORK, WRITE),
   "stored": WORK,
   "export": (("start", 2.0), ("export", 0.1)),
   "report": (("start", 0.5), ("page", 0.004)),
 }
-KILLS = {"train": 22, "stored": 8, "export": 8, "report": 8}
+KILLS = {"train": 22, "lag": 10, "stored": 8, "export": 8, "report": 8}
 LEFT = {"checkpoint": "checkpoints/*tmp*", "export": "*export.new*", "page": ".report.html.*"}
 
 
@@ -53,9 +59,10 @@ def whole(forks, tmp_path_factory):
   """(workdir, words) by kind of command, each run once to its end."""
   folder = tmp_path_factory.mktemp("whole")
   cache = f"--config.compilation_cache={folder / 'compiled'}"
-  train, stored = folder / "train", folder / "stored"
+  train, lag, stored = folder / "train", folder / "lag", folder / "stored"
   commands = {
     "train": (train, [*RUN, cache]),
+    "lag": (lag, [*LAG, cache]),
     "stored": (stored, [*STORED, cache, f"--config.data.path={train}/moments/train_*.jsonl"]),
     "export": (train, [*RUN, cache, "--mode=export"]),
     "report": (train, [*RUN, cache, "--mode=report"]),

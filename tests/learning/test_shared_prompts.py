@@ -10,9 +10,10 @@ import optax
 import pytest
 import samples
 
-from steptool_jax.config import Advantage, Config, Loss
+from steptool_jax.config import Advantage, Config, Loss, Train
 from steptool_jax.learning import algorithms, batching, update
-from steptool_jax.policy import lora, model
+from steptool_jax.policy import attention, lora, model
+from steptool_jax.run.training import setup
 from steptool_jax.types import TRUNCATED
 
 CONFIG = fakes.tiny_config()
@@ -132,3 +133,27 @@ def test_a_group_that_does_not_fit_a_row_is_parted():
   assert sorted(t.sample for t in packed.trajectories) == list(range(len(trajectories)))
   for t, (place,) in zip(packed.trajectories, packed.places, strict=True):
     assert len(path_of(packed.batch, place)) == batching.packed_length(t)
+
+
+@pytest.mark.parametrize(
+  ("name", "share", "trees"),
+  [("steptool", True, True), ("steptool", False, False), ("eto", True, False)],
+)
+def test_on_a_tpu_only_rows_that_hold_trees_pay_for_them(name, share, trees, monkeypatch):
+  """Trees of which the TPU's kernel was not told: samples would see each other."""
+  config = Config(algorithm=name, train=Train(share_prompts=share))
+  row = algorithms.get_algorithm(name)
+  learner = update.Learner(CONFIG, row, algorithms.resolve(row, config), optax.sgd(1.0))
+  micro, told = batching.empty_batch(1, 8), []
+  monkeypatch.setattr(update, "policy_outputs", lambda m, v, batch, **_: told.append(batch.until))
+  monkeypatch.setattr(update.sharding, "platform", lambda: "tpu")
+  update._outputs(learner, {}, micro)
+  assert [until is not None for until in told] == [trees]
+  packed, _ = setup.pack(config, groups(), (), 0)  # no pairs are in them, for eto
+  assert (packed is not None and reaches_past_its_segment(packed.batch)) == trees
+
+
+def reaches_past_its_segment(batch):
+  """Whether some token is seen by branches that follow its segment."""
+  ends = np.asarray(attention._ends(jnp.asarray(batch.segment_ids)))
+  return bool((batch.until > ends).any())

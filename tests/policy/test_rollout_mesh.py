@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from steptool_jax.policy import engine, headcache, model, sharding
+from steptool_jax.run.parts import build
 
 CONFIG = fakes.tiny_config(vocab_size=64)
 SIZES = {"key-value heads": 2, "of vocab_size": 64}
@@ -130,6 +131,18 @@ def test_bad_splits_are_refused_with_the_nearest_valid_one():
       ValueError, match=rf"rollout\.tensor: {tensor} does not divide {badly}.*nearest: {nearest}, "
     ):
       sharding.rollout_mesh(mesh, tensor, SIZES)
+
+
+def test_a_mesh_that_splits_heads_is_refused_before_work():
+  """Split within a head, 8 chips would each compute all heads of attention, and nobody be told."""
+  mesh = types.SimpleNamespace(size=8, shape={"tensor": 4})
+  sharding.check_heads(8, mesh)
+  with pytest.raises(ValueError, match=r"mesh\.tensor: 4 does not divide 2 .* 2, valid: 1, 2$"):
+    sharding.check_heads(2, mesh)
+  config = types.SimpleNamespace(rollout=None)
+  policy = types.SimpleNamespace(model=types.SimpleNamespace(num_kv_heads=6))
+  with pytest.raises(ValueError, match=r"mesh\.tensor: 4 does not divide 6 .* nearest: 2"):
+    build.build_engine(config, policy, mesh)
 
 
 if __name__ == "__main__":

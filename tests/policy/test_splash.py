@@ -1,8 +1,9 @@
-"""The TPU kernel, interpreted, against the XLA attention: values, gradients, and its FLOPs."""
+"""The TPU kernel, interpreted, against slower attention: values, gradients, and its FLOPs."""
 
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from agreement import assert_agree
@@ -21,6 +22,68 @@ def test_equals_xla_with_segments(length):
   interpreted = functools.partial(splash.attend, interpret=True)
   with jax.set_mesh(sharding.make_mesh(devices=jax.devices()[:1])):
     assert_agree(interpreted, attention.attend, (q, k, v), segments, weight)
+
+
+# A root of two tokens with two branches, the second of which has two of its own; then a path.
+TREE = [8, 8, 4, 4, 8, 6, 8, 8, 10, 10]
+PATHS = [0, 1, 2, 3, 2, 3, 3, 4, 0, 1]
+
+
+def test_mask_of_a_tree_by_hand():
+  """The sixth token (5) sees the root and its parent; with a reach of 3 not the root's first."""
+  until, positions = jnp.array(TREE), jnp.array(PATHS)
+  seen = np.array(splash.tree_mask(until, positions, jnp.int32(10))).astype(int)
+  assert seen.tolist() == [
+    [1, 0, 0, 0, 0, 0, 0, 0, 0, 0],
+    [1, 1, 0, 0, 0, 0, 0, 0, 0, 0],
+    [1, 1, 1, 0, 0, 0, 0, 0, 0, 0],
+    [1, 1, 1, 1, 0, 0, 0, 0, 0, 0],
+    [1, 1, 0, 0, 1, 0, 0, 0, 0, 0],
+    [1, 1, 0, 0, 1, 1, 0, 0, 0, 0],
+    [1, 1, 0, 0, 1, 0, 1, 0, 0, 0],
+    [1, 1, 0, 0, 1, 0, 1, 1, 0, 0],
+    [0, 0, 0, 0, 0, 0, 0, 0, 1, 0],
+    [0, 0, 0, 0, 0, 0, 0, 0, 1, 1],
+  ]
+  near = splash.tree_mask(until, positions, jnp.int32(3))
+  assert np.flatnonzero(near[5]).tolist() == [1, 4, 5]
+
+
+@pytest.mark.parametrize("reach", [None, 40])
+def test_trees_equal_the_slow_oracle(reach):
+  """A branch that saw its sibling, or whose gradient reached it, in blocks of 128: the first row's
+  first branch is a block that the second one passes over; the second row is padding."""
+  length = 300
+  keys = jax.random.split(jax.random.key(0), 4)
+  q, weight = (jax.random.normal(key, (2, length, 2, 8)) for key in keys[:2])
+  k, v = (jax.random.normal(key, (2, length, 1, 8)) for key in keys[2:])
+  until = np.tile(np.arange(1, length + 1), (2, 1))
+  positions = np.zeros((2, length), np.int32)
+  for start, stop, end, first in ((0, 100, 290, 0), (100, 256, 256, 100), (256, 290, 290, 100)):
+    until[0, start:stop] = end
+    positions[0, start:stop] = first + np.arange(stop - start)
+
+  def sees(b, t, s):
+    near = reach is None or positions[b, t] - positions[b, s] < reach
+    return s == t or (s < t < ends[b, s] and near)
+
+  ends = until
+
+  def interpreted(q, k, v, until):
+    window = None if reach is None else jnp.int32(reach)
+    tree = attention.Tree(until, positions)
+    return splash.attend(q, k, v, jnp.zeros_like(until), tree, window=window, interpret=True)
+
+  def oracle(q, k, v, until):
+    every = range(length)
+    seen = np.array([[[sees(b, t, s) for s in every] for t in every] for b in (0, 1)])
+    k, v = (jnp.repeat(x, 2, axis=2) for x in (k, v))
+    scores = jnp.einsum("bthd,bshd->bhts", q, k) / np.sqrt(8)
+    probs = jax.nn.softmax(jnp.where(seen[:, None], scores, -np.inf))
+    return jnp.einsum("bhts,bshd->bthd", probs, v)
+
+  with jax.set_mesh(sharding.make_mesh(devices=jax.devices()[:1])):
+    assert_agree(interpreted, oracle, (q, k, v), until, weight)
 
 
 def test_flops_of_the_kernels_by_hand():

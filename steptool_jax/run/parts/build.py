@@ -256,8 +256,12 @@ def build_mesh(config: Config) -> Mesh:
 
 
 def build_engine(config: Config, policy: Policy, mesh: Mesh) -> engine_lib.Engine:
-  """The engine on its own mesh; ValueError where rollout.tensor or rollout.slots split badly."""
+  """The engine on its own mesh.
+
+  ValueError where mesh.tensor, rollout.tensor or rollout.slots split badly.
+  """
   r, m = config.rollout, policy.model
+  sharding.check_heads(m.num_kv_heads, mesh)
   sizes = {
     "key-value heads": m.num_kv_heads,
     "of vocab_size": m.vocab_size,

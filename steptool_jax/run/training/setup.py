@@ -14,7 +14,6 @@ from steptool_jax.config import Config, Optimizer
 from steptool_jax.learning import algorithms, batching, steptable, update
 from steptool_jax.learning.steptable import StepTable
 from steptool_jax.policy import lora, model, sharding
-from steptool_jax.policy.sharding import platform
 from steptool_jax.run.hosts import agreement
 from steptool_jax.run.parts.build import Policy
 from steptool_jax.run.training import replay
@@ -156,8 +155,7 @@ def pack(
     segmented=segmented,
   )
   if algorithm.critic != "double":
-    share = config.train.share_prompts and algorithm.select.rows == 1
-    return pack_units(share=share and platform() != "tpu"), past
+    return pack_units(share=algorithms.shares_prompts(algorithm, config.train)), past
   replayed = replay.draw(past, config.archer.batch, (config.seed, done))
   packed = pack_units(replayed=replayed, whole_actions=True)
   return packed, replay.remember(past, trajectories, config.archer.replay)
