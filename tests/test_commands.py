@@ -284,6 +284,6 @@ def test_the_wheel_works_from_an_empty_folder(tmp_path):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     shown[command] = done.stdout
-  assert "Next:" in shown["steptool train --config=quickstart"]
+  assert "\nNext\n" in shown["steptool train --config=quickstart"]
   assert (empty / "runs/quickstart/export/model.safetensors").is_file()
   assert (empty / "runs/quickstart/report.html").is_file()
