@@ -21,6 +21,7 @@ and default; configs/ has examples. On several hosts the same command on each; s
 """
 
 import contextlib
+import difflib
 import functools
 import importlib
 import pathlib
@@ -75,11 +76,10 @@ _PROGRAMS = flags.DEFINE_list(
 )
 _TOPOLOGY = flags.DEFINE_string("topology", None, "--mode=compile: TPU slice, such as v5e:4x4.")
 flags.mark_flags_as_required(["config"])
-# In a checkout; a wheel has them within the package.
-_CONFIGS = (
-  pathlib.Path(__file__).parent / "configs",
-  pathlib.Path(__file__).parent.parent / "configs",
-)
+# A wheel has them within the package, a checkout beside it.
+_CONFIGS = pathlib.Path(__file__).parent / "configs"
+if not _CONFIGS.is_dir():
+  _CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 
 
 def main(argv: list[str]) -> None:
@@ -116,6 +116,10 @@ def _dispatch() -> dict[str, Any]:
     _alone(workdir, _MODE.value),
   ):
     try:
+      if hosts.peers().count > 1 and _WORKDIR.value is None:
+        raise ValueError(
+          "--workdir: is needed on several hosts; name a folder that all of them share"
+        )
       if hosts.peers().count > 1 and _MODE.value not in SEVERAL:
         raise ValueError(f"--mode={_MODE.value} runs in one process; start it without --processes")
       mode = importlib.import_module(f"steptool_jax.run.{_MODE.value}")
@@ -142,9 +146,7 @@ def _alone(workdir: pathlib.Path, mode: str) -> contextlib.AbstractContextManage
 
 
 def _parse(argv: list[str]) -> list[str]:
-  if len(argv) > 1 and argv[1] in MODES:
-    argv = [argv[0], f"--mode={argv[1]}", *argv[2:]]
-  argv = list(argv)
+  argv = _with_mode(argv)
   for k, word in enumerate(argv):
     if re.fullmatch("--?config(=.*)?", word):
       at = k if "=" in word else k + 1
@@ -162,15 +164,30 @@ def _parse(argv: list[str]) -> list[str]:
     sys.exit(f"steptool_jax: --config: it cannot be loaded ({type(error).__name__}: {error})")
 
 
+def _with_mode(argv: list[str]) -> list[str]:
+  """`steptool report …` as --mode=report; a copy. Exits where a mode is given twice, or unknown."""
+  if len(argv) < 2 or argv[1].startswith("-"):
+    return list(argv)
+  word, rest = argv[1], argv[2:]
+  if word not in MODES:
+    near = difflib.get_close_matches(word, MODES, n=1, cutoff=0.0)[0]
+    sys.exit(
+      f"steptool_jax: unknown argument {word!r}: no mode; did you mean {near}? Fields are set with "
+      "--config.NAME=VALUE"
+    )
+  if any(re.match("--?mode(=|$)", other) for other in rest):
+    sys.exit(f"steptool_jax: {word} is a mode, and --mode names one, too; leave one of them out")
+  return [argv[0], f"--mode={word}", *rest]
+
+
 def _found(value: str) -> str:
   """The config file that FILE[:arg] names, a packaged one by its name; exits where none is."""
   file, colon, argument = value.partition(":")
   if pathlib.Path(file).is_file():
     return value
-  for folder in _CONFIGS:
-    if (folder / f"{file}.py").is_file():
-      return f"{folder / file}.py{colon}{argument}"
-  names = sorted({p.stem for f in _CONFIGS for p in f.glob("[a-z]*.py")})
+  names = sorted(path.stem for path in _CONFIGS.glob("[a-z]*.py"))
+  if file in names:
+    return f"{_CONFIGS / file}.py{colon}{argument}"
   sys.exit(
     f"steptool_jax: --config: there is no file {file!r}, and no config of that name comes with the "
     f"package: {', '.join(names)}"

@@ -1,16 +1,20 @@
 """README and docs say nothing that is refused: their commands, examples, files and lengths.
 
-Each command's config is loaded and validated with its mode and overrides, as the program does it;
-what every mode then does has tests of its own (tests/run). The examples of own tools are run.
+Every shell line is checked by the rule of its program (RULES); a line without a rule fails. A call
+of steptool has its config, overrides and mode parsed and validated as the program does it, also
+where it needs a pod, a GPU, weights or the network. RUN are run for real with short budgets; what
+the other modes then do is tested in the files of ELSEWHERE. The example of own tools is run, too.
 """
 
 import json
+import os
 import pathlib
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 
 import pytest
@@ -24,8 +28,34 @@ from steptool_jax.simulators import functions  # noqa: F401, what the example im
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
-PROGRAM = re.compile(r"(?:python[\d.]*|\.venv/bin/python) -m steptool_jax\.main |\bsteptool (?=\w)")
-PLACEHOLDERS = ("FILE", "MODE]", "[--", "…")
+STARTS = (
+  r"(?:\.venv/bin/\S+|python3?|steptool|launch/\S+|results/\S+|pip|export|curl|git|[A-Z_]+=\S+) "
+)
+SYNOPSIS = re.compile(r"\b(FILE|MODE)\b|\[--|…")  # no command
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+# Lines that are run, from the wheel and in an empty folder, with what makes them short.
+SHORT = """
+  environment.num_train=40 environment.num_heldout=4 rollout.tasks=2 rollout.samples=2
+  rollout.slots=4 sft.steps=0 train.iterations=1 evaluation.tasks=4 evaluation.every=0
+"""
+RUN = {"steptool train --config=quickstart": SHORT, "steptool report --config=quickstart": ""}
+
+# Mode -> the test that runs it.
+ELSEWHERE = {
+  "annotate": "tests/run/test_annotate.py",
+  "bench": "tests/run/test_start.py",
+  "chat": "tests/run/test_chat.py",
+  "check": "tests/run/test_check.py",
+  "compile": "tests/run/test_compile.py",
+  "evaluate": "tests/run/test_toolbench_modes.py",
+  "export": "tests/run/test_export.py",
+  "report": "tests/evaluation/test_report.py",
+  "reward_model": "tests/run/test_reward_model.py",
+  "serve": "tests/run/test_serve_policy.py",
+  "study": "tests/run/test_study.py",
+  "train": "tests/run/test_train.py",
+}
 
 
 def text_of(page):
@@ -33,62 +63,148 @@ def text_of(page):
   return page.read_text().replace("\\\n", " ")
 
 
-def commands():
-  """(page, arguments) of every call of the program, in code blocks and in running text."""
+def shell_lines():
+  """(page, line) of every shell line: indented, or in backquotes within a sentence."""
   for page in PAGES:
     for line in re.sub(r"`([^`]*)`", "\n    \\1\n", text_of(page)).split("\n"):
-      if not line.startswith("    ") or not PROGRAM.search(line):
-        continue
-      said = PROGRAM.split(line)[1].split(" && ")[0].split("   #")[0].rstrip(";")
-      if not any(mark in said for mark in PLACEHOLDERS):
-        yield pytest.param(shlex.split(said), id=f"{page.name}: {said[:60]}")
+      if re.match(rf" {{4,}}{STARTS}", line) and not SYNOPSIS.search(line):
+        yield page, re.split(r"   #|;$", line.strip())[0]
 
 
-COMMANDS = list(commands())
+LINES = list(shell_lines())
+COMMANDS = list(dict.fromkeys(c.strip() for _, line in LINES for c in line.split(" && ")))
 
 
 def test_there_are_commands():
   """A pattern that finds nothing would make the tests below say nothing."""
-  assert len(COMMANDS) > 12
-  assert any("README" in c.id for c in COMMANDS)
+  assert len(COMMANDS) > 40
+  assert {page.name for page, _ in LINES} >= {"README.md", "tools.md", "tpu.md", "harness.md"}
+  assert RUN.keys() <= {c.replace(".venv/bin/", "") for c in COMMANDS}
 
 
-@pytest.mark.parametrize("words", COMMANDS)
-def test_a_command_is_accepted(words, monkeypatch):
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_is_accepted(command, monkeypatch):
   monkeypatch.chdir(ROOT)
-  if words[0] in main.MODES:
-    words = [f"--mode={words[0]}", *words[1:]]
+  words = [w.removeprefix(".venv/bin/") for w in shlex.split(command)]
+  while re.match("[A-Z_]+=", words[0]):  # variables of this one command
+    words.pop(0)
+  rules = [rule for start, rule in RULES.items() if " ".join(words).startswith(start)]
+  assert rules, f"no rule for {command!r}"
+  rules[0](words)
+
+
+def of_program(words):
+  """Its flags, as main.py reads them; a config, its overrides and what they mean together."""
+  words = words[3:] if words[0].startswith("python") else words[1:]
+  argv = main._with_mode(["steptool", *words])
+  if not any(w.startswith("--config=") for w in argv):  # named in a sentence
+    assert len(words) < 2
+    return
   holder = flags.FlagValues()
   config_flags.DEFINE_config_file("config", None, flag_values=holder)
-  flags.DEFINE_string("workdir", None, "", flag_values=holder)
-  flags.DEFINE_string("topology", None, "", flag_values=holder)
+  for name in ("workdir", "topology"):
+    flags.DEFINE_string(name, None, "", flag_values=holder)
   flags.DEFINE_list("programs", None, "", flag_values=holder)
   flags.DEFINE_enum("mode", "train", main.MODES, "", flag_values=holder)
   found = [
-    f"--config={main._found(w.partition('=')[2])}" if w.startswith("--config=") else w
-    for w in words
+    f"--config={main._found(w.partition('=')[2])}" if w.startswith("--config=") else w for w in argv
   ]
-  monkeypatch.setattr(sys, "argv", ["steptool", *found])  # where overrides are looked up
-  rest = holder(sys.argv)
-  assert rest == ["steptool"]
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(sys, "argv", found)  # where config_flags looks overrides up
+    assert holder(found) == ["steptool"]
   validation.validate(holder.config)
   assert (holder.mode == "compile") == (holder.topology is not None)
+  assert (ROOT / ELSEWHERE[holder.mode]).is_file()
+
+
+def of_pip(words):
+  for extra in re.findall(r"\[(.*?)\]", " ".join(words)):
+    assert set(extra.split(",")) <= PYPROJECT["project"]["optional-dependencies"].keys()
+
+
+def of_pytest(words):
+  paths = [w for w in words[3:] if "/" in w]
+  assert all((ROOT / path).exists() for path in paths)
+  markers = [m.partition(":")[0] for m in PYPROJECT["tool"]["pytest"]["ini_options"]["markers"]]
+  assert "-m" not in words[3:] or words[words.index("-m", 3) + 1] in markers
+
+
+def of_script(words):
+  """A script of results/: it is there, and knows the options."""
+  source = (ROOT / words[1]).read_text()
+  for option in words[2:]:
+    assert f'"{option.partition("=")[0]}"' in source
+
+
+def of_launch(words):
+  """The action is one of the script's, and what it passes on is a command of the program."""
+  source = (ROOT / words[0]).read_text()
+  action, rest = words[1], words[2:]
+  assert action.isdigit() or re.search(rf"^ *{action}\)", source, re.MULTILINE)
+  for option in (w for w in rest if action == "create"):
+    assert option in source
+  if any(w.startswith("--config=") for w in rest):
+    of_program(["steptool", *rest])
+
+
+def of_export(words):
+  scripts = "".join(path.read_text() for path in (ROOT / "launch").glob("*.sh"))
+  for word in words[1:]:
+    assert f"${{{word.partition('=')[0]}" in scripts
+
+
+def nothing(words):
+  """A tool of others, with nothing of ours in its words."""
+
+
+RULES = {
+  "steptool": of_program,
+  "python -m steptool_jax.main": of_program,
+  "python -m pytest": of_pytest,
+  "python results/": of_script,
+  "python3 -m venv": nothing,
+  "pip install": of_pip,
+  "pip download": nothing,
+  "launch/": of_launch,
+  "export": of_export,
+  "ruff ": nothing,
+  "vllm serve": nothing,
+}
 
 
 def test_named_files_are_there():
-  """`configs/…`, `docs/…`, `results/…`, `launch/…`, and modules named by their path."""
+  """`configs/…`, `docs/…`, `results/…`, `launch/…`, modules named by their path, and links."""
   missing = []
   for page in PAGES:
-    for path in re.findall(
-      r"(?:configs|docs|results|launch|tests|steptool_jax)/[\w./-]*\w", text_of(page)
-    ):
-      if "…" not in path and not (ROOT / path.split(":")[0]).exists():
-        missing.append((page.name, path))
-  assert missing == [] or {p for _, p in missing} <= {"results/X.py"}
+    text = text_of(page)
+    named = re.findall(
+      r"(?<![\w./])(?:configs|docs|results|launch|tests|steptool_jax)/[\w./-]*\w", text
+    )
+    linked = [ROOT / page.parent / to for to in re.findall(r"(?<!\")\]\(([^)#:]+)[^)]*\)", text)]
+    for path in [*(ROOT / name for name in named), *linked]:
+      if not path.exists():
+        missing.append((page.name, str(path)))
+  assert missing == []
+
+
+def test_links_to_headings_lead_somewhere():
+  for page in PAGES:
+    for to, anchor in re.findall(r"\]\(([^)#:]*)#([^)]+)\)", text_of(page)):
+      headings = re.findall(r"^#+ (.*)$", (page.parent / to).read_text(), re.MULTILINE)
+      assert anchor in {re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in headings}
 
 
 def test_the_readme_is_short():
   assert len((ROOT / "README.md").read_text().splitlines()) <= 180
+
+
+def test_the_version_is_one():
+  """The package, its citation and its changelog named different versions."""
+  version = PYPROJECT["project"]["version"]
+  assert f"version: {version}\n" in (ROOT / "CITATION.cff").read_text()
+  log = (ROOT / "CHANGELOG.md").read_text()
+  assert re.findall(r"^## (.*)$", log, re.MULTILINE)[0] == version
+  assert len(log[log.index(f"## {version}") : log.index("## 0.1.0")].splitlines()) <= 80
 
 
 def blocks(text):
@@ -129,8 +245,18 @@ def test_a_packaged_config_goes_by_its_name(monkeypatch, tmp_path):
     main._found("quickstrat")
 
 
+def test_a_mode_is_the_first_word():
+  """A second mode won in silence, and a misspelt one was a 'stray word' without a remedy."""
+  assert main._with_mode(["s", "report", "--config=a"]) == ["s", "--mode=report", "--config=a"]
+  assert main._with_mode(["s", "--config", "train"]) == ["s", "--config", "train"]
+  with pytest.raises(SystemExit, match="'trian': no mode; did you mean train"):
+    main._with_mode(["s", "trian"])
+  with pytest.raises(SystemExit, match="report is a mode, and --mode names one, too"):
+    main._with_mode(["s", "report", "--mode=train"])
+
+
 def test_the_wheel_works_from_an_empty_folder(tmp_path):
-  """Configs and assets are in it: `steptool check --config=quickstart`, in a workdir of its own."""
+  """Configs and assets are in it: README's training and report, with short budgets."""
   pytest.importorskip("setuptools", minversion="77", reason="the extra test has setuptools 77")
   source = tmp_path / "source"
   source.mkdir()
@@ -145,13 +271,19 @@ def test_the_wheel_works_from_an_empty_folder(tmp_path):
   assert (tmp_path / "site/steptool_jax/configs/quickstart.py").is_file()
   empty = tmp_path / "empty"
   empty.mkdir()
-  run = [sys.executable, "-m", "steptool_jax.main"]
-  done = subprocess.run(
-    [*run, "check", "--config=quickstart", "--config.check.tasks=4"],
-    cwd=empty,
-    env={"PYTHONPATH": str(tmp_path / "site"), "JAX_PLATFORMS": "cpu", "HOME": str(tmp_path)},
-    capture_output=True,
-    text=True,
-  )
-  assert done.returncode == 0, done.stderr[-2000:]
-  assert (empty / "runs/quickstart/summary_check.json").is_file()
+  shown = {}
+  for command, short in RUN.items():
+    words = shlex.split(command)[1:] + [f"--config.{field}" for field in short.split()]
+    done = subprocess.run(
+      [sys.executable, "-m", "steptool_jax.main", *words],
+      cwd=empty,
+      env=os.environ | {"PYTHONPATH": str(tmp_path / "site"), "HOME": str(tmp_path)},
+      capture_output=True,
+      text=True,
+      check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    shown[command] = done.stdout
+  assert "\nNext\n" in shown["steptool train --config=quickstart"]
+  assert (empty / "runs/quickstart/export/model.safetensors").is_file()
+  assert (empty / "runs/quickstart/report.html").is_file()

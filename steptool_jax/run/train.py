@@ -127,7 +127,7 @@ def run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
       finally:
         executor.shutdown(wait=False, cancel_futures=True)
     if not summary["interrupted"]:
-      hosts.say("\n".join(closing.lines(workdir, summary)))
+      hosts.say("\n".join(closing.lines(workdir, summary, closing.on_terminal())))
     return summary
 
 

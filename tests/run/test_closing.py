@@ -71,6 +71,55 @@ def test_a_task_that_was_missed_and_is_solved_now_stands_side_by_side(tmp_path):
   assert f"--workdir={tmp_path}" in text
 
 
+FIXED = """
+held out      start  ########                                                       14.0%
+                SFT  ###########                                                    18.0%
+                 RL  #################################                              54.3%
+
+Task: what is it?
+
+  at the start                                     now
+  -----------------------------------------------  -----------------------------------------------
+  malformed: no JSON                               find(name=lamp)
+    xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx    xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx
+      …                                                …
+  gives up                                         answers: 703
+
+  answered, not solved                             answered, solved
+
+Next
+  every conversation, step by step, in one page:
+    steptool report --config=… --workdir=WORKDIR
+  your own tools: write tools.py and tasks.jsonl as in docs/tools.md, then
+    steptool check --config=smollm2_135m --config.environment.name=custom \\
+      --config.environment.functions=tools.py --config.environment.tasks=tasks.jsonl"""
+
+
+def test_a_fixed_run_looks_like_this(tmp_path):
+  """Bars, columns or the next step moved, or a log got a terminal's codes."""
+  wrote(
+    tmp_path,
+    [record("b", 0.0, Malformed("no JSON"), Finish("none", gave_up=True))],
+    [record("b", 1.0, ToolCall("find", {"name": "lamp"}), Finish("703"))],
+  )
+  text = "\n".join(closing.lines(tmp_path, RATES))
+  assert text.replace(str(tmp_path), "WORKDIR") == FIXED
+  shown = "\n".join(closing.lines(tmp_path, RATES, terminal=True))
+  assert shown.replace("█", "#").replace("\033[1m", "").replace("\033[0m", "") == text
+  assert shown.count("█") == 52
+  assert "\033[1mNext\033[0m" in shown
+
+
+def test_a_tool_cannot_command_the_terminal(tmp_path):
+  """What a tool said was printed as it was: it could clear the screen, or set its title."""
+  call = ToolCall("find", {"name": "a\033[2Jb\x07"})
+  told = closing.side_by_side(
+    record("a", 0.0, Finish("1")), record("a", 1.0, call, Finish("\x9bm"))
+  )
+  assert all(line.isprintable() for line in told)
+  assert any("a [2Jb" in line for line in told)
+
+
 def test_without_records_or_figures_it_says_less_and_never_fails(tmp_path):
   assert closing.lines(tmp_path, {}) == []
   assert any("54.3%" in line for line in closing.lines(tmp_path, RATES))

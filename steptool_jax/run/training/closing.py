@@ -5,11 +5,13 @@
                      RL  ################################          54.3 %
 
 Below it a held-out task that was missed at the start and is solved now, both conversations side by
-side, and what to do next. Plain text, so that it looks the same in a log.
+side, and what to do next. Plain text in a log; blocks and bold letters in a terminal. What tools
+say has no control characters here: a terminal would obey them.
 """
 
 import itertools
 import pathlib
+import sys
 import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -23,22 +25,33 @@ _LINES = 24
 _STAGES = (("start", "pass_rate_base"), ("SFT", "pass_rate_sft"), ("RL", "pass_rate_rl"))
 
 
-def lines(workdir: pathlib.Path, summary: Mapping[str, Any]) -> list[str]:
-  """The text, at most 100 columns wide; nothing where no pass rate was measured."""
+def lines(workdir: pathlib.Path, summary: Mapping[str, Any], terminal: bool = False) -> list[str]:
+  """The text, at most 100 columns wide; nothing where no pass rate was measured.
+
+  terminal: whether it goes to one that shows blocks and bold letters.
+  """
   shares = [(name, float(summary[key])) for name, key in _STAGES if key in summary]
   if not shares:
     return []
-  out = ["", *bars(shares)]
+  out = ["", *bars(shares, "█" if terminal else "#")]
   pair = improved(workdir)
   if pair is not None:
     out += ["", *side_by_side(*pair)]
-  return [*out, "", *_next(workdir)]
+  following = _next(workdir)
+  if terminal:
+    following[0] = f"\033[1m{following[0]}\033[0m"
+  return [*out, "", *following]
 
 
-def bars(shares: Sequence[tuple[str, float]]) -> list[str]:
-  """A line a stage; shares in [0, 1]."""
+def on_terminal() -> bool:
+  """Whether standard output is a terminal that can show blocks."""
+  return sys.stdout.isatty() and (sys.stdout.encoding or "").lower().startswith("utf")
+
+
+def bars(shares: Sequence[tuple[str, float]], mark: str = "#") -> list[str]:
+  """A line a stage, as many marks long as its share of 1."""
   return [
-    f"{'' if k else 'held out':<10}{name:>9}  {'#' * round(_BAR * share):<{_BAR}}{share:8.1%}"
+    f"{'' if k else 'held out':<10}{name:>9}  {mark * round(_BAR * share):<{_BAR}}{share:8.1%}"
     for k, (name, share) in enumerate(shares)
   ]
 
@@ -73,7 +86,7 @@ def side_by_side(before: AnnotatedTrajectory, after: AnnotatedTrajectory) -> lis
   rows = itertools.zip_longest(*columns, fillvalue="")
   both = [f"  {left:<{_WIDTH}}  {right}".rstrip() for left, right in rows]
   cut = ["  …"] if len(both) > _LINES else []
-  return [*textwrap.wrap(f"Task: {before.query}", 98), "", *both[:_LINES], *cut]
+  return [*textwrap.wrap(_plain(f"Task: {before.query}"), 98), "", *both[:_LINES], *cut]
 
 
 def _told(trajectory: Trajectory) -> list[str]:
@@ -92,15 +105,28 @@ def _told(trajectory: Trajectory) -> list[str]:
   return [*out, "", f"{trajectory.status}, {'solved' if trajectory.solved == 1 else 'not solved'}"]
 
 
+def _plain(text: str) -> str:
+  return "".join(c if c.isprintable() else " " for c in text)
+
+
 def _wrapped(text: str) -> list[str]:
   found = textwrap.wrap(
-    text, _WIDTH, subsequent_indent="    ", max_lines=2, placeholder=" …", drop_whitespace=True
+    _plain(text),
+    _WIDTH,
+    subsequent_indent="    ",
+    max_lines=2,
+    placeholder=" …",
+    drop_whitespace=True,
   )
   return found or [""]
 
 
 def _next(workdir: pathlib.Path) -> list[str]:
   return [
-    "Next: read the conversations   steptool report --config=… --workdir=" + str(workdir),
-    '      your own tools           README, "Your own tools and tasks"; docs/tools.md',
+    "Next",
+    "  every conversation, step by step, in one page:",
+    f"    steptool report --config=… --workdir={workdir}",
+    "  your own tools: write tools.py and tasks.jsonl as in docs/tools.md, then",
+    "    steptool check --config=smollm2_135m --config.environment.name=custom \\",
+    "      --config.environment.functions=tools.py --config.environment.tasks=tasks.jsonl",
   ]
