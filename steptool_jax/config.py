@@ -404,6 +404,12 @@ class Critic:
   )
   penalty: float = option(1.0, "ridge: of the squared weights", above=0)
   folds: int = option(5, "ridge: parts of the tasks, each predicted from the others", least=2)
+  normalise: bool = option(
+    False, "value: the head predicts returns in deviations from the mean of the batch's"
+  )
+  passes: int = option(
+    1, "value: passes over a batch's minibatches; those after the policy's are the head's", above=0
+  )
 
 
 @dataclasses.dataclass(frozen=True)

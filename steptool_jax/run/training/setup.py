@@ -146,7 +146,7 @@ def pack(
     bootstrap=config.advantage.bootstrap,
     spread=config.rewards.spread,
   )
-  if algorithm.critic != "double":
+  if algorithms.resolve(algorithm, config).critic.kind != "double":
     share = config.train.share_prompts and algorithm.select.rows == 1
     return pack_units(share=share and platform() != "tpu"), past
   replayed = replay.draw(past, config.archer.batch, (config.seed, done))
