@@ -462,7 +462,8 @@ class Dpo:
 
 @dataclasses.dataclass(frozen=True)
 class Archer:
-  """ArCHer's critic; the discount is advantage.gamma."""
+  """ArCHer's double critic (a critic.kind of its own takes its place); the discount is
+  advantage.gamma."""
 
   tau: float = option(
     0.1, "step of the target critic, each update (the authors': 0.1)", above=0, most=1
