@@ -450,6 +450,12 @@ class Critic:
   )
   penalty: float = option(1.0, "ridge: of the squared weights", above=0)
   folds: int = option(5, "ridge: parts of the tasks, each predicted from the others", least=2)
+  normalise: bool = option(
+    False, "value: the head predicts returns in deviations from the mean of the batch's"
+  )
+  passes: int = option(
+    1, "value: passes over a batch's minibatches; those after the policy's are the head's", above=0
+  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -502,7 +508,8 @@ class Dpo:
 
 @dataclasses.dataclass(frozen=True)
 class Archer:
-  """ArCHer's critic; the discount is advantage.gamma."""
+  """ArCHer's double critic (a critic.kind of its own takes its place); the discount is
+  advantage.gamma."""
 
   tau: float = option(
     0.1, "step of the target critic, each update (the authors': 0.1)", above=0, most=1

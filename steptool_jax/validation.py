@@ -291,11 +291,23 @@ def _check_algorithm(config: Config) -> None:
       "no GAE; leave it empty, or use 'ppo' or 'steptool'"
     )
   kind = config.critic.kind
-  if kind and not algorithm.gae and algorithm.rewards != "none":
+  if kind and not algorithm.takes(kind) and algorithm.rewards != "none":
+    instead = "leave it empty, or use 'ppo' or 'steptool'"
+    if algorithm.critic == "double":
+      instead = "leave it empty, or use 'ridge'"
     raise ValueError(
       f"config.critic.kind: {kind!r}, but algorithm {config.algorithm!r} has no GAE that would "
-      "read its values; leave it empty, or use 'ppo' or 'steptool'"
+      f"read its values; {instead}"
     )
+  critic = kind or algorithm.critic
+  for name, usual in (("normalise", False), ("passes", 1)):
+    value = getattr(config.critic, name)
+    if value != usual and critic != "value":
+      raise ValueError(
+        f"config.critic.{name}: {value!r}, but it belongs to the value head, and the critic of "
+        f"algorithm {config.algorithm!r} is {critic!r} here; leave it at {usual!r}, or set "
+        "config.critic.kind to 'value'"
+      )
   if kind == "group" and not config.data.path and config.rollout.samples < 2:
     raise ValueError(
       "config.critic.kind: 'group' compares samples of a task, and config.rollout.samples is 1; "
@@ -328,7 +340,7 @@ def _check_algorithm(config: Config) -> None:
       f"config.rollout.lag: 1, but the loss of algorithm {config.algorithm!r} has no importance "
       f"weights to correct for it; set it to 0, or use {instead}"
     )
-  if algorithm.critic == "double" and config.archer.replay < config.archer.batch:
+  if (kind or algorithm.critic) == "double" and config.archer.replay < config.archer.batch:
     raise ValueError(
       f"config.archer.replay: keeps {config.archer.replay} trajectories, fewer than the "
       f"{config.archer.batch} of archer.batch; raise it, or lower archer.batch"

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from steptool_jax.config import Config, Train
-from steptool_jax.learning import advantages, double_critic, groups, losses, segments
+from steptool_jax.learning import advantages, critics, double_critic, groups, losses, segments
 from steptool_jax.learning.outputs import Outputs
 from steptool_jax.learning.selection import EVERYTHING, PAIRS, SOLVED, Selection
 from steptool_jax.types import TokenBatch
@@ -53,6 +53,11 @@ class Algorithm:
   def gae(self) -> bool:
     """Whether its advantage is GAE, which takes any critic that gives V."""
     return self.critic not in ("none", "double")
+
+  def takes(self, kind: str) -> bool:
+    """Whether config.critic.kind may be this: with GAE any, with ArCHer's advantage one that is
+    fitted, in the place of its double critic."""
+    return self.gae or (self.critic == "double" and critics.get_critic(kind).fit is not None)
 
 
 # --- advantages ------------------------------------------------------------------------------
@@ -99,7 +104,10 @@ def _gigpo(batch, rewards_BT, values: None, c: Config):
   return {"advantages": episode_BT + c.advantage.omega * step_BT}
 
 
-def _archer(batch, rewards_BT, values: tuple, c: Config):
+def _archer(batch, rewards_BT, values: Any, c: Config):
+  if c.critic.kind != "double":
+    # Tools decide what follows an utterance, not chance: Q(s, a) is r + gamma V(s').
+    return _gae()(batch, rewards_BT, values, _one_step(c))
   online, target = values
   returns_BT, value_targets_BT = double_critic.targets(batch, rewards_BT, target, c.advantage.gamma)
   return {
@@ -108,6 +116,11 @@ def _archer(batch, rewards_BT, values: tuple, c: Config):
     "returns": returns_BT,
     "value_targets": value_targets_BT,
   }
+
+
+def _one_step(c: Config) -> Config:
+  advantage = dataclasses.replace(c.advantage, level="step", lam=0.0, broadcast=True)
+  return dataclasses.replace(c, advantage=advantage)
 
 
 # --- losses ----------------------------------------------------------------------------------
@@ -149,6 +162,8 @@ def _ppo_loss(outputs: Outputs, batch: TokenBatch, c: Config) -> tuple[Terms, Te
 
 
 def _archer_loss(outputs: Outputs, batch: TokenBatch, c: Config) -> tuple[Terms, Terms]:
+  if c.critic.kind != "double":
+    return _policy_loss(outputs, batch, c)
   (online,) = outputs.values
   q, v = double_critic.q_loss(online, batch), double_critic.v_loss(online, batch)
   terms, metrics = _policy_loss(outputs, batch, c)
@@ -221,8 +236,9 @@ ALGORITHMS: dict[str, Algorithm] = {
   "gigpo": Algorithm("outcome", _policy_loss, _gigpo, **_GROUP),
   # DPO on a success and a failure of the same task.
   "eto": Algorithm("outcome", _dpo_loss, select=PAIRS, compares=True, reference=True, kl="none"),
-  # Utterance-level double critic with replay, token-level actor.
-  "archer": Algorithm("outcome", _archer_loss, _archer, critic="double"),
+  # Utterance-level double critic with replay, token-level actor; with critic.kind = ridge the same
+  # advantage of one step, over values that are fitted anew to each batch, without replay.
+  "archer": Algorithm("outcome", _archer_loss, _archer, critic="double", level="step"),
 }
 
 
@@ -241,8 +257,8 @@ def resolve(algorithm: Algorithm, config: Config) -> Config:
     surrogate=c.surrogate or algorithm.surrogate,
   )
   advantage = dataclasses.replace(a, level=a.level or algorithm.level)
-  kind = config.critic.kind or algorithm.critic
-  critic = dataclasses.replace(config.critic, kind=kind if algorithm.gae else algorithm.critic)
+  kind = config.critic.kind if algorithm.takes(config.critic.kind) else ""
+  critic = dataclasses.replace(config.critic, kind=kind or algorithm.critic)
   return dataclasses.replace(config, advantage=advantage, loss=loss, critic=critic)
 
 

@@ -148,6 +148,10 @@ def prepare(
   signal, values, returns_BT = {}, now.values, None
   if learner.critic != "none":
     returns_BT = _returns_to_go(learner, flat, rewards_BT)
+  normalised = learner.critic == "value" and c.critic.normalise
+  if normalised:
+    mean, deviation = _scale_of(returns_BT, segments.step_starts(flat))
+    values = mean + deviation * now.values
   if learner.fits is not None:
     returns_BK = steptable.gather(returns_BT, table)
     values_BK = learner.fits(table, returns_BK, now.values, c.critic.penalty, c.critic.folds)
@@ -155,6 +159,10 @@ def prepare(
   if learner.algorithm.advantage is not None:
     signal = learner.algorithm.advantage(flat, rewards_BT, values, c)
   metrics = _signal_metrics(learner, flat, returns_BT, values, signal)
+  if normalised:
+    # The loss has the head's own units, in which value_clip counts as well.
+    scaled_BT = (signal["returns"] - mean) / deviation
+    signal |= {"values": now.values, "returns": jnp.where(mask_BT, scaled_BT, 0.0)}
   if learner.critic != "none" and c.advantage.whiten:
     weights_BT = losses.action_weights(flat, c.loss.aggregation)
     signal |= {"advantages": advantages.whiten(signal["advantages"], weights_BT)}
@@ -195,6 +203,13 @@ def _returns_to_go(learner: Learner, batch: TokenBatch, rewards_BT: jax.Array) -
   return advantages.gae(
     batch, rewards_BT, zeros_BT, gamma=c.gamma, lam=1.0, level=c.level, broadcast=False
   )[0]
+
+
+def _scale_of(x_BT: jax.Array, mask_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """(mean, deviation) of the marked values over the global batch; 1 where they are all the same."""
+  mean = jnp.where(mask_BT, x_BT, 0.0).sum() / jnp.maximum(mask_BT.sum(), 1)
+  variance = _masked_variance(x_BT, mask_BT)
+  return mean, jnp.where(variance > 1e-8, jnp.sqrt(variance), 1.0)
 
 
 def _signal_metrics(learner, batch, returns_BT, values, signal: dict[str, jax.Array]) -> Metrics:
@@ -281,6 +296,61 @@ def update(
   metrics = metrics | {"grad_norm": grad_norm, "skipped": 1.0 - finite.astype(jnp.float32)}
   new = {"trainable": trainable, "opt_state": opt_state, "target": target}
   return state._replace(step=state.step + 1, **new), metrics
+
+
+def fit_values(
+  learner: Learner, state: TrainState, batch_NBT: TokenBatch, count: jax.Array
+) -> TrainState:
+  """One more step of the value head alone, on the minibatch's value loss (critic.passes).
+
+  The policy is read and stays as it is, and so do the step, the schedule and all moments but the
+  head's. Nothing changes where the head's gradient is not finite.
+  """
+  denominators = _total_denominators(learner, batch_NBT, count)
+  heads, others = _parted(state.trainable)
+
+  def loss_of_micro(heads, micro):
+    variables = lora.join_variables(_joined(heads, others), state.frozen)
+    outputs = _outputs(learner, variables, micro, _values(learner, variables, micro, ()))
+    terms, _ = _terms(learner, outputs, micro, state.kl_coef)
+    return terms["value_loss"][0] / denominators["value_loss"]
+
+  def one(index, grads):
+    more = jax.grad(loss_of_micro)(heads, _micro(batch_NBT, index))
+    return jax.tree.map(jnp.add, grads, more)
+
+  grads = jax.lax.fori_loop(0, count, one, jax.tree.map(jnp.zeros_like, heads))
+  whole = _joined(grads, jax.tree.map(jnp.zeros_like, others))
+  updates, opt_state = learner.optimizer.update(whole, state.opt_state, state.trainable)
+  trainable = optax.apply_updates(state.trainable, updates)
+  finite = jnp.isfinite(optax.global_norm(grads))
+
+  def of_head(path, new, old):
+    return jnp.where(finite, new, old) if _is_head(path) else old
+
+  trainable, opt_state = jax.tree_util.tree_map_with_path(
+    of_head, (trainable, opt_state), (state.trainable, state.opt_state)
+  )
+  return state._replace(trainable=trainable, opt_state=opt_state)
+
+
+def _is_head(path) -> bool:
+  return "value_head" in sharding.path_string(path).split("/")
+
+
+def _parted(trainable: dict) -> tuple[dict, dict]:
+  """(the tree with None for all but the value head, the tree with None for the value head)."""
+  part = jax.tree_util.tree_map_with_path
+  return (
+    part(lambda path, x: x if _is_head(path) else None, trainable),
+    part(lambda path, x: None if _is_head(path) else x, trainable),
+  )
+
+
+def _joined(heads: dict, others: dict) -> dict:
+  return jax.tree.map(
+    lambda a, b: b if a is None else a, heads, others, is_leaf=lambda x: x is None
+  )
 
 
 def _values(learner, variables, micro, heads, table=None) -> Callable[[jax.Array], Any] | None:

@@ -11,7 +11,7 @@ import oracles
 import pytest
 import samples
 
-from steptool_jax.config import Advantage, Archer, Config, Loss
+from steptool_jax.config import Advantage, Archer, Config, Critic, Loss
 from steptool_jax.learning import algorithms, batching, double_critic, update
 from steptool_jax.learning.outputs import policy_outputs
 from steptool_jax.policy import model
@@ -120,6 +120,32 @@ def test_literal():
   q, v = double_critic.q_loss(target, filled), double_critic.v_loss(target, filled)
   np.testing.assert_allclose(q, (0.03125, 2), atol=1e-6)
   np.testing.assert_allclose(v, (0.09, 2), atol=1e-6)
+
+
+def test_with_a_fitted_critic_the_advantage_is_one_step_of_it():
+  """r + gamma V(s') - V(s) of the values that `ridge` fits, on all tokens of the step, and no loss
+  of a critic that is not there: bit for bit outcomes under GAE over steps with lambda 0."""
+  fresh = samples.random_samples(3, tasks=6)[0]
+  built = batching.pack(fresh, 40)
+  batch, table = fakes.padded(built, 4), fakes.padded_table(built, 4)
+  stack = functools.partial(jax.tree.map, lambda x: jnp.asarray(x)[None])
+  found = {}
+  for name, lam in (("archer", 0.7), ("steptool_no_step_rewards", 0.0)):
+    row = algorithms.get_algorithm(name)
+    config = Config(
+      advantage=Advantage(gamma=0.9, lam=lam), critic=Critic(kind="ridge"), loss=Loss(kl="none")
+    )
+    learner = update.Learner(CONFIG, row, algorithms.resolve(row, config), optax.sgd(1.0))
+    params = model.init_params(CONFIG, jax.random.key(0))  # the update takes them
+    state = update.init_state(learner, {"params": params}, {})
+    assert state.target == ()
+    prepare, change = update.compile_programs(learner)
+    prepared, _ = prepare(state, stack(batch), 1, stack(table))
+    new, metrics = change(state, prepared, 1)
+    found[name] = (prepared.advantages, new.trainable, sorted(metrics))
+  jax.tree.map(np.testing.assert_array_equal, *(f[:2] for f in found.values()))
+  assert found["archer"][2] == found["steptool_no_step_rewards"][2]
+  assert float(jnp.abs(found["archer"][0]).max()) > 0.1
 
 
 def test_polyak_literal():

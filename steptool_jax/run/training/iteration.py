@@ -166,6 +166,10 @@ def _learn(
     for minibatch, count in phase.minibatches(prepared, rows, epoch):
       yield
       updates.append(phase.update(minibatch, count))
+  for more in range(1, config.critic.passes):
+    for minibatch, count in phase.minibatches(prepared, rows, config.train.epochs - 1 + more):
+      yield
+      phase.fit_values(minibatch, count)
   if config.loss.kl_adaptive:
     phase.adapt_kl(prepare_figures["kl"], len(kept))
   return _learning_figures(prepare_figures, updates) | {

@@ -101,7 +101,7 @@ class Phase:
   def _most_rows(self) -> int:
     """Rows of the largest batch of an iteration of RL."""
     most = self.conversations * self.algorithm.select.rows
-    return most + (self.config.archer.batch if self.algorithm.critic == "double" else 0)
+    return most + (self.config.archer.batch if self.learner.critic == "double" else 0)
 
   def variables(self) -> dict:
     """The policy's variables as they are now."""
@@ -168,6 +168,11 @@ class Phase:
     self.count_skipped(bool(metrics["skipped"]), reason)
     return metrics
 
+  def fit_values(self, batch: TokenBatch, rows: int) -> None:
+    """One more step of the value head alone, on a batch as `update`'s."""
+    hang.stamp()
+    self.state = self._fit_values(self.state, batch, np.int32(-(-rows // batch.tokens.shape[1])))
+
   def count_skipped(self, skipped: bool, reason: str) -> None:
     """Stops the run when updates that were skipped for non-finite numbers come in a row."""
     self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
@@ -190,6 +195,10 @@ class Phase:
   @functools.cached_property
   def _logprobs(self):
     return sharding.jit(functools.partial(update.action_logprobs, self.learner))
+
+  @functools.cached_property
+  def _fit_values(self):
+    return sharding.jit(functools.partial(update.fit_values, self.learner), donate_argnums=0)
 
   def _to_device(self, batch, micro_rows: int, capacity: int):
     return setup.to_device(batch, micro_rows, capacity, self.mesh)

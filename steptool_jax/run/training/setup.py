@@ -154,7 +154,7 @@ def pack(
     spread=config.rewards.spread,
     segmented=segmented,
   )
-  if algorithm.critic != "double":
+  if algorithms.resolve(algorithm, config).critic.kind != "double":
     return pack_units(share=algorithms.shares_prompts(algorithm, config.train)), past
   replayed = replay.draw(past, config.archer.batch, (config.seed, done))
   packed = pack_units(replayed=replayed, whole_actions=True)
