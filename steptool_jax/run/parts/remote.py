@@ -52,6 +52,7 @@ def opened(
           source=policy.tokenizer,
           adapters=variables.get("lora"),
         )
+        (new / hub.VALUE_HEAD_FILE).unlink(missing_ok=True)  # vLLM reads every safetensors file
     return str(folder)
 
   engine = HttpEngine(
