@@ -9,6 +9,7 @@ import dataclasses
 import datetime
 import email.utils
 import functools
+import logging
 import random
 import re
 import threading
@@ -22,6 +23,8 @@ from steptool_jax.simulators import background
 from steptool_jax.simulators.errors import InfrastructureError
 
 T = TypeVar("T")
+# A line for each request would drown what a run says.
+logging.getLogger("httpx").setLevel(logging.WARNING)
 
 _GRACE_S = 5.0  # for the loop to end what its own limit has cancelled
 
