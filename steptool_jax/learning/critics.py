@@ -29,8 +29,13 @@ _HIGHEST = jax.lax.Precision.HIGHEST
 def others_mean(table: StepTable, returns_BK: jax.Array) -> jax.Array:
   """Mean return of the task's other samples, float32 [B, K]; 0 without any."""
   begins_BK = (_fitted(table) & (table.step == 0)).astype(jnp.float32)
-  own_BK, _ = _totals(table.trajectory, begins_BK, returns_BK)
-  total_BK, count_BK = _totals(table.task, begins_BK, returns_BK)
+  # One sum over the devices for both: two that wait for no one another may wait for each other.
+  size = table.task.size + 1
+  keys_2BK = jnp.stack([table.task, size + table.trajectory])
+  pair_BK2 = jnp.stack([begins_BK * returns_BK, begins_BK], axis=-1)
+  payload = jnp.broadcast_to(pair_BK2, (2, *pair_BK2.shape)).reshape(-1, 2)
+  sums = jax.ops.segment_sum(payload, keys_2BK.reshape(-1), 2 * size)
+  (total_BK, own_BK), (count_BK, _) = jnp.moveaxis(sums[keys_2BK], -1, 0)
   mean_BK = (total_BK - own_BK) / jnp.maximum(count_BK - 1.0, 1.0)
   return jnp.where(count_BK > 1, mean_BK, 0.0)
 

@@ -75,7 +75,7 @@ def test_normalised_values_equal_loops(params):
   head = np.asarray(plain.values).reshape(batch.tokens.shape)
   np.testing.assert_allclose(flat["values"], head, atol=1e-6)
   to_go = []
-  for row, start, stop, _ in packed.places:
+  for ((row, start, stop, _),) in packed.places:
     later = 0.0
     for t in range(stop - 1, start - 1, -1):
       if batch.action_mask[row, t]:
@@ -84,7 +84,7 @@ def test_normalised_values_equal_loops(params):
           to_go.append(later)
   mean, deviation = np.mean(to_go), np.std(to_go)
   assert deviation > 0.1
-  for row, start, stop, _ in packed.places:
+  for ((row, start, stop, _),) in packed.places:
     at = np.arange(start, stop)
     act, boot = at[batch.action_mask[row, at]], at[batch.bootstrap[row, at]]
     values = mean + deviation * head[row]
