@@ -428,11 +428,11 @@ def test_a_client_that_goes_away_frees_its_slot(serve):
   long = " ".join(
     map(str, range(60))
   )  # on a busy machine, too, it is not done when the client goes
-  served = serve(lambda text: Finish("one" if "next" in text else long), slots=1, pause=0.1)
+  served = serve(lambda text: Finish("one" if "next" in text else long), slots=1, pause=0.2)
   for stream in (True, False):
     with served.client() as client, contextlib.suppress(httpx.TimeoutException):
       request = {"messages": [USER], "stream": stream}
-      with client.stream("POST", "chat/completions", json=request, timeout=2) as reply:
+      with client.stream("POST", "chat/completions", json=request, timeout=1) as reply:
         next(reply.iter_lines())
         time.sleep(0.2)
     until = time.monotonic() + 5
