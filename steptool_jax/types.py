@@ -146,6 +146,13 @@ class Part(NamedTuple):
   prompt: np.ndarray  # int32[P]
 
 
+def calls_of(action: Action) -> tuple[ToolCall, ...]:
+  """The calls of a turn: several, one, or none."""
+  if isinstance(action, ToolCalls):
+    return action.calls
+  return (action,) if isinstance(action, ToolCall) else ()
+
+
 def by_call(steps: Iterable[Step]) -> list[Step]:
   """The steps with every call of a turn as one of its own, for whoever looks at calls.
 
@@ -156,9 +163,9 @@ def by_call(steps: Iterable[Step]) -> list[Step]:
 
 
 def _parts(step: Step) -> list[Step]:
-  if not isinstance(step.action, ToolCalls):
+  calls = calls_of(step.action)
+  if len(calls) < 2:
     return [step]
-  calls = step.action.calls
   answers = step.observation.parts if step.observation is not None else ()
   none = (None,) * (len(calls) - len(answers))
   parts = [

@@ -7,7 +7,7 @@ from typing import Any
 
 from steptool_jax.checking.findings import ERROR, WARNING, Finding
 from steptool_jax.environments.checkers import normal
-from steptool_jax.types import Task, ToolCall, ToolCalls, ToolSpec
+from steptool_jax.types import Task, ToolSpec, calls_of
 
 # Any of them says something about a parameter's values.
 _SAYS = frozenset({"type", "enum", "const", "anyOf", "oneOf", "allOf", "$ref", "not"})
@@ -24,9 +24,8 @@ def check_tools(splits: Splits) -> list[Finding]:
     for task in tasks:
       tools |= {spec.name: spec for spec in task.tools if spec.name not in tools}
       for action in task.demonstration:
-        for call in action.calls if isinstance(action, ToolCalls) else (action,):
-          if isinstance(call, ToolCall):
-            called[call.name] |= set(call.arguments)
+        for call in calls_of(action):
+          called[call.name] |= set(call.arguments)
   return [f for spec in tools.values() for f in _check_tool(spec, called[spec.name])]
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from steptool_jax.learning import segments
 from steptool_jax.learning.batching import Packed
-from steptool_jax.types import TokenBatch, ToolCall, ToolCalls, by_call
+from steptool_jax.types import TokenBatch, calls_of
 
 _WIDTH = 8  # entries a row has room for, in multiples: few shapes, so few compilations
 USUAL_WIDTH = 4 * _WIDTH
@@ -61,8 +61,7 @@ def build(packed: Packed, width: int = 0) -> StepTable:
       if step is None:
         break
       position += len(step.tokens) + len(step.observation_tokens)
-      if isinstance(step.action, (ToolCall, ToolCalls)):
-        calls = len(by_call([step]))
+      if calls := len(calls_of(step.action)):
         last_failed = 1.0 - step.success_calling
         succeeded += calls * step.success_calling
         failed += calls * last_failed

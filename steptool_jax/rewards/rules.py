@@ -22,7 +22,7 @@ from typing import Any
 
 from steptool_jax.environments.checkers import number
 from steptool_jax.simulators.render import leaves
-from steptool_jax.types import Code, Finish, Step, Task, ToolCall, ToolCalls, Trajectory, by_call
+from steptool_jax.types import Code, Finish, Step, Task, ToolCall, Trajectory, by_call, calls_of
 
 # Here the final state is checked and the answer's text is free, so it proves no use of a value.
 _STATE_CHECKERS = frozenset({"state", "table"})
@@ -58,15 +58,11 @@ def annotate(task: Task, trajectory: Trajectory, causal: bool = False) -> Trajec
 
 def needed(task: Task) -> int:
   """Contributions (by progress) that the goal needs: the demonstrated calls; 0: nobody knows."""
-  return sum(1 for _ in _demonstrated(task))
+  return len(_demonstrated(task))
 
 
-def _demonstrated(task: Task) -> Iterator[ToolCall]:
-  for action in task.demonstration:
-    if isinstance(action, ToolCalls):
-      yield from action.calls
-    elif isinstance(action, ToolCall):
-      yield action
+def _demonstrated(task: Task) -> list[ToolCall]:
+  return [call for action in task.demonstration for call in calls_of(action)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,7 +179,7 @@ def _backward(task: Task, trajectory: Trajectory, facts: Sequence[_Fact]) -> lis
 
 def _gold_calls(task: Task) -> Iterator[str]:
   handles: dict[str, str] = {}
-  calls = [*_demonstrated(task)]
+  calls = _demonstrated(task)
   produced = task.metadata.get("handles", ("",) * len(calls))
   for call, handle in zip(calls, produced, strict=True):
     key = _canonical(call, handles)

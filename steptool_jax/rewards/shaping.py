@@ -26,7 +26,7 @@ import math
 from collections.abc import Callable, Container, Mapping
 
 from steptool_jax.config import Rewards
-from steptool_jax.types import Status, Trajectory, by_call
+from steptool_jax.types import Status, Trajectory, calls_of
 
 _COST = 0.1  # of a failed call, where a solved task earns 1
 
@@ -152,7 +152,7 @@ def shape(
     tuple(s.contribution for s in trajectory.steps[: max(count, 0)]),
     options.alpha,
     needed,
-    tuple(len(by_call([s])) for s in trajectory.steps[: max(count, 0)]),
+    tuple(max(1, len(calls_of(s.action))) for s in trajectory.steps[: max(count, 0)]),
   )
   goes_on = trajectory.status in bootstrap
   weight = 0.0 if outcome_only or broken else options.weight

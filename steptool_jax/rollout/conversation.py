@@ -204,8 +204,7 @@ class Conversation:
     )
 
   def _act(self, action: Action) -> None:
-    goes_on = bool(self.task.metadata.get(TURNS)) and not getattr(action, "gave_up", True)
-    if isinstance(action, Finish) and not goes_on:
+    if isinstance(action, Finish) and (action.gave_up or not self.task.metadata.get(TURNS)):
       self._record(action, None, ())
       self._end(Status.GAVE_UP if action.gave_up else Status.ANSWERED)
     elif isinstance(action, (ToolCall, ToolCalls, Finish)):

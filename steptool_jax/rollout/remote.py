@@ -59,16 +59,15 @@ class Server:
   def __init__(self, address: str, *, key: str, timeout_s: float, in_flight: int):
     self.address = address.rstrip("/")
     patience = Patience(_RETRIES, _BACKOFF_S, _MAX_BACKOFF_S, _MAX_WAIT_S)
-    make = lambda path: Poster(  # noqa: E731
-      self.address + path,
-      patience,
-      timeout_s=timeout_s,
-      max_in_flight=in_flight,
-      max_body_bytes=_MAX_BODY_BYTES,
-      key=key,
-    )
     self._posters = {
-      path: make(path)
+      path: Poster(
+        self.address + path,
+        patience,
+        timeout_s=timeout_s,
+        max_in_flight=in_flight,
+        max_body_bytes=_MAX_BODY_BYTES,
+        key=key,
+      )
       for path in (
         "/inference/v1/generate",
         "/collective_rpc",
@@ -129,9 +128,6 @@ class HttpEngine:
   slots: conversations at the same time; size: ids of one. Slot n talks to server n modulo their
   number, and to the next one where that is down.
   """
-
-  tiled = copied = False
-  buckets: tuple[int, ...] = ()
 
   def __init__(
     self,

@@ -7,7 +7,7 @@ from typing import TypeVar
 import numpy as np
 
 from steptool_jax.dialogue.template import ChatFormat
-from steptool_jax.environments.base import TURNS, Environment
+from steptool_jax.environments.base import TURNS, Environment, Session
 from steptool_jax.rollout.conversation import Conversation, Limits, State
 from steptool_jax.simulators import parallel
 from steptool_jax.simulators.errors import InfrastructureError
@@ -121,6 +121,17 @@ def perform(
     session.close()
 
 
+def answered(
+  session: Session, action: ToolCall | ToolCalls | Finish, runner: ToolRunner | None
+) -> Observation | None:
+  """What follows a demonstrated action: the answer to its calls, or the user's to an answer."""
+  if isinstance(action, Finish):
+    return _within(runner, "the user's reply", lambda: session.reply(action.answer))
+  if runner is None:
+    return parallel.call(session, action)
+  return parallel.submit(runner, session, action).result()
+
+
 def unopened(task: Task, sample: int, version: int = 0) -> Trajectory:
   """The empty trajectory of a task whose session could not be opened; version: of the policy."""
   nothing = np.zeros(0, np.int32)
@@ -145,7 +156,8 @@ class _Replaying:
   def opened(self, task: Task, sample: int):
     """A session; None where its infrastructure is down or it takes too long."""
     try:
-      return self._within(
+      return _within(
+        self._runner,
         f"opening a session for task {task.id}",
         lambda: self._environment.open(task, sample),
         lambda late: late.close(),
@@ -156,27 +168,27 @@ class _Replaying:
       return None
 
   def answered(self, session, action: ToolCall | ToolCalls | Finish) -> Observation | None:
-    if isinstance(action, Finish):
-      return self._within("the user's reply", lambda: session.reply(action.answer))
-    if self._runner is None:
-      return parallel.call(session, action)
-    return parallel.submit(self._runner, session, action).result()
+    return answered(session, action, self._runner)
 
   def graded(self, session, trajectory: Trajectory, answer: str | None) -> Trajectory:
     """The trajectory with its checker's verdict; one that is down marks it."""
     if trajectory.status is Status.INFRASTRUCTURE_ERROR:
       return trajectory
     try:
-      solved = self._within(f"grading task {trajectory.task_id}", lambda: session.grade(answer))
+      solved = _within(
+        self._runner, f"grading task {trajectory.task_id}", lambda: session.grade(answer)
+      )
     except TooManyStuck:
       raise
     except InfrastructureError:
       return dataclasses.replace(trajectory, status=Status.INFRASTRUCTURE_ERROR)
     return dataclasses.replace(trajectory, solved=float(solved))
 
-  def _within(
-    self, what: str, work: Callable[[], T], late: Callable[[T], object] | None = None
-  ) -> T:
-    if self._runner is None:
-      return work()
-    return self._runner.within(work, what, late)
+
+def _within(
+  runner: ToolRunner | None,
+  what: str,
+  work: Callable[[], T],
+  late: Callable[[T], object] | None = None,
+) -> T:
+  return work() if runner is None else runner.within(work, what, late)

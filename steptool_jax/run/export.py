@@ -5,10 +5,9 @@ from typing import Any
 
 from steptool_jax.config import Config
 from steptool_jax.files import replacing_folder
-from steptool_jax.policy import hub
 from steptool_jax.policy.formats import peftfile
 from steptool_jax.run.hosts import hang, hosts
-from steptool_jax.run.parts import opening
+from steptool_jax.run.parts import build, opening
 from steptool_jax.run.parts.opening import Parts
 from steptool_jax.run.training import restore
 from steptool_jax.run.workdir import outputs
@@ -41,14 +40,7 @@ def write(parts: Parts, variables: dict, folded: bool) -> pathlib.Path:
   policy = parts.policy
   out = parts.workdir / "export"
   with replacing_folder(out, hosts.primary()) as new:
-    hub.save_params(
-      new,
-      policy.model,
-      variables["params"],
-      policy.raw_config,
-      source=policy.tokenizer,
-      adapters=variables.get("lora"),
-    )
+    build.save_policy(new, policy, variables)
     if policy.lora is not None and not folded:
       peftfile.save_adapter(new / "adapter", policy.model, variables["lora"], policy.lora)
   return out

@@ -112,6 +112,14 @@ def render(value: Any, limit: int) -> str:
   return clean_text(text, limit)
 
 
+def plain(text: str) -> Any:
+  """What a tool's text says that is JSON; else the text."""
+  try:
+    return json.loads(text)
+  except ValueError:
+    return text
+
+
 def _text_of(item: Any) -> str:
   try:
     return str(item)

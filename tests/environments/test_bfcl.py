@@ -1,6 +1,5 @@
 """bfcl: our verdicts are those of the package's own checker, on gold, cut and perturbed calls."""
 
-import dataclasses
 import random
 
 import pytest
@@ -9,6 +8,7 @@ pytest.importorskip("bfcl_eval", reason="the optional package bfcl-eval is missi
 pytest.importorskip("mpmath", reason="the optional package mpmath is missing")
 
 from bfcl_eval.eval_checker.multi_turn_eval import multi_turn_checker, multi_turn_utils
+from environments.altering import KINDS, alter
 
 from steptool_jax.environments.benchmarks import bfcl
 from steptool_jax.rewards import rules
@@ -82,28 +82,16 @@ def perturbed(task, rng):
   for _ in range(rng.randint(1, 2)):
     full = [k for k, turn in enumerate(turns) if turn]
     turn = turns[rng.choice(full)] if full else turns[0]
-    kind = rng.choice(["drop", "twice", "order", "value", "nowhere", "cut", "move", "extra"])
+    kind = rng.choice([*KINDS, "cut", "move", "extra"])
     k = rng.randrange(len(turn)) if turn else 0
     if kind == "cut":
       turns = turns[: rng.randint(1, len(turns))]
     elif kind == "extra":
       turns[rng.randrange(len(turns))].append(ToolCall("pwd", {}))
-    elif not turn:
-      continue
-    elif kind == "drop":
-      del turn[k]
-    elif kind == "twice":
-      turn.insert(k, turn[k])
-    elif kind == "order":
-      rng.shuffle(turn)
-    elif kind == "move":
+    elif turn and kind == "move":
       turns[rng.randrange(len(turns))].append(turn.pop(k))
-    elif kind == "nowhere":
-      turn[k] = ToolCall("no_such_tool", {})
-    elif turn[k].arguments:
-      name = rng.choice([*turn[k].arguments])
-      arguments = dict(turn[k].arguments) | {name: rng.choice(["zz", 3, None])}
-      turn[k] = dataclasses.replace(turn[k], arguments=arguments)
+    elif turn:
+      alter(turn, k, kind, rng)
   return turns
 
 

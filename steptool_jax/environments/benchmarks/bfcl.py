@@ -23,7 +23,7 @@ from typing import Any
 
 from steptool_jax.config import Config
 from steptool_jax.environments.base import TURNS, Split, check_split
-from steptool_jax.simulators.render import render
+from steptool_jax.simulators.render import plain, render
 from steptool_jax.types import Action, Code, Finish, Observation, Task, ToolCall, ToolSpec
 
 CATEGORIES = ("base", "miss_func", "miss_param", "long_context")
@@ -115,7 +115,7 @@ class _Package:
     return found
 
   def task(self, entry: Mapping[str, Any], gold: list[list[str]], category: str) -> Task:
-    docs = {d["name"]: d for c in entry["involved_classes"] for d in self.functions(c)}
+    docs = self._docs_of(entry)
     held = {n for names in entry.get("missed_function", {}).values() for n in names}
     tools = tuple(_spec(doc) for name, doc in docs.items() if name not in held)
     parameters = {name: list(doc["parameters"]["properties"]) for name, doc in docs.items()}
@@ -137,8 +137,11 @@ class _Package:
     """What the user says in a turn; None where there is no such turn."""
     if turn >= len(entry["question"]):
       return None
-    docs = {d["name"]: d for c in entry["involved_classes"] for d in self.functions(c)}
-    return _said(entry, turn, docs)
+    return _said(entry, turn, self._docs_of(entry))
+
+  def _docs_of(self, entry: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Name -> description of every function of its classes."""
+    return {d["name"]: d for c in entry["involved_classes"] for d in self.functions(c)}
 
 
 def _said(entry: Mapping[str, Any], turn: int, docs: Mapping[str, Mapping[str, Any]]) -> str:
@@ -235,7 +238,7 @@ def execute(
     except (TypeError, ValueError):
       text = str(result)
   failed = isinstance(result, dict) and "error" in result
-  return text, Code.TOOL_ERROR if failed else Code.OK, None if failed else _plain(text)
+  return text, Code.TOOL_ERROR if failed else Code.OK, None if failed else plain(text)
 
 
 def call_of(text: str, parameters: Mapping[str, Sequence[str]]) -> ToolCall:
@@ -279,13 +282,6 @@ def _schema(doc: Any) -> Any:
 def _state(instances: Mapping[str, Any]) -> str:
   shown = [{k: v for k, v in vars(i).items() if k[0] != "_"} for i in instances.values()]
   return repr(shown)
-
-
-def _plain(text: str) -> Any:
-  try:
-    return json.loads(text)
-  except ValueError:
-    return text
 
 
 def _lines(path: pathlib.Path) -> list[dict[str, Any]]:

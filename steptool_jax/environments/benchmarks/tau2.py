@@ -21,7 +21,7 @@ from typing import Any
 from steptool_jax.config import Config
 from steptool_jax.environments.base import TURNS, Split, check_split
 from steptool_jax.simulators.errors import InfrastructureError
-from steptool_jax.simulators.render import render
+from steptool_jax.simulators.render import plain, render
 from steptool_jax.types import Code, Finish, Observation, Task, ToolCall, ToolSpec
 
 DOMAINS = ("airline", "retail", "telecom")
@@ -148,7 +148,7 @@ class Tau2Session:
       if self._simulator is None and self._environment.user_tools is not None:
         known |= {tool.name for tool in self._environment.get_user_tools()}
       code = Code.TOOL_ERROR if call.name in known else Code.UNKNOWN_TOOL
-    value = _plain(content) if code is Code.OK else None
+    value = plain(content) if code is Code.OK else None
     return Observation(render(content, self._max_chars), code, value, changed=self._changed)
 
   def _made(self, name: str, arguments: Mapping[str, Any], requestor: str) -> Any:
@@ -282,13 +282,6 @@ def _load() -> _Package:
 def _spec(tool: Any) -> ToolSpec:
   function = tool.openai_schema["function"]
   return ToolSpec(function["name"], function["description"], function["parameters"])
-
-
-def _plain(text: str) -> Any:
-  try:
-    return json.loads(text)
-  except ValueError:
-    return text
 
 
 def from_config(config: Config, services: Any) -> Tau2:

@@ -15,7 +15,7 @@ from steptool_jax.rewards.model import labels
 from steptool_jax.run.data.offline import files, token_arrays, unfit
 from steptool_jax.run.data.order import permutation
 from steptool_jax.run.parts.build import Policy
-from steptool_jax.types import HEADS, ToolCall, ToolCalls, Trajectory
+from steptool_jax.types import HEADS, Trajectory, calls_of
 
 _LEAST = 2  # tasks on each side
 _LOOKED_AT = 50  # calls that must be spelled as the chat format says
@@ -133,8 +133,7 @@ def _refuse_other_tokenizer(kept: Sequence[Trajectory], policy: Policy, where: s
         f"{where}: task {t.task_id} holds the token id {top}, but the model of model.path has "
         f"{size}; name the trunk (and the tokenizer) of the policy that sampled these trajectories"
       )
-  called = (ToolCall, ToolCalls)
-  calls = [s for t in kept for s in t.steps if isinstance(s.action, called)][:_LOOKED_AT]
+  calls = [s for t in kept for s in t.steps if calls_of(s.action)][:_LOOKED_AT]
   if calls and not any(_spells(policy.chat_format, s) for s in calls):
     raise ValueError(
       f"{where}: the ids of none of {len(calls)} calls spell the call with the tokenizer "
@@ -145,12 +144,7 @@ def _refuse_other_tokenizer(kept: Sequence[Trajectory], policy: Policy, where: s
 
 def _spells(chat_format: ChatFormat, step: Any) -> bool:
   action = chat_format.parse(step.tokens)
-  return _names(action) == _names(step.action)
-
-
-def _names(action: Any) -> list[str]:
-  calls = action.calls if isinstance(action, ToolCalls) else (action,)
-  return [call.name for call in calls if isinstance(call, ToolCall)]
+  return [c.name for c in calls_of(action)] == [c.name for c in calls_of(step.action)]
 
 
 def _digest(train: Sequence[Trajectory]) -> str:

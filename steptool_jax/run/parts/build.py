@@ -284,6 +284,18 @@ def build_engine(config: Config, policy: Policy, mesh: Mesh) -> engine_lib.Engin
   return dataclasses.replace(engine, buckets=()) if r.lag else engine
 
 
+def save_policy(folder: pathlib.Path, policy: Policy, variables: dict) -> None:
+  """The policy as a Hugging Face folder, adapters merged into its weights."""
+  hub.save_params(
+    folder,
+    policy.model,
+    variables["params"],
+    policy.raw_config,
+    source=policy.tokenizer,
+    adapters=variables.get("lora"),
+  )
+
+
 def fold_adapters(config: Config, policy: Policy, mesh: Mesh, variables: dict) -> dict:
   """Variables with today's adapters merged into the base, and fresh adapters on top.
 

@@ -44,14 +44,7 @@ def opened(
       if h.weights == "adapter":
         peftfile.save_adapter(new, policy.model, variables["lora"], policy.lora)
       else:
-        hub.save_params(
-          new,
-          policy.model,
-          variables["params"],
-          policy.raw_config,
-          source=policy.tokenizer,
-          adapters=variables.get("lora"),
-        )
+        build.save_policy(new, policy, variables)
         (new / hub.VALUE_HEAD_FILE).unlink(missing_ok=True)  # vLLM reads every safetensors file
     return str(folder)
 

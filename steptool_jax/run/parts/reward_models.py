@@ -20,7 +20,7 @@ from steptool_jax.learning import batching, reward_model
 from steptool_jax.policy import hfconfig, hub, model, sharding
 from steptool_jax.policy.tensorfile import TensorFile, write_file, write_json
 from steptool_jax.rewards import model as scores_of
-from steptool_jax.run.parts.build import Policy
+from steptool_jax.run.parts import build
 from steptool_jax.run.workdir import inputs
 from steptool_jax.types import HEADS, Trajectory
 
@@ -101,21 +101,14 @@ def score(
 
 def save(
   directory: pathlib.Path,
-  policy: Policy,
+  policy: build.Policy,
   variables: dict,
   heads: Mapping[str, jax.Array],
   note: Mapping[str, Any],
 ) -> None:
   """Writes the directory; replaces an earlier one, which is kept until the new one is whole."""
   with replacing_folder(directory) as new:
-    hub.save_params(
-      new,
-      policy.model,
-      variables["params"],
-      policy.raw_config,
-      source=policy.tokenizer,
-      adapters=variables.get("lora"),
-    )
+    build.save_policy(new, policy, variables)
     tensors = {name: np.asarray(x, np.float32) for name, x in heads.items()}
     write_file(
       new / WEIGHTS, {n: (x.shape, x.dtype) for n, x in tensors.items()}, tensors.__getitem__
@@ -153,7 +146,7 @@ class RewardModel:
   note: Mapping[str, Any]
 
 
-def load(config: Config, policy: Policy, mesh: Mesh) -> RewardModel:
+def load(config: Config, policy: build.Policy, mesh: Mesh) -> RewardModel:
   """The model of rewards.model.path, for trajectories of this policy.
 
   Raises:

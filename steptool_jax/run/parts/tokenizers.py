@@ -10,12 +10,12 @@ from steptool_jax.config import Config
 from steptool_jax.dialogue import compact
 from steptool_jax.dialogue.codec import Codec
 from steptool_jax.dialogue.template import ChatFormat, get_format
-from steptool_jax.environments.base import Environment, Session
+from steptool_jax.environments.base import Environment
+from steptool_jax.rollout.replaying import answered
 from steptool_jax.run.workdir import inputs
-from steptool_jax.simulators import parallel
 from steptool_jax.simulators.errors import InfrastructureError
 from steptool_jax.simulators.runner import ToolRunner
-from steptool_jax.types import Action, Code, Finish, Observation, Task
+from steptool_jax.types import Code, Task
 
 ASSETS = pathlib.Path(steptool_jax.__file__).parent / "assets"
 TASKS = 2000  # training tasks whose texts train a compact tokenizer
@@ -46,23 +46,11 @@ def _texts(environment: Environment, task: Task, runner: ToolRunner | None) -> I
     what = f"opening a session for task {task.id}"
     session = runner.within(lambda: environment.open(task, 0), what, lambda late: late.close())
   for action in task.demonstration[:-1]:
-    for observation in _answers(session, action, runner):
+    found = answered(session, action, runner)
+    for observation in () if found is None else found.parts or (found,):
       if observation.code is not Code.TIMEOUT or observation.injected:
         yield observation.text
   session.close()
-
-
-def _answers(session: Session, action: Action, runner: ToolRunner | None) -> list[Observation]:
-  """Those to a turn's calls, or the user's to an answer."""
-  if isinstance(action, Finish):
-    ask = lambda: session.reply(action.answer)  # noqa: E731
-    said = ask() if runner is None else runner.within(ask, "the user's reply")
-    return [] if said is None else [said]
-  if runner is None:
-    found = parallel.call(session, action)
-  else:
-    found = parallel.submit(runner, session, action).result()
-  return [*(found.parts or (found,))]
 
 
 @contextlib.contextmanager
