@@ -178,7 +178,8 @@ def _study():
   config.sft.steps = 0
   config.train.iterations, config.train.export = 24, False
   v = config.evaluation
-  v.every, v.tasks, v.curve_tasks, v.temperature, v.greedy = 4, 120, 120, 1.0, True
+  # Held-out tasks at the start and the end; the curve between them is of training rollouts.
+  v.every, v.tasks, v.temperature, v.greedy = 0, 120, 1.0, True
   config.record.heldout, config.record.train, config.record.every = 120, 8, 12
   config.checkpoint.every, config.checkpoint.keep = 8, 1
   config.report.trajectories = 1700
