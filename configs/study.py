@@ -54,9 +54,9 @@ _BASE = "/tmp/{}_base/export"
 
 # Name in the study -> algorithm and what makes it this method.
 _MAIN = {
-  "ppo": "ppo critic.kind=ridge",
-  "outcome": "steptool_no_step_rewards",
+  "outcome": "steptool_no_step_rewards",  # first: what all others are compared with
   "steptool": "steptool",
+  "ppo": "ppo critic.kind=ridge",
 }
 _OLD_CRITIC = {
   "ppo_value": "ppo",
