@@ -17,7 +17,7 @@ from steptool_jax.types import Trajectory
 
 DONE, FAILED, STARTED, WAITING = "done", "failed", "unfinished", "not started"
 LEVELS = (0.5, 0.7, 0.9)  # of the best final pass rate
-COMPARED = ("final", "greedy", "area")
+COMPARED = ("final", "greedy", "area", "train_area")
 _AREAS = {"heldout/pass_rate": "area", "train/pass_rate": "train_area"}  # under which curve
 # Of a difference that is called clear. The smallest p of 8 pairs is 2 / 256, so that of at most six
 # comparisons in a family; more of them need more seeds.
@@ -239,7 +239,8 @@ def _measured(panel: Sequence[Cell]) -> dict[str, dict[int, dict[str, float]]]:
 def _learning_curves(
   cells: Iterable[Cell], figure: str = "heldout/pass_rate"
 ) -> list[analysis.Curve]:
-  return [curve for curve in curves(cells, "llm_calls", figure) if len(curve[0]) > 1]
+  """Those of more than a start and an end, which tell nothing of the way between them."""
+  return [curve for curve in curves(cells, "llm_calls", figure) if len(curve[0]) > 2]
 
 
 def _rows(panel: Sequence[Cell]) -> list[Row]:

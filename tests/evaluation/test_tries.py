@@ -84,10 +84,15 @@ def test_new_ways_are_those_that_the_start_never_tried():
 
 
 def cell(most):
-  """A cell whose training curve goes from .2 at 100 calls to .1 + most / 1000 at `most`."""
+  """A cell whose training curve goes straight from .2 at 100 calls to .1 + most / 1000 at `most`,
+  and which was evaluated at both ends only."""
+  middle = (100.0 + most) / 2
   records = (
+    {"heldout/pass_rate": 0.1, "heldout/llm_calls": 0.0},
     {"train/pass_rate": 0.2, "train/llm_calls": 100.0, "train/entropy": 0.9},
+    {"train/pass_rate": 0.1 + middle / 1000, "train/llm_calls": middle, "train/entropy": 0.6},
     {"train/pass_rate": 0.1 + most / 1000, "train/llm_calls": most, "train/entropy": 0.4},
+    {"heldout/pass_rate": 0.5, "heldout/llm_calls": most},
   )
   summary = {"pass_at_16_end": 0.75, "new_sequences": 0.125, "pass_rate_rl": 0.5}
   run = Run(None, {}, summary, records, {}, ())
@@ -100,6 +105,7 @@ def test_a_cell_has_the_figures_of_its_tries_and_curves():
   # Over the 200 calls that both have spent, both curves rise from .2 to .3.
   (row,) = comparison.rows([cell(300.0), cell(200.0)])
   assert row.figures["train_area"][0] == pytest.approx(0.25)
+  assert "area" not in row.figures and row.plateau is None, "a start and an end are no curve"
   # One that begins where another one ends has no area, and breaks no page.
   (row,) = comparison.rows([cell(300.0), cell(100.5)])
   assert row.figures["train_area"][0] == pytest.approx(0.2, abs=1e-3)

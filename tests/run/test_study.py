@@ -335,7 +335,7 @@ def test_a_cell_of_the_committed_study_by_name(committed):
   whole = validate(committed())
   (cell,) = [c for c in grid.plan(whole.study) if c.name == "core/nested_api_faults/steptool/3"]
   assert validate(committed(cell.name)) == grid.cell_config(whole, cell)
-  with pytest.raises(ValueError, match="no such cell; they are named as core/nested_api/ppo/0"):
+  with pytest.raises(ValueError, match="no such cell; they are named as core/nested_api/outcome/0"):
     committed("core/nested_api/ppo")
 
 
