@@ -105,7 +105,8 @@ def test_a_cell_has_the_figures_of_its_tries_and_curves():
   # Over the 200 calls that both have spent, both curves rise from .2 to .3.
   (row,) = comparison.rows([cell(300.0), cell(200.0)])
   assert row.figures["train_area"][0] == pytest.approx(0.25)
-  assert "area" not in row.figures and row.plateau is None, "a start and an end are no curve"
+  assert "area" not in row.figures, "a start and an end are no curve"
+  assert row.plateau is None
   # One that begins where another one ends has no area, and breaks no page.
   (row,) = comparison.rows([cell(300.0), cell(100.5)])
   assert row.figures["train_area"][0] == pytest.approx(0.2, abs=1e-3)
