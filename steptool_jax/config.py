@@ -319,13 +319,20 @@ class Rollout(Limits):
     least=0,
     most=1,
   )
+  carry: int = option(
+    0,
+    "LLM calls of a conversation in one iteration; a longer one goes on in the next, with the "
+    "weights of then, and is learnt from when all samples of its task have ended; 0 = all end in "
+    "the iteration that begins them",
+    least=0,
+  )
   correction: str = option(
     "token",
-    "lag 1: what has one importance weight, pi / pi when sampled: a token, or a trajectory "
+    "lag 1, carry: what has one importance weight, pi / pi when sampled: a token, or a trajectory "
     "('sequence'); 'none' = no weights",
     choices="importance levels",
   )
-  correction_bound: float = option(2.0, "lag 1: where importance weights are cut", least=1)
+  correction_bound: float = option(2.0, "lag 1, carry: where importance weights are cut", least=1)
   temperature: float = option(1.0, "of sampling, and of all log-probs in the update", least=1e-4)
   top_k: int = option(0, "0 = off", least=0)
   top_p: float = option(1.0, "1 = off", above=0, most=1)

@@ -340,11 +340,34 @@ def _check_algorithm(config: Config) -> None:
       f"config.rollout.lag: 1, but the loss of algorithm {config.algorithm!r} has no importance "
       f"weights to correct for it; set it to 0, or use {instead}"
     )
+  if config.rollout.carry:
+    _check_carry(config, algorithm)
   if (kind or algorithm.critic) == "double" and config.archer.replay < config.archer.batch:
     raise ValueError(
       f"config.archer.replay: keeps {config.archer.replay} trajectories, fewer than the "
       f"{config.archer.batch} of archer.batch; raise it, or lower archer.batch"
     )
+
+
+def _check_carry(config: Config, algorithm: Algorithm) -> None:
+  r, why = config.rollout, ""
+  if config.data.path:
+    why = f"stored trajectories (data.path = {config.data.path!r}) are not rolled out"
+  elif config.environment.name == "harness":
+    why = "a harness runs its conversations itself, each to its end"
+  elif r.lag or r.rounds > 1:
+    field = "lag" if r.lag else "rounds"
+    why = f"with rollout.{field} = {getattr(r, field)} another rollout follows in the iteration"
+  elif changes_history(config):
+    why = "a conversation whose history is changed (model.thinking, rollout.fold) cannot go on"
+  elif algorithm.advantage is None:
+    instead = {"outcome": "'rloo'", "none": "'steptool'"}[algorithm.rewards]
+    why = (
+      f"the loss of algorithm {config.algorithm!r} has no importance weights to correct for older "
+      f"tokens (use {instead})"
+    )
+  if why:
+    raise ValueError(f"config.rollout.carry: {r.carry}, but {why}; set it to 0")
 
 
 def _check_environment(config: Config) -> None:

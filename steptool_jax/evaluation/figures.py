@@ -118,6 +118,10 @@ ITERATIONS = {
   "without_contrast": Figure(
     SHARE, "of the tasks drawn: all samples were paid the same, so that others were drawn"
   ),
+  "staleness": Figure(NUMBER, "updates since the policy that began a conversation, the mean"),
+  "importance": Figure(NUMBER, "rollout.lag, carry: mean weight of a sampled token, after the cut"),
+  "importance_cut": Figure(SHARE, "rollout.lag, carry: sampled tokens whose weight was cut"),
+  "carried": Figure("conversations", "that go on in the next iteration (rollout.carry)"),
   "model_outcome": Figure(SHARE, "rewards.source=model: mean IsSolved by the reward model"),
   "model_drift": Figure(NUMBER, "mean IsSolved by the reward model, less the true pass rate"),
   "model_auc": Figure(NUMBER, "of the reward model's IsSolved against the true one"),

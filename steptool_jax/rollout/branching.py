@@ -26,6 +26,33 @@ class Forkable(Protocol):
     ...
 
 
+def replay(environment: Environment, task: Task, sample: int, path: Sequence[Step]) -> Session:
+  """A fresh session that has repeated the calls of `path`; InfrastructureError if it differs."""
+  session = environment.open(task, sample)
+  try:
+    for step in by_call(path):
+      if isinstance(step.action, Finish) and step.observation is not None:
+        session.reply(step.action.answer)
+      if not _called(step):
+        continue
+      got = session.call(step.action)
+      if (got.text, got.code) != (step.observation.text, step.observation.code):
+        raise InfrastructureError(
+          f"environment {environment.name!r}: {step.action.name!r} answered differently when a "
+          "recorded call was repeated; what goes on from a recorded state (a tree search, "
+          "Monte-Carlo values, rollout.carry after a stop) needs deterministic tools, or sessions "
+          "with fork()"
+        )
+  except BaseException:
+    session.close()
+    raise
+  return session
+
+
+def _called(step: Step) -> bool:
+  return isinstance(step.action, ToolCall) and step.observation is not None
+
+
 class Branches:
   """The sessions of one search. Used by one thread; only a Branch's `call` runs in any thread."""
 
@@ -76,24 +103,8 @@ class Branches:
 
   def replay(self, path: tuple[Step, ...]) -> Session:
     """A fresh session that has repeated the calls of `path`; InfrastructureError if it differs."""
-    session = self._open()
-    try:
-      for step in by_call(path):
-        if isinstance(step.action, Finish) and step.observation is not None:
-          session.reply(step.action.answer)
-        if not isinstance(step.action, ToolCall) or step.observation is None:
-          continue
-        got = session.call(step.action)
-        self.replayed_calls += 1
-        if (got.text, got.code) != (step.observation.text, step.observation.code):
-          raise InfrastructureError(
-            f"environment {self._environment.name!r}: {step.action.name!r} answered differently "
-            "when the search backed up and repeated the call; a tree search needs deterministic "
-            "tools, or sessions with fork()"
-          )
-    except BaseException:
-      session.close()
-      raise
+    session = replay(self._environment, self._task, self._sample, path)
+    self.replayed_calls += sum(map(_called, by_call(path)))
     return session
 
   def close(self) -> None:

@@ -127,6 +127,7 @@ class Loop:
           if verdict["why"]:
             self.failures[seat.index] = verdict["why"]
           on_done(results[seat.index])
+        results |= self._leaving()
         fresh = self._fill(waiting)
         if fresh:
           self._start(fresh)
@@ -157,6 +158,10 @@ class Loop:
           self._defer_error(functools.partial(self._open, self.seats[slot]))
         fresh.append(slot)
     return fresh
+
+  def _leaving(self) -> dict[int, Any]:
+    """Conversations that leave their slots before they are done, by job (carrying.py)."""
+    return {}
 
   def _mine(self, slot: int) -> bool:
     """Whether this process runs the slot's tools."""

@@ -1,9 +1,10 @@
-"""Rollouts that go on from a state in the middle of a recorded conversation (Monte-Carlo values).
+"""Rollouts that go on from a state in the middle of a recorded conversation.
 
-The value of a state is the mean outcome of conversations that go on from it under a policy. Their
-sessions repeat the recorded calls first (branching.py), so they begin in the state of the world
-that the recorded conversation had reached; what was shown and sampled so far stands in their slots
-as it was recorded. Those of one state share its prefill as samples of one task do.
+For Monte-Carlo values here, and for conversations of two iterations in carrying.py. The value of a
+state is the mean outcome of conversations that go on from it under a policy. Their sessions repeat
+the recorded calls first (branching.py), so they begin in the state of the world that the recorded
+conversation had reached; what was shown and sampled so far stands in their slots as it was
+recorded. Those of one state share its prefill as samples of one task do.
 """
 
 import dataclasses
@@ -13,7 +14,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from steptool_jax.environments.base import Environment, Session, Split
-from steptool_jax.rollout.branching import Branches
+from steptool_jax.rollout.branching import replay
 from steptool_jax.rollout.chain import Loop
 from steptool_jax.rollout.conversation import INVALID, Conversation, State
 from steptool_jax.rollout.setting import Setting
@@ -92,10 +93,10 @@ class _Continuing(Loop):
     self._jobs = jobs
 
   def _conversation(self, task: Task, sample: int) -> Conversation:
-    return _GoesOn(self._jobs[sample], sample, self.setting)
+    return GoesOn(self._jobs[sample], sample, self.setting)
 
 
-class _GoesOn(Conversation):
+class GoesOn(Conversation):
   """What was shown so far is its prompt; its steps are those that are still to come."""
 
   def __init__(self, start: Start, sample: int, setting: Setting):
@@ -123,10 +124,4 @@ class _Begun:
   def open(self, task: Task, sample: int) -> Session:
     """InfrastructureError where a call answers differently than it was recorded."""
     start = self._jobs[sample]
-    if not start.path:
-      return self._environment.open(task, start.sample)
-    branches = Branches(self._environment, task, start.sample)
-    try:
-      return branches.replay(start.path)
-    finally:
-      branches.close()
+    return replay(self._environment, task, start.sample, start.path)

@@ -187,9 +187,8 @@ class Run:
       phase = self.new_phase(Progress())
       phase.start(build.initial_variables(self.config, self.parts.policy, self.parts.mesh))
     else:
-      kept = replay.from_documents(found.replay)
-      first = len(kept) - phase.progress.ahead
-      phase.state, phase.past, phase.ahead = found.state, kept[:first], kept[first:]
+      phase.state = found.state
+      phase.past, phase.ahead, phase.carried = replay.parted(found.replay, phase.progress)
       logging.info("resuming: %s, iteration %d", phase.progress.phase, phase.progress.done)
     return phase
 
@@ -241,9 +240,11 @@ class Run:
   def save(self) -> None:
     self._clock()
     self.progress.records = self.writer.records
-    ahead = self.phase.ahead
-    self.progress.ahead = len(ahead)
-    kept = replay.to_documents([*self.phase.past, *ahead])
+    phase, carried = self.phase, self.phase.carried
+    self.progress.ahead = len(phase.ahead)
+    self.progress.unfinished = len(carried.unfinished)
+    self.progress.waiting = len(carried.waiting)
+    kept = replay.to_documents([*phase.past, *phase.ahead, *carried.unfinished, *carried.waiting])
     self.checkpoints.save(
       self.checkpoint_number, self.phase.state, dataclasses.asdict(self.progress), kept
     )
@@ -292,6 +293,7 @@ def _train(run: Run) -> dict[str, Any]:
     logging.warning("stopped on request; saved. Run the same command to go on.")
     return run.summary(interrupted=True)
   finally:
+    run.phase.close()
     run.writer.close()
 
 

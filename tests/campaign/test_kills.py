@@ -31,6 +31,11 @@ LAG = (
   *("--config.rollout.lag=1", "--config.sft.steps=2", "--config.train.iterations=6"),
   *("--config.checkpoint.every=1", "--config.record.train=4", "--config.record.every=1"),
 )
+# Its conversations of three LLM calls go on for three iterations.
+CARRY = (
+  *("--config.rollout.carry=1", "--config.train.iterations=6", "--config.checkpoint.every=1"),
+  *("--config.record.train=4", "--config.record.every=1"),
+)
 STORED = ("--config.algorithm=ppo", "--config.data.passes=3", "--config.sft.steps=0")
 CLOCKS = ("seconds", "peak_rss_gib", "tokens_per_second")
 # What a kill waits for, and seconds of the random delay after it, at most.
@@ -38,11 +43,12 @@ WORK, WRITE = (("start", 2.0), ("work", 0.5), ("checkpoint", 0.05)), ("work", 0.
 MOMENTS = {
   "train": (*WORK, WRITE, ("checkpoint", 0.05), ("export", 0.1)),
   "lag": (*WORK, WRITE),
+  "carry": (*WORK, WRITE),
   "stored": WORK,
   "export": (("start", 2.0), ("export", 0.1)),
   "report": (("start", 0.5), ("page", 0.004)),
 }
-KILLS = {"train": 22, "lag": 10, "stored": 8, "export": 8, "report": 8}
+KILLS = {"train": 22, "lag": 10, "carry": 10, "stored": 8, "export": 8, "report": 8}
 LEFT = {"checkpoint": "checkpoints/*tmp*", "export": "*export.new*", "page": ".report.html.*"}
 
 
@@ -59,13 +65,15 @@ def whole(forks, tmp_path_factory):
   """(workdir, words) by kind of command, each run once to its end."""
   folder = tmp_path_factory.mktemp("whole")
   cache = f"--config.compilation_cache={folder / 'compiled'}"
-  train, lag, stored = folder / "train", folder / "lag", folder / "stored"
+  usual, calls = (f"--config={tiny.ROOT}/tests/run/tiny.py{arg}" for arg in ("", ":calls"))
+  data = f"--config.data.path={folder}/train/moments/train_*.jsonl"
   commands = {
-    "train": (train, [*RUN, cache]),
-    "lag": (lag, [*LAG, cache]),
-    "stored": (stored, [*STORED, cache, f"--config.data.path={train}/moments/train_*.jsonl"]),
-    "export": (train, [*RUN, cache, "--mode=export"]),
-    "report": (train, [*RUN, cache, "--mode=report"]),
+    "train": (folder / "train", [usual, cache, *RUN]),
+    "lag": (folder / "lag", [usual, cache, *LAG]),
+    "carry": (folder / "carry", [calls, cache, *CARRY]),
+    "stored": (folder / "stored", [usual, cache, *STORED, data]),
+    "export": (folder / "train", [usual, cache, *RUN, "--mode=export"]),
+    "report": (folder / "train", [usual, cache, *RUN, "--mode=report"]),
   }
   for workdir, words in commands.values():
     ended(forks, workdir, words)
@@ -73,7 +81,7 @@ def whole(forks, tmp_path_factory):
 
 
 def command(workdir, words):
-  return [f"--config={tiny.ROOT}/tests/run/tiny.py", f"--workdir={workdir}", *words]
+  return [*words, f"--workdir={workdir}"]
 
 
 def ended(forks, workdir, words):

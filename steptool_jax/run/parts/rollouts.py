@@ -7,7 +7,7 @@ from typing import Any
 from steptool_jax.evaluation.metrics import rollout_metrics
 from steptool_jax.learning.algorithms import get_algorithm
 from steptool_jax.rewards import assembly
-from steptool_jax.rollout import chain, tree
+from steptool_jax.rollout import carrying, chain, tree
 from steptool_jax.rollout.conversation import Limits
 from steptool_jax.rollout.setting import Sampling, Setting, Stats
 from steptool_jax.rollout.strategy import Search
@@ -33,13 +33,14 @@ def roll(
   policy: int | None = None,
   idle: Callable[[], dict | None] = lambda: None,
   stop: Callable[[], bool] | None = None,
+  carry: carrying.Carry | None = None,
 ) -> tuple[list[Any], Stats]:
   """Trajectories of (task, sample) jobs, or SearchResults with a strategy; without rewards.
 
   limits: in the place of those of the parts. Where a judge gives the verdicts later, `solved` says
   no more than that there is an answer. some: the jobs are a few of those of an earlier rollout.
   policy: the version of the weights, where it is not `version`. idle: as rollout.chain's. stop: in
-  the place of that of the parts.
+  the place of that of the parts. carry: conversations may go on, and be unfinished (carrying.py).
 
   Raises:
     RuntimeError: what tools need is down; no session can be opened, or no answer be graded (all of
@@ -78,6 +79,8 @@ def roll(
         found, stats = tree.search(setting, jobs, strategy, stop or parts.stop, on_done)
       elif isinstance(parts.environment, harness.Harness):
         found, stats = harness.rollout(setting, jobs, stop or parts.stop, on_done)
+      elif carry is not None:
+        found, stats = carrying.rollout(setting, jobs, carry, stop or parts.stop, on_done)
       else:
         found, stats = chain.rollout(setting, jobs, stop or parts.stop, on_done, moved)
     except InfrastructureError as error:

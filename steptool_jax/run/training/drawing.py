@@ -17,11 +17,12 @@ import numpy as np
 
 from steptool_jax.config import Config, Filters
 from steptool_jax.rewards import orchestra
+from steptool_jax.rollout.carrying import Carried
 from steptool_jax.rollout.setting import Stats
 from steptool_jax.run.data import order
 from steptool_jax.run.parts import rollouts
 from steptool_jax.run.parts.opening import Parts
-from steptool_jax.run.training import replay, sources
+from steptool_jax.run.training import carrying, replay, sources
 from steptool_jax.run.training.phase import Phase
 from steptool_jax.types import Status, Trajectory
 
@@ -32,13 +33,14 @@ _CONTRAST = 1e-6
 @dataclasses.dataclass(frozen=True, eq=False)
 class Drawn:
   """trajectories: all, paid. kept: those that may reach the update. redrawn: tasks of later rounds,
-  by which the order has moved on."""
+  by which the order has moved on. carried: what goes on in the next iteration."""
 
   trajectories: list[Trajectory]
   kept: list[Trajectory]
   figures: dict[str, float]
   stats: Stats
   redrawn: int
+  carried: Carried
 
 
 def draw(
@@ -56,7 +58,8 @@ def draw(
   redrawn = phase.progress.redrawn
   count = min(r.tasks, len(tasks))
   position, wanted, rounds, groups = done * count + redrawn, count, 0, 0
-  seen: collections.Counter[int] = collections.Counter()
+  carried = phase.carried
+  seen = carrying.drawn_before(tasks, carried, r.samples)
   everything: list[Trajectory] = []
   kept: list[Trajectory] = []
   dropped: collections.Counter[str] = collections.Counter()
@@ -65,11 +68,14 @@ def draw(
   while rounds < r.rounds and (wanted or not rounds):
     work = order.jobs(config, tasks, position, wanted, seen)
     position, groups, rounds = position + wanted, groups + wanted, rounds + 1
-    rolled, more = rollouts.roll(
-      *(parts, variables, work, done, r.temperature, "rollout"), some=rounds > 1, **options
-    )
+    if r.carry:
+      drawn, rolled, more, carried = carrying.roll(parts, phase, variables, work, done)
+    else:
+      drawn = [task for task, _ in work]
+      rolled, more = rollouts.roll(
+        *(parts, variables, work, done, r.temperature, "rollout"), some=rounds > 1, **options
+      )
     stats = _sum(stats, more)
-    drawn = [task for task, _ in work]
     graded = rollouts.judge(parts, drawn, rolled)
     marked, figures = sources.mark(parts, phase, drawn, graded)
     said.append(figures)
@@ -86,11 +92,14 @@ def draw(
       kept += found
       dropped.update(taken)
       wanted -= bool(found)
-  _refuse_nothing(everything)
+  if everything or not r.carry:  # at first all conversations may go on
+    _refuse_nothing(everything)
   figures = _means(said) | dict(dropped)
+  if r.carry:
+    figures["carried"] = float(len(carried.unfinished))
   if r.rounds > 1:
     figures |= {"rounds": float(rounds), "without_contrast": 1 - (count - wanted) / groups}
-  return Drawn(everything, kept, figures, stats, groups - count)
+  return Drawn(everything, kept, figures, stats, groups - count, carried)
 
 
 def _means(rounds: list[dict[str, float]]) -> dict[str, float]:

@@ -36,7 +36,8 @@ def run_iteration(
 
   With rollout.lag = 1 the trajectories were sampled in the iteration before, and those of the next
   one are sampled now, with the weights as they are before the update, which goes on in the gaps.
-  The last iteration samples none; a run that is given more goes on as one that begins.
+  The last iteration samples none; a run that is given more goes on as one that begins. With
+  rollout.carry some were begun in earlier iterations, and some that are begun go on in the next.
 
   Everything random follows from (seed, progress.done). `phase` and its progress change.
 
@@ -66,10 +67,11 @@ def run_iteration(
       trajectories, kept, stats = drawn.trajectories, drawn.kept, drawn.stats
       figures = drawn.figures
       progress.redrawn += drawn.redrawn
-    figures = rollout_metrics(trajectories) | figures
+      phase.carried = drawn.carried
+    figures = (rollout_metrics(trajectories) if trajectories else {}) | figures
     if "model_outcome" in figures and "model_drift" not in figures:
       del figures["pass_rate"]  # no checker knows it
-    if config.rollout.lag:
+    if kept and (config.rollout.lag or config.rollout.carry):
       figures["staleness"] = float(np.mean([done - t.policy_version for t in kept]))
 
   # Trajectory -> TokenBatch -> prepare -> update.

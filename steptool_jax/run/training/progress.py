@@ -31,6 +31,8 @@ class Progress:
   tokens: int = 0  # of trajectories rolled out and trained on in RL
   rl_seconds: float = 0.0
   ahead: int = 0  # trajectories that were sampled for the next iteration (rollout.lag)
+  unfinished: int = 0  # conversations that go on in the next iteration (rollout.carry)
+  waiting: int = 0  # finished ones that wait for the other samples of their task
   skipped: int = 0  # updates, because something was not finite
   results: dict[str, float] = dataclasses.field(default_factory=dict)
   train_curve: list[tuple[float, float]] = dataclasses.field(default_factory=list)

@@ -1,4 +1,5 @@
-"""Trajectories in a checkpoint, as JSON data: ArCHer's past, and those sampled ahead of their turn.
+"""Trajectories in a checkpoint, as JSON data: ArCHer's past, those sampled ahead of their turn, and
+conversations that go on.
 
 Of the past only what the critic reads is kept: tokens, rewards, how they ended.
 """
@@ -10,6 +11,8 @@ from typing import Any
 import numpy as np
 
 from steptool_jax.data.trajectories import AnnotatedTrajectory, from_document, to_document
+from steptool_jax.rollout.carrying import Carried
+from steptool_jax.run.training.progress import Progress
 from steptool_jax.types import Malformed, Step, Trajectory
 
 
@@ -40,8 +43,16 @@ def to_documents(past: Sequence[Trajectory]) -> list[dict[str, Any]]:
   return [to_document(AnnotatedTrajectory(trajectory)) for trajectory in past]
 
 
-def from_documents(documents: Sequence[dict[str, Any]]) -> list[Trajectory]:
-  return [from_document(document).trajectory for document in documents]
+def parted(
+  documents: Sequence[dict[str, Any]], progress: Progress
+) -> tuple[list[Trajectory], list[Trajectory], Carried]:
+  """(the past, those sampled ahead, what is carried over), as a checkpoint has them in a row."""
+  left = [from_document(document).trajectory for document in documents]
+  waiting, unfinished, ahead = (
+    [left.pop() for _ in range(count)][::-1]
+    for count in (progress.waiting, progress.unfinished, progress.ahead)
+  )
+  return left, ahead, Carried(tuple(unfinished), tuple(waiting))
 
 
 def without_values(trajectories: Sequence[Trajectory]) -> list[Trajectory]:
