@@ -12,6 +12,7 @@ import pytest
 import tiny
 from resuming import assert_same_run, crash_and_go_on, records, saved
 
+from steptool_jax.rollout import context
 from steptool_jax.run import train
 from steptool_jax.run.training import iteration, phase
 from steptool_jax.run.workdir.checkpoint import Checkpoints
@@ -147,6 +148,22 @@ def test_lora_with_folded_sft_adapters_resumes_bit_equal(tmp_path, compiled):
   meta, arrays = crash_and_go_on(config, tmp_path, 1)
   assert (meta["phase"], meta["done"]) == ("rl", 1)
   assert any("lora" in path and np.any(array) for path, array in arrays.items())
+
+
+def test_conversations_of_several_segments_resume_bit_equal(tmp_path, compiled, monkeypatch):
+  """Results that are folded give later calls a prompt of their own, and trajectories several rows,
+  whose number and order a resumed run must find again."""
+  monkeypatch.setattr(context, "FOLDED", "")  # shorter than this shop's results
+  config = tiny.make(
+    "calls",
+    **{"compilation_cache": compiled, "rollout__fold": 1, "rollout__max_steps": 4},
+    **{"record__train": 8, "record__every": 1},
+  )
+  crash_and_go_on(config, tmp_path, done=2)
+  for folder in ("whole", "cut"):
+    last = max((tmp_path / folder / "moments").glob("train_*.jsonl"))
+    own = ["prompt_tokens" in step for line in read_jsonl(last) for step in line["steps"]]
+    assert any(own), "no history was changed: the test would be empty"
 
 
 def test_a_finished_run_goes_on_with_more_iterations(tmp_path, compiled):
