@@ -35,6 +35,7 @@ ROOMS = [
   "toolbench.simulators",
   "toolbench.formats",
   "toolbench",
+  "combinations",
   "validation",
   "run.hosts",
   "run.workdir",

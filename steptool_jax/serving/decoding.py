@@ -24,6 +24,9 @@ _WORTH_KEEPING = 32
 # Where all conversations are away, at their tools, all are quick or one is slow: a moment's
 # patience fills the batch. It costs at most this share of what the last round took, or _MOMENT_S.
 _PATIENCE, _MOMENT_S, _LONGEST_S = 0.25, 0.02, 0.5
+# While others go on sampling, those whose turns have just ended are waited for so long, as a share
+# of the round and at most: one that comes a moment too late has to wait for a whole round.
+_QUICK_SHARE, _QUICK_S = 0.1, 0.05
 
 
 @dataclasses.dataclass(eq=False)
@@ -69,6 +72,8 @@ class Decoder:
     self._used = [0.0] * engine.slots  # when; 0 = of nobody
     self._owner: list[object] = [None] * engine.slots
     self._expected: set[object] = set()  # who is away and comes back soon
+    self._quick: set[object] = set()  # of these, whose turn ended in the last round, until then:
+    self._quick_until = 0.0
     self._round_s = 0.0
     self._first_arrival: float | None = None  # of the batch that is being filled
 
@@ -98,6 +103,7 @@ class Decoder:
   def expect(self, owner: object) -> None:
     """From the engine's thread: its first turn comes soon."""
     self._expected.add(owner)
+    self._quick.add(owner)
 
   @property
   def busy(self) -> int:
@@ -111,7 +117,9 @@ class Decoder:
     started = time.monotonic()
     self._seat()
     self._decode()
-    self._round_s = time.monotonic() - started
+    ended = time.monotonic()
+    self._round_s = ended - started
+    self._quick_until = ended + min(_QUICK_SHARE * self._round_s, _QUICK_S)
 
   def close(self) -> None:
     """Cancels what is left."""
@@ -139,6 +147,18 @@ class Decoder:
     self._first_arrival = None
     return True
 
+  def _caught_up(self) -> bool:
+    """Waits a moment for those who are quick, while others have turns to go on with."""
+    while len(self._arrived) < len(self._quick):
+      left = self._quick_until - time.monotonic()
+      if left <= 0:
+        self._quick.clear()
+        break
+      if self._news or self._forgotten:
+        return False
+      self._changed.wait(left)
+    return True
+
   def _take(self, wait_s: float) -> bool:
     """What has arrived; False where the owner has news to look at before the batch is full."""
     started = time.monotonic()
@@ -148,12 +168,15 @@ class Decoder:
         if not self._arrived and not self._news and not self._forgotten:
           self._changed.wait(wait_s)
         full = self._filled()
+      else:
+        full = self._caught_up()
       arrived, self._arrived = (self._arrived, []) if full else ([], self._arrived)
       forgotten, self._forgotten = self._forgotten, set()
       self._news, still_waiting = False, list(self._arrived)
     self.stats.tool_wait_seconds += time.monotonic() - started
     self._waiting += arrived
     self._expected -= forgotten
+    self._quick -= forgotten
     for slot, owner in enumerate(self._owner):
       if owner is not None and owner in forgotten:
         self._owner[slot], self._used[slot] = None, 0.0
@@ -204,6 +227,7 @@ class Decoder:
         if turn.cached < len(turn.ids):
           pieces[slot] = turn.ids[turn.cached :]
       self._expected -= {turn.owner, ("slot", slot)}
+      self._quick -= {turn.owner, ("slot", slot)}
       self._active[slot], self._held[slot], self._owner[slot] = turn, turn.ids, turn.owner
       self._length[slot] = len(turn.ids)
     if rewinds:
@@ -272,7 +296,7 @@ class Decoder:
     turn.heard(turn.tokens)
     if keep or stopped or len(turn.tokens) >= turn.limit:
       self._free(slot, turn)
-      self._expected.add(("slot", slot) if turn.owner is None else turn.owner)
+      self.expect(("slot", slot) if turn.owner is None else turn.owner)
       _settle(turn, None)
 
 

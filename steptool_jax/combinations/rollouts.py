@@ -1,0 +1,129 @@
+"""Rollouts: budgets, conversations that change or go on, engines, evaluation."""
+
+from steptool_jax.config import Config
+from steptool_jax.learning.algorithms import Algorithm, changes_history, refuse_segments
+from steptool_jax.rewards.assembly import SOURCES
+
+
+def check(config: Config, algorithm: Algorithm) -> None:
+  if config.rollout.max_tokens > config.train.row_tokens:
+    raise ValueError(
+      f"config.train.row_tokens: {config.train.row_tokens} is less than rollout.max_tokens = "
+      f"{config.rollout.max_tokens}; a conversation must fit a packed row"
+    )
+  _check_history(config)
+  if config.rollout.lag:
+    _check_lag(config, algorithm)
+  if config.rollout.carry:
+    _check_carry(config, algorithm)
+  if config.rollout.engine == "http":
+    _check_http(config)
+  _check_evaluation(config)
+
+
+def _check_history(config: Config) -> None:
+  """What needs a conversation that only grows."""
+  if not changes_history(config):
+    return
+  which = f"model.thinking = {config.model.thinking!r}"
+  off = "'kept'"
+  if config.rollout.fold:
+    which, off = f"rollout.fold = {config.rollout.fold}", "0"
+  refuse_segments(config, which)
+  for name, value in (
+    ("environment.name = 'harness'", config.environment.name == "harness"),
+    ("rollout.strategy = 'dfsdt'", config.rollout.strategy == "dfsdt"),
+    (f"rewards.source = {config.rewards.source!r}", SOURCES[config.rewards.source].device),
+    ("annotate.source = 'monte_carlo'", config.annotate.source == "monte_carlo"),
+  ):
+    if value:
+      raise ValueError(
+        f"config.{which}: changes what earlier turns look like, but {name} needs a conversation "
+        f"that only grows; set it to {off}, or leave the other at its default"
+      )
+
+
+def _check_lag(config: Config, algorithm: Algorithm) -> None:
+  if config.data.path:
+    raise ValueError(
+      f"config.rollout.lag: 1, but stored trajectories (data.path = {config.data.path!r}) are not "
+      "rolled out; leave it at 0"
+    )
+  if config.environment.name == "harness":
+    raise ValueError(
+      "config.rollout.lag: 1, but a harness asks when it likes, and an update cannot go on in its "
+      "gaps; set it to 0"
+    )
+  if config.rollout.rounds > 1 or SOURCES[config.rewards.source].device:
+    field = "rollout.rounds" if config.rollout.rounds > 1 else "rewards.source"
+    raise ValueError(
+      f"config.rollout.lag: 1, but with this {field} what is rolled out depends on the update that "
+      "goes on meanwhile; set it to 0"
+    )
+  if algorithm.advantage is None:
+    instead = {"outcome": "'rloo'", "none": "'steptool'"}[algorithm.rewards]
+    raise ValueError(
+      f"config.rollout.lag: 1, but the loss of algorithm {config.algorithm!r} has no importance "
+      f"weights to correct for it; set it to 0, or use {instead}"
+    )
+
+
+def _check_carry(config: Config, algorithm: Algorithm) -> None:
+  r, why = config.rollout, ""
+  if config.data.path:
+    why = f"stored trajectories (data.path = {config.data.path!r}) are not rolled out"
+  elif config.environment.name == "harness":
+    why = "a harness runs its conversations itself, each to its end"
+  elif r.lag or r.rounds > 1:
+    field = "lag" if r.lag else "rounds"
+    why = f"with rollout.{field} = {getattr(r, field)} another rollout follows in the iteration"
+  elif changes_history(config):
+    why = "a conversation whose history is changed (model.thinking, rollout.fold) cannot go on"
+  elif algorithm.advantage is None:
+    instead = {"outcome": "'rloo'", "none": "'steptool'"}[algorithm.rewards]
+    why = (
+      f"the loss of algorithm {config.algorithm!r} has no importance weights to correct for older "
+      f"tokens (use {instead})"
+    )
+  if why:
+    raise ValueError(f"config.rollout.carry: {r.carry}, but {why}; set it to 0")
+
+
+def _check_http(config: Config) -> None:
+  h = config.rollout.http
+  if not h.servers:
+    raise ValueError("config.rollout.http.servers: empty; name vLLM's addresses: http://host:8000")
+  from steptool_jax.simulators.posting import check_address  # slow: httpx
+
+  for address in h.servers:
+    check_address(address, "config.rollout.http.servers", "http://host:8000")
+  if h.weights == "adapter" and (not config.lora.rank or config.sft.steps):
+    raise ValueError(
+      "config.rollout.http.weights: 'adapter' sends LoRA's adapters to servers that have the base; "
+      "without lora.rank there are none, and SFT (sft.steps) changes the base; use 'reload'"
+    )
+
+
+def _check_evaluation(config: Config) -> None:
+  e = config.evaluation
+  if 0 < e.temperature < 1e-4:
+    raise ValueError(
+      f"config.evaluation.temperature: must be 0 (greedy) or at least 0.0001, found {e.temperature}"
+    )
+  if e.against and config.environment.name != "toolbench":
+    raise ValueError(
+      "config.evaluation.against: a win rate needs a judge, so environment 'toolbench'; leave it "
+      "empty"
+    )
+  if config.rollout.strategy == "dfsdt" and e.attempts > 1:
+    raise ValueError(
+      f"config.evaluation.attempts: {e.attempts}, but 'dfsdt' searches a task once; set it to 1, "
+      "and rollout.budget to what the search may spend"
+    )
+  for name in ("attempts", "rollouts", "samples"):
+    value = getattr(e, name)
+    if value > 1 and not e.temperature:
+      raise ValueError(
+        f"config.evaluation.{name}: {value}, but at temperature 0 all are the same; set "
+        "evaluation.temperature above 0"
+      )
