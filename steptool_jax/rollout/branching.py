@@ -12,7 +12,16 @@ from typing import Protocol, runtime_checkable
 
 from steptool_jax.environments.base import Environment, Session
 from steptool_jax.simulators.errors import InfrastructureError
-from steptool_jax.types import Code, Finish, Observation, Step, Task, ToolCall, by_call
+from steptool_jax.types import (
+  Code,
+  Finish,
+  Malformed,
+  Observation,
+  Step,
+  Task,
+  ToolCall,
+  by_call,
+)
 
 ROOT = -1  # the node in front of the first turn
 
@@ -31,17 +40,17 @@ def replay(environment: Environment, task: Task, sample: int, path: Sequence[Ste
   session = environment.open(task, sample)
   try:
     for step in by_call(path):
-      if isinstance(step.action, Finish) and step.observation is not None:
-        session.reply(step.action.answer)
-      if not _called(step):
+      action, seen = step.action, step.observation
+      if seen is None or isinstance(action, Malformed):
         continue
-      got = session.call(step.action)
-      if (got.text, got.code) != (step.observation.text, step.observation.code):
+      asked = isinstance(action, Finish)
+      got = session.reply(action.answer) if asked else session.call(action)
+      if got is None or (got.text, got.code) != (seen.text, seen.code):
+        who = "the user" if asked else repr(action.name)
         raise InfrastructureError(
-          f"environment {environment.name!r}: {step.action.name!r} answered differently when a "
-          "recorded call was repeated; what goes on from a recorded state (a tree search, "
-          "Monte-Carlo values, rollout.carry after a stop) needs deterministic tools, or sessions "
-          "with fork()"
+          f"environment {environment.name!r}: {who} answered differently when a recorded call was "
+          "repeated; what goes on from a recorded state (a tree search, Monte-Carlo values, "
+          "rollout.carry after a stop) needs deterministic tools and users, or sessions with fork()"
         )
   except BaseException:
     session.close()

@@ -11,6 +11,8 @@ import json
 from collections.abc import Callable, MutableMapping, Sequence
 from typing import Any
 
+from absl import logging
+
 from steptool_jax.environments.base import Session
 from steptool_jax.rollout.branching import replay
 from steptool_jax.rollout.chain import Loop, Seat
@@ -46,7 +48,7 @@ class Carry:
 
   calls: LLM calls that each may have in this rollout; 0 = as many as it needs. begun: those that go
   on, unfinished so far. sessions: those that are open from the rollout before; afterwards those of
-  what is unfinished then.
+  what is unfinished then, as many as the engine has slots, and none where the rollout failed.
   """
 
   calls: int
@@ -63,7 +65,24 @@ def rollout(
 ) -> tuple[list[Trajectory | Unfinished], Stats]:
   """As chain.rollout; jobs that have begun before go on, and some may be unfinished again."""
   loop = _Carrying(setting, carry)
-  return loop.run(jobs, should_stop, on_done), loop.stats
+  try:
+    found = loop.run(jobs, should_stop, on_done)
+  except BaseException:
+    close(loop.left)
+    raise
+  finally:
+    close(carry.sessions)  # of slots that are another process's now, or that were never filled
+  carry.sessions.update(loop.left)
+  return found, loop.stats
+
+
+def close(sessions: MutableMapping[Key, Session]) -> None:
+  """Ends all of them; one that fails at that is nobody's loss."""
+  while sessions:
+    try:
+      sessions.popitem()[1].close()
+    except Exception as error:
+      logging.warning("a session could not be closed: %s", error)
 
 
 def complete_groups(
@@ -87,7 +106,8 @@ class _Carrying(Loop):
 
   def __init__(self, setting: Setting, carry: Carry):
     super().__init__(setting)
-    self._calls, self._sessions = carry.calls, carry.sessions
+    self._calls, self._kept = carry.calls, carry.sessions
+    self.left: dict[Key, Session] = {}  # open ones, of conversations that have left
     self._begun = {_key(t): t for t in carry.begun}
 
   def _conversation(self, task: Task, sample: int) -> Conversation:
@@ -97,12 +117,21 @@ class _Carrying(Loop):
     start = Start(task, sample, before.prompt_tokens, before.steps)
     return GoesOn(start, sample, self.setting)
 
+  def _open(self, seat: Seat) -> None:
+    key = seat.conversation.task.id, seat.conversation.sample
+    seat.session = self._kept.pop(key, None)
+    if seat.session is None:
+      super()._open(seat)
+
   def _session(self, task: Task, sample: int) -> Session:
-    kept = self._sessions.pop((task.id, sample), None)
-    if kept is not None:
-      return kept
+    return replay(self.environment, task, sample, self._path(task, sample))
+
+  def _repeated(self, task: Task, sample: int) -> int:
+    return len(self._path(task, sample))
+
+  def _path(self, task: Task, sample: int) -> tuple[Step, ...]:
     before = self._begun.get((task.id, sample))
-    return replay(self.environment, task, sample, () if before is None else before.steps)
+    return () if before is None else before.steps
 
   def _leaving(self) -> dict[int, Unfinished]:
     """Those whose next LLM call would be one too many for this rollout."""
@@ -116,9 +145,9 @@ class _Carrying(Loop):
   def _leave(self, seat: Seat) -> Unfinished:
     conversation, version = seat.conversation, self.sampling.weights
     key = conversation.task.id, conversation.sample
-    if seat.session is not None:
-      self._sessions[key] = seat.session
-    else:  # still being opened, as only malformed turns need none
+    if seat.session is not None and len(self.left) < self.engine.slots:
+      self.left[key] = seat.session
+    else:  # enough are open, or this one is still being opened: malformed turns need none
       self._close(seat)
     shown, steps = conversation.prompt_tokens, conversation.steps
     new = Trajectory(*key, shown, steps, Status.STEP_BUDGET, policy_version=version)

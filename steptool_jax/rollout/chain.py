@@ -267,10 +267,15 @@ class Loop:
     opening = functools.partial(self._session, task, sample)
     opened = functools.partial(self.runner.persist, opening)
     what = f"opening a session of task {task.id}"
-    seat.opening = self._begin(what, opened, lambda late: late.close())
+    times = 1 + self._repeated(task, sample)
+    seat.opening = self._begin(what, opened, lambda late: late.close(), times)
 
   def _session(self, task: Task, sample: int) -> Session:
     return self.environment.open(task, sample)
+
+  def _repeated(self, task: Task, sample: int) -> int:
+    """Recorded steps whose calls are repeated where the session is opened."""
+    return 0
 
   def _opened(self, seat: Seat) -> None:
     opening, seat.opening = seat.opening, None
@@ -293,9 +298,12 @@ class Loop:
     """What a conversation leaves whose session never opened."""
     return unopened(task, sample, self.sampling.weights)
 
-  def _begin(self, what: str, function: Callable, late: Callable | None = None) -> Future:
-    """The environment's work that a slot waits for, with the time-out of a tool call."""
-    return self.runner.begin(function, f"environment {self.environment.name!r}: {what}", late)
+  def _begin(
+    self, what: str, function: Callable, late: Callable | None = None, times: int = 1
+  ) -> Future:
+    """The environment's work that a slot waits for, with the time-out of so many tool calls."""
+    name = f"environment {self.environment.name!r}: {what}"
+    return self.runner.begin(function, name, late, times)
 
   def _grade(self, seat: Seat) -> Future:
     """IsSolved of a finished conversation, by the owner of its slot."""

@@ -95,6 +95,9 @@ class _Continuing(Loop):
   def _conversation(self, task: Task, sample: int) -> Conversation:
     return GoesOn(self._jobs[sample], sample, self.setting)
 
+  def _repeated(self, task: Task, sample: int) -> int:
+    return len(self._jobs[sample].path)
+
 
 class GoesOn(Conversation):
   """What was shown so far is its prompt; its steps are those that are still to come."""

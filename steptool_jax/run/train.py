@@ -293,8 +293,8 @@ def _train(run: Run) -> dict[str, Any]:
     logging.warning("stopped on request; saved. Run the same command to go on.")
     return run.summary(interrupted=True)
   finally:
-    run.phase.close()
     run.writer.close()
+    run.phase.close()
 
 
 def warm_up(run: Run) -> None:

@@ -175,6 +175,7 @@ class Decoder:
       self._news, still_waiting = False, list(self._arrived)
     self.stats.tool_wait_seconds += time.monotonic() - started
     self._waiting += arrived
+    self._quick -= {turn.owner for turn in arrived}
     self._expected -= forgotten
     self._quick -= forgotten
     for slot, owner in enumerate(self._owner):

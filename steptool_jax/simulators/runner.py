@@ -98,15 +98,19 @@ class ToolRunner:
     return job.future
 
   def within(
-    self, function: Callable[[], T], what: str, late: Callable[[T], object] | None = None
+    self,
+    function: Callable[[], T],
+    what: str,
+    late: Callable[[T], object] | None = None,
+    times: int = 1,
   ) -> T:
     """function(), which `what` names, in a thread of its own; blocks, and raises what it raises.
 
-    InfrastructureError when it takes longer than timeout_s; should it return all the same, `late`
-    gets its result. Raises TooManyStuck as submit.
+    InfrastructureError when it takes longer than `times` time-outs, as many calls as it makes;
+    should it return all the same, `late` gets its result. Raises TooManyStuck as submit.
     """
     future: Future[T] = Future()
-    abandoned = False
+    abandoned, timeout_s = False, times * self._timeout_s
 
     def work() -> None:
       try:
@@ -124,23 +128,27 @@ class ToolRunner:
       if self._stuck > self._max_stuck:
         raise self._overrun()
     self._start(work)
-    wait([future], self._timeout_s)
+    wait([future], timeout_s)
     with self._state:
       if not future.done():
         abandoned = True
         self._stuck += 1
-        raise InfrastructureError(f"{what} takes longer than {self._timeout_s:g} s")
+        raise InfrastructureError(f"{what} takes longer than {timeout_s:g} s")
     return future.result()
 
   def begin(
-    self, function: Callable[[], T], what: str, late: Callable[[T], object] | None = None
+    self,
+    function: Callable[[], T],
+    what: str,
+    late: Callable[[T], object] | None = None,
+    times: int = 1,
   ) -> Future:
     """`within` as a Future: at most `workers` at the same time, the others wait for their turn."""
     future: Future[T] = Future()
     with self._state:
       if self._closed:
         raise RuntimeError("this ToolRunner is closed")
-      self._begun.append((future, (function, what, late)))
+      self._begun.append((future, (function, what, late, times)))
       if self._beginners < self._workers:
         self._beginners += 1
         self._start(self._work_through)

@@ -17,8 +17,17 @@ SCRIPT = (echo(1), Malformed(""), echo(2), ANSWER)
 LONG = dataclasses.replace(LIMITS, max_steps=4)
 
 
-def roll(chat_format, environment, calls, begun, sessions, version=0, limits=LONG):  # noqa: F811
-  eng = fakes.ScriptedEngine(chat_format, by_text(*SCRIPT))
+def roll(
+  chat_format,  # noqa: F811
+  environment,
+  calls,
+  begun,
+  sessions,
+  version=0,
+  limits=LONG,
+  script=SCRIPT,
+):
+  eng = fakes.ScriptedEngine(chat_format, by_text(*script))
   with ToolRunner(timeout_s=5, workers=2, retries=0) as runner:
     one = setting(eng, environment, chat_format, runner, limits)
     one = dataclasses.replace(one, sampling=Sampling(0, version, 1.0))
@@ -79,6 +88,41 @@ def test_a_session_that_cannot_be_repeated_marks_the_whole(chat_format):  # noqa
   found = roll(chat_format, odd, 1, (first.trajectory,), {})
   assert (found.status, len(found.steps)) == (Status.INFRASTRUCTURE_ERROR, 1)
   assert odd.open_sessions == 0
+
+
+def test_no_session_outlives_what_it_belongs_to(chat_format):  # noqa: F811
+  """Of a conversation that another process goes on with now, an old session would come back calls
+  behind its record, or be handed to a new conversation of the task."""
+  environment = Counter()
+  sessions = {("t", 7): environment.open(task(), 7)}
+  roll(chat_format, environment, 0, (), sessions)
+  assert (environment.open_sessions, sessions) == (0, {})
+
+
+def test_a_rollout_that_fails_leaves_no_session(chat_format):  # noqa: F811
+  """The next iteration begins at the record of before, and so must the world."""
+  environment, sessions = Counter(), {}
+  first = roll(chat_format, environment, 1, (), sessions)
+  with pytest.raises(IndexError):
+    roll(chat_format, environment, 3, (first.trajectory,), sessions, script=SCRIPT[:2])
+  assert (environment.open_sessions, sessions) == (0, {})
+
+
+def test_no_more_sessions_stay_open_than_there_are_slots(chat_format):  # noqa: F811
+  """An MCP server is a process; what is closed repeats its calls."""
+  environment, sessions = Counter(), {}
+  eng = fakes.ScriptedEngine(chat_format, by_text(*SCRIPT))
+  with ToolRunner(timeout_s=5, workers=2, retries=0) as runner:
+    one = setting(eng, environment, chat_format, runner, LONG)
+    jobs = [(task(), n) for n in range(5)]
+    found, _ = carrying.rollout(one, jobs, Carry(2, (), sessions))
+    begun = [f.trajectory for f in found]
+    assert (len(sessions), environment.open_sessions) == (eng.slots, 2)
+    found, _ = carrying.rollout(one, jobs, Carry(0, begun, sessions))
+  assert [content(t) for t in found] == [
+    content(dataclasses.replace(at_once(chat_format), sample=t.sample)) for t in found
+  ]
+  assert (environment.opened, environment.open_sessions, sessions) == (5 + 3, 0, {})
 
 
 def test_values_are_those_that_a_checkpoint_holds(chat_format):  # noqa: F811

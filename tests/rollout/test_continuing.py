@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from rollout.test_tree import ANSWER, LIMITS, Counter, chat_format, echo, task  # noqa: F401
 
-from steptool_jax.rollout import chain, continuing
+from steptool_jax.rollout import branching, chain, continuing
 from steptool_jax.rollout.setting import Sampling, Setting
+from steptool_jax.simulators.errors import InfrastructureError
 from steptool_jax.simulators.runner import ToolRunner
-from steptool_jax.types import Code, Finish, Malformed, Observation, Status
+from steptool_jax.types import Code, Finish, Malformed, Observation, Status, Step
 
 
 def setting(eng, environment, chat_format, runner, limits=LIMITS):  # noqa: F811
@@ -77,6 +78,37 @@ def test_a_world_that_answers_differently_is_no_outcome(chat_format):  # noqa: F
   odd = Counter(answer=lambda session, call: Observation("another sum", Code.OK, 0))
   found, _, _ = go_on(chat_format, t, [ANSWER, ANSWER], environment=odd)
   assert found == [[1.0, 1.0], []]
+
+
+@pytest.mark.parametrize("again", ["hello", "goodbye", None])
+def test_a_user_who_says_something_else_is_no_state_to_go_on_from(again):
+  """A model that plays the user says other words: the session would not be the recorded one."""
+
+  class Session:
+    closed = False
+
+    def reply(self, answer):
+      return None if again is None else Observation(again, Code.OK)
+
+    def close(self):
+      self.closed = True
+
+  class Environment:
+    name = "talk"
+    session = Session()
+
+    def open(self, task, sample):
+      return self.session
+
+  ids = np.zeros(1, np.int32)
+  step = Step(ids, ids.astype(np.float32), Finish("7"), Observation("hello", Code.OK))
+  environment = Environment()
+  if again == "hello":
+    assert branching.replay(environment, task(), 0, (step,)) is environment.session
+  else:
+    with pytest.raises(InfrastructureError, match="the user answered differently"):
+      branching.replay(environment, task(), 0, (step,))
+  assert environment.session.closed == (again != "hello")
 
 
 def test_keys_do_not_depend_on_other_states(chat_format):  # noqa: F811

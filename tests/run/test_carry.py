@@ -1,14 +1,20 @@
 """Conversations that go on in the next iteration (rollout.carry): stops, groups, refusals."""
 
+from unittest import mock
+
+import numpy as np
 import pytest
 import tiny
 from resuming import Crash, assert_same_run, saved
 
 from steptool_jax.rollout import carrying
 from steptool_jax.rollout.carrying import Carried
+from steptool_jax.rollout.setting import Stats
 from steptool_jax.run import train
+from steptool_jax.run.parts import rollouts
 from steptool_jax.run.training import carrying as training_carrying
-from steptool_jax.run.training import iteration
+from steptool_jax.run.training import drawing, iteration, sources
+from steptool_jax.run.training.progress import Progress
 from steptool_jax.run.workdir.outputs import read_jsonl
 from steptool_jax.types import Status, Task, Trajectory
 
@@ -87,6 +93,27 @@ def test_recorded_logprobs_are_those_of_the_whole_conversation(tmp_path, compile
   gaps = [r["train/sampler_gap"] for r in trained(tmp_path) if "train/sampler_gap" in r]
   assert gaps
   assert max(gaps) < 1e-3
+
+
+@pytest.mark.parametrize("more", [True, False])
+def test_groups_that_all_failed_are_no_end_while_others_go_on(more, config, monkeypatch):
+  """Those that fail come to their end first: one task without a session must not end the run."""
+  tasks = [Task(name, "shop", "", (), {}) for name in "ab"]
+  failed = Trajectory("a", 0, np.zeros(0, np.int32), (), Status.INFRASTRUCTURE_ERROR)
+  going_on = Carried((Trajectory("b", 0, None, (), Status.STEP_BUDGET),) if more else ())
+  parts, phase_ = mock.Mock(config=config), mock.Mock(carried=Carried(), progress=Progress())
+  parts.environment.tasks.return_value = tasks
+  rolled = (tasks[:1], [failed], Stats(), going_on)
+  monkeypatch.setattr(training_carrying, "roll", lambda *args: rolled)
+  monkeypatch.setattr(rollouts, "judge", lambda parts, tasks, found: found)
+  monkeypatch.setattr(rollouts, "reward", lambda parts, tasks, found, *args, **options: found)
+  monkeypatch.setattr(sources, "mark", lambda parts, phase, tasks, found: (found, {}))
+  if more:
+    drawn = drawing.draw(parts, phase_, 0)
+    assert (drawn.kept, drawn.figures["carried"]) == ([], 1.0)
+  else:
+    with pytest.raises(RuntimeError, match="no conversation of this iteration"):
+      drawing.draw(parts, phase_, 0)
 
 
 def test_a_task_that_is_drawn_again_gets_other_samples():

@@ -203,6 +203,14 @@ def test_begin_does_at_most_workers_at_a_time_and_none_after_the_end():
   assert [future.result(20) for future in later[:2]] == [7, 7]
 
 
+def test_work_of_several_calls_has_as_many_time_outs():
+  """A session that repeats five recorded calls may take five times as long as one call."""
+  with ToolRunner(timeout_s=0.05, workers=1) as runner:
+    assert runner.begin(lambda: time.sleep(0.1) or 7, "replaying", times=20).result(20) == 7
+    with pytest.raises(InfrastructureError, match="replaying takes longer than 0.1 s"):
+      runner.begin(lambda: time.sleep(0.5), "replaying", times=2).result(20)
+
+
 def test_begin_has_the_time_out_of_within():
   release, came = threading.Event(), []
   with ToolRunner(timeout_s=0.05, workers=1) as runner:

@@ -92,7 +92,7 @@ def draw(
       kept += found
       dropped.update(taken)
       wanted -= bool(found)
-  if everything or not r.carry:  # at first all conversations may go on
+  if not (carried.unfinished or carried.waiting):  # else there is more to come
     _refuse_nothing(everything)
   figures = _means(said) | dict(dropped)
   if r.carry:

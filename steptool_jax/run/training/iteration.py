@@ -156,7 +156,8 @@ def _learn(
     return {"nothing_to_learn": 1.0}
   rows = len(packed.batch.tokens)
   prepared, prepare_figures = phase.prepare(packed)
-  if config.rollout.engine == "http":
+  # Of what an earlier policy has sampled, the gap says how far this one has moved.
+  if config.rollout.engine == "http" and all(t.policy_version == done for t in kept):
     refuse_gap(float(prepare_figures["sampler_gap"]), config.rollout.http.gap)
   if recorder.wants(done):
     advantages = prepared.advantages

@@ -18,7 +18,8 @@ from steptool_jax.config import Config
 from steptool_jax.environments.base import Session
 from steptool_jax.learning import algorithms, batching, steptable, update
 from steptool_jax.policy import lora, sharding
-from steptool_jax.rollout.carrying import Carried, Key
+from steptool_jax.rollout import carrying
+from steptool_jax.rollout.carrying import Carried
 from steptool_jax.run.hosts import hang
 from steptool_jax.run.parts.build import Policy
 from steptool_jax.run.parts.reward_models import RewardModel
@@ -53,7 +54,7 @@ class Phase:
     self.past: Sequence[Trajectory] = []  # ArCHer's replay
     self.ahead: Sequence[Trajectory] = []  # paid, for the coming iteration (rollout.lag)
     self.carried = Carried()  # conversations of several iterations (rollout.carry)
-    self.sessions: dict[Key, Session] = {}  # theirs, open since the last rollout
+    self.sessions: dict[carrying.Key, Session] = {}  # theirs, open since the last rollout
     self.skipped_in_a_row = 0
     # Never narrower than it was, as each width is a compilation; this one serves most runs.
     self.table_width = steptable.USUAL_WIDTH
@@ -63,8 +64,7 @@ class Phase:
 
   def close(self) -> None:
     """Ends the sessions of conversations that were to go on."""
-    while self.sessions:
-      self.sessions.popitem()[1].close()
+    carrying.close(self.sessions)
 
   def start(self, variables: dict) -> None:
     """A fresh state over these variables."""
