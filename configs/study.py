@@ -119,10 +119,10 @@ def _cells() -> tuple[str, ...]:
   )
   for environment in ("nested_api", "data_pipeline"):
     longer = f"{_ENVIRONMENTS[environment]} train.iterations=96"
-    found += lines("plateau", environment, _MAIN, longer, 4)
+    found += lines("plateau", f"{environment}_long", _MAIN, longer, 4)
   found += lines("delayed", "archive", _MAIN, _ARCHIVE, 8)
   tries = f"{_NESTED} evaluation.samples=64 evaluation.sampled_tasks=60"
-  found += lines("new", "nested_api", _MAIN, tries, 4)
+  found += lines("new", "nested_api_tries", _MAIN, tries, 4)
   return tuple(found)
 
 

@@ -58,7 +58,8 @@ class State:
 def plan(study: Study) -> list[Planned]:
   """All cells, in the order of the lines, seed by seed.
 
-  ValueError for a line that cannot be read, two lines of one name, or no line.
+  ValueError for a line that cannot be read, two lines of one name or of one method on one
+  environment, or no line.
   """
   cells: list[Planned] = []
   for line in study.cells:
@@ -82,7 +83,20 @@ def plan(study: Study) -> list[Planned]:
   twice = [n for n, count in collections.Counter(c.name for c in cells).items() if count > 1]
   if twice:
     raise ValueError(f"config.study.cells: {twice[0]} is named twice; give one line another name")
+  _refuse_mixed(cells)
   return cells
+
+
+def _refuse_mixed(cells: Sequence[Planned]) -> None:
+  """Methods are compared by environment, over all groups: two cells must not be one there."""
+  first: dict[tuple[str, str, int], Planned] = {}
+  for cell in cells:
+    other = first.setdefault((cell.environment, cell.method, cell.seed), cell)
+    if other is not cell:
+      raise ValueError(
+        f"config.study.cells: {other.name} and {cell.name} would be taken for one method of one "
+        "environment; give one of the two another name"
+      )
 
 
 def chosen(study: Study, cells: Sequence[Planned]) -> list[Planned]:
@@ -191,14 +205,14 @@ def _read_value(name: str, default: Any, text: str) -> Any:
 
 
 def _check_budgets(cells: Sequence[Planned], found: Mapping[str, Config]) -> None:
-  first: dict[tuple[str, str], Planned] = {}
+  first: dict[str, Planned] = {}
   for cell in cells:
-    other = first.setdefault((cell.group, cell.environment), cell)
+    other = first.setdefault(cell.environment, cell)
     theirs = json.loads(validation.to_json(found[other.name]))
     names = validation.differences(found[cell.name], theirs)
     unequal = [name for name in names if name.startswith(BUDGET)]
     if unequal:
       raise ValueError(
         f"config.study.cells: {cell.name} and {other.name} are to be compared, but differ in "
-        f"{', '.join(unequal)}; give both the same, or another environment or group name"
+        f"{', '.join(unequal)}; give both the same, or one environment another name"
       )
