@@ -20,11 +20,11 @@ tasks, SFT warm-up included, 16 x 3 cells with the study's budget, over an hour:
 
     python -m steptool_jax.main --config=configs/study.py:algorithms --mode=study --workdir=runs/all
 
-Groups (results/study is still of the study before this one, of version 0.1.0):
+Groups (results/study has what was run of them so far):
 
     core         outcome-only PPO, its twin with GAE over steps, StepTool, each with the old critic
-                 (value) and the new one (ridge), 8 seeds; the paper's sum with credit in
-                 hindsight, StepTool as it was in 0.1.0, GRPO, grpo_step, ToolOrchestra's scheme
+                 (value) and the new one (ridge), and StepTool as it was in 0.1.0, 8 seeds; the
+                 paper's sum with credit in hindsight, GRPO, grpo_step, ToolOrchestra's scheme
                  without and with step rewards, 4 seeds; four environments
     depth        the three main methods at 2, 3, 4 and 5 dependent calls, 8 seeds
     granularity  the same rewards of 4-call tasks paid at the end, for every two steps, and token
@@ -58,16 +58,16 @@ _MAIN = {
   "steptool": "steptool",
   "ppo": "ppo critic.kind=ridge",
 }
-_OLD_CRITIC = {
+_HINDSIGHT = "rewards.source=hindsight rewards.unsafe=True"
+_BEFORE = {  # the old critic, and all of 0.1.0
   "ppo_value": "ppo",
   "outcome_value": "steptool_no_step_rewards critic.kind=value",
   "steptool_value": "steptool critic.kind=value",
-}
-_HINDSIGHT = "rewards.source=hindsight rewards.unsafe=True"
-_OTHERS = {
-  "paper_sum": f"steptool rewards.shaping=sum {_HINDSIGHT}",
   "steptool_0_1": f"steptool rewards.shaping=episode_mean {_HINDSIGHT} critic.kind=value "
   "advantage.bootstrap=step_budget,token_budget",
+}
+_OTHERS = {
+  "paper_sum": f"steptool rewards.shaping=sum {_HINDSIGHT}",
   "grpo": "grpo",
   "grpo_step": "grpo_step",
   "orchestra": "steptool_no_step_rewards rewards.scheme=orchestra",
@@ -107,7 +107,7 @@ def _cells() -> tuple[str, ...]:
 
   found = []
   for environment, fields in _ENVIRONMENTS.items():
-    found += lines("core", environment, _MAIN | _OLD_CRITIC, fields, 8)
+    found += lines("core", environment, _MAIN | _BEFORE, fields, 8)
     found += lines("core", environment, _OTHERS, fields, 4)
   for depth in (2, 3, 4, 5):
     fields = f"environment.min_calls={depth} environment.max_calls={depth}"
