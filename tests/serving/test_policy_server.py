@@ -16,6 +16,7 @@ from steptool_jax.config import Limits
 from steptool_jax.dialogue import compact
 from steptool_jax.dialogue.codec import Codec
 from steptool_jax.dialogue.template import get_format
+from steptool_jax.serving import decoding
 from steptool_jax.serving.decoding import Decoder
 from steptool_jax.serving.server import PolicyServer
 from steptool_jax.types import Finish, Malformed, Status, ToolCall
@@ -365,6 +366,42 @@ BAD = {
   "two tools of one name": ({"tools": [ECHO, ECHO]}, "messages"),
   "an empty stop": ({"stop": [""]}, "stop"),
 }
+
+
+def test_a_quick_client_is_back_before_the_next_round(chat_format, monkeypatch):
+  """Others sample on. Whose turn has just ended is waited for a moment, as its next turn would else
+  wait for a whole round; who stays away longer costs nobody a second moment."""
+  monkeypatch.setattr(decoding, "_QUICK_SHARE", 1000.0)
+  monkeypatch.setattr(decoding, "_QUICK_S", 5.0)
+  policy = lambda text: Finish("7" * 30 if "long" in text else "7")  # noqa: E731
+  engine = Slow(chat_format, policy, chunk=1)
+  engine.pause = 0.01
+  decoder, rounds, decode = Decoder(engine, None, chat_format.stop_ids), [], engine.decode
+  engine.decode = lambda *args: rounds.append(len(args[2])) or decode(*args)
+
+  def turn(query, owner):
+    ids = chat_format.prompt(None, (), query)
+    return decoding.Turn(ids, 99, np.zeros(2, np.uint32), 1.0, owner)
+
+  def until_done(asked):
+    decoder.submit(asked)
+    while not asked.future.done():
+      decoder.step(0.0)
+
+  decoder.submit(turn("long", "b"))
+  until_done(turn("short", "a"))
+  rounds.clear()
+  threading.Timer(0.05, decoder.submit, [turn("short again", "a")]).start()
+  decoder.step(0.0)
+  assert rounds == [2]
+  monkeypatch.setattr(decoding, "_QUICK_S", 0.05)
+  until_done(turn("short", "a"))  # there is room for two: it comes after the one before
+  for _ in range(2):
+    started = time.monotonic()
+    decoder.step(0.0)
+    waited = time.monotonic() - started
+  assert rounds[-2:] == [1, 1]
+  assert waited < 0.045, "who has not come back is waited for again"
 
 
 @pytest.fixture(scope="module")
