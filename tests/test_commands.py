@@ -10,6 +10,7 @@ import json
 import os
 import pathlib
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -22,7 +23,6 @@ from absl import flags
 from ml_collections import config_flags
 
 from steptool_jax import main, validation
-from steptool_jax.config import base_config
 from steptool_jax.run import check
 from steptool_jax.simulators import functions  # noqa: F401, what the example imports
 
@@ -165,6 +165,7 @@ RULES = {
   "python3 -m venv": nothing,
   "pip install": of_pip,
   "pip download": nothing,
+  "unzip": nothing,
   "launch/": of_launch,
   "export": of_export,
   "ruff ": nothing,
@@ -227,10 +228,14 @@ def test_the_example_of_own_tools_is_clean(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   pathlib.Path("bank.py").write_text(tools)
   pathlib.Path("tasks.jsonl").write_text("".join(json.dumps(t) + "\n" for t in tasks.values()))
-  config = base_config()
-  config.model.path = "asset:quickstart"
-  config.environment.name = "custom"
-  config.environment.functions, config.environment.tasks = "bank.py", "tasks.jsonl"
+  # As README's command has it, but for the model, which is not there.
+  (command,) = (b for b in "\n".join(found).split("\n") if b.startswith("steptool check"))
+  config = runpy.run_path(str(ROOT / "configs" / "smollm2_135m.py"))["get_config"]()
+  given = dict(re.findall(r"--config\.(\S+?)=(\S+)", command))
+  assert given.pop("model.path") == "MODEL"
+  config.update_from_flattened_dict({k: int(v) if v.isdigit() else v for k, v in given.items()})
+  config.model.path, config.model.chat_format = "asset:quickstart", "compact"
+  config.model.tool_list = "json"
   summary = check.run(validation.validate(config), tmp_path / "run")
   assert summary["exit_code"] == 0
   assert summary["checked_tasks"] == len(tasks)

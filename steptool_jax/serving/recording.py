@@ -31,6 +31,7 @@ from steptool_jax.types import (
   ToolCall,
   ToolCalls,
   Trajectory,
+  calls_of,
 )
 
 # No token of a tokenizer in use is longer; what cannot fit is refused before it is tokenized.
@@ -356,9 +357,12 @@ class Session:
     action = f.parse(turn)
     if at is not None:
       action = f.read(text) if text.strip() else Malformed("the turn is empty")
-    if isinstance(action, ToolCall) and request.calls_allowed:
-      called = call_of(action.name, action.arguments, call_id)
-      return Answer(action, action.thought, (called,), "tool_calls")
+    if isinstance(action, (ToolCall, ToolCalls)) and request.calls_allowed:
+      called = tuple(
+        call_of(call.name, call.arguments, f"{call_id}{f'_{k}' if k else ''}")
+        for k, call in enumerate(calls_of(action))
+      )
+      return Answer(action, action.thought, called, "tool_calls")
     return Answer(action, action.answer if isinstance(action, Finish) else text, (), "stop")
 
   def _cut(self, ask: Ask) -> Malformed:

@@ -1,4 +1,4 @@
-"""700 damaged files of every kind that a user can bring or a run writes and reads, by fixed seeds.
+"""720 damaged files of every kind that a user can bring or a run writes and reads, by fixed seeds.
 
     python -m pytest -m campaign tests/campaign            # prints its counts
     STEPTOOL_CAMPAIGN=20 python -m pytest -m campaign …    # twenty times as many

@@ -11,6 +11,7 @@ import fakes
 import httpx
 import numpy as np
 import pytest
+from dialogue import conftest as tokenizers
 
 from steptool_jax.config import Limits
 from steptool_jax.dialogue import compact
@@ -19,7 +20,7 @@ from steptool_jax.dialogue.template import get_format
 from steptool_jax.serving import decoding
 from steptool_jax.serving.decoding import Decoder
 from steptool_jax.serving.server import PolicyServer
-from steptool_jax.types import Finish, Malformed, Status, ToolCall
+from steptool_jax.types import Finish, Malformed, Status, ToolCall, ToolCalls
 
 ECHO = {
   "type": "function",
@@ -78,8 +79,8 @@ def serve(chat_format):
   """serve(policy, …) -> Served: `policy` says a turn for the text of a slot."""
   with contextlib.ExitStack() as stack:
 
-    def start(policy, slots=2, everyone=True, key="", pause=0.0):
-      engine = Slow(chat_format, policy, slots=slots, size=300, chunk=4)
+    def start(policy, slots=2, everyone=True, key="", pause=0.0, chat_format=chat_format, size=300):
+      engine = Slow(chat_format, policy, slots=slots, size=size, chunk=4)
       engine.pause = pause
       decoder = Decoder(engine, None, chat_format.stop_ids)
       server = stack.enter_context(
@@ -134,6 +135,38 @@ def test_a_conversation_with_a_tool_appends_only_what_is_new(serve, chat_format)
   assert (
     second["usage"]["prompt_tokens_details"]["cached_tokens"] == (first["usage"]["total_tokens"])
   )
+
+
+def test_a_turn_of_several_calls_is_all_of_them(serve, tmp_path):
+  """Given as text they would pass for the answer. Their results are shown as in a rollout."""
+  hermes = tokenizers.byte_level(
+    *(tmp_path / "qwen", tokenizers.QWEN2, tokenizers.TOOL_TAGS),
+    *(tokenizers.HERMES_TEMPLATE, None, "<|im_end|>"),
+  )
+  chat_format = get_format("hermes", Codec.load(hermes), parallel_calls=True)
+  both = ToolCalls((ToolCall("echo", {"x": 1}), ToolCall("echo", {"x": 2})), "Both.")
+  policy = lambda text: Finish("7") if "<tool_response>" in text else both  # noqa: E731
+  served = serve(policy, chat_format=chat_format, size=2000)
+  opened = served.session(limits=dataclasses.replace(LIMITS, max_tokens=2000, max_step_tokens=200))
+  ask = {"url": opened.url, "key": opened.key, "tools": [ECHO]}
+  choice = served.post([USER], **ask).json()["choices"][0]
+  assert choice["finish_reason"] == "tool_calls"
+  calls = choice["message"]["tool_calls"]
+  assert [json.loads(c["function"]["arguments"]) for c in calls] == [{"x": 1}, {"x": 2}]
+  assert len({c["id"] for c in calls}) == 2
+  before = served.engine.forced
+  results = [
+    {"role": "tool", "tool_call_id": c["id"], "content": text}
+    for c, text in zip(calls, ("one", "two"), strict=True)
+  ]
+  last = served.post([USER, choice["message"], *results], **ask).json()["choices"][0]
+  assert last["message"]["content"] == "7"
+  assert served.engine.forced - before == len(chat_format.observation("one", "two"))
+  first, second = opened.session.trajectory("t", 0, 0).steps
+  assert first.action == both
+  assert [part.text for part in first.observation.parts] == ["one", "two"]
+  assert first.observation_tokens.tolist() == chat_format.observation("one", "two").tolist()
+  assert second.action == Finish("7")
 
 
 def test_streams_carry_the_same_answer(serve):
