@@ -9,6 +9,7 @@ import pytest
 import tiny
 from resuming import crash_and_go_on, records, saved
 
+from steptool_jax.rollout.carrying import Carried
 from steptool_jax.rollout.setting import Stats
 from steptool_jax.run.data.order import Order
 from steptool_jax.run.parts import rollouts
@@ -47,7 +48,7 @@ class World:
   def draw(self, done=0, redrawn=0):
     self.rolled = []
     progress = types.SimpleNamespace(done=done, redrawn=redrawn)
-    phase = types.SimpleNamespace(variables=dict, progress=progress, scorer=None)
+    phase = types.SimpleNamespace(variables=dict, progress=progress, scorer=None, carried=Carried())
     return drawing.draw(self, phase, done)
 
   def places(self, *positions):

@@ -316,7 +316,7 @@ def test_the_committed_study(committed):
   cells = grid.plan(study_)
   sizes = collections.Counter(cell.group for cell in cells)
   assert sizes == {
-    "core": 4 * (6 * 8 + 6 * 4),
+    "core": 4 * (7 * 8 + 5 * 4),
     "depth": 4 * 3 * 8,
     "granularity": 3 * 8,
     "sources": 4,
