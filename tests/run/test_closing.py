@@ -91,7 +91,8 @@ Next
   every conversation, step by step, in one page:
     steptool report --config=… --workdir=WORKDIR
   your own tools: write tools.py and tasks.jsonl as in docs/tools.md, then
-    steptool check --config=smollm2_135m --config.environment.name=custom \\
+    steptool check --config=smollm2_135m --config.model.path=MODEL --config.sft.steps=0 \\
+      --config.environment.name=custom \\
       --config.environment.functions=tools.py --config.environment.tasks=tasks.jsonl"""
 
 

@@ -127,6 +127,7 @@ def _next(workdir: pathlib.Path) -> list[str]:
     "  every conversation, step by step, in one page:",
     f"    steptool report --config=… --workdir={workdir}",
     "  your own tools: write tools.py and tasks.jsonl as in docs/tools.md, then",
-    "    steptool check --config=smollm2_135m --config.environment.name=custom \\",
+    "    steptool check --config=smollm2_135m --config.model.path=MODEL --config.sft.steps=0 \\",
+    "      --config.environment.name=custom \\",
     "      --config.environment.functions=tools.py --config.environment.tasks=tasks.jsonl",
   ]
