@@ -346,6 +346,11 @@ class Rollout(Limits):
   tool_workers: int = option(8, "tool calls at the same time", above=0)
   tool_retries: int = option(2, "retries of a call that its infrastructure failed", least=0)
 
+  @property
+  def stale(self) -> bool:
+    """Whether what is learnt from may be of earlier weights, which importance weights correct."""
+    return bool(self.lag or self.carry)
+
 
 @dataclasses.dataclass(frozen=True)
 class Orchestra:

@@ -4,6 +4,9 @@ from steptool_jax.config import Config
 from steptool_jax.learning.algorithms import Algorithm, changes_history, refuse_segments
 from steptool_jax.rewards.assembly import SOURCES
 
+# Rewards of an algorithm whose loss has no importance weights -> the nearest one that has them.
+_CORRECTED = {"outcome": "'rloo'", "none": "'steptool'"}
+
 
 def check(config: Config, algorithm: Algorithm) -> None:
   if config.rollout.max_tokens > config.train.row_tokens:
@@ -61,10 +64,9 @@ def _check_lag(config: Config, algorithm: Algorithm) -> None:
       "goes on meanwhile; set it to 0"
     )
   if algorithm.advantage is None:
-    instead = {"outcome": "'rloo'", "none": "'steptool'"}[algorithm.rewards]
     raise ValueError(
       f"config.rollout.lag: 1, but the loss of algorithm {config.algorithm!r} has no importance "
-      f"weights to correct for it; set it to 0, or use {instead}"
+      f"weights to correct for it; set it to 0, or use {_CORRECTED[algorithm.rewards]}"
     )
 
 
@@ -80,10 +82,9 @@ def _check_carry(config: Config, algorithm: Algorithm) -> None:
   elif changes_history(config):
     why = "a conversation whose history is changed (model.thinking, rollout.fold) cannot go on"
   elif algorithm.advantage is None:
-    instead = {"outcome": "'rloo'", "none": "'steptool'"}[algorithm.rewards]
     why = (
       f"the loss of algorithm {config.algorithm!r} has no importance weights to correct for older "
-      f"tokens (use {instead})"
+      f"tokens (use {_CORRECTED[algorithm.rewards]})"
     )
   if why:
     raise ValueError(f"config.rollout.carry: {r.carry}, but {why}; set it to 0")

@@ -9,7 +9,7 @@ import dataclasses
 import json
 import math
 import pathlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -268,6 +268,22 @@ def observation_of(entry: Mapping[str, Any] | None) -> Observation | None:
     parts=tuple(observation_of(part) for part in _typed(entry.get("parts", []), list)),
     solved=_share(entry, "solved") if "solved" in entry else None,
   )
+
+
+def with_values(trajectory: Trajectory, change: Callable[[Any], Any]) -> Trajectory:
+  """The same with `change` of every value that a tool returned, those of several calls included."""
+
+  def changed(observation: Observation) -> Observation:
+    parts = tuple(map(changed, observation.parts))
+    return dataclasses.replace(observation, value=change(observation.value), parts=parts)
+
+  steps = tuple(
+    step
+    if step.observation is None
+    else dataclasses.replace(step, observation=changed(step.observation))
+    for step in trajectory.steps
+  )
+  return dataclasses.replace(trajectory, steps=steps)
 
 
 # --- plain values ----------------------------------------------------------------------------

@@ -171,7 +171,7 @@ def prepare(
     signal |= {
       "advantages": jnp.where(state.step >= learner.critic_steps, signal["advantages"], 0.0)
     }
-  if (c.rollout.lag or c.rollout.carry) and signal:
+  if c.rollout.stale and signal:
     # The surrogate is linear in the advantages, so weights on these are weights on its tokens.
     weights_BT, more = importance.truncated_weights(
       old_BT, flat, c.rollout.correction, c.rollout.correction_bound

@@ -13,13 +13,14 @@ from typing import Any
 
 from absl import logging
 
+from steptool_jax.data.trajectories import with_values
 from steptool_jax.environments.base import Session
 from steptool_jax.rollout.branching import replay
 from steptool_jax.rollout.chain import Loop, Seat
 from steptool_jax.rollout.continuing import GoesOn, Start
 from steptool_jax.rollout.conversation import Conversation, State
 from steptool_jax.rollout.setting import Setting, Stats
-from steptool_jax.types import Observation, Status, Step, Task, Trajectory
+from steptool_jax.types import Status, Step, Task, Trajectory
 
 Key = tuple[str, int]  # task, sample
 
@@ -178,21 +179,7 @@ def _key(trajectory: Trajectory) -> Key:
 
 def _recorded(trajectory: Trajectory) -> Trajectory:
   """As a checkpoint holds it, so that a run that was stopped pays what one that was not pays."""
-  return dataclasses.replace(trajectory, steps=tuple(map(_recorded_step, trajectory.steps)))
-
-
-def _recorded_step(step: Step) -> Step:
-  if step.observation is None:
-    return step
-  return dataclasses.replace(step, observation=_recorded_observation(step.observation))
-
-
-def _recorded_observation(observation: Observation) -> Observation:
-  return dataclasses.replace(
-    observation,
-    value=_as_json(observation.value),
-    parts=tuple(map(_recorded_observation, observation.parts)),
-  )
+  return with_values(trajectory, _as_json)
 
 
 def _as_json(value: Any) -> Any:

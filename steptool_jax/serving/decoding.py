@@ -134,25 +134,21 @@ class Decoder:
   def _filled(self) -> bool:
     """Waits until as many turns are here as were hoped for, but no longer than patience lasts."""
     patience = min(max(_MOMENT_S, _PATIENCE * self._round_s), _LONGEST_S)
-    if self._arrived and self._first_arrival is None:
-      self._first_arrival = time.monotonic()
-    while self._arrived and len(self._arrived) < min(len(self._expected), self._engine.slots):
-      left = self._first_arrival + patience - time.monotonic()
-      if left <= 0:
-        self._expected.clear()
-        break
-      if self._news or self._forgotten:
+    if self._arrived:
+      if self._first_arrival is None:
+        self._first_arrival = time.monotonic()
+      if not self._here(self._expected, self._first_arrival + patience):
         return False
-      self._changed.wait(left)
     self._first_arrival = None
     return True
 
-  def _caught_up(self) -> bool:
-    """Waits a moment for those who are quick, while others have turns to go on with."""
-    while len(self._arrived) < len(self._quick):
-      left = self._quick_until - time.monotonic()
+  def _here(self, hoped: set[object], until: float) -> bool:
+    """Waits for as many turns as are hoped for, or until then, when nobody is hoped for any more;
+    False where there are news before."""
+    while len(self._arrived) < min(len(hoped), self._engine.slots):
+      left = until - time.monotonic()
       if left <= 0:
-        self._quick.clear()
+        hoped.clear()
         break
       if self._news or self._forgotten:
         return False
@@ -169,7 +165,7 @@ class Decoder:
           self._changed.wait(wait_s)
         full = self._filled()
       else:
-        full = self._caught_up()
+        full = self._here(self._quick, self._quick_until)
       arrived, self._arrived = (self._arrived, []) if full else ([], self._arrived)
       forgotten, self._forgotten = self._forgotten, set()
       self._news, still_waiting = False, list(self._arrived)
@@ -228,7 +224,7 @@ class Decoder:
         if turn.cached < len(turn.ids):
           pieces[slot] = turn.ids[turn.cached :]
       self._expected -= {turn.owner, ("slot", slot)}
-      self._quick -= {turn.owner, ("slot", slot)}
+      self._quick.discard(("slot", slot))
       self._active[slot], self._held[slot], self._owner[slot] = turn, turn.ids, turn.owner
       self._length[slot] = len(turn.ids)
     if rewinds:

@@ -48,24 +48,29 @@ class Crash(BaseException):
   pass
 
 
+def crash(config, workdir, done):
+  """A run that crashes in RL iteration `done`; the meta that it leaves behind."""
+  whole = iteration.run_iteration
+
+  def crashing(parts, phase, recorder, data):
+    if phase.progress.done == done:
+      raise Crash
+    return whole(parts, phase, recorder, data)
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(iteration, "run_iteration", crashing)
+    with pytest.raises(Crash):
+      train.run(config, workdir)
+  return saved(workdir)[1]
+
+
 def crash_and_go_on(config, folder, done):
   """A run that nobody stopped and one that crashed in RL iteration `done` end the same.
 
   (meta that the crash left behind, arrays in the end).
   """
   train.run(config, folder / "whole")
-  whole = iteration.run_iteration
-
-  def crash(parts, phase, recorder, data):
-    if phase.progress.done == done:
-      raise Crash
-    return whole(parts, phase, recorder, data)
-
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(iteration, "run_iteration", crash)
-    with pytest.raises(Crash):
-      train.run(config, folder / "cut")
-  _, meta = saved(folder / "cut")
+  meta = crash(config, folder / "cut", done)
   train.run(config, folder / "cut")
   assert_same_run(folder / "cut", folder / "whole")
   return meta, saved(folder / "cut")[0]

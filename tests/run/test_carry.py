@@ -5,7 +5,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import tiny
-from resuming import Crash, assert_same_run, saved
+from resuming import assert_same_run, crash
 
 from steptool_jax.rollout import carrying
 from steptool_jax.rollout.carrying import Carried
@@ -13,7 +13,7 @@ from steptool_jax.rollout.setting import Stats
 from steptool_jax.run import train
 from steptool_jax.run.parts import rollouts
 from steptool_jax.run.training import carrying as training_carrying
-from steptool_jax.run.training import drawing, iteration, sources
+from steptool_jax.run.training import drawing, sources
 from steptool_jax.run.training.progress import Progress
 from steptool_jax.run.workdir.outputs import read_jsonl
 from steptool_jax.types import Status, Task, Trajectory
@@ -67,18 +67,7 @@ def test_every_conversation_is_learnt_from_once(whole):
 
 def test_a_run_that_is_killed_goes_on_bit_equal(config, whole, tmp_path):
   """What goes on and what waits for it is in the checkpoint; sessions are repeated."""
-  one = iteration.run_iteration
-
-  def crash(parts, phase, recorder, data):
-    if phase.progress.done == 2:
-      raise Crash
-    return one(parts, phase, recorder, data)
-
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(iteration, "run_iteration", crash)
-    with pytest.raises(Crash):
-      train.run(config, tmp_path)
-  meta = saved(tmp_path)[1]
+  meta = crash(config, tmp_path, done=2)
   assert meta["unfinished"] == len(whole[1][1][1].unfinished) > 0
   assert meta["waiting"] == len(whole[1][1][1].waiting)
   train.run(config, tmp_path)

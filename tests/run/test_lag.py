@@ -4,7 +4,7 @@ import time
 
 import pytest
 import tiny
-from resuming import Crash, assert_same_run, saved
+from resuming import assert_same_run, crash, saved
 
 from steptool_jax.environments import generated
 from steptool_jax.run import train
@@ -64,18 +64,7 @@ def test_without_a_lag_nothing_is_said_of_it(config, tmp_path):
 
 def test_a_run_that_is_killed_goes_on_bit_equal(config, whole, tmp_path):
   """Conversations that were sampled ahead are in the checkpoint, log-probs included."""
-  one = iteration.run_iteration
-
-  def crash(parts, phase, recorder, data):
-    if phase.progress.done == 2:
-      raise Crash
-    return one(parts, phase, recorder, data)
-
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(iteration, "run_iteration", crash)
-    with pytest.raises(Crash):
-      train.run(config, tmp_path)
-  assert saved(tmp_path)[1]["ahead"] == 8
+  assert crash(config, tmp_path, done=2)["ahead"] == 8
   train.run(config, tmp_path)
   assert_same_run(tmp_path, whole[0])
 

@@ -11,7 +11,7 @@ import fakes
 import httpx
 import numpy as np
 import pytest
-from dialogue import conftest as tokenizers
+from rollout.test_turns import hermes  # noqa: F401
 
 from steptool_jax.config import Limits
 from steptool_jax.dialogue import compact
@@ -137,16 +137,11 @@ def test_a_conversation_with_a_tool_appends_only_what_is_new(serve, chat_format)
   )
 
 
-def test_a_turn_of_several_calls_is_all_of_them(serve, tmp_path):
+def test_a_turn_of_several_calls_is_all_of_them(serve, hermes):  # noqa: F811
   """Given as text they would pass for the answer. Their results are shown as in a rollout."""
-  hermes = tokenizers.byte_level(
-    *(tmp_path / "qwen", tokenizers.QWEN2, tokenizers.TOOL_TAGS),
-    *(tokenizers.HERMES_TEMPLATE, None, "<|im_end|>"),
-  )
-  chat_format = get_format("hermes", Codec.load(hermes), parallel_calls=True)
   both = ToolCalls((ToolCall("echo", {"x": 1}), ToolCall("echo", {"x": 2})), "Both.")
   policy = lambda text: Finish("7") if "<tool_response>" in text else both  # noqa: E731
-  served = serve(policy, chat_format=chat_format, size=2000)
+  served = serve(policy, chat_format=hermes, size=2000)
   opened = served.session(limits=dataclasses.replace(LIMITS, max_tokens=2000, max_step_tokens=200))
   ask = {"url": opened.url, "key": opened.key, "tools": [ECHO]}
   choice = served.post([USER], **ask).json()["choices"][0]
@@ -161,11 +156,11 @@ def test_a_turn_of_several_calls_is_all_of_them(serve, tmp_path):
   ]
   last = served.post([USER, choice["message"], *results], **ask).json()["choices"][0]
   assert last["message"]["content"] == "7"
-  assert served.engine.forced - before == len(chat_format.observation("one", "two"))
+  assert served.engine.forced - before == len(hermes.observation("one", "two"))
   first, second = opened.session.trajectory("t", 0, 0).steps
   assert first.action == both
   assert [part.text for part in first.observation.parts] == ["one", "two"]
-  assert first.observation_tokens.tolist() == chat_format.observation("one", "two").tolist()
+  assert first.observation_tokens.tolist() == hermes.observation("one", "two").tolist()
   assert second.action == Finish("7")
 
 

@@ -281,7 +281,7 @@ def build_engine(config: Config, policy: Policy, mesh: Mesh) -> engine_lib.Engin
     copied=where is not mesh,
   )
   # Trained on, the sampler's log-probs must not depend on how soon tools answer (Engine.decode).
-  return dataclasses.replace(engine, buckets=()) if r.lag or r.carry else engine
+  return dataclasses.replace(engine, buckets=()) if r.stale else engine
 
 
 def save_policy(folder: pathlib.Path, policy: Policy, variables: dict) -> None:

@@ -71,7 +71,7 @@ def run_iteration(
     figures = (rollout_metrics(trajectories) if trajectories else {}) | figures
     if "model_outcome" in figures and "model_drift" not in figures:
       del figures["pass_rate"]  # no checker knows it
-    if kept and (config.rollout.lag or config.rollout.carry):
+    if kept and config.rollout.stale:
       figures["staleness"] = float(np.mean([done - t.policy_version for t in kept]))
 
   # Trajectory -> TokenBatch -> prepare -> update.

@@ -19,7 +19,6 @@ from steptool_jax.environments.base import Session
 from steptool_jax.learning import algorithms, batching, steptable, update
 from steptool_jax.policy import lora, sharding
 from steptool_jax.rollout import carrying
-from steptool_jax.rollout.carrying import Carried
 from steptool_jax.run.hosts import hang
 from steptool_jax.run.parts.build import Policy
 from steptool_jax.run.parts.reward_models import RewardModel
@@ -53,7 +52,7 @@ class Phase:
     self.state: TrainState | None = None
     self.past: Sequence[Trajectory] = []  # ArCHer's replay
     self.ahead: Sequence[Trajectory] = []  # paid, for the coming iteration (rollout.lag)
-    self.carried = Carried()  # conversations of several iterations (rollout.carry)
+    self.carried = carrying.Carried()  # conversations of several iterations (rollout.carry)
     self.sessions: dict[carrying.Key, Session] = {}  # theirs, open since the last rollout
     self.skipped_in_a_row = 0
     # Never narrower than it was, as each width is a compilation; this one serves most runs.

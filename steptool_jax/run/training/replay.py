@@ -10,10 +10,15 @@ from typing import Any
 
 import numpy as np
 
-from steptool_jax.data.trajectories import AnnotatedTrajectory, from_document, to_document
+from steptool_jax.data.trajectories import (
+  AnnotatedTrajectory,
+  from_document,
+  to_document,
+  with_values,
+)
 from steptool_jax.rollout.carrying import Carried
 from steptool_jax.run.training.progress import Progress
-from steptool_jax.types import Malformed, Step, Trajectory
+from steptool_jax.types import Malformed, Trajectory
 
 
 def draw(past: Sequence[Trajectory], count: int, seed: Sequence[int]) -> list[Trajectory]:
@@ -58,10 +63,4 @@ def parted(
 def without_values(trajectories: Sequence[Trajectory]) -> list[Trajectory]:
   """Paid trajectories as a checkpoint holds them: what a tool returned need not be JSON data, and
   nothing reads it after rewards but through its text."""
-  return [dataclasses.replace(t, steps=tuple(map(_without_value, t.steps))) for t in trajectories]
-
-
-def _without_value(step: Step) -> Step:
-  if step.observation is None:
-    return step
-  return dataclasses.replace(step, observation=dataclasses.replace(step.observation, value=None))
+  return [with_values(t, lambda value: None) for t in trajectories]

@@ -77,7 +77,7 @@ def refuse_fewer_iterations(config: Config, workdir: pathlib.Path) -> None:
       "them, so the run differs from one that began so",
       *(begun, config.train.iterations),
     )
-  if begun and config.train.iterations > begun and (config.rollout.lag or config.rollout.carry):
+  if begun and config.train.iterations > begun and config.rollout.stale:
     logging.warning(
       "train.iterations is raised from %d to %d: iteration %d, once the last one, left nothing to "
       "the next (rollout.lag, rollout.carry), so the run differs from one that began so",
