@@ -11,7 +11,7 @@ import ml_collections
 
 from steptool_jax.combinations import algorithm, environment, model, rewards, rollouts
 from steptool_jax.config import Config
-from steptool_jax.dialogue import template
+from steptool_jax.dialogue import chatformat, template
 from steptool_jax.environments.base import ENVIRONMENTS
 from steptool_jax.environments.markets.specialists import TIERS
 from steptool_jax.learning import importance
@@ -40,8 +40,8 @@ TABLES: Mapping[str, Iterable[str]] = {
   "shapings": SHAPINGS,
   "specialists": TIERS,
   "surrogates": SURROGATES,
-  "thinking": template.THINKING,
-  "tool lists": template.TOOL_LISTS,
+  "thinking": chatformat.THINKING,
+  "tool lists": chatformat.TOOL_LISTS,
   "units": UNITS,
 }
 

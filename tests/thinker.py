@@ -9,8 +9,9 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from steptool_jax.config import Limits
+from steptool_jax.dialogue.chatformat import ChatFormat
 from steptool_jax.dialogue.codec import Codec
-from steptool_jax.dialogue.template import ChatFormat, get_format
+from steptool_jax.dialogue.template import get_format
 from steptool_jax.rollout import chain
 from steptool_jax.rollout.setting import Sampling, Setting
 from steptool_jax.simulators.runner import ToolRunner

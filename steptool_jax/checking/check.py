@@ -13,7 +13,7 @@ from typing import Any
 
 from steptool_jax.checking import answers, replays, sets
 from steptool_jax.checking.findings import ERROR, LEVELS, WARNING, Finding, count
-from steptool_jax.dialogue.template import ChatFormat
+from steptool_jax.dialogue.chatformat import ChatFormat
 from steptool_jax.environments import checkers
 from steptool_jax.environments.base import SPLITS, Environment
 from steptool_jax.rollout.conversation import Limits

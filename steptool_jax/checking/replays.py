@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 from steptool_jax.checking.findings import ERROR, WARNING, Finding
-from steptool_jax.dialogue.template import ChatFormat
+from steptool_jax.dialogue.chatformat import ChatFormat
 from steptool_jax.environments.base import Environment
 from steptool_jax.rewards import rules
 from steptool_jax.rollout.conversation import Limits

@@ -21,158 +21,13 @@ A new format is one row of FORMATS: how its turns are spelled, and which tokeniz
 """
 
 import dataclasses
-import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-import numpy as np
-
-from steptool_jax.dialogue import compact, parser
+from steptool_jax.dialogue import compact, listing, parser
+from steptool_jax.dialogue.chatformat import THINKING, TOOL_LISTS, UNTHINK, ChatFormat
 from steptool_jax.dialogue.codec import Codec, Control, Piece
-from steptool_jax.dialogue.signatures import signature
-from steptool_jax.types import Action, Malformed, ToolSpec
-
-Tools = tuple[ToolSpec, ...]
-TOOL_LISTS = ("json", "signature")
-THINKING = ("kept", "template", "stripped")
-_UNTHINK = "</think>"
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class ChatFormat:
-  """One chat format over one tokenizer. Made by `get_format`.
-
-  stop_ids[0] closes a turn; the others end it just as well when the model emits them.
-  """
-
-  name: str
-  codec: Codec
-  stop_ids: tuple[int, ...]
-  turn: Callable[[str, str], list[Piece]]  # (role, text) -> a turn of anyone but the model
-  header: tuple[Piece, ...]  # opens an assistant turn; ends every prompt and observation
-  start: tuple[Piece, ...] = ()  # stands in front of the first turn
-  after_stop: str = ""  # between a stop token and the next turn
-  # (system, tool list, query) -> the first turns; None: those of a ReAct format.
-  opening: Callable[[str | None, str, str], list[Piece]] | None = None
-  json_list: Callable[[Tools], str] | None = None  # tools in its own layout; None: as ReAct does
-  tool_list: str = "json"  # or "signature"
-  thinking: str = "kept"  # what becomes of the thoughts of earlier turns: one of THINKING
-  write: Callable[[Action], str] = parser.write_react
-  read: Callable[[str], Action] = parser.parse_react
-  tags: tuple[str, ...] = ()  # control tokens that belong into a turn
-  # Results of several calls of one turn, which the model writes then; None: one call a turn.
-  results: Callable[[Sequence[str]], list[Piece]] | None = None
-  talks: bool = True  # a user's turn is spelled as such, so that one can talk without tools
-
-  @property
-  def react(self) -> bool:
-    """Whether the model writes Thought, Action, Action Input."""
-    return self.opening is None
-
-  def prompt(
-    self, system: str | None, tools: Tools, query: str, whole: str | None = None
-  ) -> np.ndarray:
-    """int32[P], the assistant header included: the next token is the model's.
-
-    system: the task description in front of the tool list; None for the format's default. whole:
-    a whole system text, tools and output format included, e.g. a benchmark's own; the ReAct formats
-    take it as it is, hermes and compact have their own way to list tools and ignore it, and so do
-    signatures, which take the place of its tools.
-    ValueError for a tool whose name the format reserves, or two of one name.
-    """
-    names = [tool.name for tool in tools]
-    if len(set(names)) != len(names):
-      raise ValueError(f"tools: two tools share a name in {sorted(names)}")
-    short = self.tool_list == "signature"
-    if self.opening is not None:
-      listed = signatures(tuple(tools)) if short else self.json_list(tuple(tools))
-      turns = self.opening(system, listed, query)
-    else:
-      own = react_system(system, tuple(tools), self.tool_list)
-      turns = self.turn("system", own if whole is None or short else whole)
-      turns += self.turn("user", f"\n{query}\nBegin!\n")
-    return self.codec.join([*self.start, *turns, *self.header])
-
-  def observation(self, *texts: str) -> np.ndarray:
-    """int32[M] that follow a turn's stop token: an observation a call, the assistant's header."""
-    return self.others([("function", text) for text in texts])
-
-  def others(self, turns: Sequence[tuple[str, str]]) -> np.ndarray:
-    """int32[M] that follow a turn's stop token: (role, text) of anyone but the model, the header.
-
-    Roles are user and function (an observation).
-    """
-    pieces: list[Piece] = []
-    for role, group in itertools.groupby(turns, lambda turn: turn[0]):
-      texts = [text for _, text in group]
-      if role == "function" and len(texts) > 1 and self.results is not None:
-        pieces += self.results(texts)
-      else:
-        pieces += [piece for text in texts for piece in self.turn(role, text)]
-    return self.codec.join([self.after_stop, *pieces, *self.header])
-
-  def talk(self, system: str | None, text: str) -> np.ndarray:
-    """int32[P] of a conversation without tools: the user's turn and the header, nothing around it.
-
-    What the model says in it is text and no action; close it with stop_ids[0].
-    """
-    if not self.talks:
-      return self.prompt(system, (), text)
-    turns = [] if system is None else self.turn("system", system)
-    return self.codec.join([*self.start, *turns, *self.turn("user", text), *self.header])
-
-  def interject(self, shown: np.ndarray, text: str) -> tuple[int, np.ndarray]:
-    """A user's turn between what was shown last (a prompt or an observation) and the model's turn.
-
-    Returns (cut, int32[M]): take the last `cut` ids of `shown` back (the assistant header), then
-    append the ids: the user's turn and the header. A tokenizer that glues the header to the text
-    in front of it leaves no such place: there the cut is 0 and an empty assistant turn is closed.
-    """
-    header = self.codec.join(self.header)
-    inserted = self.codec.join([*self.turn("user", text), *self.header])
-    if len(header) < len(shown) and (shown[-len(header) :] == header).all():
-      return len(header), inserted
-    return 0, np.concatenate([np.asarray(self.stop_ids[:1], np.int32), inserted])
-
-  def render_action(self, action: Action) -> np.ndarray:
-    """int32[L] of an assistant turn, stop token included; `parse` inverts it exactly.
-
-    ValueError for an action that the format cannot carry (a Malformed, a reserved tool name).
-    The compact format has no place for thoughts and drops them.
-    """
-    pieces = _split_tags(self.write(action), self.tags, self.codec)
-    return np.append(self.codec.join(pieces), np.int32(self.stop_ids[0]))
-
-  def without_thoughts(self, turn: np.ndarray) -> np.ndarray:
-    """int32[L] of an assistant turn as Qwen3's chat template repeats it in history: what stands up
-    to the last </think> and the line breaks after it are gone. A block that was never closed stays.
-    """
-    ends = np.flatnonzero(turn == self.codec.token_id(_UNTHINK))
-    if not len(ends):
-      return turn
-    left = turn[ends[-1] + 1 :]
-    while len(left):
-      text = self.codec.decode(left[:1])
-      rest = text.lstrip("\n")
-      if rest == text:
-        break
-      left = np.concatenate([np.asarray(self.codec.encode(rest), np.int32), left[1:]])
-    return left
-
-  def parse(self, ids: Sequence[int] | np.ndarray) -> Action:
-    """The action of one sampled turn, int32[L], with or without its stop token."""
-    body = [int(i) for i in ids]
-    if body and body[-1] in self.stop_ids:
-      body.pop()
-    for i in body:
-      name = self.codec.control_name(i)
-      if name is not None and name not in self.tags:
-        return Malformed(f"the turn contains the control token {name}: write plain text")
-    text = self.codec.decode(body)
-    if not text.strip():
-      return Malformed("the turn is empty: name a tool or finish")
-    return self.read(text)
 
 
 def get_format(
@@ -209,7 +64,7 @@ def get_format(
   made = (PARALLEL[name] if parallel_calls else FORMATS[name].make)(codec)
   if thinking not in THINKING:
     raise ValueError(f"thinking {thinking!r}: choose one of {', '.join(THINKING)}")
-  if thinking != "kept" and not (_UNTHINK in made.tags and codec.has(_UNTHINK)):
+  if thinking != "kept" and not (UNTHINK in made.tags and codec.has(UNTHINK)):
     raise ValueError(
       f"thinking {thinking!r}: chat format {name!r} over the tokenizer in {codec.directory} has no "
       "<think> blocks (hermes over Qwen3's has); leave model.thinking at 'kept'"
@@ -233,82 +88,8 @@ def _choose(codec: Codec) -> str:
   )
 
 
-# --- shared texts ----------------------------------------------------------------------------
-
-_TASK = (
-  "You solve the user's task by calling tools. Think first, then make exactly one call and wait "
-  f"for its result. When you know the answer, or know that there is none, call {parser.FINISH}."
-)
-_TASK_PARALLEL = (
-  "You solve the user's task by calling tools. Think first, then make a call, or several calls "
-  "that do not need one another's results, and wait for what they return. When you know the "
-  f"answer, or know that there is none, call {parser.FINISH}, alone."
-)
-_REACT_RULES = (
-  "Your output should follow this format:\nThought:\nAction\nAction Input:\n\n"
-  "Action is the name of one tool, Action Input a JSON object with its arguments."
-)
-_SHORT_RULES = (
-  "Your output should follow this format:\nThought: your thoughts\nAction: name of one tool\n"
-  "Action Input: JSON object with its arguments"
-)
-# What Finish is for stands in the task: here it only has to be called right.
-_SHORT_FINISH = dataclasses.replace(
-  parser.FINISH_TOOL,
-  description="Ends the task.",
-  parameters={
-    **parser.FINISH_TOOL.parameters,
-    "properties": {
-      **parser.FINISH_TOOL.parameters["properties"],
-      "final_answer": {"type": "string", "description": f"needed with {parser.GIVE_ANSWER}"},
-    },
-  },
-)
-
-
-def _with_finish(tools: Tools, finish: ToolSpec = parser.FINISH_TOOL) -> Tools:
-  if any(tool.name == parser.FINISH for tool in tools):
-    raise ValueError(
-      f"tools: the name {parser.FINISH!r} is reserved, the chat format adds that tool itself"
-    )
-  return (*tools, finish)
-
-
-def _function(tool: ToolSpec) -> dict:
-  return {"name": tool.name, "description": tool.description, "parameters": dict(tool.parameters)}
-
-
-def signatures(tools: Tools) -> str:
-  """A line a tool, Finish at last."""
-  return "\n".join(map(signature, _with_finish(tools, _SHORT_FINISH)))
-
-
-def react_system(system: str | None, tools: Tools, tool_list: str = "json") -> str:
-  """The system text of the ReAct formats: task, tools, output format; every tool once."""
-  task = _TASK if system is None else system
-  if tool_list == "signature":
-    return f"{task}\n\nTools:\n{signatures(tools)}\n\n{_SHORT_RULES}"
-  schemas = json.dumps([_function(t) for t in _with_finish(tools)], ensure_ascii=False)
-  return f"{task}\n\n{_REACT_RULES}\n\nTools, as JSON schemas: {schemas}"
-
-
 def _stops(codec: Codec, first: str, *others: str) -> tuple[int, ...]:
   return (codec.token_id(first), *(codec.controls[name] for name in others if codec.has(name)))
-
-
-def _split_tags(text: str, tags: tuple[str, ...], codec: Codec) -> list[Piece]:
-  """`write`'s scaffolding tags as control ids: the first of each outside the JSON arguments.
-
-  A tag inside the arguments or the thought stays text: the writer puts the JSON on one line of its
-  own, so only a tag that is a whole line is scaffolding.
-  """
-  pieces: list[Piece] = []
-  for line in text.split("\n"):
-    pieces += ["\n", Control(line) if line in tags and codec.has(line) else line]
-  return pieces[1:]
-
-
-# --- the formats -----------------------------------------------------------------------------
 
 
 def _toolllama(codec: Codec) -> ChatFormat:
@@ -391,13 +172,13 @@ def _hermes(codec: Codec, parallel: bool = False) -> ChatFormat:
     # Qwen2.5 has <tool_call> as a token and <tool_response> as text; Qwen3 has both as tokens.
     return Control(name) if codec.has(name) else name
 
-  def json_list(tools: Tools) -> str:
+  def json_list(tools: listing.Tools) -> str:
     return "\n".join(
-      json.dumps({"type": "function", "function": _function(tool)}, ensure_ascii=False)
-      for tool in _with_finish(tools)
+      json.dumps({"type": "function", "function": listing.function(tool)}, ensure_ascii=False)
+      for tool in listing.with_finish(tools)
     )
 
-  task = _TASK_PARALLEL if parallel else _TASK
+  task = listing.TASK_PARALLEL if parallel else listing.TASK
 
   def opening(system: str | None, listed: str, query: str) -> list[Piece]:
     content: list[Piece] = [

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from steptool_jax.dialogue.template import ChatFormat
+from steptool_jax.dialogue.chatformat import ChatFormat
 from steptool_jax.rewards import model
 from steptool_jax.types import Finish, Status, Step, Task, Trajectory
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from steptool_jax.dialogue.template import ChatFormat
+from steptool_jax.dialogue.chatformat import ChatFormat
 from steptool_jax.types import Finish, Step
 
 FOLDED = "(an earlier result, left out)"

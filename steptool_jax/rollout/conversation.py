@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from steptool_jax.config import Limits
-from steptool_jax.dialogue.template import ChatFormat
+from steptool_jax.dialogue.chatformat import ChatFormat
 from steptool_jax.environments.base import TURNS
 from steptool_jax.rollout import context
 from steptool_jax.simulators.render import shorten

@@ -6,7 +6,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from steptool_jax.dialogue.template import ChatFormat
+from steptool_jax.dialogue.chatformat import ChatFormat
 from steptool_jax.environments.base import TURNS, Environment, Session
 from steptool_jax.rollout.conversation import Conversation, Limits, State
 from steptool_jax.simulators import parallel

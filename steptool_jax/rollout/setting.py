@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from steptool_jax.dialogue.template import ChatFormat
+from steptool_jax.dialogue.chatformat import ChatFormat
 from steptool_jax.environments.base import Environment
 from steptool_jax.rollout.conversation import Limits
 from steptool_jax.rollout.peers import ALONE, Peers

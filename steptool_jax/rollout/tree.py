@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from steptool_jax.dialogue.template import ChatFormat
+from steptool_jax.dialogue.chatformat import ChatFormat
 from steptool_jax.rollout.branching import ROOT, Branches
 from steptool_jax.rollout.chain import Loop, Seat, judged
 from steptool_jax.rollout.conversation import Conversation, Limits, State

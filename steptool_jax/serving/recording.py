@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from steptool_jax.config import INT_MOST, Limits
-from steptool_jax.dialogue.template import ChatFormat
+from steptool_jax.dialogue.chatformat import ChatFormat
 from steptool_jax.rollout.conversation import INVALID
 from steptool_jax.serving.messages import ApiError, Call, ChatRequest, Message, call_of
 from steptool_jax.simulators.render import shorten

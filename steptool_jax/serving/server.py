@@ -23,7 +23,7 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
 from steptool_jax.config import Limits
-from steptool_jax.dialogue.template import ChatFormat
+from steptool_jax.dialogue.chatformat import ChatFormat
 from steptool_jax.serving import guards, recording, replies
 from steptool_jax.serving.decoding import Decoder, Turn
 from steptool_jax.serving.messages import ApiError, ChatRequest, parse_request

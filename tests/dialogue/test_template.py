@@ -6,7 +6,7 @@ import tokenizers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from steptool_jax.dialogue import compact, template
+from steptool_jax.dialogue import chatformat, compact, listing, template
 from steptool_jax.dialogue.codec import Codec
 from steptool_jax.toolbench.formats.scaffolding import tokenise
 from steptool_jax.toolbench.formats.training_rows import Message
@@ -147,7 +147,7 @@ def test_prompt_equals_the_chat_template_of_transformers(kind, codecs, directori
   hf = transformers.AutoTokenizer.from_pretrained(str(directories[kind]))
   fmt = make(kind, codecs)
   react = kind in ("chatml_react", "llama31")
-  system = template.react_system("Be brief.", (WEATHER,)) if react else "Be brief."
+  system = listing.react_system("Be brief.", (WEATHER,)) if react else "Be brief."
   user = "\nRain in Rome?\nBegin!\n" if react else "Rain in Rome?"
   tools = [WEATHER] if kind == "compact" else [WEATHER, template.parser.FINISH_TOOL]
   schemas = [
@@ -302,7 +302,7 @@ def test_a_new_format_is_one_row(codecs, monkeypatch):
   """Prompt, observation, a user's turn, "auto" and ToolBench's rows follow from its turns."""
 
   def toy(codec):
-    return template.ChatFormat(
+    return chatformat.ChatFormat(
       name="toy",
       codec=codec,
       stop_ids=(codec.token_id("<|im_end|>"),),

@@ -5,7 +5,7 @@ import official_rows
 import pytest
 from toolbench.official_rows import CALL, FINISH, OBSERVED, QUERY, SYSTEM, row
 
-from steptool_jax.dialogue import template
+from steptool_jax.dialogue import listing, template
 from steptool_jax.toolbench.formats import conversations, training_rows
 from steptool_jax.toolbench.formats.training_rows import Dialogue, Message
 from steptool_jax.types import Code, Finish, Malformed, Status, ToolCall, ToolSpec
@@ -62,7 +62,7 @@ def test_a_row_becomes_one_conversation_in_any_format(name, family, codecs):
 def test_the_prompt_is_the_chat_formats_own(name, codecs):
   """Trained in the layout that a rollout uses: only the system text comes from the row."""
   chat_format = make(name, codecs)
-  text = template.react_system("Be brief.", TOOLS)
+  text = listing.react_system("Be brief.", TOOLS)
   expected = chat_format.prompt("Be brief.", TOOLS, "Rain?").tolist()
   plain = row(name, query="Rain?")
   swapped = dataclasses.replace(

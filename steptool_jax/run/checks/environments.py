@@ -8,7 +8,7 @@ from typing import Any
 from steptool_jax.checking import check as checking
 from steptool_jax.checking.findings import ERROR, WARNING, Finding
 from steptool_jax.config import Config
-from steptool_jax.dialogue.template import ChatFormat
+from steptool_jax.dialogue.chatformat import ChatFormat
 from steptool_jax.environments.base import Problem
 from steptool_jax.learning.algorithms import get_algorithm
 from steptool_jax.run.parts import build, services, tokenizers

@@ -29,7 +29,7 @@ from absl import logging
 from steptool_jax.config import Config
 from steptool_jax.data import annotated_trajectories, trajectories
 from steptool_jax.data.trajectories import AnnotatedTrajectory
-from steptool_jax.dialogue.template import ChatFormat
+from steptool_jax.dialogue.chatformat import ChatFormat
 from steptool_jax.learning.algorithms import get_algorithm
 from steptool_jax.policy.model import ModelConfig
 from steptool_jax.rewards import shaping

@@ -10,7 +10,7 @@ from absl import logging
 
 from steptool_jax.config import Config
 from steptool_jax.data import trajectories as stored
-from steptool_jax.dialogue.template import ChatFormat
+from steptool_jax.dialogue.chatformat import ChatFormat
 from steptool_jax.rewards.model import labels
 from steptool_jax.run.data.offline import files, token_arrays, unfit
 from steptool_jax.run.data.order import permutation

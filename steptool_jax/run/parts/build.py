@@ -10,8 +10,9 @@ import jax
 from jax.sharding import Mesh
 
 from steptool_jax.config import Config, Lora
+from steptool_jax.dialogue.chatformat import ChatFormat
 from steptool_jax.dialogue.codec import Codec
-from steptool_jax.dialogue.template import ChatFormat, get_format
+from steptool_jax.dialogue.template import get_format
 from steptool_jax.environments.base import Environment, Problem, make
 from steptool_jax.environments.faults import FaultyEnvironment, total
 from steptool_jax.environments.markets.market import MarketEnvironment

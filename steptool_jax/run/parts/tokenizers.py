@@ -8,8 +8,9 @@ from collections.abc import Iterator
 import steptool_jax
 from steptool_jax.config import Config
 from steptool_jax.dialogue import compact
+from steptool_jax.dialogue.chatformat import ChatFormat
 from steptool_jax.dialogue.codec import Codec
-from steptool_jax.dialogue.template import ChatFormat, get_format
+from steptool_jax.dialogue.template import get_format
 from steptool_jax.environments.base import Environment
 from steptool_jax.rollout.replaying import answered
 from steptool_jax.run.workdir import inputs

@@ -16,8 +16,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from steptool_jax.data.trajectories import AnnotatedTrajectory
+from steptool_jax.dialogue.chatformat import ChatFormat
 from steptool_jax.dialogue.parser import FINISH
-from steptool_jax.dialogue.template import ChatFormat
 from steptool_jax.toolbench.formats.converted import Converted
 from steptool_jax.toolbench.formats.judged import Annotation, StoredStep
 from steptool_jax.toolbench.formats.scaffolding import split_row, tokenise

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from steptool_jax.dialogue.chatformat import ChatFormat
 from steptool_jax.dialogue.codec import Piece
-from steptool_jax.dialogue.template import ChatFormat
 from steptool_jax.toolbench.formats.training_rows import Message, StepRow
 
 # Scaffolding of the three families: opening, observation, and what may end a response.
