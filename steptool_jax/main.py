@@ -146,6 +146,10 @@ def _alone(workdir: pathlib.Path, mode: str) -> contextlib.AbstractContextManage
 
 
 def _parse(argv: list[str]) -> list[str]:
+  if any(word in ("--help", "-help", "-h", "help") for word in argv[1:]):
+    # absl would show the text of the console script, which has none.
+    print(f"{__doc__}\nflags:\n{flags.FLAGS.module_help(sys.modules[__name__])}")
+    sys.exit()
   argv = _with_mode(argv)
   for k, word in enumerate(argv):
     if re.fullmatch("--?config(=.*)?", word):
@@ -156,7 +160,10 @@ def _parse(argv: list[str]) -> list[str]:
   try:
     return flags.FLAGS(argv)
   except flags.Error as error:
-    sys.exit(f"steptool_jax: {_wrong_value(str(error)) or error}; --help explains all modes")
+    what = _wrong_value(str(error)) or str(error).rstrip(".")
+    if flags.FLAGS["config"].value is None and "--config=None" in what:
+      what = "--config is needed: a file, or the name of a config of the package (quickstart)"
+    sys.exit(f"steptool_jax: {what}; --help explains all modes")
   except Exception as error:
     for word in argv:
       if word.startswith("--config."):

@@ -18,7 +18,7 @@ from steptool_jax.environments import checkers
 from steptool_jax.environments.base import SPLITS, Environment
 from steptool_jax.rollout.conversation import Limits
 from steptool_jax.simulators.runner import ToolRunner, TooManyStuck
-from steptool_jax.types import Task
+from steptool_jax.types import Code, Task
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +99,7 @@ def check(
   ]
   outcomes, stopped = _all(environment, asked, runner, extent, jobs, on_done, should_stop)
   findings += [finding for outcome in outcomes for finding in outcome.findings]
-  findings += _together(outcomes, asked)
+  findings += [*_together(outcomes, asked), *_always_failing(outcomes)]
   if stopped:
     findings.append(
       Finding(*(ERROR, "hanging", ""), stopped, "give the tools that hang a time-out of their own")
@@ -187,6 +187,26 @@ def _without_demonstrations(tasks: Sequence[Task], asked: Asked) -> list[Finding
     what = "sft.steps is above 0, but no training task has a demonstration"
     return [Finding(ERROR, "sft", "", what, "set sft.steps to 0, or add demonstrations")]
   return []
+
+
+def _always_failing(outcomes: Sequence[_Outcome]) -> list[Finding]:
+  """Tools that raised in every one of their calls: one sentence for what many tasks say."""
+  codes: collections.defaultdict[str, list[str]] = collections.defaultdict(list)
+  for row in (o.row for o in outcomes if "calls" in o.row):
+    for name, code in zip(row["calls"], row["codes"], strict=True):
+      codes[name].append(code)
+  return [
+    Finding(
+      *(ERROR, "tool", ""),
+      f"{name} raised in all of its {len(found)} calls of these demonstrations",
+      "mend the function: its exception stands in the findings of the single calls",
+    )
+    for name, found in codes.items()
+    if len(found) >= _SEVERAL and set(found) == {Code.TOOL_ERROR}
+  ]
+
+
+_SEVERAL = 3  # calls of a tool, all of which fail by no accident
 
 
 def _together(outcomes: Sequence[_Outcome], asked: Asked) -> list[Finding]:

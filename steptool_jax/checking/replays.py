@@ -5,6 +5,7 @@ from typing import Any
 
 from steptool_jax.checking.findings import ERROR, WARNING, Finding
 from steptool_jax.dialogue.chatformat import ChatFormat
+from steptool_jax.environments import checkers
 from steptool_jax.environments.base import Environment
 from steptool_jax.rewards import rules
 from steptool_jax.rollout.conversation import Limits
@@ -107,7 +108,7 @@ def findings_of(task: Task, found: Replay, limits: Limits) -> list[Finding]:
   findings = [*_calls(task, trajectory), *_verdict(task, trajectory)]
   if found.size.prompt < limits.max_tokens:
     findings += _fit(task, found.size, limits)
-  return findings + _paid(task, trajectory)
+  return [*findings, *_paid(task, trajectory), *_unseen(task, trajectory)]
 
 
 def _calls(task: Task, trajectory: Trajectory) -> list[Finding]:
@@ -179,6 +180,26 @@ def _paid(task: Task, trajectory: Trajectory) -> list[Finding]:
   return findings
 
 
+_VERDICTS = frozenset({"yes", "no", "true", "false"})
+
+
+def _unseen(task: Task, trajectory: Trajectory) -> list[Finding]:
+  """A word that a right demonstration answers with, and that nothing has told it.
+
+  Numbers, verdicts and texts of many words may be made from what was seen: they are not looked at.
+  """
+  gold = checkers.normal(trajectory.steps[-1].action.answer or "") if trajectory.solved == 1 else ""
+  made = not gold or " " in gold or checkers.number(gold) is not None or gold in _VERDICTS
+  if made or task.checker.get("type") != "exact":
+    return []
+  shown = [step.observation.text for step in trajectory.steps if step.observation is not None]
+  if any(gold in checkers.normal(text) for text in [task.query, *shown]):
+    return []
+  what = f"its answer {clean_text(gold, 40)!r} is in no result of its calls, nor in the query"
+  remedy = "add the call that tells it, or mend the checker"
+  return [_finding(WARNING, "answer", task, what, remedy)]
+
+
 def row_of(task: Task, split: str, found: Replay, limits: Limits) -> dict[str, Any]:
   """JSON data of one replayed task, for WORKDIR/check.jsonl."""
   trajectory, size = found.trajectory, found.size
@@ -194,6 +215,7 @@ def row_of(task: Task, split: str, found: Replay, limits: Limits) -> dict[str, A
     "fits": not (found.problem or size.broken(limits)),
     "solved": trajectory.solved,
     "status": str(trajectory.status),
+    "calls": [_name(step) for step in calls],
     "codes": [str(step.observation.code) for step in calls],
     "success_calling": [step.success_calling for step in calls],
     "contribution": [step.contribution for step in calls],

@@ -9,6 +9,7 @@ from (seed, iteration), so a resumed run is bit-equal to one that was never stop
 
 import dataclasses
 import pathlib
+import sys
 import time
 from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import Any
@@ -76,6 +77,9 @@ MAY_CHANGE = (
 )
 
 
+_UNPAID = 3  # iterations in a row without any reward, after which a sentence says so
+
+
 def run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
   """Trains (or goes on training) and returns the summary that it has written.
 
@@ -127,7 +131,9 @@ def run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
       finally:
         executor.shutdown(wait=False, cancel_futures=True)
     if not summary["interrupted"]:
-      hosts.say("\n".join(closing.lines(workdir, summary, closing.on_terminal())))
+      flags = [word for word in sys.argv[1:] if word.startswith("--config")]
+      own = config.environment.name == "custom"
+      hosts.say("\n".join(closing.lines(workdir, summary, closing.on_terminal(), flags, own)))
     return summary
 
 
@@ -338,6 +344,7 @@ def _reinforce(run: Run) -> None:
   """RL: an iteration, its record, a checkpoint every few of them."""
   if run.data is not None:
     _fill_behaviour(run)
+  unpaid = 0  # iterations in a row
   with run.bar(run.iterations, run.config.algorithm) as bar:
     while run.progress.done < run.iterations:
       _evaluate_between(run)
@@ -349,6 +356,9 @@ def _reinforce(run: Run) -> None:
       run.writer.write(run.number, "train", figures | run.progress.spent())
       bar.update()
       bar.set_postfix_str(shown(figures), refresh=False)
+      unpaid = unpaid + 1 if figures.get("reward") == 0 else 0
+      if unpaid == _UNPAID:
+        hosts.say(f"{unpaid} iterations in a row have earned nothing{closing.NOTHING_EARNED}")
       done = run.progress.done
       if done % run.config.checkpoint.every == 0 or done == run.iterations:
         run.save()
@@ -416,6 +426,8 @@ def _evaluate(
       )
       run.checkpoints.score(run.checkpoint_number, chosen["pass_rate"])
     hosts.say(run.parts.services.beside(f"{label}: held-out pass rate {pass_rate:.1%}"))
+    if name == "pass_rate_sft" and figures.get("invalid_call_rate") == 1:
+      hosts.say(f"{label}: no call was valid{closing.NOTHING_EARNED}")
     if run.progress.phase == "rl" or name == "pass_rate_sft":
       run.progress.heldout_curve.append((run.progress.conversations, pass_rate))
   if name:

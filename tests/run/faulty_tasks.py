@@ -120,6 +120,11 @@ FAULTS: dict[str, tuple[list[Any], str, str]] = {
     "wrong answer (other)",
     "gives 1 to another task's answer",
   ),
+  "unseen": (
+    [task("unseen", "Whose is it?", {"type": "exact", "value": "Herbert"}, ANN, "Herbert")],
+    "answer",
+    "its answer 'herbert' is in no result of its calls, nor in the query",
+  ),
   "raises": (
     [task("raises", "As a word?", {"type": "whole", "want": 10}, ANN, "10")],
     "checker",

@@ -180,3 +180,21 @@ def test_the_help_explains_every_mode():
   for mode in main.MODES:
     assert f"\n  {mode:8}  " in main.__doc__, mode
   assert "steptool_jax/config.py" in main.__doc__
+
+
+@pytest.mark.parametrize(
+  ("words", "code", "said"),
+  [
+    (["--help"], 0, "reward_model  a model of these"),
+    (["train", "--help"], 0, "--topology: --mode=compile"),
+    ([], 1, "--config is needed: a file, or the name of a config of the package"),
+  ],
+)
+def test_the_console_script_helps(words, code, said):
+  """It showed its own empty text and failed, and asked for --help where a config was missing."""
+  start = "import sys; from steptool_jax.main import run; sys.argv[0] = 'steptool'; run()"
+  done = subprocess.run(
+    [sys.executable, "-c", start, *words], capture_output=True, text=True, cwd=tiny.ROOT
+  )
+  assert done.returncode == code
+  assert said in done.stdout + done.stderr

@@ -91,6 +91,33 @@ def test_the_summary_counts_and_a_hanging_tool_does_not_hang_it(faulty):
   assert seconds < 60
 
 
+def test_a_tool_that_always_raises_is_named_once(tmp_path):
+  """Warnings of 48 calls hid that a tool never worked."""
+  names = ("eve", "joe", "tim")
+  broken = [
+    faulty_tasks.task(
+      *(name, f"{name}, or Ann?", faulty_tasks.number(10)),
+      *(("mute", {"owner": name}), faulty_tasks.ANN, "10"),
+      tools=["balance", "mute"],
+    )
+    for name in names
+  ]
+  summary, findings, _ = checked(tmp_path, **faulty_tasks.write(tmp_path, broken[:2]))
+  assert summary["kinds"]["error: tool"] == 1  # 'untyped'; two calls are few
+  (tmp_path / "more").mkdir()
+  fields = faulty_tasks.write(tmp_path / "more", [*faulty_tasks.GOOD, *broken])
+  summary, findings, _ = checked(tmp_path / "more", **fields)
+  (found,) = [f for f in findings if f["level"] == "error" and "untyped" not in f["what"]]
+  assert found["what"] == "mute raised in all of its 3 calls of these demonstrations"
+
+
+def test_wrong_lines_are_not_said_to_be_an_empty_split(tmp_path):
+  """Where every line of a split is wrong, advice about splits was misleading."""
+  wrong = ['{"id": "cut", ', faulty_tasks.GOOD[1]]
+  _, findings, _ = checked(tmp_path, **faulty_tasks.write(tmp_path, wrong), sft__steps=0)
+  assert {f["kind"] for f in findings if f["level"] == "error"} == {"line", "tool"}
+
+
 @pytest.mark.parametrize(
   "environment",
   [

@@ -111,6 +111,23 @@ def test_a_fixed_run_looks_like_this(tmp_path):
   assert "\033[1mNext\033[0m" in shown
 
 
+def test_the_next_command_is_the_users_own(tmp_path):
+  """It named no config, and told someone with own tools to write tools."""
+  flags = ["--config=smollm2_135m", "--config.environment.tasks=my tasks.jsonl"]
+  text = "\n".join(closing.lines(tmp_path, RATES, flags=flags, own=True))
+  assert f"steptool report --config=smollm2_135m --workdir={tmp_path}" in text
+  assert f"chat --config=smollm2_135m '{flags[1]}' --workdir={tmp_path}" in text
+  assert "tools.py" not in text
+  assert "Nothing was solved" not in text
+
+
+def test_nothing_solved_is_said_with_its_remedy(tmp_path):
+  """24 iterations at 0 % ended without a word on why."""
+  text = " ".join(closing.lines(tmp_path, dict.fromkeys(RATES, 0.0)))
+  assert "Nothing was solved" in text
+  assert "sft.steps" in text
+
+
 def test_a_tool_cannot_command_the_terminal(tmp_path):
   """What a tool said was printed as it was: it could clear the screen, or set its title."""
   call = ToolCall("find", {"name": "a\033[2Jb\x07"})

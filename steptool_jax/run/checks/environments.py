@@ -39,7 +39,10 @@ def report_on(
   first = [_of_problem(p) for p in problems]
   if why:
     first.append(_without_format(why))
-  return dataclasses.replace(report, findings=(*first, *report.findings))
+  found = report.findings
+  if any(f.kind == "line" for f in first):  # a split is empty since its lines are wrong
+    found = tuple(f for f in found if f.kind != "split")
+  return dataclasses.replace(report, findings=(*first, *found))
 
 
 def what_is_asked(

@@ -11,6 +11,7 @@ say has no control characters here: a terminal would obey them.
 
 import itertools
 import pathlib
+import shlex
 import sys
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -22,13 +23,26 @@ from steptool_jax.types import Finish, Malformed, Trajectory, by_call
 _BAR = 60  # characters of 100 %
 _WIDTH = 47  # of each of the two conversations
 _LINES = 24
+# What a person can do where there is no reward to learn from.
+NOTHING_EARNED = (
+  ": RL learns from what is tried and paid, so there is nothing to learn from yet. Give SFT more "
+  "(sft.steps, sft.tasks, demonstrations; its loss should end well below 1), a higher "
+  "sft.optimizer.learning_rate, or take a model that knows your tools' words"
+)
 _STAGES = (("start", "pass_rate_base"), ("SFT", "pass_rate_sft"), ("RL", "pass_rate_rl"))
 
 
-def lines(workdir: pathlib.Path, summary: Mapping[str, Any], terminal: bool = False) -> list[str]:
+def lines(
+  workdir: pathlib.Path,
+  summary: Mapping[str, Any],
+  terminal: bool = False,
+  flags: Sequence[str] = (),
+  own: bool = False,
+) -> list[str]:
   """The text, at most 100 columns wide; nothing where no pass rate was measured.
 
-  terminal: whether it goes to one that shows blocks and bold letters.
+  terminal: whether it goes to one that shows blocks and bold letters. flags: --config… of the
+  command that ends here, for those that follow. own: the tools were the user's own.
   """
   shares = [(name, float(summary[key])) for name, key in _STAGES if key in summary]
   if not shares:
@@ -37,7 +51,9 @@ def lines(workdir: pathlib.Path, summary: Mapping[str, Any], terminal: bool = Fa
   pair = improved(workdir)
   if pair is not None:
     out += ["", *side_by_side(*pair)]
-  following = _next(workdir)
+  if not any(share for _, share in shares):
+    out += ["", *textwrap.wrap(f"Nothing was solved{NOTHING_EARNED}.", 98)]
+  following = _next(workdir, flags, own)
   if terminal:
     following[0] = f"\033[1m{following[0]}\033[0m"
   return [*out, "", *following]
@@ -121,11 +137,21 @@ def _wrapped(text: str) -> list[str]:
   return found or [""]
 
 
-def _next(workdir: pathlib.Path) -> list[str]:
-  return [
+def _next(workdir: pathlib.Path, flags: Sequence[str], own: bool) -> list[str]:
+  named = shlex.join(flag for flag in flags if flag.startswith("--config=")) or "--config=…"
+  following = [
     "Next",
     "  every conversation, step by step, in one page:",
-    f"    steptool report --config=… --workdir={workdir}",
+    f"    steptool report {named} --workdir={workdir}",
+  ]
+  if own:
+    return [
+      *following,
+      "  talk to it, and watch its calls:",
+      f"    steptool chat {shlex.join(flags)} --workdir={workdir}",
+    ]
+  return [
+    *following,
     "  your own tools: write tools.py and tasks.jsonl as in docs/tools.md, then",
     "    steptool check --config=smollm2_135m --config.model.path=MODEL --config.sft.steps=0 \\",
     "      --config.environment.name=custom \\",
