@@ -304,6 +304,13 @@ class Rollout(Limits):
     "rollout (-1 = as many as devices and key-value heads allow, 0 = as in training)",
     least=-1,
   )
+  kv_cache: str = option(
+    "auto",
+    "numbers that keys and values of past tokens are kept as: auto = model.dtype; int8 takes half "
+    "of bfloat16's memory and of its reads, and samples from a policy that is slightly another one "
+    "(figures sampler_gap and importance; field correction)",
+    choices=("auto", "int8"),
+  )
   decode_chunk: int = option(32, "tokens that one decode call samples at most", above=0)
   leave: float = option(
     0.5,
@@ -328,11 +335,13 @@ class Rollout(Limits):
   )
   correction: str = option(
     "token",
-    "lag 1, carry: what has one importance weight, pi / pi when sampled: a token, or a trajectory "
-    "('sequence'); 'none' = no weights",
+    "lag 1, carry, kv_cache int8: what has one importance weight, pi / pi when sampled: a token, "
+    "or a trajectory ('sequence'); 'none' = no weights",
     choices="importance levels",
   )
-  correction_bound: float = option(2.0, "lag 1, carry: where importance weights are cut", least=1)
+  correction_bound: float = option(
+    2.0, "lag 1, carry, kv_cache int8: where importance weights are cut", least=1
+  )
   temperature: float = option(1.0, "of sampling, and of all log-probs in the update", least=1e-4)
   top_k: int = option(0, "0 = off", least=0)
   top_p: float = option(1.0, "1 = off", above=0, most=1)
@@ -350,6 +359,11 @@ class Rollout(Limits):
   def stale(self) -> bool:
     """Whether what is learnt from may be of earlier weights, which importance weights correct."""
     return bool(self.lag or self.carry)
+
+  @property
+  def corrected(self) -> bool:
+    """Whether another policy samples than the one that learns, so that importance weights count."""
+    return self.stale or self.kv_cache == "int8"
 
 
 @dataclasses.dataclass(frozen=True)

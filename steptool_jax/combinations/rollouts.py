@@ -94,6 +94,12 @@ def _check_http(config: Config) -> None:
   h = config.rollout.http
   if not h.servers:
     raise ValueError("config.rollout.http.servers: empty; name vLLM's addresses: http://host:8000")
+  if config.rollout.kv_cache != "auto":
+    raise ValueError(
+      f"config.rollout.kv_cache: {config.rollout.kv_cache!r} is of the run's own engine, and with "
+      "rollout.engine = 'http' the servers keep the keys and values (--kv-cache-dtype is vLLM's "
+      "flag); set it to 'auto', or the engine to 'own'"
+    )
   from steptool_jax.simulators.posting import check_address  # slow: httpx
 
   for address in h.servers:

@@ -1,4 +1,18 @@
-"""Importance weights for trajectories that an earlier policy has sampled."""
+"""Importance weights for trajectories that another policy has sampled: an earlier one, or int8.
+
+With rollout.kv_cache = int8 the engine reads rounded keys and values, so it samples from mu, and
+not from the pi that prepare and update compute. Its log-probs are recorded as sampled, those of mu.
+PPO's ratio is sound all the same: old_logprobs, its denominator, is what prepare computes of pi, so
+the ratio begins at 1 and its clip bounds how far pi moves. But tokens are met as often as mu says,
+and the gradient wants them as often as pi does. The factor that is missing, pi / mu, is what these
+weights give, as they do for a lag; uncut, they leave no bias in a token's term, given its history.
+
+What bias stays: weights above the bound are cut (the figure importance_cut; gaps of some hundredths
+are far from it). Level 'token' does not correct how often a history is met; 'sequence' does, at the
+price of variance. Baselines and the critic are of conversations as mu has led them. Losses without
+advantages (rft, eto) take no weights: they choose conversations and learn those, whoever sampled
+them.
+"""
 
 import math
 from typing import Literal

@@ -141,6 +141,7 @@ def prepare(
     lambda x: x.reshape(-1, *x.shape[2:]), (batch_NBT, filled, table_NBK)
   )
   old_BT, mask_BT = now.logprobs, flat.action_mask
+  gap_BT = jnp.where(mask_BT, jnp.abs(old_BT - flat.behaviour_logprobs), 0.0)
   log_ratio_BT = jnp.where(mask_BT, old_BT - ref_BT, 0.0)  # k1
   rewards_BT = flat.rewards
   if c.loss.kl == "reward":
@@ -171,7 +172,7 @@ def prepare(
     signal |= {
       "advantages": jnp.where(state.step >= learner.critic_steps, signal["advantages"], 0.0)
     }
-  if c.rollout.stale and signal:
+  if c.rollout.corrected and not c.data.path and signal:
     # The surrogate is linear in the advantages, so weights on these are weights on its tokens.
     weights_BT, more = importance.truncated_weights(
       old_BT, flat, c.rollout.correction, c.rollout.correction_bound
@@ -191,7 +192,8 @@ def prepare(
   metrics |= {
     "kl": log_ratio_BT.sum() / jnp.maximum(trajectories, 1),
     "entropy": now.entropy.sum() / jnp.maximum(mask_BT.sum(), 1),
-    "sampler_gap": jnp.where(mask_BT, jnp.abs(old_BT - flat.behaviour_logprobs), 0.0).max(),
+    "sampler_gap": gap_BT.max(),
+    "sampler_gap_mean": gap_BT.sum() / jnp.maximum(mask_BT.sum(), 1),
   }
   return jax.tree.map(lambda x: x.reshape(shape), prepared), metrics
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
+from steptool_jax.policy.kernels import int8
 from steptool_jax.policy.sharding import platform
 
 CACHE_BLOCK = 128  # cache positions that one pass of the cached attention reads
@@ -24,10 +25,15 @@ MASKED = -1e30  # finite, so that a fully masked block stays free of NaN
 
 
 class KVCache(NamedTuple):
-  """k, v: [layers, slots, S, *cache_row(kv_heads, head_dim)] in the compute dtype."""
+  """k, v: [layers, slots, S, *cache_row(kv_heads, head_dim)] in the compute dtype or int8.
+
+  k_scale, v_scale: of int8, float32 [layers, slots, kv_heads, 1, S].
+  """
 
   k: jax.Array
   v: jax.Array
+  k_scale: jax.Array | None = None
+  v_scale: jax.Array | None = None
 
 
 class Window(NamedTuple):
@@ -66,9 +72,17 @@ class Positions(NamedTuple):
     window: Window | None = None,
   ) -> tuple[jax.Array, KVCache]:
     """(attention [N, C, H, h], the cache with the tokens), of one layer."""
+    scales = cache[2:]
+    if cache.k_scale is not None:
+      (k_NCKh, k_NCK), (v_NCKh, v_NCK) = int8.quantise(k_NCKh), int8.quantise(v_NCKh)
+      scales = (
+        write_scales(cache.k_scale, k_NCK, layer, self.writes),
+        write_scales(cache.v_scale, v_NCK, layer, self.writes),
+      )
     cache = KVCache(
       write_cache(cache.k, k_NCKh, layer, self.writes),
       write_cache(cache.v, v_NCKh, layer, self.writes),
+      *scales,
     )
     inputs = (q_NCHh, cache, k_NCKh.shape[2], layer, self.reads, self.blocks)
     return attend_cache(*inputs, window, self.lowest), cache
@@ -249,7 +263,10 @@ def init_cache(
 ) -> KVCache:
   """An empty cache of `size` positions for each of `slots` conversations."""
   shape = (layers, slots, size, *cache_row(kv_heads, head_dim))
-  return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+  scales = ()
+  if dtype == "int8":
+    scales = (int8.empty_scales(layers, slots, kv_heads, size) for _ in range(2))
+  return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), *scales)
 
 
 def cache_row(kv_heads: int, head_dim: int) -> tuple[int, ...]:
@@ -267,21 +284,32 @@ def write_cache(
   cache: jax.Array, new_NCKh: jax.Array, layer: jax.Array, at_NC: jax.Array
 ) -> jax.Array:
   """Scatter in place; `at_NC` int32 holds the position, or S where nothing may be written."""
-  index = jnp.stack([jnp.full_like(at_NC, layer), at_NC], axis=-1)
-  row = cache.shape[3:]
-  # Slots are a batch axis of the scatter, so that a cache sharded over slots needs no collective.
-  dims = lax.ScatterDimensionNumbers(
-    update_window_dims=tuple(range(2, 2 + len(row))),
-    inserted_window_dims=(0, 2),
-    scatter_dims_to_operand_dims=(0, 2),
-    operand_batching_dims=(1,),
-    scatter_indices_batching_dims=(0,),
-  )
-  new = new_NCKh.astype(cache.dtype)
+  new, row = new_NCKh.astype(cache.dtype), cache.shape[3:]
   if len(row) == 1:
     new = new.reshape(*at_NC.shape, -1)
     new = jnp.pad(new, ((0, 0), (0, 0), (0, row[0] - new.shape[-1])))
-  return lax.scatter(cache, index, new, dims, mode=lax.GatherScatterMode.FILL_OR_DROP)
+  return _scatter(cache, new, layer, at_NC, axis=2)
+
+
+def write_scales(
+  scales: jax.Array, new_NCK: jax.Array, layer: jax.Array, at_NC: jax.Array
+) -> jax.Array:
+  """As `write_cache`, for the scales [layers, N, K, 1, S] of an int8 cache."""
+  return _scatter(scales, new_NCK[..., None], layer, at_NC, axis=4)
+
+
+def _scatter(x, new, layer, at_NC, axis):
+  """x with `new` at a position (dimension `axis`) of a layer of each slot."""
+  index = jnp.stack([jnp.full_like(at_NC, layer), at_NC], axis=-1)
+  # Slots are a batch axis of the scatter, so that a cache sharded over slots needs no collective.
+  dims = lax.ScatterDimensionNumbers(
+    update_window_dims=tuple(range(2, new.ndim)),
+    inserted_window_dims=(0, axis),
+    scatter_dims_to_operand_dims=(0, axis),
+    operand_batching_dims=(1,),
+    scatter_indices_batching_dims=(0,),
+  )
+  return lax.scatter(x, index, new, dims, mode=lax.GatherScatterMode.FILL_OR_DROP)
 
 
 def cache_block(size: int) -> int:
@@ -317,7 +345,15 @@ def attend_cache(
   def read(x, start):
     row = x.shape[3:]
     block = lax.dynamic_slice(x, (layer, 0, start, *(0 for _ in row)), (1, N, size, *row))[0]
+    block = block if cache.k_scale is None else block.astype(q.dtype)
     return block if len(row) == 2 else block[..., : K * h].reshape(N, size, K, h)
+
+  def scaled(x_nkgcs, scales, start):
+    """x times the scale of each position."""
+    if scales is None:
+      return x_nkgcs
+    block = lax.dynamic_slice(scales, (layer, 0, 0, 0, start), (1, N, K, 1, size))[0]
+    return x_nkgcs * block[..., None, :]
 
   def body(i, carry):
     top, total, out = carry
@@ -328,13 +364,13 @@ def attend_cache(
       seen &= at > positions_NC[..., None] - reach
     k, v = read(cache.k, start), read(cache.v, start)
     scores = jnp.einsum("nckgh,nskh->nkgcs", q, k, preferred_element_type=jnp.float32)
+    scores = scaled(scores, cache.k_scale, start)
     scores = jnp.where(seen[:, None, None], scores, MASKED)
     new_top = jnp.maximum(top, scores.max(axis=-1))
     probs = jnp.exp(scores - new_top[..., None])
     decay = jnp.exp(top - new_top)
-    part = jnp.einsum(
-      "nkgcs,nskh->nkgch", probs.astype(v.dtype), v, preferred_element_type=jnp.float32
-    )
+    weights = scaled(probs, cache.v_scale, start).astype(v.dtype)
+    part = jnp.einsum("nkgcs,nskh->nkgch", weights, v, preferred_element_type=jnp.float32)
     return new_top, total * decay + probs.sum(axis=-1), out * decay[..., None] + part
 
   shape = (N, K, H // K, C)

@@ -19,11 +19,14 @@ def positions_axis(cache: Cache) -> int:
   return 3 if isinstance(cache, HeadCache) else 2
 
 
-def spec(cache: Cache, mesh: Any) -> P:
-  """The layout of k and v on a mesh."""
+def specs(cache: Cache, mesh: Any) -> Cache:
+  """The layout of each array on a mesh; scales lie as the kernels' keys do."""
   if isinstance(cache, HeadCache):
-    return headcache.cache_spec(cache.k.shape[2], mesh)
-  return sharding.cache_spec(cache.k.shape[3:], mesh)
+    lies = scales = headcache.cache_spec(cache.k.shape[2], mesh)
+  else:
+    lies = sharding.cache_spec(cache.k.shape[3:], mesh)
+    scales = P(*lies[:2], *lies[3:])
+  return type(cache)(lies, lies, *(None if x is None else scales for x in cache[2:]))
 
 
 def copy_slots(cache: Cache, source_N: jax.Array, longest: jax.Array) -> Cache:
@@ -31,8 +34,7 @@ def copy_slots(cache: Cache, source_N: jax.Array, longest: jax.Array) -> Cache:
 
   A block of one layer at a time: so much travels between the chips, and never a whole cache.
   """
-  axis = positions_axis(cache)
-  size = cache.k.shape[axis]
+  size = cache.k.shape[positions_axis(cache)]
   width = attention.cache_block(size)
   mesh = sharding.mesh_of_rows(len(source_N))
 
@@ -42,7 +44,7 @@ def copy_slots(cache: Cache, source_N: jax.Array, longest: jax.Array) -> Cache:
     if mesh is not None:
       source_n = lax.dynamic_slice(source_N, (lax.axis_index(sharding.ROWS) * own,), (own,))
 
-    def block(at, x):
+    def block(at, x, axis):
       start = [at // blocks, 0, 0, 0, 0][: x.ndim]
       start[axis] = jnp.minimum(at % blocks * width, size - width)
       shape = (1, *x.shape[1:axis], width, *x.shape[axis + 1 :])
@@ -51,12 +53,14 @@ def copy_slots(cache: Cache, source_N: jax.Array, longest: jax.Array) -> Cache:
         part = lax.all_gather(part, sharding.ROWS, tiled=True)
       return lax.dynamic_update_slice(x, part[source_n][None], start)
 
-    def both(at, cache):
-      return type(cache)(*(block(at, x) for x in cache))
+    def all_arrays(at, cache):
+      k, v, *scales = cache
+      both = (block(at, x, positions_axis(cache)) for x in (k, v))
+      return type(cache)(*both, *(x if x is None else block(at, x, 4) for x in scales))
 
-    return lax.fori_loop(0, cache.k.shape[0] * blocks, both, cache)
+    return lax.fori_loop(0, cache.k.shape[0] * blocks, all_arrays, cache)
 
   if mesh is not None:
-    lies = spec(cache, mesh)
+    lies = specs(cache, mesh)
     local = jax.shard_map(local, in_specs=(lies, P(), P()), out_specs=lies, check_vma=False)
   return local(cache, source_N, -(-longest // width))

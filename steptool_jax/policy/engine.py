@@ -47,10 +47,12 @@ class Decoded(NamedTuple):
   stopped: jax.Array  # bool[N], the last of them is a stop token
 
 
-def init_state(config: model.ModelConfig, slots: int, size: int) -> EngineState:
+def init_state(
+  config: model.ModelConfig, slots: int, size: int, kv_cache: str = "auto"
+) -> EngineState:
   """`slots` empty slots of `size` positions."""
   return EngineState(
-    cache=model.init_cache(config, slots, size),
+    cache=model.init_cache(config, slots, size, kv_cache),
     tokens=jnp.zeros((slots, size), jnp.int32),
     length=jnp.zeros(slots, jnp.int32),
   )
@@ -246,12 +248,15 @@ def fork(state: EngineState, source_N: jax.Array) -> EngineState:
   return EngineState(cache, state.tokens[source_N], length_N)
 
 
-def state_shardings(config: model.ModelConfig, slots: int, size: int, mesh: Mesh) -> EngineState:
+def state_shardings(
+  config: model.ModelConfig, slots: int, size: int, mesh: Mesh, kv_cache: str = "auto"
+) -> EngineState:
   """How the engine's slots lie on the mesh; ValueError where they do not divide."""
   sharding.check_rows("slots", slots, mesh)
-  empty = jax.eval_shape(functools.partial(model.init_cache, config, slots, size))
-  cache, rows = NamedSharding(mesh, caches.spec(empty, mesh)), sharding.batch_sharding(mesh)
-  return EngineState(type(empty)(cache, cache), rows, rows)
+  empty = jax.eval_shape(functools.partial(model.init_cache, config, slots, size, kv_cache))
+  cache = jax.tree.map(functools.partial(NamedSharding, mesh), caches.specs(empty, mesh))
+  rows = sharding.batch_sharding(mesh)
+  return EngineState(cache, rows, rows)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -262,7 +267,8 @@ class Engine:
   at most so many slots take programs of their own, ascending; () = none. append_programs: (tokens
   of a chunk, program), in the order in which pieces go in; () = append_program takes all. mesh:
   that the programs run on; None = one device. tiled: the cache is the kernels', and append takes
-  tiles. copied: weights have a layout of their own in rollouts.
+  tiles. copied: weights have a layout of their own in rollouts. kv_cache: numbers of keys and
+  values, "auto" (the compute dtype) or "int8".
   """
 
   config: model.ModelConfig
@@ -273,6 +279,7 @@ class Engine:
   mesh: Mesh | None
   tiled: bool
   copied: bool
+  kv_cache: str
   init_program: Callable[[], EngineState]
   append_program: Callable
   append_programs: tuple[tuple[int, Callable], ...]
@@ -423,13 +430,14 @@ def make_engine(
   leave: float = 1.0,
   *,
   copied: bool = False,
+  kv_cache: str = "auto",
 ) -> Engine:
   """Jits the four programs; `mesh` is what the slots lie on. leave: as in `decode`.
 
   Slots on several devices have no buckets: their rows would have to travel. copied: weights are
   laid out anew for this mesh, which is not training's.
   """
-  where = None if mesh is None else state_shardings(config, slots, size, mesh)
+  where = None if mesh is None else state_shardings(config, slots, size, mesh, kv_cache)
   alone = mesh is None or mesh.size == 1
   tiled = model.tiled(config)
   jit = functools.partial(sharding.jit, out_shardings=where)
@@ -454,7 +462,8 @@ def make_engine(
     mesh=mesh,
     tiled=tiled,
     copied=copied,
-    init_program=jit(functools.partial(init_state, config, slots, size)),
+    kv_cache=kv_cache,
+    init_program=jit(functools.partial(init_state, config, slots, size, kv_cache)),
     append_program=append_program,
     append_programs=() if tiled or sharding.platform() == "tpu" else tuple(in_chunks),
     decode_program=sharding.jit(

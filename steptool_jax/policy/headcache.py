@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
+from steptool_jax.policy.kernels import int8
 from steptool_jax.policy.sharding import ROWS, mesh_of_rows, platform
 
 TILE = 64  # tokens of a row of an append; a power of two
@@ -22,10 +23,20 @@ MOST_TILES = 128  # of one append program on one shard; what is longer takes sev
 
 
 class HeadCache(NamedTuple):
-  """k, v: [layers, slots, kv_heads, positions, head_dim] in the compute dtype."""
+  """k, v: [layers, slots, kv_heads, positions, head_dim] in the compute dtype or int8.
+
+  k_scale, v_scale: of int8, float32 [layers, slots, kv_heads, 1, positions].
+  """
 
   k: jax.Array
   v: jax.Array
+  k_scale: jax.Array | None = None
+  v_scale: jax.Array | None = None
+
+  @property
+  def arrays(self) -> tuple[jax.Array, ...]:
+    """Those that there are, as the kernels take them."""
+    return tuple(x for x in self if x is not None)
 
 
 def suits(head_dim: int) -> bool:
@@ -36,11 +47,14 @@ def suits(head_dim: int) -> bool:
 def init(layers: int, slots: int, kv_heads: int, size: int, head_dim: int, dtype: str) -> HeadCache:
   """An empty cache for `size` tokens a slot; its positions are rounded up to whole blocks."""
   shape = (layers, slots, kv_heads, _kernels().rounded(size), head_dim)
-  return HeadCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+  scales = ()
+  if dtype == "int8":
+    scales = (int8.empty_scales(layers, slots, kv_heads, shape[3]) for _ in range(2))
+  return HeadCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), *scales)
 
 
 def cache_spec(kv_heads: int, mesh: Any) -> P:
-  """Of k and v; heads that the tensor axis does not divide are whole on every chip."""
+  """Of all arrays; heads that the tensor axis does not divide are whole on every chip."""
   return P(None, ROWS, _heads(kv_heads, mesh))
 
 
@@ -66,18 +80,16 @@ class OneToken(NamedTuple):
     K = k_N1Kh.shape[2]
     kernels = _kernels()
 
-    def local(q, k, v, cache_k, cache_v, layer, position, active, row, block, count):
+    def local(q, k, v, cache, layer, position, active, row, block, count):
       work = (row, block, count[0])
-      return kernels.decode(
-        q, k, v, cache_k, cache_v, layer, position, active, work, interpret=_interpret()
-      )
+      return kernels.decode(q, k, v, cache, layer, position, active, work, interpret=_interpret())
 
     heads = P(ROWS, _heads(K, mesh_of_rows(N)))
     spec = cache_spec(K, mesh_of_rows(N))
     rows = (P(ROWS),) * 5
-    run = _over(N, local, (heads, heads, heads, spec, spec, P(), *rows), (heads, spec, spec))
+    run = _over(N, local, (heads, heads, heads, spec, P(), *rows), (heads, spec))
     q = q_N1Hh.reshape(N, K, H // K, h)
-    out, *new = run(q, k_N1Kh[:, 0], v_N1Kh[:, 0], *cache, layer, *self[:2], *self.work)
+    out, new = run(q, k_N1Kh[:, 0], v_N1Kh[:, 0], cache.arrays, layer, *self[:2], *self.work)
     return out.reshape(N, 1, H, h), HeadCache(*new)
 
 
@@ -111,27 +123,25 @@ class Tiles(NamedTuple):
   ) -> tuple[jax.Array, HeadCache]:
     """(attention [R, T, H, h], the cache with the tokens), of one layer."""
     assert window is None, NO_WINDOW
+    from steptool_jax.policy.kernels import writing  # as cached
+
     R, T, H, h = q_RTHh.shape
     K = k_RTKh.shape[2]
     kernels = _kernels()
 
-    def local(q, k, v, cache_k, cache_v, layer, slot, base, first, end, row, block, count):
-      cache_k, cache_v = kernels.write(
-        k, v, cache_k, cache_v, layer, slot, base, first, end, interpret=_interpret()
-      )
+    def local(q, k, v, cache, layer, slot, base, first, end, row, block, count):
+      cache = writing.write(k, v, cache, layer, slot, base, first, end, interpret=_interpret())
       work = (row, block, count[0])
-      out = kernels.attend(
-        q, cache_k, cache_v, layer, slot, base, work, tokens=T, interpret=_interpret()
-      )
-      return out, cache_k, cache_v
+      out = kernels.attend(q, cache, layer, slot, base, work, tokens=T, interpret=_interpret())
+      return out, cache
 
     heads = P(ROWS, _heads(K, mesh_of_rows(R)))
     spec = cache_spec(K, mesh_of_rows(R))
     rows = (P(ROWS),) * 7
-    run = _over(R, local, (heads, heads, heads, spec, spec, P(), *rows), (heads, spec, spec))
+    run = _over(R, local, (heads, heads, heads, spec, P(), *rows), (heads, spec))
     q = q_RTHh.reshape(R, T, K, H // K, h).transpose(0, 2, 3, 1, 4).reshape(R, K, -1, h)
     k, v = k_RTKh.swapaxes(1, 2), v_RTKh.swapaxes(1, 2)
-    out, *new = run(q, k, v, *cache, layer, *self[:4], *self.work)
+    out, new = run(q, k, v, cache.arrays, layer, *self[:4], *self.work)
     out = out.reshape(R, K, H // K, T, h).transpose(0, 3, 1, 2, 4).reshape(R, T, H, h)
     return out, HeadCache(*new)
 

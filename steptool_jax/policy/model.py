@@ -60,11 +60,15 @@ def tiled(config: ModelConfig) -> bool:
   return headcache.suits(config.head_dim) and not config.sliding_layers
 
 
-def init_cache(config: ModelConfig, slots: int, size: int) -> Cache:
-  """An empty cache of `size` positions (or a few more) for each of `slots` conversations."""
+def init_cache(config: ModelConfig, slots: int, size: int, dtype: str = "auto") -> Cache:
+  """An empty cache of `size` positions (or a few more) for each of `slots` conversations.
+
+  dtype: "auto" = the compute dtype, or "int8".
+  """
   init = headcache.init if tiled(config) else attention.init_cache
   heads, width = config.num_kv_heads, config.head_dim
-  return init(config.num_layers, slots, heads, size, width, config.dtype)
+  dtype = config.dtype if dtype == "auto" else dtype
+  return init(config.num_layers, slots, heads, size, width, dtype)
 
 
 def _rope_tables(config: ModelConfig, positions_BT: jax.Array) -> tuple[jax.Array, ...]:

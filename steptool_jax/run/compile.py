@@ -204,8 +204,9 @@ def engine_programs(
   Where rollouts have a layout of their own, `layout` makes a copy of the weights, which stays too.
   """
   engine = build.build_engine(config, policy, mesh)
-  empty = functools.partial(engine_lib.init_state, policy.model, engine.slots, engine.size)
-  where = engine_lib.state_shardings(policy.model, engine.slots, engine.size, engine.mesh)
+  sizes = engine.slots, engine.size
+  where = engine_lib.state_shardings(policy.model, *sizes, engine.mesh, engine.kv_cache)
+  empty = functools.partial(engine_lib.init_state, policy.model, *sizes, engine.kv_cache)
   slots = sharding.abstract(jax.eval_shape(empty), where)
   trained = lora.join_variables(state.trainable, state.frozen)
   variables, alive, found = trained, (state, slots), []

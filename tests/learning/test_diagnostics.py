@@ -48,7 +48,7 @@ def test_every_algorithm_writes_its_diagnostics(name):
   row, found = algorithms.ALGORITHMS[name], written(name)
   assert {"entropy", "grad_norm", "skipped"} <= found
   if row.rewards != "none":
-    assert {"kl", "sampler_gap"} <= found
+    assert {"kl", "sampler_gap", "sampler_gap_mean"} <= found
   if row.advantage is not None:
     assert {"advantage_std", "clip_fraction", "old_kl", "policy_loss"} <= found
   if "value_loss" in found or "q_loss" in found:

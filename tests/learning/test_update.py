@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 
 import fakes
@@ -103,6 +104,38 @@ def test_kl_is_zero_for_actor_equal_reference_at_any_temperature(params):
   prepared, metrics = jitted(learner)[0](state, batch, batch.tokens.shape[0])
   assert float(metrics["kl"]) == 0.0
   np.testing.assert_array_equal(prepared.old_logprobs, prepared.ref_logprobs)
+
+
+def test_what_an_int8_cache_has_sampled_is_weighted(params):
+  """Its sampler is another policy; uncorrected, tokens count as often as that one says them."""
+
+  def with_(learner, kv_cache, path=""):
+    c = learner.config
+    rollout = dataclasses.replace(c.rollout, kv_cache=kv_cache)
+    data = dataclasses.replace(c.data, path=path)
+    return dataclasses.replace(learner, config=dataclasses.replace(c, rollout=rollout, data=data))
+
+  plain = make_learner(advantage=Advantage(whiten=False))
+  state = update.init_state(plain, {"params": params}, {})
+  batch = stacked(fakes.padded(batching.pack(trajectories(), 64), 2), 2)
+  batch = batch._replace(behaviour_logprobs=batch.behaviour_logprobs - 4.0)
+  (before, figures), (after, more) = (
+    jitted(with_(plain, kv_cache))[0](state, batch, batch.tokens.shape[0])
+    for kv_cache in ("auto", "int8")
+  )
+  gap = np.where(batch.action_mask, before.old_logprobs - batch.behaviour_logprobs, 0.0)
+  weights = np.minimum(np.exp(gap), 2.0)
+  assert (weights == 2.0).any()
+  assert (weights < 0.5).any()
+  np.testing.assert_allclose(after.advantages, before.advantages * weights, rtol=1e-5, atol=1e-7)
+  np.testing.assert_array_equal(after.old_logprobs, before.old_logprobs)
+  assert set(more) - set(figures) == {"importance", "importance_cut"}
+  mean = np.abs(gap).sum() / np.asarray(batch.action_mask).sum()
+  np.testing.assert_allclose(figures["sampler_gap_mean"], mean, rtol=1e-5)
+  assert figures["sampler_gap"] == np.abs(gap).max()
+  # Stored trajectories are nothing that this engine has sampled.
+  stored = functools.partial(update.prepare, with_(plain, "int8", "stored"))
+  assert set(jax.eval_shape(stored, state, batch, 1)[1]) == set(figures)
 
 
 def off_reference(learner, params):

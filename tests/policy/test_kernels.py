@@ -67,7 +67,7 @@ def test_decode_equals_the_oracle_and_writes_its_token(small_blocks, dtype):
   # A bfloat16 near 1 has steps of 8e-3: the two may round to neighbours.
   assert float(jnp.mean(gap)) < TOLERANCE[dtype]
   assert np.isfinite(out.astype(float)).all()
-  for x, y in zip(after, written, strict=True):
+  for x, y in zip(after.arrays, written, strict=True):
     x = np.asarray(heads_first(x).astype(jnp.float32))
     y = np.asarray(y.astype(jnp.float32))
     np.testing.assert_array_equal(x[0], y[0])  # another layer
@@ -117,7 +117,7 @@ def test_tiles_equal_the_xla_path(small_blocks, dtype):
     a, b, at = int(first[r]), int(end[r]), int(base[r])
     for x, y in zip(written, (new_k, new_v), strict=True):
       x[1, slot[r], at + a : at + b] = y[r, a:b].astype(jnp.float32)
-  for x, y in zip(after, written, strict=True):
+  for x, y in zip(after.arrays, written, strict=True):
     np.testing.assert_array_equal(heads_first(x).astype(jnp.float32), y)
   seen = attention.KVCache(*(jnp.asarray(x, dtype)[:, slot] for x in written))
   positions = base[:, None] + jnp.arange(tile)
@@ -140,6 +140,7 @@ def test_work_is_what_is_filled():
 
 
 COMPILE = """
+import itertools
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
 from steptool_jax.policy import headcache, sharding
@@ -153,19 +154,25 @@ for topology in ("v5e:2x2", "v6e:2x2"):
   with jax.set_mesh(mesh):
     for heads, group, size in ((2, 4, 2048), (8, 1, 640), (2, 7, 8192)):
       spec = headcache.cache_spec(heads, mesh)
-      cache = headcache.HeadCache(*[like(spec, (2, 8, heads, size, 128), jnp.bfloat16)] * 2)
+      kept = lambda dtype: [like(spec, (2, 8, heads, size, 128), dtype)] * 2
+      scales = [like(spec, (2, 8, heads, 1, size), jnp.float32)] * 2
+      caches = [headcache.HeadCache(*kept(jnp.bfloat16))]
+      if (topology, heads) == ("v5e:2x2", 8):
+        caches.append(headcache.HeadCache(*kept(jnp.int8), *scales))
       def decode(q, k, v, position, cache):
         return headcache.one_token(position, position > 0, cache).step(q, k, v, jnp.int32(1), cache)
       def append(q, k, v, slot, base, cache):
         plan = headcache.tiles(slot, base, 0 * base, 0 * base + 64, cache)
         return plan.step(q, k, v, jnp.int32(1), cache)
-      for function, tokens, plan in ((decode, 1, 1), (append, 64, 2)):
+      for cache, (function, tokens, plan) in itertools.product(
+        caches, ((decode, 1, 1), (append, 64, 2))
+      ):
         q = like(rows, (8, tokens, heads * group, 128), jnp.bfloat16)
         k = like(rows, (8, tokens, heads, 128), jnp.bfloat16)
         places = [like(rows, (8,), jnp.int32)] * plan
         program = jax.jit(function, donate_argnums=3 + plan).lower(q, k, k, *places, cache)
         compiled = program.compile()
-        whole = 2 * 2 * 8 * heads * size * 128 * 2 // 4
+        whole = 2 * cache.k.size * cache.k.dtype.itemsize // 4
         assert compiled.memory_analysis().temp_size_in_bytes < whole / 4, "the cache is copied"
         assert "flash_" in compiled.as_text()
     print(topology, "compiled")

@@ -48,22 +48,30 @@ def assert_same(found, expected):
   assert found[1] == expected[1]
 
 
-def of_one_device(variables):
-  return conversations(engine.make_engine(CONFIG, slots=8, size=160, chunk=8), variables)
+def of_one_device(variables, kv_cache="auto"):
+  eng = engine.make_engine(CONFIG, slots=8, size=160, chunk=8, kv_cache=kv_cache)
+  return conversations(eng, variables)
 
 
 def test_tokens_are_those_of_one_device():
-  """On training's mesh and on one of their own, where slots are forked from chip to chip."""
+  """On training's mesh and on one of their own, where slots are forked from chip to chip; with an
+  int8 cache, scales go with their keys."""
   assert "8 devices say the same" in fakes.on_devices(8, __file__).stdout
 
 
-def _on_eight_devices(variables, expected, tensor):
+def _on_eight_devices(variables, expected, tensor, kv_cache="auto"):
   training = sharding.make_mesh(1, 4, 2)
   where = sharding.rollout_mesh(training, tensor, SIZES)
   assert dict(where.shape) == {"data": 4 if tensor else 1, "fsdp": 1 if tensor else 4, "tensor": 2}
   with jax.set_mesh(training):
     eng = engine.make_engine(
-      CONFIG, slots=8, size=160, chunk=8, mesh=where, copied=where is not training
+      CONFIG,
+      slots=8,
+      size=160,
+      chunk=8,
+      mesh=where,
+      copied=where is not training,
+      kv_cache=kv_cache,
     )
     assert_same(conversations(eng, variables, training), expected)
     placed = jax.device_put(variables, sharding.shardings(variables, training))
@@ -150,4 +158,5 @@ if __name__ == "__main__":
   of_one = of_one_device(weights)
   for ways in (0, 2, -1):
     _on_eight_devices(weights, of_one, ways)
+  _on_eight_devices(weights, of_one_device(weights, "int8"), 2, "int8")
   print("8 devices say the same")

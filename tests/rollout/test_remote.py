@@ -238,11 +238,13 @@ def test_a_gap_stops_before_anything_is_learnt():
     ({"servers": ("http://u:p@h:1",)}, "a user name or a password"),
     ({"servers": ("http://h:1",), "weights": "adapter"}, "use 'reload'"),
     ({"servers": ("http://h:1",), "weights": "adaptor"}, "adapter"),
+    ({"servers": ("http://h:1",), "kv_cache": "int8"}, r"rollout\.kv_cache: 'int8' .* to 'auto'"),
   ],
 )
 def test_a_config_that_cannot_work_is_refused(changes, reason):
   config = base_config()
   config.rollout.engine = "http"
+  config.rollout.kv_cache = changes.pop("kv_cache", "auto")
   config.rollout.http.update(changes)
   with pytest.raises(ValueError, match=reason):
     validation.validate(config)

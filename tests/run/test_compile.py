@@ -266,12 +266,23 @@ def test_prices_of_kernels_by_hand():
   """What the estimator takes for a kernel that XLA does not see into."""
   # 4 slots of 1,024 positions, 1 head of width 128, 8 queries: keys and values once, 2 products.
   cache, rows = (2, 4, 1, 1024, 128), (4, 1, 8, 128)
-  flops, moved, steps = cached.cost("flash_decode.1", (rows, cache, cache), 2)
+  flops, moved, steps = cached.cost("flash_decode.1", (rows, cache, cache), (2, 2, 2))
   assert flops == 2 * 2 * 4 * 8 * 1024 * 128
   assert moved == 2 * 4 * 1024 * 128 * 2 + 2 * 4 * 8 * 128 * 2
   assert steps == pytest.approx(4 * 0.35e-6)  # 1,024 positions are the 2**18 bytes of one step
-  assert cached.cost("write_cache", (rows, cache), 2)[1] == 6 * 4 * 8 * 128 * 2
-  assert cached.cost("splash_mha_fwd", (rows, cache), 2) == (0, 0, 0)
+  new = (rows, rows, cache, cache)
+  assert cached.cost("write_cache", new, (2,) * 4)[1] == 6 * 4 * 8 * 128 * 2
+  assert cached.cost("splash_mha_fwd", (rows, cache), (2, 2)) == (0, 0, 0)
+  # As int8: half of the bytes, 4 of a scale for each position, and steps of twice the positions.
+  cache, scales = (2, 4, 1, 2048, 128), (2, 4, 1, 1, 2048)
+  kept = (rows, cache, cache, scales, scales), (2, 1, 1, 4, 4)
+  flops, moved, steps = cached.cost("flash_decode.1", *kept)
+  assert flops == 2 * 2 * 4 * 8 * 2048 * 128
+  assert moved == 2 * 4 * 2048 * (128 + 4) + 2 * 4 * 8 * 128 * 2
+  assert steps == pytest.approx(4 * 0.35e-6)
+  lanes = (4, 1, 1, 128)
+  new = (rows, rows, lanes, lanes, cache, cache, scales, scales), (1, 1, 4, 4, 1, 1, 4, 4)
+  assert cached.cost("write_cache", *new)[1] == 6 * 4 * 8 * 128 + 2 * 3 * 4 * 128 * 4
   chip = Chip(flops=100.0, hbm=1, bandwidth=10.0, link=5.0, clock=2.0)
   assert (chip.kernel(50.0, 5.0, 0.2), chip.kernel(5.0, 30.0, 0.2)) == (1.0, 3.0)
   assert chip.kernel(5.0, 5.0, 4.0) == 4.0

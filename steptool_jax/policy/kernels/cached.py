@@ -1,9 +1,9 @@
-"""Pallas TPU kernels over a live cache: flash attention that pays for what is filled, and writes.
+"""Pallas TPU kernels over a live cache: flash attention that pays for what is filled.
 
 Shapes: L layers, N slots, K key-value heads, S cache positions, h head dimension; R rows of work, T
 tokens a row, X = G * T the queries of a row that share a key-value head (of group g and token t at
-g * T + t). The cache is [L, N, K, S, h]: positions lie along the tile's rows, so that one head a
-chip is read as quickly as eight.
+g * T + t). The cache is k, v [L, N, K, S, h]: positions lie along the tile's rows, so that one head
+a chip is read as quickly as eight. Of int8 it has two arrays more, the scales [L, N, K, 1, S].
 
 Why not a library's: JAX's ragged paged attention (v2) fails in interpret mode and cannot be checked
 here, its paged attention (v1) leaves writing to XLA, which copies the cache, and tokamax has none.
@@ -18,14 +18,24 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from steptool_jax.policy.kernels.shared import (
+  LANES,
+  as_kept,
+  in_order,
+  interpreted,
+  like,
+  selectable,
+  twice,
+)
+from steptool_jax.policy.kernels.writing import WRITE
+
 MASKED = -1e30
-LANES = 128
 ROUNDING = 512  # a cache's positions are a multiple of it, or of LANES where there are fewer
 STEP_BYTES = 2**18  # of keys and of values that one step of the grid reads, about
 STEP_SECONDS = 0.35e-6  # what a step costs beside its bytes (Pallas documentation)
-LINE = 16  # positions that a write of one token reads and writes: a row of tiles of 16-bit numbers
-VMEM = 64 * 2**20
-DECODE, ATTEND, WRITE = "flash_decode", "flash_append", "write_cache"
+# Positions that a write of one token reads and writes, by bytes of a number: a row of tiles.
+LINES = {1: 32, 2: 16, 4: 16}
+DECODE, ATTEND = "flash_decode", "flash_append"
 
 
 def rounded(size: int) -> int:
@@ -61,43 +71,52 @@ def decode(
   q_RKGh: jax.Array,
   new_k_RKh: jax.Array,
   new_v_RKh: jax.Array,
-  k: jax.Array,
-  v: jax.Array,
+  cache: tuple[jax.Array, ...],
   layer: jax.Array,
   position_R: jax.Array,
   active_R: jax.Array,
   work: tuple[jax.Array, jax.Array, jax.Array],
   *,
   interpret: bool = False,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """One token a slot, at position[r] of slot r: (out [R, K, G, h], k, v with the token written).
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+  """One token a slot, at position[r] of slot r: (out [R, K, G, h], the cache with the token).
 
   work: `steps_of(position_R, …)`, the same for all layers. A slot that is not active writes
-  nothing, and its output means nothing but is finite. k and v are updated in place.
+  nothing, and its output means nothing but is finite. The cache is updated in place.
   """
   R, K, G, h = q_RKGh.shape
-  block = block_of(k.shape[3], K, h, k.dtype.itemsize)
+  k, parts = cache[0], len(cache)
+  block, line = block_of(k.shape[3], K, h, k.dtype.itemsize), LINES[k.dtype.itemsize]
   q, X = _rows_of_tiles(q_RKGh)
-  row = pl.BlockSpec((1, K, X, h), lambda i, row, *_: (row[i], 0, 0, 0))
-  new = pl.BlockSpec((1, K, 1, h), lambda i, row, *_: (row[i], 0, 0, 0))
-  cached = pl.BlockSpec(
+  new = as_kept((new_k_RKh[:, :, None], new_v_RKh[:, :, None]), cache)
+
+  def of_row(shape):
+    return pl.BlockSpec((1, *shape[1:]), lambda i, row, *_: (row[i], 0, 0, 0))
+
+  keys = pl.BlockSpec(
     (1, 1, K, block, h), lambda i, row, at, layer, *_: (layer[0], row[i], 0, at[i], 0)
   )
-  whole = pl.BlockSpec(memory_space=pl.ANY)
-  line = pltpu.VMEM((2, K, LINE, h), k.dtype)
-  out, k, v = pl.pallas_call(
-    functools.partial(_decode_kernel, block=block, rows=R),
-    out_shape=(_like(q), _like(k), _like(v)),
+  scales = pl.BlockSpec(
+    (1, 1, K, 1, block), lambda i, row, at, layer, *_: (layer[0], row[i], 0, 0, at[i])
+  )
+  lines = (pltpu.VMEM((2, K, line, h), k.dtype), pltpu.VMEM((2, K, 1, LANES), jnp.float32))
+  out, *cache = pl.pallas_call(
+    functools.partial(_decode_kernel, block=block, rows=R, parts=parts),
+    out_shape=(like(q), *map(like, cache)),
     grid_spec=pltpu.PrefetchScalarGridSpec(
       num_scalar_prefetch=6,
       grid=(_grid(work, interpret),),
-      in_specs=[row, new, new, cached, cached],
-      out_specs=(row, whole, whole),
-      scratch_shapes=[*_softmax(K, X, h), line, line, pltpu.SemaphoreType.DMA((2, 2))],
+      in_specs=[*(of_row(x.shape) for x in (q, *new)), *twice(keys, scales, parts)],
+      out_specs=(of_row(q.shape), *(pl.BlockSpec(memory_space=pl.ANY),) * parts),
+      scratch_shapes=[
+        *_softmax(K, X, h),
+        *twice(*lines, parts),
+        pltpu.SemaphoreType.DMA((parts, 2)),
+      ],
     ),
-    input_output_aliases={9: 1, 10: 2},
-    compiler_params=_in_order(1),
-    interpret=_interpreted(interpret),
+    input_output_aliases={7 + parts + i: 1 + i for i in range(parts)},
+    compiler_params=in_order(),
+    interpret=interpreted(interpret),
     name=DECODE,
   )(
     work[0],
@@ -107,21 +126,19 @@ def decode(
     active_R.astype(jnp.int32),
     work[2].reshape(1),
     q,
-    new_k_RKh[:, :, None].astype(k.dtype),
-    new_v_RKh[:, :, None].astype(v.dtype),
-    k,
-    v,
+    *new,
+    *cache,
   )
-  return out[:, :, :G], k, v
+  return out[:, :, :G], tuple(cache)
 
 
 def _decode_kernel(
-  row_ref, at_ref, layer_ref, position_ref, active_ref, count_ref,
-  q_ref, new_k_ref, new_v_ref, k_ref, v_ref,
-  out_ref, k_out, v_out,
-  top_ref, total_ref, acc_ref, k_line, v_line, sem,
-  *, block, rows,
+  row_ref, at_ref, layer_ref, position_ref, active_ref, count_ref, q_ref, *refs,
+  block, rows, parts,
 ):  # fmt: skip
+  new_refs, cached_refs, refs = refs[:parts], refs[parts : 2 * parts], refs[2 * parts :]
+  out_ref, outs, refs = refs[0], refs[1 : 1 + parts], refs[1 + parts :]
+  (top_ref, total_ref, acc_ref), line_refs, sem = refs[:3], refs[3:-1], refs[-1]
   step = pl.program_id(0)
   n, b = row_ref[step], at_ref[step]
   position, layer = position_ref[n], layer_ref[0]
@@ -130,21 +147,31 @@ def _decode_kernel(
   # The new token comes first: it need not be in the cache to be seen.
   @pl.when(b == 0)
   def _():
-    q, new_k = q_ref[0].astype(jnp.float32), new_k_ref[0].astype(jnp.float32)
+    q = q_ref[0].astype(jnp.float32)
+    new_k, new_v = (new_ref[0].astype(jnp.float32) for new_ref in new_refs[:2])
+    if parts == 4:
+      new_k, new_v = new_k * new_refs[2][0][:, :, :1], new_v * new_refs[3][0][:, :, :1]
     top_ref[...] = jnp.broadcast_to((q * new_k).sum(axis=-1, keepdims=True), top_ref.shape)
     total_ref[...] = jnp.ones_like(total_ref)
-    acc_ref[...] = jnp.broadcast_to(new_v_ref[0].astype(jnp.float32), acc_ref.shape)
+    acc_ref[...] = jnp.broadcast_to(new_v, acc_ref.shape)
 
   @pl.when(b * block < position)
   def _():
     shape = (q_ref.shape[2], block)
     seen = b * block + lax.broadcasted_iota(jnp.int32, shape, 1) < position
-    _attend_block(q_ref, k_ref, v_ref, seen, top_ref, total_ref, acc_ref)
+    _attend_block(q_ref, cached_refs, seen, top_ref, total_ref, acc_ref)
+
+  def line_of(part, position):
+    """(its size, where it lies in a slot's array) of the line that holds a position."""
+    everything, scales = slice(None), part > 1
+    size = LANES if scales else line_refs[part].shape[2]
+    line = pl.ds(pl.multiple_of(position // size * size, size), size)
+    return size, (everything, everything, line) if scales else (everything, line, everything)
 
   def copies(slot, n):
-    base = pl.multiple_of(position_ref[n] // LINE * LINE, LINE)
-    for part, (line, out) in enumerate(((k_line, k_out), (v_line, v_out))):
-      target = out.at[layer, n, :, pl.ds(base, LINE), :]
+    for part, (line, out) in enumerate(zip(line_refs, outs, strict=True)):
+      _, where = line_of(part, position_ref[n])
+      target = out.at[(layer, n, *where)]
       yield pltpu.make_async_copy(line.at[slot], target, sem.at[part, slot])
 
   def wait_for(n):
@@ -160,12 +187,16 @@ def _decode_kernel(
 
     @pl.when(active_ref[n] > 0)
     def _():
-      # Of the block that lies here, which is the one before where the token opens a new one.
-      start = pl.multiple_of(position // LINE * LINE % block, LINE)
-      at = lax.broadcasted_iota(jnp.int32, (1, LINE, 1), 1) - position % LINE
-      for line, cached, new in ((k_line, k_ref, new_k_ref), (v_line, v_ref, new_v_ref)):
-        old = cached[0, 0, :, pl.ds(start, LINE), :]
-        line[n % 2] = jnp.where(at == 0, new[0], jnp.where(at < 0, old, jnp.zeros_like(old)))
+      for part, (line, cached, new) in enumerate(
+        zip(line_refs, cached_refs, new_refs, strict=True)
+      ):
+        # Of the block that lies here, which is the one before where the token opens a new one.
+        size, where = line_of(part, position % block)
+        shape, axis = ((1, 1, size), 2) if part > 1 else ((1, size, 1), 1)
+        at = lax.broadcasted_iota(jnp.int32, shape, axis) - position % size
+        old, fresh = selectable(cached[(0, 0, *where)]), selectable(new[0])
+        kept = jnp.where(at == 0, fresh, jnp.where(at < 0, old, jnp.zeros_like(old)))
+        line[n % 2] = kept.astype(line.dtype)
       for copy in copies(n % 2, n):
         copy.start()
 
@@ -175,20 +206,29 @@ def _decode_kernel(
       wait_for(n)
 
 
-def _attend_block(q_ref, k_ref, v_ref, seen, top_ref, total_ref, acc_ref):
-  """Goes on with the running softmax of every head over one block of the cache."""
-  for head in range(k_ref.shape[2]):
-    k, v = k_ref[0, 0, head], v_ref[0, 0, head]
+def _attend_block(q_ref, cached_refs, seen, top_ref, total_ref, acc_ref):
+  """Goes on with the running softmax of every head over one block of the cache.
+
+  int8 is read as the integers that it holds. A position's scale is that of its whole row, so it is
+  taken out of the products: of scores after one, of probabilities before the other.
+  """
+  for head in range(q_ref.shape[1]):
+    k, v, *scales = (ref[0, 0, head] for ref in cached_refs)
+    if scales:
+      k, v = (x.astype(q_ref.dtype) for x in (k, v))
     scores = lax.dot_general(
       q_ref[0, head], k, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
     )
+    if scales:
+      scores = scores * scales[0]
     scores = jnp.where(seen, scores, MASKED)
     top = top_ref[head][:, :1]
     new_top = jnp.maximum(top, scores.max(axis=-1, keepdims=True))
     probs = jnp.exp(scores - new_top)
     decay = jnp.exp(top - new_top)
     total = total_ref[head][:, :1] * decay + probs.sum(axis=-1, keepdims=True)
-    part = jnp.dot(probs.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    weights = probs * scales[1] if scales else probs
+    part = jnp.dot(weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
     acc_ref[head] = acc_ref[head] * decay + part
     top_ref[head] = jnp.broadcast_to(new_top, top_ref.shape[1:])
     total_ref[head] = jnp.broadcast_to(total, total_ref.shape[1:])
@@ -196,8 +236,7 @@ def _attend_block(q_ref, k_ref, v_ref, seen, top_ref, total_ref, acc_ref):
 
 def attend(
   q_RKXh: jax.Array,
-  k: jax.Array,
-  v: jax.Array,
+  cache: tuple[jax.Array, ...],
   layer: jax.Array,
   slot_R: jax.Array,
   base_R: jax.Array,
@@ -212,25 +251,29 @@ def attend(
   layers.
   """
   _, K, X, h = q_RKXh.shape
-  block = block_of(k.shape[3], K, h, k.dtype.itemsize)
+  block = block_of(cache[0].shape[3], K, h, cache[0].dtype.itemsize)
   q, X_ = _rows_of_tiles(q_RKXh)
   row = pl.BlockSpec((1, K, X_, h), lambda i, row, *_: (row[i], 0, 0, 0))
-  cached = pl.BlockSpec(
+  keys = pl.BlockSpec(
     (1, 1, K, block, h),
     lambda i, row, at, layer, slot, *_: (layer[0], slot[row[i]], 0, at[i], 0),
   )
+  scales = pl.BlockSpec(
+    (1, 1, K, 1, block),
+    lambda i, row, at, layer, slot, *_: (layer[0], slot[row[i]], 0, 0, at[i]),
+  )
   out = pl.pallas_call(
     functools.partial(_attend_kernel, block=block, tokens=tokens),
-    out_shape=_like(q),
+    out_shape=like(q),
     grid_spec=pltpu.PrefetchScalarGridSpec(
       num_scalar_prefetch=6,
       grid=(_grid(work, interpret),),
-      in_specs=[row, cached, cached],
+      in_specs=[row, *twice(keys, scales, len(cache))],
       out_specs=row,
       scratch_shapes=_softmax(K, X_, h),
     ),
-    compiler_params=_in_order(1),
-    interpret=_interpreted(interpret),
+    compiler_params=in_order(),
+    interpret=interpreted(interpret),
     name=ATTEND,
   )(
     work[0],
@@ -240,17 +283,16 @@ def attend(
     base_R.astype(jnp.int32),
     _last_steps(work),
     q,
-    k,
-    v,
+    *cache,
   )
   return out[:, :, :X]
 
 
 def _attend_kernel(
-  row_ref, at_ref, layer_ref, slot_ref, base_ref, last_ref,
-  q_ref, k_ref, v_ref, out_ref, top_ref, total_ref, acc_ref,
-  *, block, tokens,
+  row_ref, at_ref, layer_ref, slot_ref, base_ref, last_ref, q_ref, *refs,
+  block, tokens,
 ):  # fmt: skip
+  *cached_refs, out_ref, top_ref, total_ref, acc_ref = refs
   step = pl.program_id(0)
   n, b = row_ref[step], at_ref[step]
 
@@ -263,7 +305,7 @@ def _attend_kernel(
   shape = (q_ref.shape[2], block)
   token = lax.broadcasted_iota(jnp.int32, shape, 0) & (tokens - 1)
   seen = b * block + lax.broadcasted_iota(jnp.int32, shape, 1) <= base_ref[n] + token
-  _attend_block(q_ref, k_ref, v_ref, seen, top_ref, total_ref, acc_ref)
+  _attend_block(q_ref, cached_refs, seen, top_ref, total_ref, acc_ref)
 
   @pl.when(step == last_ref[n])
   def _():
@@ -275,69 +317,6 @@ def _last_steps(work) -> jax.Array:
   row_W, _, count = work
   index_W = jnp.arange(len(row_W), dtype=jnp.int32)
   return jnp.zeros_like(row_W).at[row_W].max(jnp.where(index_W < count, index_W, 0))
-
-
-def write(
-  new_k_RKTh: jax.Array,
-  new_v_RKTh: jax.Array,
-  k: jax.Array,
-  v: jax.Array,
-  layer: jax.Array,
-  slot_R: jax.Array,
-  base_R: jax.Array,
-  first_R: jax.Array,
-  end_R: jax.Array,
-  *,
-  interpret: bool = False,
-) -> tuple[jax.Array, jax.Array]:
-  """k and v with the tokens first[r]..end[r] - 1 of T at base[r] + t of slot[r], in place.
-
-  base: multiples of T. Rows without tokens are the last ones, and name the same place as the last
-  row that has some.
-  """
-  R, K, T, h = new_k_RKTh.shape
-  new = pl.BlockSpec((1, K, T, h), lambda r, *_: (r, 0, 0, 0))
-  cached = pl.BlockSpec(
-    (1, 1, K, T, h), lambda r, layer, slot, base, *_: (layer[0], slot[r], 0, base[r] // T, 0)
-  )
-  return pl.pallas_call(
-    _write_kernel,
-    out_shape=(_like(k), _like(v)),
-    grid_spec=pltpu.PrefetchScalarGridSpec(
-      num_scalar_prefetch=5,
-      grid=(R,),
-      in_specs=[new, new, cached, cached],
-      out_specs=(cached, cached),
-    ),
-    input_output_aliases={7: 0, 8: 1},
-    compiler_params=_in_order(1),
-    interpret=_interpreted(interpret),
-    name=WRITE,
-  )(
-    layer.reshape(1),
-    *(x.astype(jnp.int32) for x in (slot_R, base_R, first_R, end_R)),
-    new_k_RKTh.astype(k.dtype),
-    new_v_RKTh.astype(v.dtype),
-    k,
-    v,
-  )
-
-
-def _write_kernel(
-  layer_ref, slot_ref, base_ref, first_ref, end_ref,
-  new_k_ref, new_v_ref, k_ref, v_ref, k_out, v_out,
-):  # fmt: skip
-  del layer_ref, slot_ref, base_ref
-  r = pl.program_id(0)
-  first, end = first_ref[r], end_ref[r]
-
-  # A row without tokens leaves the block of the row before it as it is; the first has none before.
-  @pl.when((first < end) | (r == 0))
-  def _():
-    at = lax.broadcasted_iota(jnp.int32, (1, new_k_ref.shape[2], 1), 1)
-    fresh = (at >= first) & (at < end)
-    k_out[0, 0] = jnp.where(fresh, new_k_ref[0], k_ref[0, 0])
-    v_out[0, 0] = jnp.where(fresh, new_v_ref[0], v_ref[0, 0])
 
 
 def _rows_of_tiles(q_RKXh):
@@ -354,37 +333,39 @@ def _softmax(heads, queries, width):
   return [row, row, pltpu.VMEM((heads, queries, width), jnp.float32)]
 
 
-def _like(x):
-  return jax.ShapeDtypeStruct(x.shape, x.dtype)
-
-
 def _grid(work, interpret):
   """Steps to run: as many as there is work; interpreted, which knows no such bound, all."""
   return len(work[0]) if interpret else work[2]
 
 
-def _in_order(axes):
-  return pltpu.CompilerParams(dimension_semantics=("arbitrary",) * axes, vmem_limit_bytes=VMEM)
+def cost(
+  name: str, shapes: tuple[tuple[int, ...], ...], sizes: tuple[float, ...]
+) -> tuple[float, ...]:
+  """(FLOPs, HBM bytes, seconds of steps) of one run by a kernel's name and its operands.
 
+  Args:
+    name: as in the compiled program.
+    shapes: of its operands that are no scalars.
+    sizes: bytes of a number of each.
 
-def _interpreted(interpret):
-  return pltpu.InterpretParams() if interpret else False
-
-
-def cost(name: str, shapes: tuple[tuple[int, ...], ...], itemsize: float) -> tuple[float, ...]:
-  """(FLOPs, HBM bytes, seconds of steps) of one run by a kernel's name and its operands' shapes.
-
-  Every slot counts as full, every row as reading all of its slot. Zeros for other kernels.
+  Every slot counts as full, every row as reading all of its slot. Zeros for other kernels. What a
+  chip's vector unit does is not priced: it is less than the bytes' time. (libtpu schedules a step
+  of 2,048 int8 positions for v5e in 528 cycles, conversion included; its bytes take 990.)
   """
-  cache = next((s for s in shapes if len(s) == 5), None)
-  rows = next((s for s in shapes if len(s) == 4), None)
-  if cache is None or rows is None:
+  operands = list(zip(shapes, sizes, strict=True))
+  kept = [(s, size) for s, size in operands if len(s) == 5]
+  rows = [(s, size) for s, size in operands if len(s) == 4]
+  if not kept or not rows:
     return 0.0, 0.0, 0.0
-  (*_, K, S, h), (R, _, X, _) = cache, rows
-  own = 2.0 * math.prod(rows) * itemsize  # queries and outputs, or new keys and values
+  (shape, size), ((R, _, X, _), own) = kept[0], rows[0]
+  *_, K, S, h = shape
+  own *= 2.0 * math.prod(rows[0][0])  # queries and outputs, or new keys and values
   if name.startswith(WRITE):
-    return 0.0, own + 4.0 * math.prod(rows) * itemsize, 0.0
+    # Read and written: the tiles of k and v, and a row of scales for each head.
+    tiles = 4.0 * math.prod(rows[0][0]) * size
+    return 0.0, own + tiles + (len(kept) - 2) * 3.0 * R * K * LANES * 4, 0.0
   if not name.startswith((DECODE, ATTEND)):
     return 0.0, 0.0, 0.0
-  steps = R * S / block_of(S, K, h, int(itemsize))
-  return 4.0 * R * K * X * S * h, 2.0 * R * K * S * h * itemsize + own, steps * STEP_SECONDS
+  of_slot = sum(math.prod(s[2:]) * size for s, size in kept)
+  steps = R * S / block_of(S, K, h, int(size))
+  return 4.0 * R * K * X * S * h, R * of_slot + own, steps * STEP_SECONDS

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 
 from steptool_jax.policy import experts, splash
-from steptool_jax.policy.kernels import cached
+from steptool_jax.policy.kernels import cached, writing
 from steptool_jax.run.cost import hlo
 from steptool_jax.run.cost.chips import Chip
 from steptool_jax.run.cost.hlo import Instruction
@@ -135,9 +135,10 @@ class _Counter:
     if floats and not flops:
       flops = splash.kernel_flops(ins.name, floats[0].dims)
     moved = _hbm(ins.arrays) + _hbm(reads)
-    if ins.name.startswith((cached.DECODE, cached.ATTEND, cached.WRITE)):
-      shapes = tuple(a.dims for a in floats)
-      flops, moved, steps = cached.cost(ins.name, shapes, floats[-1].bytes / math.prod(shapes[-1]))
+    if ins.name.startswith((cached.DECODE, cached.ATTEND, writing.WRITE)):
+      whole = [a for a in reads if len(a.dims) > 2]  # int8 among them
+      sizes = tuple(a.bytes / math.prod(a.dims) for a in whole)
+      flops, moved, steps = cached.cost(ins.name, tuple(a.dims for a in whole), sizes)
     counts.kernel_flops += flops
     counts.kernel_bytes += moved
     counts.seconds += self.chip.kernel(flops, moved, steps)

@@ -280,9 +280,10 @@ def build_engine(config: Config, policy: Policy, mesh: Mesh) -> engine_lib.Engin
     where,
     leave=r.leave,
     copied=where is not mesh,
+    kv_cache=r.kv_cache,
   )
   # Trained on, the sampler's log-probs must not depend on how soon tools answer (Engine.decode).
-  return dataclasses.replace(engine, buckets=()) if r.stale else engine
+  return dataclasses.replace(engine, buckets=()) if r.corrected else engine
 
 
 def save_policy(folder: pathlib.Path, policy: Policy, variables: dict) -> None:
