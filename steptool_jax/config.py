@@ -326,13 +326,22 @@ class Rollout(Limits):
     "the iteration that begins them",
     least=0,
   )
+  reuse: float = option(
+    0.0,
+    "nats by which the sampler's log-probs may be off the trainer's in an iteration's first "
+    "micro-batch so that no forward pass computes them again, nor what the critic reads, which the "
+    "engine records; above it all are computed, and importance weights correct; 0 = off",
+    least=0,
+  )
   correction: str = option(
     "token",
-    "lag 1, carry: what has one importance weight, pi / pi when sampled: a token, or a trajectory "
-    "('sequence'); 'none' = no weights",
+    "lag 1, carry, reuse: what has one importance weight, pi / pi when sampled: a token, or a "
+    "trajectory ('sequence'); 'none' = no weights",
     choices="importance levels",
   )
-  correction_bound: float = option(2.0, "lag 1, carry: where importance weights are cut", least=1)
+  correction_bound: float = option(
+    2.0, "lag 1, carry, reuse: where importance weights are cut", least=1
+  )
   temperature: float = option(1.0, "of sampling, and of all log-probs in the update", least=1e-4)
   top_k: int = option(0, "0 = off", least=0)
   top_p: float = option(1.0, "1 = off", above=0, most=1)
@@ -350,6 +359,11 @@ class Rollout(Limits):
   def stale(self) -> bool:
     """Whether what is learnt from may be of earlier weights, which importance weights correct."""
     return bool(self.lag or self.carry)
+
+  @property
+  def corrected(self) -> bool:
+    """Whether the sampler's log-probs have a part in what is learnt."""
+    return self.stale or self.reuse > 0
 
 
 @dataclasses.dataclass(frozen=True)

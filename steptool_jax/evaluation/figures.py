@@ -101,6 +101,7 @@ UPDATES = {
   "advantage_std": Figure(NUMBER, "standard deviation of advantages before whitening"),
   "explained_variance": Figure(NUMBER, "1 - Var(return - V) / Var(return) at step starts"),
   "sampler_gap": Figure("nats", "largest |log-prob of trainer - of sampler| of a sampled token"),
+  "reused": Figure(SHARE, "rollout.reuse: 1 where the sampler's log-probs were taken"),
   "padding": Figure(SHARE, "padded positions"),
 }
 
@@ -119,8 +120,8 @@ ITERATIONS = {
     SHARE, "of the tasks drawn: all samples were paid the same, so that others were drawn"
   ),
   "staleness": Figure(NUMBER, "updates since the policy that began a conversation, the mean"),
-  "importance": Figure(NUMBER, "rollout.lag, carry: mean weight of a sampled token, after the cut"),
-  "importance_cut": Figure(SHARE, "rollout.lag, carry: sampled tokens whose weight was cut"),
+  "importance": Figure(NUMBER, "lag, carry, reuse: mean weight of a sampled token, after the cut"),
+  "importance_cut": Figure(SHARE, "lag, carry, reuse: sampled tokens whose weight was cut"),
   "carried": Figure("conversations", "that go on in the next iteration (rollout.carry)"),
   "model_outcome": Figure(SHARE, "rewards.source=model: mean IsSolved by the reward model"),
   "model_drift": Figure(NUMBER, "mean IsSolved by the reward model, less the true pass rate"),
