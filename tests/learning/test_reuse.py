@@ -93,7 +93,8 @@ def learner_with(policy, name, kind, **rollout):
   config = Config(
     advantage=Advantage(gamma=0.9, lam=0.8, whiten=False),
     critic=Critic(kind=kind, folds=3),
-    loss=Loss(kl="none", logprob_chunk=16),
+    # One of them with a penalty against another policy.
+    loss=Loss(kl="reward" if kind == "group" else "none", kl_coef=0.1, logprob_chunk=16),
     rollout=dataclasses.replace(Rollout(), temperature=TEMPERATURE, **rollout),
   )
   return update.Learner(policy[0], row, algorithms.resolve(row, config), optax.sgd(0.5))
@@ -122,6 +123,7 @@ def prepared_by(learner, policy, packed, record, change=lambda batch: None):
   if table is not None:
     table = jax.tree.map(stacked, fakes.padded_table(packed, 2))
   state = update.init_state(learner, policy[1], {})
+  state = state._replace(reference=jax.tree.map(lambda x: 1.1 * x, state.reference))
   prepare, _ = compiled(learner)
   prepared, metrics = prepare(state, batch, batch.tokens.shape[0], table, recorded)
   return jax.tree.map(lambda x: np.asarray(x).reshape(-1, x.shape[-1]), prepared), metrics
@@ -157,6 +159,9 @@ def test_what_was_recorded_is_what_a_forward_pass_gives(name, kind, record, fold
   )
   assert (taken.old_logprobs[:rows][~mask] == 0).all()
   np.testing.assert_allclose(taken.old_logprobs, today.old_logprobs, atol=1e-4)
+  np.testing.assert_allclose(taken.ref_logprobs, today.ref_logprobs, atol=1e-4)
+  assert (abs(float(known["kl"])) > 1) == (kind == "group")
+  assert float(figures["kl"]) == pytest.approx(float(known["kl"]), abs=1e-3)
   for field in ("advantages", "values", "returns"):
     mine, theirs = getattr(taken, field), getattr(today, field)
     if theirs is not None:
@@ -207,9 +212,10 @@ def test_a_broken_policy_is_not_taken_for_a_close_one(policy, rolled):
   """NaN is not above a bound; the update must see it and be skipped."""
   packed = batching.pack(rolled("values", 0), 320, share=True)
   learner = learner_with(policy, "steptool", "group", reuse=BOUND)
+  mask = packed.batch.action_mask
   broken = jax.tree.map(lambda x: x * np.nan, policy[1])
   taken, figures = prepared_by(learner, (policy[0], broken), packed, "")
-  assert np.isnan(taken.old_logprobs).any()
+  assert np.isnan(taken.old_logprobs[: len(mask)][mask]).all()
   assert float(figures["reused"]) == 0.0
 
 
