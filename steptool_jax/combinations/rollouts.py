@@ -111,13 +111,6 @@ def _check_reuse(config: Config, algorithm: Algorithm) -> None:
       "importance needs log-probs of today's"
     )
     remedy = f"rollout.{name} to 0"
-  elif r.top_k or r.top_p < 1:
-    name, off = ("top_k", 0) if r.top_k else ("top_p", 1)
-    why = (
-      f"with rollout.{name} = {getattr(r, name)} the sampler's log-probs are those of the tokens "
-      "that are left, and the trainer's those of all"
-    )
-    remedy = f"rollout.{name} to {off}"
   elif kind == "double":
     why = f"the critic of algorithm {config.algorithm!r} reads states of earlier iterations, too"
     remedy = "config.critic.kind to 'ridge'"

@@ -92,8 +92,6 @@ def test_a_run_that_is_killed_goes_on_bit_equal(config, whole, tmp_path, monkeyp
     ({"algorithm": "sft"}, "does not learn from rollouts here; leave it at 0"),
     ({"rollout__lag": 1}, "rollout.lag = 1 there are.*set it to 0, or rollout.lag to 0"),
     ({"rollout__carry": 2}, "rollout.carry = 2 there are.*or rollout.carry to 0"),
-    ({"rollout__top_k": 5}, "rollout.top_k = 5 .*or rollout.top_k to 0"),
-    ({"rollout__top_p": 0.9}, "rollout.top_p = 0.9 .*or rollout.top_p to 1"),
     ({"algorithm": "archer"}, "'archer' reads states of.*critic.kind to 'ridge'"),
     (
       {"rollout__engine": "http", "rollout__http__servers": ("http://a:1",)},
