@@ -31,8 +31,6 @@ from steptool_jax.types import TokenBatch, TrainState
 
 Metrics = dict[str, jax.Array]
 
-SAMPLE = "sample"  # scope of the loop over the micro-batches that rollout.reuse computes
-
 
 @dataclasses.dataclass(frozen=True)
 class Learner:
@@ -154,7 +152,7 @@ def prepare(
   shape = batch_NBT.tokens.shape
   empty = _zero_outputs(learner, shape, heads=2, table=table_NBK)
   if c.rollout.reuse:
-    now, gap = _reused(batch_NBT, count, recorded_NB, empty, of_policy, c.rollout.reuse)
+    now, gap = importance.reused(batch_NBT, count, recorded_NB, empty, of_policy, c.rollout.reuse)
     ref_NBT = now.logprobs
     if learner.with_reference:
       ref_NBT = jax.lax.fori_loop(
@@ -224,40 +222,6 @@ def prepare(
     entropy = now.entropy.sum() / jnp.maximum(mask_BT.sum(), 1)
     metrics |= {"sampler_gap": gap, "entropy": entropy}
   return jax.tree.map(lambda x: x.reshape(shape), prepared), metrics
-
-
-def _reused(
-  batch_NBT: TokenBatch,
-  count: jax.Array,
-  recorded_NB: jax.Array | None,
-  empty: Outputs,
-  of_policy: Callable[[jax.Array], Outputs],
-  bound: float,
-) -> tuple[Outputs, jax.Array]:
-  """(outputs [N, B, ...] without entropy, largest gap of a log-prob that was computed).
-
-  They are the sampler's where its log-probs are within `bound` in the first micro-batch. Else, and
-  where the policy is not finite, they are those of a forward pass over all `count`.
-  """
-  mask_NBT = batch_NBT.action_mask
-  sampled_NBT = jnp.where(mask_NBT, batch_NBT.behaviour_logprobs, 0.0)
-
-  def goes_on(carry):
-    index, _, gap = carry
-    return (index < count) & ((index < 1) | ~(gap <= bound))
-
-  def one(carry):
-    index, filled, gap = carry
-    found = of_policy(index)
-    far = jnp.abs(found.logprobs - sampled_NBT[index]).max()
-    filled = jax.tree.map(lambda whole, part: whole.at[index].set(part), filled, found)
-    return index + 1, filled, jnp.maximum(gap, far)
-
-  with jax.named_scope(SAMPLE):
-    _, computed, gap = jax.lax.while_loop(goes_on, one, (jnp.int32(0), empty, jnp.float32(0.0)))
-  reused = Outputs(sampled_NBT, empty.entropy, recorded_NB)
-  pick = functools.partial(jnp.where, gap <= bound)
-  return jax.tree.map(pick, reused, computed), gap
 
 
 def abstract_recorded(
