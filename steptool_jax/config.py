@@ -333,14 +333,21 @@ class Rollout(Limits):
     "the iteration that begins them",
     least=0,
   )
+  reuse: float = option(
+    0.0,
+    "nats by which the sampler's log-probs may be off the trainer's in an iteration's first "
+    "micro-batch so that no forward pass computes them again, nor what the critic reads, which the "
+    "engine records; above it all are computed, and importance weights correct; 0 = off",
+    least=0,
+  )
   correction: str = option(
     "token",
-    "lag 1, carry, kv_cache int8: what has one importance weight, pi / pi when sampled: a token, "
-    "or a trajectory ('sequence'); 'none' = no weights",
+    "lag 1, carry, reuse, kv_cache int8: what has one importance weight, pi / pi when sampled: a "
+    "token, or a trajectory ('sequence'); 'none' = no weights",
     choices="importance levels",
   )
   correction_bound: float = option(
-    2.0, "lag 1, carry, kv_cache int8: where importance weights are cut", least=1
+    2.0, "lag 1, carry, reuse, kv_cache int8: where importance weights are cut", least=1
   )
   temperature: float = option(1.0, "of sampling, and of all log-probs in the update", least=1e-4)
   top_k: int = option(0, "0 = off", least=0)
@@ -362,8 +369,9 @@ class Rollout(Limits):
 
   @property
   def corrected(self) -> bool:
-    """Whether another policy samples than the one that learns, so that importance weights count."""
-    return self.stale or self.kv_cache == "int8"
+    """Whether the sampler's log-probs have a part in what is learnt: those of another policy than
+    the one that learns, in importance weights, or those that stand for the trainer's."""
+    return self.stale or self.reuse > 0 or self.kv_cache == "int8"
 
 
 @dataclasses.dataclass(frozen=True)

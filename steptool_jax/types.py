@@ -136,6 +136,9 @@ class Step:
   # int32[P], all that stands in front of this step where history was changed (thoughts stripped,
   # results folded, a sub-agent's own); None: what was there before goes on.
   prompt_tokens: np.ndarray | None = None
+  # What the engine recorded for a critic (rollout.reuse); no file holds it.
+  values: np.ndarray | None = None  # float32[L], V of the state that each token was sampled in
+  hidden: np.ndarray | None = None  # float32[D], the state that the first one was sampled in
 
 
 class Part(NamedTuple):

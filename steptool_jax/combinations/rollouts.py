@@ -1,7 +1,13 @@
 """Rollouts: budgets, conversations that change or go on, engines, evaluation."""
 
 from steptool_jax.config import Config
-from steptool_jax.learning.algorithms import Algorithm, changes_history, refuse_segments
+from steptool_jax.learning.algorithms import (
+  Algorithm,
+  changes_history,
+  recorded,
+  refuse_segments,
+  resolve,
+)
 from steptool_jax.rewards.assembly import SOURCES
 
 # Rewards of an algorithm whose loss has no importance weights -> the nearest one that has them.
@@ -19,6 +25,8 @@ def check(config: Config, algorithm: Algorithm) -> None:
     _check_lag(config, algorithm)
   if config.rollout.carry:
     _check_carry(config, algorithm)
+  if config.rollout.reuse:
+    _check_reuse(config, algorithm)
   if config.rollout.engine == "http":
     _check_http(config)
   _check_evaluation(config)
@@ -88,6 +96,37 @@ def _check_carry(config: Config, algorithm: Algorithm) -> None:
     )
   if why:
     raise ValueError(f"config.rollout.carry: {r.carry}, but {why}; set it to 0")
+
+
+def _check_reuse(config: Config, algorithm: Algorithm) -> None:
+  r, kind = config.rollout, resolve(algorithm, config).critic.kind
+  others = "'group'" if r.samples > 1 else "'group', with rollout.samples of 2 or more"
+  why, remedy = "", ""
+  if config.data.path or algorithm.rewards == "none":
+    why = f"algorithm {config.algorithm!r} does not learn from rollouts here"
+  elif r.stale:
+    name = "lag" if r.lag else "carry"
+    why = (
+      f"with rollout.{name} = {getattr(r, name)} there are tokens of earlier weights, whose "
+      "importance needs log-probs of today's"
+    )
+    remedy = f"rollout.{name} to 0"
+  elif kind == "double":
+    why = f"the critic of algorithm {config.algorithm!r} reads states of earlier iterations, too"
+    remedy = "config.critic.kind to 'ridge'"
+  elif recorded(config):
+    remedy = f"config.critic.kind to {others}"
+    if r.engine == "http" or config.environment.name == "harness":
+      where = "a vLLM server" if r.engine == "http" else "a harness"
+      why = f"nothing of {where} records what the critic ({kind!r}) reads"
+    elif config.advantage.bootstrap:
+      why = (
+        f"nothing is sampled in the state that advantage.bootstrap wants the value of, so that the "
+        f"engine records nothing there for the critic ({kind!r})"
+      )
+  if why:
+    instead = f"set it to 0, or {remedy}" if remedy else "leave it at 0"
+    raise ValueError(f"config.rollout.reuse: {r.reuse}, but {why}; {instead}")
 
 
 def _check_http(config: Config) -> None:

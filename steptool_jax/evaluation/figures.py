@@ -102,6 +102,7 @@ UPDATES = {
   "explained_variance": Figure(NUMBER, "1 - Var(return - V) / Var(return) at step starts"),
   "sampler_gap": Figure("nats", "largest |log-prob of trainer - of sampler| of a sampled token"),
   "sampler_gap_mean": Figure("nats", "mean |log-prob of trainer - of sampler| of sampled tokens"),
+  "reused": Figure(SHARE, "rollout.reuse: 1 where the sampler's log-probs were taken"),
   "padding": Figure(SHARE, "padded positions"),
 }
 
@@ -121,9 +122,9 @@ ITERATIONS = {
   ),
   "staleness": Figure(NUMBER, "updates since the policy that began a conversation, the mean"),
   "importance": Figure(
-    NUMBER, "rollout.lag, carry, kv_cache: mean weight of a sampled token, after the cut"
+    NUMBER, "lag, carry, reuse, kv_cache: mean weight of a sampled token, after the cut"
   ),
-  "importance_cut": Figure(SHARE, "rollout.lag, carry, kv_cache: tokens whose weight was cut"),
+  "importance_cut": Figure(SHARE, "lag, carry, reuse, kv_cache: tokens whose weight was cut"),
   "carried": Figure("conversations", "that go on in the next iteration (rollout.carry)"),
   "model_outcome": Figure(SHARE, "rewards.source=model: mean IsSolved by the reward model"),
   "model_drift": Figure(NUMBER, "mean IsSolved by the reward model, less the true pass rate"),

@@ -262,6 +262,13 @@ def resolve(algorithm: Algorithm, config: Config) -> Config:
   return dataclasses.replace(config, advantage=advantage, loss=loss, critic=critic)
 
 
+def recorded(config: Config) -> Literal["", "values", "hidden"]:
+  """What the engine records of each step for the critic, so that iterations may take it."""
+  if not config.rollout.reuse:
+    return ""
+  return critics.recorded(resolve(get_algorithm(config.algorithm), config).critic.kind)
+
+
 def get_algorithm(name: str) -> Algorithm:
   """Row of the table.
 

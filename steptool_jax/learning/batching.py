@@ -325,6 +325,17 @@ def unpack(packed: Packed, values_BT: np.ndarray) -> list[np.ndarray]:
   return [np.concatenate([of_part(place) for place in places]) for places in packed.places]
 
 
+def lay_out(packed: Packed, values: Sequence[np.ndarray]) -> np.ndarray:
+  """Inverts `unpack`: float32 [R, T], 0 where nothing of these trajectories was sampled."""
+  values_BT = np.zeros(packed.batch.tokens.shape, np.float32)
+  for places, of_one in zip(packed.places, values, strict=True):
+    for row, start, stop, _ in places:
+      mask = packed.batch.action_mask[row, start:stop]
+      now, of_one = np.split(of_one, [mask.sum()])
+      values_BT[row, start:stop][mask] = now
+  return values_BT
+
+
 def padding_share(batch: TokenBatch) -> float:
   """Share of positions that hold no trajectory, rows that are empty altogether left out."""
   used = batch.segment_ids.any(axis=1)

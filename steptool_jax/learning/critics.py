@@ -10,6 +10,7 @@ policy/model.py's; `double`, ArCHer's, is double_critic.py.)
 
 import dataclasses
 from collections.abc import Callable
+from typing import Literal
 
 import chex
 import jax
@@ -138,6 +139,13 @@ _NONE = Critic(None)
 def get_critic(kind: str) -> Critic:
   """Row of the table; for "none" and "double" one without a fit."""
   return CRITICS.get(kind, _NONE)
+
+
+def recorded(kind: str) -> Literal["", "values", "hidden"]:
+  """What an engine would have to record so that this critic needs no forward pass (types.Step)."""
+  if kind == "value":
+    return "values"
+  return "hidden" if get_critic(kind).hidden else ""
 
 
 def _fitted(table: StepTable) -> jax.Array:

@@ -12,9 +12,14 @@ are far from it). Level 'token' does not correct how often a history is met; 'se
 price of variance. Baselines and the critic are of conversations as mu has led them. Losses without
 advantages (rft, eto) take no weights: they choose conversations and learn those, whoever sampled
 them.
+
+With rollout.reuse the sampler is today's policy in another program, and its log-probs may stand for
+the trainer's (`reused`).
 """
 
+import functools
 import math
+from collections.abc import Callable
 from typing import Literal
 
 import chex
@@ -22,10 +27,12 @@ import jax
 import jax.numpy as jnp
 
 from steptool_jax.learning import segments
+from steptool_jax.learning.outputs import Outputs
 from steptool_jax.types import TokenBatch
 
 Level = Literal["token", "sequence", "none"]
 LEVELS = ("token", "sequence", "none")
+SAMPLE = "sample"  # scope of the loop over the micro-batches that rollout.reuse computes
 
 
 def truncated_weights(
@@ -56,3 +63,37 @@ def truncated_weights(
     "importance_cut": (mask_BT & (log_ratio_BT > most)).sum() / count,
   }
   return weights_BT, metrics
+
+
+def reused(
+  batch_NBT: TokenBatch,
+  count: jax.Array,
+  recorded_NB: jax.Array | None,
+  empty: Outputs,
+  of_policy: Callable[[jax.Array], Outputs],
+  bound: float,
+) -> tuple[Outputs, jax.Array]:
+  """(outputs [N, B, ...] without entropy, largest gap of a log-prob that was computed).
+
+  They are the sampler's where its log-probs are within `bound` in the first micro-batch. Else, and
+  where the policy is not finite, they are those of a forward pass over all `count`.
+  """
+  mask_NBT = batch_NBT.action_mask
+  sampled_NBT = jnp.where(mask_NBT, batch_NBT.behaviour_logprobs, 0.0)
+
+  def goes_on(carry):
+    index, _, gap = carry
+    return (index < count) & ((index < 1) | ~(gap <= bound))
+
+  def one(carry):
+    index, filled, gap = carry
+    found = of_policy(index)
+    far = jnp.abs(found.logprobs - sampled_NBT[index]).max()
+    filled = jax.tree.map(lambda whole, part: whole.at[index].set(part), filled, found)
+    return index + 1, filled, jnp.maximum(gap, far)
+
+  with jax.named_scope(SAMPLE):
+    _, computed, gap = jax.lax.while_loop(goes_on, one, (jnp.int32(0), empty, jnp.float32(0.0)))
+  reused = Outputs(sampled_NBT, empty.entropy, recorded_NB)
+  pick = functools.partial(jnp.where, gap <= bound)
+  return jax.tree.map(pick, reused, computed), gap

@@ -74,6 +74,16 @@ def build(packed: Packed, width: int = 0) -> StepTable:
   return table
 
 
+def recorded_hidden(packed: Packed, table: StepTable) -> np.ndarray:
+  """float32 [R, K, D], what the engine recorded at the entries of `packed`'s table, else 0."""
+  size = packed.trajectories[0].steps[0].hidden.size
+  hidden_BKD = np.zeros((*table.position.shape, size), np.float32)
+  for at in zip(*np.nonzero(table.position >= 0), strict=True):
+    trajectory = packed.trajectories[table.trajectory[at] - 1]
+    hidden_BKD[at] = trajectory.steps[table.step[at]].hidden
+  return hidden_BKD
+
+
 def empty(rows: int, width: int) -> StepTable:
   """A table without entries (NumPy)."""
   shape = (rows, width)

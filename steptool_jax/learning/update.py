@@ -67,6 +67,11 @@ class Learner:
     return critics.get_critic(self.critic).fit
 
   @property
+  def records(self) -> str:
+    """What the engine has recorded for the critic (algorithms.recorded)."""
+    return critics.recorded(self.critic) if self.config.rollout.reuse else ""
+
+  @property
   def critic_steps(self) -> int:
     """First optimizer steps, which train ArCHer's critic alone."""
     t = self.config.train
@@ -109,10 +114,17 @@ def prepare(
   batch_NBT: TokenBatch,
   count: jax.Array,
   table_NBK: StepTable | None = None,
+  recorded_NB: jax.Array | None = None,
 ) -> tuple[TokenBatch, Metrics]:
   """Fills old_logprobs, ref_logprobs and what the algorithm's advantage gives (float32 [N, B, T]).
 
-  table_NBK: the batch's step table, for a critic that is fitted to it.
+  table_NBK: the batch's step table, for a critic that is fitted to it. recorded_NB: what the engine
+  has recorded for the critic (Learner.records): values [N, B, T], or hidden states of the table's
+  entries [N, B, K, D].
+
+  With rollout.reuse the sampler's log-probs, and `recorded_NB`, stand for a forward pass where they
+  are close to what it gives for the first micro-batch. Where they are not, all is computed, and the
+  surrogate has truncated weights pi / mu.
 
   The KL penalty, where it is a reward, is that of today's policy, whatever old_logprobs are.
   Advantages are whitened here, over the global batch, because whitening per minibatch would erase
@@ -122,21 +134,33 @@ def prepare(
   variables = lora.join_variables(state.trainable, state.frozen)
   heads = (state.trainable.get("critic"), state.target)
 
-  def of_micro(index):
+  def of_policy(index):
     micro = _micro(batch_NBT, index)
     table = None if table_NBK is None else _micro(table_NBK, index)
-    now = _outputs(learner, variables, micro, _values(learner, variables, micro, heads, table))
-    ref_BT = now.logprobs
-    if learner.with_reference:
-      ref_BT = _outputs(learner, reference_variables(state), micro).logprobs
-    return now, ref_BT
+    return _outputs(learner, variables, micro, _values(learner, variables, micro, heads, table))
+
+  def of_reference(index):
+    return _outputs(learner, reference_variables(state), _micro(batch_NBT, index)).logprobs
+
+  def of_micro(index):
+    now = of_policy(index)
+    return now, of_reference(index) if learner.with_reference else now.logprobs
 
   def one(index, filled):
     return jax.tree.map(lambda whole, part: whole.at[index].set(part), filled, of_micro(index))
 
   shape = batch_NBT.tokens.shape
   empty = _zero_outputs(learner, shape, heads=2, table=table_NBK)
-  filled = jax.lax.fori_loop(0, count, one, (empty, empty.logprobs))
+  if c.rollout.reuse:
+    now, gap = importance.reused(batch_NBT, count, recorded_NB, empty, of_policy, c.rollout.reuse)
+    ref_NBT = now.logprobs
+    if learner.with_reference:
+      ref_NBT = jax.lax.fori_loop(
+        0, count, lambda index, ref: ref.at[index].set(of_reference(index)), empty.logprobs
+      )
+    filled = now, ref_NBT
+  else:
+    filled = jax.lax.fori_loop(0, count, one, (empty, empty.logprobs))
   flat, (now, ref_BT), table = jax.tree.map(
     lambda x: x.reshape(-1, *x.shape[2:]), (batch_NBT, filled, table_NBK)
   )
@@ -191,11 +215,27 @@ def prepare(
   trajectories = (starts_BT & (flat.step_ids == 0)).sum()
   metrics |= {
     "kl": log_ratio_BT.sum() / jnp.maximum(trajectories, 1),
-    "entropy": now.entropy.sum() / jnp.maximum(mask_BT.sum(), 1),
-    "sampler_gap": gap_BT.max(),
-    "sampler_gap_mean": gap_BT.sum() / jnp.maximum(mask_BT.sum(), 1),
   }
+  if c.rollout.reuse:
+    metrics |= {"sampler_gap": gap, "reused": (gap <= c.rollout.reuse).astype(jnp.float32)}
+  else:
+    sampled = jnp.maximum(mask_BT.sum(), 1)
+    metrics |= {
+      "sampler_gap": gap_BT.max(),
+      "sampler_gap_mean": gap_BT.sum() / sampled,
+      "entropy": now.entropy.sum() / sampled,
+    }
   return jax.tree.map(lambda x: x.reshape(shape), prepared), metrics
+
+
+def abstract_recorded(
+  learner: Learner, batch_NBT: TokenBatch, table_NBK: StepTable | None
+) -> jax.ShapeDtypeStruct | None:
+  """The shape of prepare's `recorded_NB` for batches and tables of these shapes."""
+  if not learner.records:
+    return None
+  shape = batch_NBT.tokens.shape
+  return jax.eval_shape(lambda: _zero_outputs(learner, shape, heads=2, table=table_NBK).values)
 
 
 def _returns_to_go(learner: Learner, batch: TokenBatch, rewards_BT: jax.Array) -> jax.Array:

@@ -45,6 +45,9 @@ class Decoded(NamedTuple):
   logprobs: jax.Array  # float32[N, K]
   count: jax.Array  # int32[N]
   stopped: jax.Array  # bool[N], the last of them is a stop token
+  # Where the engine records it, else None: of the states in front of tokens, as trained on.
+  values: Any = None  # float32[N, K], the value head's V in front of each of them
+  hidden: Any = None  # float32[N, D], the hidden state in front of the first one
 
 
 def init_state(
@@ -165,6 +168,7 @@ def decode(
   top_k: int = 0,
   top_p: float = 1.0,
   leave: float = 1.0,
+  record: str = "",
 ) -> tuple[EngineState, Decoded]:
   """Samples up to min(limit[n], max_tokens) tokens in every slot of `rows`, in one while loop.
 
@@ -178,6 +182,7 @@ def decode(
     seeds_N2: uint32, one key a slot; the token at position p uses fold_in(key, p), so a step may be
       split over any number of calls.
     temperature: float32 scalar, 0 = greedy.
+    record: "values" or "hidden" fills this field of Decoded; "" = neither.
   """
   state = take(whole, rows)
   slots, size = state.tokens.shape
@@ -190,6 +195,8 @@ def decode(
     logprobs=jnp.zeros((slots, max_tokens), jnp.float32),
     count=jnp.zeros(slots, jnp.int32),
     stopped=jnp.zeros(slots, bool),
+    values=jnp.zeros((slots, max_tokens), jnp.float32) if record == "values" else None,
+    hidden=jnp.zeros((slots, config.hidden_size), jnp.float32) if record == "hidden" else None,
   )
 
   def active(out):
@@ -216,11 +223,20 @@ def decode(
       new_N, mode="drop"
     )
     column_N = jnp.where(active_N, out.count, max_tokens)
+    values, hidden = out.values, out.hidden
+    if record == "values":
+      values_N = model.project_values(variables, hidden_N1D[:, 0])
+      values = values.at[rows_N, column_N].set(values_N, mode="drop")
+    elif record == "hidden":
+      first_N1 = (active_N & (out.count == 0))[:, None]
+      hidden = jnp.where(first_N1, hidden_N1D[:, 0].astype(jnp.float32), hidden)
     out = Decoded(
       tokens=out.tokens.at[rows_N, column_N].set(new_N, mode="drop"),
       logprobs=out.logprobs.at[rows_N, column_N].set(logprobs_N, mode="drop"),
       count=out.count + active_N,
       stopped=out.stopped | (active_N & jnp.isin(new_N, stop_ids)),
+      values=values,
+      hidden=hidden,
     )
     return EngineState(cache, history_NS, state.length + active_N), out
 
@@ -382,10 +398,13 @@ class Engine:
     if rows is None:
       return state, decoded
     used = at[at < self.slots]
-    whole = Decoded(*(np.zeros((self.slots, *x.shape[1:]), x.dtype) for x in decoded))
-    for full, part in zip(whole, decoded, strict=True):
+
+    def spread(part):
+      full = np.zeros((self.slots, *part.shape[1:]), part.dtype)
       full[used] = part[: len(used)]
-    return state, whole
+      return full
+
+    return state, jax.tree.map(spread, decoded)
 
   def _rows(self, named: dict[int, Any]) -> tuple[np.ndarray | None, np.ndarray]:
     """(`rows` of the programs, the slot of each row): all slots, or the named ones and padding."""
@@ -431,8 +450,9 @@ def make_engine(
   *,
   copied: bool = False,
   kv_cache: str = "auto",
+  record: str = "",
 ) -> Engine:
-  """Jits the four programs; `mesh` is what the slots lie on. leave: as in `decode`.
+  """Jits the four programs; `mesh` is what the slots lie on. leave, record: as in `decode`.
 
   Slots on several devices have no buckets: their rows would have to travel. copied: weights are
   laid out anew for this mesh, which is not training's.
@@ -467,7 +487,14 @@ def make_engine(
     append_program=append_program,
     append_programs=() if tiled or sharding.platform() == "tpu" else tuple(in_chunks),
     decode_program=sharding.jit(
-      functools.partial(decode, config, max_tokens=chunk, top_k=top_k, top_p=top_p, leave=leave),
+      functools.partial(
+        *(decode, config),
+        max_tokens=chunk,
+        top_k=top_k,
+        top_p=top_p,
+        leave=leave,
+        record=record,
+      ),
       donate_argnums=1,
       out_shardings=out,
     ),

@@ -439,9 +439,14 @@ class Loop:
     self.decode_seconds = time.monotonic() - started
     for slot, seat in decoding.items():
       count = int(decoded.count[slot])
+      values, hidden = decoded.values, decoded.hidden
       self.stats.sampled_tokens += count
       seat.conversation.sampled(
-        decoded.tokens[slot, :count], decoded.logprobs[slot, :count], bool(decoded.stopped[slot])
+        decoded.tokens[slot, :count],
+        decoded.logprobs[slot, :count],
+        bool(decoded.stopped[slot]),
+        None if values is None else values[slot, :count],
+        None if hidden is None else hidden[slot],
       )
       if self._mine(slot):
         self._defer_error(functools.partial(self._ask, seat))

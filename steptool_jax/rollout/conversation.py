@@ -82,6 +82,8 @@ class Conversation:
     self._invalid_in_a_row = 0
     self._tokens: list[int] = []
     self._logprobs: list[float] = []
+    self._values: list[float] = []  # none, where none are recorded
+    self._hidden: np.ndarray | None = None  # as the open turn began
     self._prompt = chat_format.prompt(
       system, task.tools, task.query, whole=task.metadata.get("system")
     )
@@ -137,9 +139,16 @@ class Conversation:
     return min(turn, self.limits.max_tokens - self._length)
 
   def sampled(
-    self, tokens: Sequence[int] | np.ndarray, logprobs: Sequence[float] | np.ndarray, stopped: bool
+    self,
+    tokens: Sequence[int] | np.ndarray,
+    logprobs: Sequence[float] | np.ndarray,
+    stopped: bool,
+    values: np.ndarray | None = None,
+    hidden: np.ndarray | None = None,
   ) -> State:
     """Takes int32[N] ids and float32[N] log-probs of one decode call; returns the new state.
+
+    values float32[N], hidden float32[D]: what the engine recorded beside them (engine.Decoded).
 
     A turn may come in several calls; it ends with its stop token (stopped) or with its budget.
     ValueError for more tokens than budget(), log-probs that do not match, and a stop token that is
@@ -159,6 +168,10 @@ class Conversation:
     stops = np.isin(tokens, self._format.stop_ids)
     if stops[:-1].any() or bool(len(stops) and stops[-1]) != stopped:
       raise ValueError(f"stopped={stopped} does not fit the ids' stop tokens at {np.where(stops)}")
+    if not self._tokens:
+      self._hidden = None if hidden is None else hidden.copy()  # and not all slots'
+    if values is not None:
+      self._values.extend(values.tolist())
     self._tokens.extend(tokens.tolist())
     self._logprobs.extend(logprobs.tolist())
     self._length += len(tokens)
@@ -184,7 +197,7 @@ class Conversation:
     self._expect(State.NEEDS_APPEND)
     # All fields but the open turn's lists are immutable, and no turn is open.
     other = copy.copy(self)
-    other._tokens, other._logprobs = [], []
+    other._tokens, other._logprobs, other._values = [], [], []
     return other
 
   def trajectory(self, solved: float, policy_version: int) -> Trajectory:
@@ -285,11 +298,13 @@ class Conversation:
       observation=observation,
       observation_tokens=np.asarray(forced, np.int32),
       prompt_tokens=self._own,
+      values=np.asarray(self._values, np.float32) if self._values else None,
+      hidden=self._hidden,
     )
-    self._own = None
+    self._own = self._hidden = None
     self.steps = (*self.steps, step)
     self._length += len(step.observation_tokens)
-    self._tokens, self._logprobs = [], []
+    self._tokens, self._logprobs, self._values = [], [], []
 
   def _end(self, status: Status) -> None:
     self.status = status

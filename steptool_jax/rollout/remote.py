@@ -38,6 +38,8 @@ class Decoded(NamedTuple):
   logprobs: np.ndarray  # float32[N, K]
   count: np.ndarray  # int32[N]
   stopped: np.ndarray  # bool[N]
+  values: None = None  # no server gives these
+  hidden: None = None
 
 
 class Wrong(Exception):

@@ -162,8 +162,10 @@ class _Tree:
   def budget(self) -> int:
     return self._child.budget()
 
-  def sampled(self, tokens: np.ndarray, logprobs: np.ndarray, stopped: bool) -> State:
-    state = self._child.sampled(tokens, logprobs, stopped)
+  def sampled(
+    self, tokens: np.ndarray, logprobs: np.ndarray, stopped: bool, *recorded: np.ndarray | None
+  ) -> State:
+    state = self._child.sampled(tokens, logprobs, stopped, *recorded)
     if state in (State.NEEDS_APPEND, State.DONE):
       self._grow()
     return self.state

@@ -164,18 +164,21 @@ def programs(config: Config, policy: AbstractPolicy, mesh: Mesh) -> list[Program
   if learner.fits is not None:
     host = steptable.empty(1, steptable.USUAL_WIDTH)
     table = abstract_batch(host, config, most, mesh, steptable.USUAL_WIDTH)
-  filled, _ = jax.eval_shape(prepare, state, whole, count, table)
+  recorded = update.abstract_recorded(learner, whole, table)
+  if recorded is not None:
+    recorded = sharding.abstract(recorded, whole.tokens.sharding)
+  filled, _ = jax.eval_shape(prepare, state, whole, count, table, recorded)
   prepared = abstract_batch(filled, config, most, mesh)
   part = abstract_batch(filled, config, minibatch, mesh)
   tokens = {n: n * t.micro_rows * t.row_tokens for n in (most, minibatch)}
   train = functools.partial(useful_flops, policy, context=t.row_tokens / 2)
-  passes = 2 if learner.with_reference else 1
+  passes = int(learner.with_reference) + (1 / most if config.rollout.reuse else 1)
   chosen = functools.partial(_expert_blocks, policy, mesh)
   found = [
     Program(
       "prepare",
       prepare,
-      arguments=(state, whole, count, table),
+      arguments=(state, whole, count, table, recorded),
       alive=(state, whole),
       trips=(most,),
       expert_blocks=chosen(t.micro_rows, t.row_tokens),

@@ -11,7 +11,7 @@ import sys
 
 import numpy as np
 
-KINDS = ("grpo", "eto", "archer", "ridge")
+KINDS = ("grpo", "eto", "archer", "ridge", "recorded")
 
 
 def test_eight_devices_equal_one():
@@ -32,7 +32,7 @@ def _batch(name):
   if name == "eto":
     solved = [_solved(t, n % 2) for n, t in enumerate(trajectories)]
     return fakes.padded(batching.pack_units(PAIRS.pick(solved), 40), 8)
-  if name == "ridge":
+  if name in ("ridge", "recorded"):
     return fakes.padded(batching.pack(trajectories, 40, TRUNCATED), 8)
   units = [(t,) for t in trajectories]
   if name == "archer":
@@ -50,11 +50,20 @@ def _table(name):
   from steptool_jax.learning import batching
   from steptool_jax.types import TRUNCATED
 
-  if name != "ridge":
+  if name not in ("ridge", "recorded"):
     return None
   trajectories, _ = samples.random_samples(3, tasks=8)
   packed = batching.pack(trajectories, 40, TRUNCATED)
   return fakes.padded_table(packed, 8)
+
+
+def _recorded(name):
+  """Hidden states [R, K, D] of the table's entries, as if an engine had recorded them."""
+  if name != "recorded":
+    return None
+  table = _table(name)
+  hidden = np.random.default_rng(0).normal(size=(*table.position.shape, 32)).astype(np.float32)
+  return np.where(table.position[..., None] >= 0, hidden, 0.0).astype(np.float32)
 
 
 def _solved(trajectory, solved):
@@ -69,15 +78,18 @@ def _updated(name, mesh):
   import jax
   import optax
 
-  from steptool_jax.config import Config, Critic, Loss
+  from steptool_jax.config import Config, Critic, Loss, Rollout
   from steptool_jax.learning import algorithms, update
   from steptool_jax.policy import lora, model, sharding
 
-  row = algorithms.get_algorithm("steptool" if name == "ridge" else name)
+  fitted = name in ("ridge", "recorded")
+  row = algorithms.get_algorithm("steptool" if fitted else name)
   config = fakes.tiny_config(vocab_size=64)
-  kind = "ridge" if name == "ridge" else ""
+  kind = "ridge" if fitted else ""
   loss = Loss(value_coef=1.0, kl_coef=0.1, logprob_chunk=16)
-  settings = Config(loss=loss, critic=Critic(kind=kind))
+  # Any log-probs are close enough: what is recorded is taken.
+  rollout = Rollout(reuse=100.0 if name == "recorded" else 0.0)
+  settings = Config(loss=loss, critic=Critic(kind=kind), rollout=rollout)
   learner = update.Learner(
     model=config,
     algorithm=row,
@@ -91,12 +103,13 @@ def _updated(name, mesh):
     layout = sharding.shardings(jax.eval_shape(make, *split), mesh)
     state = jax.jit(make, out_shardings=layout)(*split)
     rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, sharding.ROWS))
-    batch, table = jax.tree.map(
-      lambda x: jax.device_put(x.reshape(-1, 4, x.shape[-1]), rows), (_batch(name), _table(name))
+    batch, table, recorded = jax.tree.map(
+      lambda x: jax.device_put(x.reshape(-1, 4, *x.shape[1:]), rows),
+      (_batch(name), _table(name), _recorded(name)),
     )
     count = batch.tokens.shape[0]
     prepare, step = update.compile_programs(learner)
-    prepared, _ = prepare(state, batch, count, table)
+    prepared, _ = prepare(state, batch, count, table, recorded)
     signal = jax.device_get(prepared.advantages)
     new, _ = step(state, prepared, count)
     if mesh.size > 1:

@@ -19,7 +19,8 @@ def make_variables():
 
 
 def conversations(eng, variables, training=None):
-  """Prompts, forks, turns and observations: what an iteration does; (tokens, log-probs) said."""
+  """Prompts, forks, turns and observations: what an iteration does; (tokens, log-probs and what is
+  recorded) said."""
   rng = np.random.default_rng(0)
   if training is not None:
     variables = jax.device_put(variables, sharding.shardings(variables, training))
@@ -33,23 +34,25 @@ def conversations(eng, variables, training=None):
     slots = range(turn, 8 - turn)
     seeds = {s: np.array([s, turn], np.uint32) for s in slots}
     state, out = eng.decode(weights, state, dict.fromkeys(slots, 6), seeds, (), 1.0)
-    said.append((out.count.tolist(), out.tokens.tolist(), out.logprobs))
+    recorded = [x for x in (out.values, out.hidden) if x is not None]
+    said.append((out.count.tolist(), out.tokens.tolist(), out.logprobs, *recorded))
     state = eng.rewind(state, {6: 21})
     state = eng.append(weights, state, {s: rng.integers(0, 60, 9).astype(np.int32) for s in (4, 6)})
   return said, np.asarray(state.length).tolist()
 
 
 def assert_same(found, expected):
-  for (count, tokens, logprobs), (count_, tokens_, logprobs_) in zip(
+  for (count, tokens, *floats), (count_, tokens_, *floats_) in zip(
     found[0], expected[0], strict=True
   ):
     assert (count, tokens) == (count_, tokens_)
-    np.testing.assert_allclose(logprobs, logprobs_, atol=2e-5)
+    np.testing.assert_allclose(floats[0], floats_[0], atol=2e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), floats[1:], floats_[1:])
   assert found[1] == expected[1]
 
 
-def of_one_device(variables, kv_cache="auto"):
-  eng = engine.make_engine(CONFIG, slots=8, size=160, chunk=8, kv_cache=kv_cache)
+def of_one_device(variables, **made):
+  eng = engine.make_engine(CONFIG, slots=8, size=160, chunk=8, **made)
   return conversations(eng, variables)
 
 
@@ -59,20 +62,12 @@ def test_tokens_are_those_of_one_device():
   assert "8 devices say the same" in fakes.on_devices(8, __file__).stdout
 
 
-def _on_eight_devices(variables, expected, tensor, kv_cache="auto"):
+def _on_eight_devices(variables, expected, tensor, **made):
   training = sharding.make_mesh(1, 4, 2)
   where = sharding.rollout_mesh(training, tensor, SIZES)
   assert dict(where.shape) == {"data": 4 if tensor else 1, "fsdp": 1 if tensor else 4, "tensor": 2}
   with jax.set_mesh(training):
-    eng = engine.make_engine(
-      CONFIG,
-      slots=8,
-      size=160,
-      chunk=8,
-      mesh=where,
-      copied=where is not training,
-      kv_cache=kv_cache,
-    )
+    eng = engine.make_engine(*(CONFIG, 8, 160, 8), mesh=where, copied=where is not training, **made)
     assert_same(conversations(eng, variables, training), expected)
     placed = jax.device_put(variables, sharding.shardings(variables, training))
     up = eng.lay_out(placed)["params"]["layers"]["up"]["kernel"]
@@ -155,8 +150,11 @@ def test_a_mesh_that_splits_heads_is_refused_before_work():
 
 if __name__ == "__main__":
   weights = make_variables()
-  of_one = of_one_device(weights)
-  for ways in (0, 2, -1):
-    _on_eight_devices(weights, of_one, ways)
-  _on_eight_devices(weights, of_one_device(weights, "int8"), 2, "int8")
+  of_one_int8 = of_one_device(weights, kv_cache="int8")
+  _on_eight_devices(weights, of_one_int8, 2, kv_cache="int8")
+  weights["params"]["value_head"]["kernel"] = jax.random.normal(jax.random.key(1), (32, 1))
+  of_one = {record: of_one_device(weights, record=record) for record in ("hidden", "values")}
+  for ways, record in ((0, "hidden"), (2, "values"), (-1, "values")):
+    assert all(np.abs(turn[3]).max() > 0.1 for turn in of_one[record][0])
+    _on_eight_devices(weights, of_one[record], ways, record=record)
   print("8 devices say the same")

@@ -288,8 +288,7 @@ def test_prices_of_kernels_by_hand():
   assert chip.kernel(5.0, 5.0, 4.0) == 4.0
 
 
-@pytest.fixture(scope="module")
-def result(tmp_path_factory):
+def priced(workdir, only=(), **changes):
   """A run on this machine's CPU in the place of a slice, priced as a chip: (config, reports)."""
   config = tiny.make(
     model__path="/not/here",
@@ -299,8 +298,8 @@ def result(tmp_path_factory):
     rollout__tasks=2,
     rollout__samples=2,
     train__minibatches=1,
+    **changes,
   )
-  workdir = tmp_path_factory.mktemp("compile")
   programs = compile_mode.programs
   with pytest.MonkeyPatch.context() as patch:
     # How many blocks the attention of a CPU works on is settled when it runs: here one.
@@ -312,9 +311,24 @@ def result(tmp_path_factory):
     )
     chip = Chip(1e12, 16, 1e11, 1e10, 1e9)
     patch.setattr(compile_mode, "open_topology", lambda name: (chip, jax.devices()[:1]))
-    summary = compile_mode.run(config, workdir, "cpu:1")
-  assert summary["programs"] == "prepare, update, append, decode, fork, rewind"
+    compile_mode.run(config, workdir, "cpu:1", only)
   return config, json.loads((workdir / "summary.json").read_text())["programs"]
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory):
+  config, reports = priced(tmp_path_factory.mktemp("compile"))
+  assert list(reports) == ["prepare", "update", "append", "decode", "fork", "rewind"]
+  return config, reports
+
+
+def test_flops_of_what_is_not_computed_again(result, tmp_path):
+  """Of 2 micro-batches 1 by the policy and 2 by the reference, where the sampler's log-probs are
+  taken, and not 2 by both."""
+  (_, today), (_, reports) = result, priced(tmp_path, ["prepare"], rollout__reuse=0.01)
+  for name, slack in (("flops", 0.01), ("useful_flops", 1e-6)):
+    wanted = 0.75 * today["prepare"][name]
+    assert reports["prepare"][name] == pytest.approx(wanted, rel=slack)
 
 
 def test_flops_are_the_analytic_ones(result):

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from steptool_jax.learning import importance
 from steptool_jax.policy import experts, sharding
 from steptool_jax.run.cost import hlo, hlo_counts, roofline
 from steptool_jax.run.cost.chips import Chip
@@ -73,7 +74,7 @@ def report(program: Program, chip: Chip, devices: int) -> dict[str, Any]:
   compile_seconds = time.monotonic() - started
   text = compiled.as_text()
   memory = compiled.memory_analysis()
-  scoped = {experts.SCOPE: program.expert_blocks}
+  scoped = {experts.SCOPE: program.expert_blocks, importance.SAMPLE: 1}
   counts = hlo_counts.count(text, chip, program.trips, scoped)
   cost = roofline.estimate(counts, chip)
   # Beside the program's own buffers lies what it does not read: moments during a rollout.

@@ -17,6 +17,7 @@ from steptool_jax.environments.base import Environment, Problem, make
 from steptool_jax.environments.faults import FaultyEnvironment, total
 from steptool_jax.environments.markets.market import MarketEnvironment
 from steptool_jax.files import write_text
+from steptool_jax.learning import algorithms
 from steptool_jax.policy import engine as engine_lib
 from steptool_jax.policy import families, hfconfig, hub, lora, model, sharding
 from steptool_jax.rollout.strategy import Search
@@ -281,6 +282,7 @@ def build_engine(config: Config, policy: Policy, mesh: Mesh) -> engine_lib.Engin
     leave=r.leave,
     copied=where is not mesh,
     kv_cache=r.kv_cache,
+    record=algorithms.recorded(config),
   )
   # Trained on, the sampler's log-probs must not depend on how soon tools answer (Engine.decode).
   return dataclasses.replace(engine, buckets=()) if r.corrected else engine

@@ -185,7 +185,7 @@ def _learn(
 def _learning_figures(
   prepared: Mapping[str, Any], updates: Sequence[Mapping[str, float]]
 ) -> dict[str, float]:
-  """Figures of prepare, and means over the optimizer steps (the entropy is that of prepare)."""
+  """Figures of prepare, and means over the optimizer steps of what it does not know."""
   figures = {name: float(value) for name, value in jax.device_get(prepared).items()}
-  means = {n: float(np.mean([u[n] for u in updates])) for n in updates[0] if n != "entropy"}
+  means = {n: float(np.mean([u[n] for u in updates])) for n in updates[0] if n not in figures}
   return figures | means

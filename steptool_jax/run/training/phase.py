@@ -91,10 +91,11 @@ class Phase:
         row = steptable.empty(1, 1)
         shape = (most, micro_rows, self.table_width)
         table = jax.tree.map(lambda x: jax.ShapeDtypeStruct(shape, x.dtype), row)
-      prepared, _ = jax.eval_shape(prepare.jitted, state, batch, count, table)
+      recorded = update.abstract_recorded(self.learner, batch, table)
+      prepared, _ = jax.eval_shape(prepare.jitted, state, batch, count, table, recorded)
       shape = (-(-most // c.train.minibatches), *batch.tokens.shape[1:])
       mini = jax.tree.map(lambda x: jax.ShapeDtypeStruct(shape, x.dtype), prepared)
-      return [(state, batch, count, table), (state, mini, count)]
+      return [(state, batch, count, table, recorded), (state, mini, count)]
 
     if self.learner.algorithm.rewards == "none":
       ahead.compile_ahead(executor, self.mesh, [change], imitate)
@@ -142,13 +143,28 @@ class Phase:
     batch, micro_rows = packed.batch, self.config.train.micro_rows
     needed = -(-len(batch.tokens) // micro_rows)
     capacity = _room(needed, -(-self._most_rows() // micro_rows))
-    on_device, table = self._to_device(batch, micro_rows, capacity), None
+    on_device, table, host = self._to_device(batch, micro_rows, capacity), None, None
     if self.learner.fits is not None:
       host = steptable.build(packed, self.table_width)
       self.table_width = host.position.shape[1]
       table = self._to_device(host, micro_rows, capacity)
+    recorded = self._recorded(packed, host)
+    if recorded is not None:
+      recorded = self._to_device(recorded, micro_rows, capacity)
     count = np.int32(-(-len(batch.tokens) // micro_rows))
-    return self.programs[0](self.state, on_device, count, table)
+    return self.programs[0](self.state, on_device, count, table, recorded)
+
+  def _recorded(
+    self, packed: batching.Packed, table: steptable.StepTable | None
+  ) -> np.ndarray | None:
+    """What the engine recorded for the critic, as update.prepare takes it, [R, ...]."""
+    match self.learner.records:
+      case "values":
+        recorded = [np.concatenate([s.values for s in t.steps]) for t in packed.trajectories]
+        return batching.lay_out(packed, recorded)
+      case "hidden":
+        return steptable.recorded_hidden(packed, table)
+    return None
 
   def minibatches(
     self, prepared: TokenBatch, rows: int, epoch: int

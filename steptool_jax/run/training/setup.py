@@ -162,21 +162,25 @@ def pack(
 
 
 def to_device(
-  batch: TokenBatch | StepTable, micro_rows: int, capacity: int, mesh: Mesh
-) -> TokenBatch | StepTable:
+  batch: TokenBatch | StepTable | np.ndarray, micro_rows: int, capacity: int, mesh: Mesh
+) -> TokenBatch | StepTable | np.ndarray:
   """A packed batch [R, T] as [capacity, micro_rows, T] on the mesh, padded with empty rows.
 
-  Likewise a step table [R, K].
+  Likewise a step table [R, K], and an array with a row for each of the batch's, padded with 0.
   """
-  rows, length = batch[0].shape
+  rows, length = jax.tree.leaves(batch)[0].shape[:2]
   more = capacity * micro_rows - rows
-  if isinstance(batch, StepTable):
+  if isinstance(batch, np.ndarray):
+    padding = np.zeros((more, *batch.shape[1:]), batch.dtype)
+  elif isinstance(batch, StepTable):
     padding = steptable.empty(more, length)
   else:
     padding = batching.empty_batch(more, length, segmented=batch.part_ids is not None)
   placement = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, sharding.ROWS))
   whole = jax.tree.map(
-    lambda x, pad: np.concatenate([x, pad]).reshape(capacity, micro_rows, length), batch, padding
+    lambda x, pad: np.concatenate([x, pad]).reshape(capacity, micro_rows, *x.shape[1:]),
+    batch,
+    padding,
   )
   agreement.refuse_different_batches(whole)
   return jax.tree.map(lambda x: sharding.place(x, placement), whole)
