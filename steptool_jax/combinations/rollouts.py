@@ -1,6 +1,7 @@
 """Rollouts: budgets, conversations that change or go on, engines, evaluation."""
 
 from steptool_jax.config import Config
+from steptool_jax.environments.base import AGENTS
 from steptool_jax.learning.algorithms import Algorithm, changes_history, refuse_segments
 from steptool_jax.rewards.assembly import SOURCES
 
@@ -34,7 +35,7 @@ def _check_history(config: Config) -> None:
     which, off = f"rollout.fold = {config.rollout.fold}", "0"
   refuse_segments(config, which)
   for name, value in (
-    ("environment.name = 'harness'", config.environment.name == "harness"),
+    (f"environment.name = {config.environment.name!r}", config.environment.name in AGENTS),
     ("rollout.strategy = 'dfsdt'", config.rollout.strategy == "dfsdt"),
     (f"rewards.source = {config.rewards.source!r}", SOURCES[config.rewards.source].device),
     ("annotate.source = 'monte_carlo'", config.annotate.source == "monte_carlo"),
@@ -52,7 +53,7 @@ def _check_lag(config: Config, algorithm: Algorithm) -> None:
       f"config.rollout.lag: 1, but stored trajectories (data.path = {config.data.path!r}) are not "
       "rolled out; leave it at 0"
     )
-  if config.environment.name == "harness":
+  if config.environment.name in AGENTS:
     raise ValueError(
       "config.rollout.lag: 1, but a harness asks when it likes, and an update cannot go on in its "
       "gaps; set it to 0"
@@ -74,7 +75,7 @@ def _check_carry(config: Config, algorithm: Algorithm) -> None:
   r, why = config.rollout, ""
   if config.data.path:
     why = f"stored trajectories (data.path = {config.data.path!r}) are not rolled out"
-  elif config.environment.name == "harness":
+  elif config.environment.name in AGENTS:
     why = "a harness runs its conversations itself, each to its end"
   elif r.lag or r.rounds > 1:
     field = "lag" if r.lag else "rounds"
