@@ -113,7 +113,7 @@ class OpenEnv:
         self._tasks = {s: [self._task(session, r) for r in resets[s]] for s in resets}
         for task in (t for tasks in self._tasks.values() for t in tasks[:1]):
           self._begin(session, task.id, task.metadata)  # the same way again
-    except (httpx.HTTPError, InfrastructureError, KeyError, json.JSONDecodeError) as error:
+    except (httpx.HTTPError, InfrastructureError, LookupError, TypeError, ValueError) as error:
       raise ValueError(
         f"config.environment.openenv: {address}: {type(error).__name__}: {error}; start an OpenEnv "
         f"server there, its max_concurrent_envs at least rollout.slots = {sessions}"
