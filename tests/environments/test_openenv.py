@@ -114,7 +114,7 @@ def test_the_reward_is_that_of_openenvs_own_runner(monkeypatch):
 
   rng = random.Random(0)
   with serving("openenv", monkeypatch) as server:
-    environment = connect(server, counts={"train": 20, "heldout": 0})
+    environment = connect(server, counts={"train": 8, "heldout": 0})
     for task in environment.tasks("train"):
       calls = [add(rng.choice([-1, 1, 2, 3])) for _ in range(rng.randint(1, 4))]
       session, trace = environment.open(task, 0), []
