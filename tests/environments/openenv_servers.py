@@ -88,6 +88,7 @@ class Socket:
     if not self.open:
       raise ConnectionError("closed")
     if message["type"] == "close":
+      self.server.live.discard(self)
       self.close()
     elif not self.server.deaf:
       self.answers.append(getattr(self, message["type"])(message.get("data", {})))
@@ -98,8 +99,8 @@ class Socket:
     return json.dumps(self.answers.pop(0))
 
   def close(self):
+    """The server hears of it sooner or later: here never."""
     self.open = False
-    self.server.live.discard(self)
 
   def __enter__(self):
     return self

@@ -80,7 +80,10 @@ class Played:
   def __iter__(self):
     for k, number in enumerate((*range(9), 0)):
       data = types.SimpleNamespace(idx=k, prompt_text=f"double {number}", number=number)
-      data.model_dump = lambda mode, exclude, number=number: {"number": number}
+      fields = {"idx": k, "number": number}
+      data.model_dump = lambda mode, exclude, fields=fields: {
+        name: value for name, value in fields.items() if name not in exclude
+      }
       yield types.SimpleNamespace(data=data)
 
   @contextlib.asynccontextmanager
