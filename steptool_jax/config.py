@@ -196,9 +196,9 @@ class Market:
 @dataclasses.dataclass(frozen=True)
 class Environment:
   name: str = option("nested_api", "where tasks and tools come from", choices="environments")
-  num_train: int = option(5000, "generated training tasks", least=0)
-  num_heldout: int = option(400, "generated held-out tasks", least=0)
-  seed: int = option(0, "seed of the task generator", least=0)
+  num_train: int = option(5000, "generated training tasks; openenv: at most", least=0)
+  num_heldout: int = option(400, "generated held-out tasks; openenv: at most", least=0)
+  seed: int = option(0, "seed of the task generator; openenv: of its resets", least=0)
   min_calls: int = option(2, "fewest gold calls of a task", above=0)
   max_calls: int = option(5, "most gold calls of a task", above=0)
   tools_per_task: int = option(0, "tools offered in a task, its own among them; 0 = all", least=0)
@@ -215,10 +215,13 @@ class Environment:
   )
   tasks: str = option("", "custom, harness: JSONL file with the tasks")
   harness_timeout: float = option(
-    600.0, "harness: seconds for one run of the function", above=0, most=_DAY_S
+    600.0, "harness, verifiers: seconds for one run of the agent", above=0, most=_DAY_S
   )
   heldout_share: float = option(
-    0.2, "custom, harness, bfcl: share of tasks without a split held out", least=0, most=1
+    0.2,
+    "custom, harness, bfcl, verifiers: share of tasks without a split held out",
+    least=0,
+    most=1,
   )
   user: Endpoint = option(
     Endpoint(), "custom: the model behind users of type 'model'; tau2: that of its user"
@@ -230,6 +233,11 @@ class Environment:
   )
   tau2: tuple[str, ...] = option(
     ("telecom",), "tau2: its domains", choices=("airline", "retail", "telecom")
+  )
+  openenv: str = option("", "openenv: address of its server, http://host:8000")
+  verifiers: str = option(
+    "",
+    "verifiers: an installed taskset, or a TOML file with [env] and [select] as its `eval` takes",
   )
   toolbench: ToolBench = option(ToolBench(), "toolbench: queries")
   faults: Faults = option(Faults(), "injected faults, in training and evaluation")

@@ -1,6 +1,7 @@
 """The environment, its services and its market."""
 
 from steptool_jax.config import Config
+from steptool_jax.environments.base import AGENTS
 
 
 def check(config: Config) -> None:
@@ -14,8 +15,11 @@ def check(config: Config) -> None:
     for name, value in (("functions", tools), ("tasks", c.tasks)):
       if not value:
         raise ValueError(f"config.environment.{name}: a file is needed for environment {c.name!r}")
-  if c.name == "harness":
-    _check_harness(config)
+  for name in ("openenv", "verifiers"):
+    if c.name == name and not getattr(c, name):
+      raise ValueError(f"config.environment.{name}: is empty, needed for environment {name!r}")
+  if c.name in AGENTS:
+    _check_agent(config)
   if c.mcp and c.name != "custom":
     raise ValueError(f"config.environment.mcp: is for environment 'custom', not {c.name!r}")
   if c.mcp_shared and not c.mcp:
@@ -30,7 +34,7 @@ def check(config: Config) -> None:
   _check_market(config)
 
 
-def _check_harness(config: Config) -> None:
+def _check_agent(config: Config) -> None:
   """Its agents call their tools themselves: nothing here can stand between."""
   c, f = config.environment, config.environment.faults
   for name, value in (
@@ -42,8 +46,8 @@ def _check_harness(config: Config) -> None:
   ):
     if value:
       raise ValueError(
-        f"config.{name}: is not for environment 'harness', whose agent calls its own tools; leave "
-        "it at its default"
+        f"config.{name}: is not for environment {c.name!r}, whose agent calls its own tools; "
+        "leave it at its default"
       )
 
 
@@ -55,6 +59,7 @@ def _check_addresses(config: Config) -> None:
     ("simulator.llm.base_url", config.simulator.llm.base_url, "http://host:port/v1"),
     ("judge.endpoint.base_url", config.judge.endpoint.base_url, "http://host:port/v1"),
     ("environment.user.base_url", config.environment.user.base_url, "http://host:port/v1"),
+    ("environment.openenv", config.environment.openenv, "http://host:8000"),
     ("environment.mcp", mcp if mcp.startswith("http") and "//" in mcp else "", "http://host/mcp"),
   ):
     if url:

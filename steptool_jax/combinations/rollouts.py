@@ -1,6 +1,7 @@
 """Rollouts: budgets, conversations that change or go on, engines, evaluation."""
 
 from steptool_jax.config import Config
+from steptool_jax.environments.base import AGENTS
 from steptool_jax.learning.algorithms import (
   Algorithm,
   changes_history,
@@ -42,7 +43,7 @@ def _check_history(config: Config) -> None:
     which, off = f"rollout.fold = {config.rollout.fold}", "0"
   refuse_segments(config, which)
   for name, value in (
-    ("environment.name = 'harness'", config.environment.name == "harness"),
+    (f"environment.name = {config.environment.name!r}", config.environment.name in AGENTS),
     ("rollout.strategy = 'dfsdt'", config.rollout.strategy == "dfsdt"),
     (f"rewards.source = {config.rewards.source!r}", SOURCES[config.rewards.source].device),
     ("annotate.source = 'monte_carlo'", config.annotate.source == "monte_carlo"),
@@ -60,7 +61,7 @@ def _check_lag(config: Config, algorithm: Algorithm) -> None:
       f"config.rollout.lag: 1, but stored trajectories (data.path = {config.data.path!r}) are not "
       "rolled out; leave it at 0"
     )
-  if config.environment.name == "harness":
+  if config.environment.name in AGENTS:
     raise ValueError(
       "config.rollout.lag: 1, but a harness asks when it likes, and an update cannot go on in its "
       "gaps; set it to 0"
@@ -82,7 +83,7 @@ def _check_carry(config: Config, algorithm: Algorithm) -> None:
   r, why = config.rollout, ""
   if config.data.path:
     why = f"stored trajectories (data.path = {config.data.path!r}) are not rolled out"
-  elif config.environment.name == "harness":
+  elif config.environment.name in AGENTS:
     why = "a harness runs its conversations itself, each to its end"
   elif r.lag or r.rounds > 1:
     field = "lag" if r.lag else "rounds"
@@ -116,7 +117,7 @@ def _check_reuse(config: Config, algorithm: Algorithm) -> None:
     remedy = "config.critic.kind to 'ridge'"
   elif recorded(config):
     remedy = f"config.critic.kind to {others}"
-    if r.engine == "http" or config.environment.name == "harness":
+    if r.engine == "http" or config.environment.name in AGENTS:
       where = "a vLLM server" if r.engine == "http" else "a harness"
       why = f"nothing of {where} records what the critic ({kind!r}) reads"
     elif config.advantage.bootstrap:

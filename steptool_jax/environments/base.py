@@ -24,7 +24,11 @@ ENVIRONMENTS: dict[str, str] = {
   "tau2": "steptool_jax.environments.benchmarks.tau2",
   "custom": "steptool_jax.environments.custom",
   "harness": "steptool_jax.serving.harness",
+  "openenv": "steptool_jax.environments.benchmarks.openenv",
+  "verifiers": "steptool_jax.serving.verifiers",
 }
+# Those whose agents call their tools themselves, and the model over HTTP (serving/harness.py).
+AGENTS = ("harness", "verifiers")
 
 
 # In a task's metadata, true: after a final answer the user may go on (Session.reply).

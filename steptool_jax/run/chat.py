@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from steptool_jax.config import Config
-from steptool_jax.environments.base import TURNS, Environment, Session
+from steptool_jax.environments.base import AGENTS, TURNS, Environment, Session
 from steptool_jax.learning.algorithms import get_algorithm
 from steptool_jax.policy import model, sharding
 from steptool_jax.rollout import chain
@@ -30,7 +30,6 @@ from steptool_jax.run.parts import build, opening, rollouts
 from steptool_jax.run.parts.opening import Parts
 from steptool_jax.run.training import restore
 from steptool_jax.run.workdir import outputs
-from steptool_jax.serving.harness import NAME as HARNESS
 from steptool_jax.types import Finish, Malformed, Observation, Task, ToolCall, ToolCalls, Trajectory
 
 _LISTED = 8  # tasks that /tasks shows
@@ -42,9 +41,9 @@ def run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
 
   The summary counts what was asked.
   """
-  if config.environment.name == HARNESS:
+  if (name := config.environment.name) in AGENTS:
     raise ValueError(
-      "config.environment.name: 'harness' calls its tools itself; --mode=serve with "
+      f"config.environment.name: {name!r} calls its tools itself; --mode=serve with "
       "serve.what=policy lets your agent, or any client, talk to the checkpoint"
     )
   # One slot: one conversation at a time.

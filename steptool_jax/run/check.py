@@ -14,22 +14,22 @@ from typing import Any
 from steptool_jax.checking import check as checking
 from steptool_jax.checking import findings
 from steptool_jax.config import Config
+from steptool_jax.environments.base import AGENTS
 from steptool_jax.files import write_text
 from steptool_jax.run.checks import environments
 from steptool_jax.run.hosts import hosts
 from steptool_jax.run.workdir import outputs
-from steptool_jax.serving.harness import NAME as HARNESS
 
 
 def run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
   """Checks config.check.tasks tasks of each split; returns the summary, with its exit code.
 
-  ValueError for environment 'harness'.
+  ValueError for environments 'harness' and 'verifiers'.
   """
-  if config.environment.name == HARNESS:
+  if (name := config.environment.name) in AGENTS:
     raise ValueError(
-      "config.environment.name: --mode=check replays demonstrations, and 'harness' has none; its "
-      "function and its tasks are read, and refused where they are wrong, as any mode begins"
+      f"config.environment.name: --mode=check replays demonstrations, and {name!r} has none; its "
+      "agent and its tasks are read, and refused where they are wrong, as any mode begins"
     )
   started = time.monotonic()
   with hosts.bar(desc="check", unit="task", leave=False) as bar:

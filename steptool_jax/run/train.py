@@ -63,6 +63,7 @@ MAY_CHANGE = (
   "rollout.tool_workers",
   "rollout.tool_retries",
   "environment.harness_timeout",
+  "environment.openenv",  # the same server elsewhere
   "train.iterations",  # may be raised
   "simulator.",
   "judge.endpoint.",

@@ -73,8 +73,8 @@ class Harness:
 
   def open(self, task: Task, sample: int) -> Any:
     raise ValueError(
-      "environment 'harness' has no sessions to open: its agent calls its tools itself, and so "
-      "nothing can be replayed or searched in it"
+      f"environment {self.name!r} has no sessions to open: its agent calls its tools itself, and "
+      "so nothing can be replayed or searched in it"
     )
 
 
@@ -243,10 +243,13 @@ def _paid(trajectory: Trajectory, returned: Any, session: Session) -> Trajectory
                                  of a truncated conversation none, as in rewards/shaping.py
   [r, …]                         rewards of all LLM calls in their order; the last says the same
   {"solved": x, "rewards": […]}  both
+  {"solved": x, "rewards": r}    r is earned by the last step, of a truncated conversation as well
   """
   rewards, solved = None, returned
   if isinstance(returned, Mapping) and returned.keys() == {"solved", "rewards"}:
     rewards, solved = returned["rewards"], returned["solved"]
+    if _finite(rewards) and session.turns:
+      rewards = [0.0] * (session.turns - 1) + [rewards]
   elif isinstance(returned, (list, tuple)):
     rewards, solved = returned, returned[-1] if returned else 0.0
   if not _finite(solved) or not (

@@ -24,6 +24,8 @@ def digests(config: Config, workdir: pathlib.Path) -> dict[str, str]:
   if c.name in ("custom", "harness"):
     named["environment.tasks"] = [pathlib.Path(c.tasks)]
     named["environment.functions"] = _module(c.functions)
+  if c.name == "verifiers" and c.verifiers.endswith(".toml"):
+    named["environment.verifiers"] = [pathlib.Path(c.verifiers)]
   if c.name == "toolbench":
     queries = pathlib.Path(c.toolbench.folder, "solvable_queries")
     subsets = sorted({*c.toolbench.subsets, *c.toolbench.train_subsets})
