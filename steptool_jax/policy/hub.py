@@ -297,7 +297,9 @@ def write_shards(
   fetch: Callable[[str], Rows],
   max_shard_bytes: int = SHARD_BYTES,
 ) -> None:
-  """{name: (shape, dtype)} into model.safetensors, or into shards with an index.
+  """{name: (shape, dtype)} into model.safetensors, or into shards; with an index in both cases.
+
+  Where there is none, vLLM takes every safetensors file for the model's, the value head's as well.
 
   OSError before anything is written when the disk has no room for all.
   """
@@ -311,12 +313,10 @@ def write_shards(
       "make room, or choose another directory",
     )
   shards = list(split_shards(entries, max_shard_bytes))
-  if len(shards) == 1:
-    write_file(out / "model.safetensors", entries, fetch)
-    return
   weight_map, total = {}, 0
   for number, shard in enumerate(shards, 1):
-    file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+    part = "" if len(shards) == 1 else f"-{number:05d}-of-{len(shards):05d}"
+    file = f"model{part}.safetensors"
     write_file(out / file, shard, fetch)
     weight_map.update(dict.fromkeys(shard, file))
     total += (out / file).stat().st_size

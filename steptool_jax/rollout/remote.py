@@ -14,10 +14,12 @@ import concurrent.futures
 import dataclasses
 import json
 import math
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from absl import logging
 
 from steptool_jax.files import parse_json
 from steptool_jax.simulators.errors import InfrastructureError
@@ -147,17 +149,30 @@ class HttpEngine:
     self._pool = concurrent.futures.ThreadPoolExecutor(slots, "decode")
     self._sent: Any = None  # a leaf of the variables that the servers have
     self._folder, self._version = "", 0
+    self._run = uuid.uuid4().hex[:8]  # a server may still have the weights of another run
 
   # --- weights -------------------------------------------------------------------------------
 
   def lay_out(self, variables: Any) -> Any:
-    """Sends the variables to every server, unless they have them. InfrastructureError."""
+    """Sends the variables to the servers, unless they have them.
+
+    One that is down gets them when it is asked to sample (_sample); InfrastructureError where all
+    are.
+    """
     leaf = _leaf(variables)
     if leaf is not self._sent:
       self._version += 1
       self._folder = self._publish(variables)
+      down = []
       for server in self._servers:
-        self._load(server)
+        try:
+          self._load(server)
+        except InfrastructureError as error:
+          down.append(str(error))
+      if len(down) == len(self._servers):
+        raise InfrastructureError(f"rollout.http.servers: none takes weights; {'; '.join(down)}")
+      for why in down:
+        logging.warning("rollout.http.servers: one is passed over, %s", why)
       self._sent = leaf
     return variables
 
@@ -166,7 +181,7 @@ class HttpEngine:
 
   @property
   def _label(self) -> str:
-    return f"steptool-{self._version}"
+    return f"steptool-{self._run}-{self._version}"
 
   # --- slots ---------------------------------------------------------------------------------
 

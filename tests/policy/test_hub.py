@@ -179,6 +179,16 @@ def test_round_trip_is_exact_and_complete(saved):
   assert [path.name for path in directory.parent.iterdir()] == ["model"]  # no temporary left
 
 
+def test_the_index_tells_the_value_head_from_the_model(tmp_path):
+  """vLLM reads all safetensors files of a folder without an index, and ends at the value head's;
+  so that of a single file has to be there, with every tensor of the model and no other."""
+  config = tiny_config()
+  hub.save_params(tmp_path / "m", config, model.init_params(config, jax.random.key(0)))
+  index = json.loads((tmp_path / "m/model.safetensors.index.json").read_text())
+  names = {name.hub for name in hfconfig.tensor_names(config)}
+  assert index["weight_map"] == dict.fromkeys(names, "model.safetensors")
+
+
 def test_reads_what_safetensors_writes_and_the_other_way_round(saved, tmp_path):
   numpy_files = pytest.importorskip("safetensors.numpy")
   _, params, directory = saved

@@ -32,7 +32,8 @@ class Vllm:
 
   def __init__(self, turn=lambda ids: [len(ids) % 5 + 1, STOP]):
     self.turn, self.label, self.asked = turn, "base", []
-    self.break_with = None  # (times, status)
+    self.break_with = None  # a status, where it is to sample
+    self.down = False
     self.restart_before = None  # forgets its weights before this request
     self.lock = threading.Lock()
     fake = self
@@ -57,6 +58,8 @@ class Vllm:
   def answer(self, path, body):
     with self.lock:
       self.asked.append((path, body))
+      if self.down:
+        return 503, {"error": "down"}
       if path == "/update_weight_version":
         self.label = body["new_version"]
       if path != "/inference/v1/generate":
@@ -142,7 +145,9 @@ def test_weights_go_out_once_for_each_update(servers):
     paths = [path for path, _ in fake.asked]
     assert paths == ["/collective_rpc", "/reset_prefix_cache", "/update_weight_version"] * 2
     assert fake.of("/collective_rpc")[0]["kwargs"] == {"weights_path": "/w"}
-    assert fake.label == "steptool-2"
+  labels = {fake.label for fake in fakes}
+  assert len(labels) == 1
+  assert re.fullmatch(r"steptool-\w{8}-2", labels.pop())
   eng.close()
 
 
@@ -184,6 +189,25 @@ def test_a_server_that_is_down_is_passed_over(servers):
   with pytest.raises(InfrastructureError, match=r"none samples; .*status 503.*status 400"):
     decode(eng, state, {0: 5})
   eng.close()
+
+
+def test_a_server_that_is_down_when_weights_go_out_gets_them_when_it_is_back(servers):
+  """What it has then may be another run's, of the same number; it must not be sampled from."""
+  earlier, late, good = engine(), servers(), servers()
+  earlier._version = 1
+  eng = engine(late, good)
+  late.label, late.down = earlier._label, True
+  v = eng.lay_out(weights())
+  late.down = False
+  state = eng.append(v, eng.init(), {0: np.array([1], np.int32)})
+  _, out = decode(eng, state, {0: 5})
+  assert out.count[0] == 2
+  assert late.label == good.label != earlier._label
+  late.down = good.down = True
+  with pytest.raises(InfrastructureError, match=r"none takes weights; .*503.*; .*503"):
+    eng.lay_out(weights())
+  eng.close()
+  earlier.close()
 
 
 @pytest.mark.parametrize(

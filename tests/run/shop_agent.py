@@ -1,5 +1,6 @@
 """An agent for environment 'harness': the shop's tasks over HTTP, its tools called by the client.
 
+It speaks through the official client where that is installed (extra `openai`), else as that does.
 It does what a chain does: a malformed turn is told its mistake, a call its result and what became
 of it. Rewards by call are those of the rules, from the client's own record.
 """
@@ -24,6 +25,11 @@ from steptool_jax.types import (
   ToolCall,
   Trajectory,
 )
+
+try:
+  import openai
+except ImportError:
+  openai = None
 
 CONFIG = tiny.make("calls")
 BUDGETS = {
@@ -55,20 +61,46 @@ def tools_of(task):
   ]
 
 
+async def ask_by_hand(client, request):
+  """(the model's message, None), or (None, the error's code)."""
+  reply = (await client.post("chat/completions", json={"model": "any", **request})).json()
+  if "error" in reply:
+    return None, reply["error"]["code"]
+  return reply["choices"][0]["message"], None
+
+
+async def ask_officially(client, request):
+  """The same, of openai.AsyncOpenAI."""
+  try:
+    reply = await client.chat.completions.create(model="any", **request)
+  except openai.BadRequestError as error:
+    return None, error.code
+  return reply.choices[0].message.model_dump(exclude_none=True), None
+
+
+def connected(base_url, api_key):
+  """(client, how it is asked)."""
+  if openai is not None:
+    given = {"base_url": base_url, "api_key": api_key, "timeout": 60, "max_retries": 0}
+    return openai.AsyncOpenAI(**given), ask_officially
+  headers = {"Authorization": f"Bearer {api_key}"}
+  return httpx.AsyncClient(base_url=base_url, headers=headers, timeout=60), ask_by_hand
+
+
 async def run(task, base_url, api_key):
   environment, tasks, runner = shop()
   spec = tasks[task["id"]]
   session = environment.open(spec, 0)
   messages, steps = [{"role": "user", "content": spec.query}], []
-  headers, status, answer = {"Authorization": f"Bearer {api_key}"}, None, None
-  async with httpx.AsyncClient(base_url=base_url, headers=headers, timeout=60) as client:
+  status, answer = None, None
+  client, ask = connected(base_url, api_key)
+  async with client:
     while status is None:
-      request = {"model": "any", "messages": messages, "tools": tools_of(spec), "temperature": 0}
-      reply = (await client.post("chat/completions", json=request)).json()
-      if "error" in reply:
-        status = BUDGETS[reply["error"]["code"]]
+      request = {"messages": messages, "tools": tools_of(spec), "temperature": 0}
+      message, refused = await ask(client, request)
+      if refused is not None:
+        status = BUDGETS[refused]
         break
-      message = reply["choices"][0]["message"]
       messages.append(message)
       kind = message["action"]["kind"]
       if kind == "malformed":

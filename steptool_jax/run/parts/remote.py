@@ -9,7 +9,6 @@ from jax.sharding import Mesh
 
 from steptool_jax.config import Config
 from steptool_jax.files import replacing_folder
-from steptool_jax.policy import hub
 from steptool_jax.policy.engine import Engine
 from steptool_jax.policy.formats import peftfile
 from steptool_jax.rollout.remote import HttpEngine, Sampling, Server
@@ -45,7 +44,6 @@ def opened(
         peftfile.save_adapter(new, policy.model, variables["lora"], policy.lora)
       else:
         build.save_policy(new, policy, variables)
-        (new / hub.VALUE_HEAD_FILE).unlink(missing_ok=True)  # vLLM reads every safetensors file
     return str(folder)
 
   engine = HttpEngine(

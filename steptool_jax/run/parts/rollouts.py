@@ -56,7 +56,10 @@ def roll(
       bar.update()
       bar.set_postfix_str(f"{word} {sum(solved) / len(solved):.0%}", refresh=False)
 
-    laid_out = parts.engine.lay_out(variables)
+    try:
+      laid_out = parts.engine.lay_out(variables)
+    except InfrastructureError as error:
+      raise RuntimeError(f"{label}: {error}") from error
 
     def moved() -> dict | None:
       """What is laid out for rollouts alone stays where it is while training's buffers move."""
