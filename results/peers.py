@@ -9,7 +9,8 @@
       --grpo=/tmp/peers_grpo/bin/python
 
 Benchmarks (--only=NAME,NAME): update (PPO, 8 trajectories), rollout, groups (GRPO, 8 samples a
-task) and groups_ppo (PPO on the same). An interpreter that is not given is left out; the others'
+task), groups_ppo (PPO on the same) and answers (GRPO where all that was not sampled comes first,
+and is the prompt). An interpreter that is not given is left out; the others'
 figures in peers.json stay, and the section on groups of peers.md is written anew.
 
 The token counts of the trajectories are those in peers.json; --data=STEPTOOL_FOLDER and
@@ -63,7 +64,8 @@ def make_workload(rows: list[dict[str, Any]], tasks: int, epochs: int) -> dict[s
   """Random ids in the rows' lengths for each benchmark.
 
   Groups: the prompt of a row, followed by what comes after the prompts of SAMPLES rows; the
-  reward is a row's last.
+  reward is a row's last. Answers: a row's prompt and observations, followed by what was sampled in
+  SAMPLES rows.
   """
   rng = np.random.default_rng(0)
 
@@ -81,6 +83,9 @@ def make_workload(rows: list[dict[str, Any]], tasks: int, epochs: int) -> dict[s
   def outcome(row: dict[str, Any]) -> list[float]:
     return [0.0] * (len(row["rewards"]) - 1) + [row["rewards"][-1]]
 
+  def at_once(row: dict[str, Any]) -> dict[str, Any]:
+    return {"forced": [0], "sampled": [sum(row["sampled"])]}
+
   drawn = [rows[n] for n in rng.permutation(len(rows))[:BATCH]]
   alone = [trajectory(n, row, row["rewards"]) for n, row in enumerate(drawn)]
   prompts = [ids(PROMPT) for _ in range(SLOTS)]
@@ -90,16 +95,21 @@ def make_workload(rows: list[dict[str, Any]], tasks: int, epochs: int) -> dict[s
   ]
   answers = rng.integers(ANSWER[0], ANSWER[1] + 1, TURNS).tolist()
   longest = max(sum(len(turn[slot]) for turn in later) for slot in range(SLOTS))
-  groups = []
+  groups, answers_only = [], []
   for task in range(tasks):
     prompt = ids(rows[rng.integers(len(rows))]["forced"][0])
     samples = rng.permutation(len(rows))[:SAMPLES]
     groups += [trajectory(task, rows[n], outcome(rows[n]), prompt) for n in samples]
+    prompt = ids(sum(rows[rng.integers(len(rows))]["forced"]))
+    answers_only += [
+      trajectory(task, at_once(rows[n]), rows[n]["rewards"][-1:], prompt) for n in samples
+    ]
   grouped = {"trajectories": groups, "epochs": epochs}
   return {
     "update": {"trajectories": alone, "epochs": EPOCHS},
     "groups": grouped,
     "groups_ppo": grouped,
+    "answers": grouped | {"trajectories": answers_only},
     "rollout": {
       "prompts": prompts,
       "turns": [prompts, *later],
@@ -107,6 +117,11 @@ def make_workload(rows: list[dict[str, Any]], tasks: int, epochs: int) -> dict[s
       "size": PROMPT + longest + sum(answers),
     },
   }
+
+
+def shorten(row: dict[str, Any], by: int) -> dict[str, Any]:
+  """The row with lengths divided; none is 0."""
+  return row | {kind: [-(-n // by) for n in row[kind]] for kind in ("forced", "sampled")}
 
 
 def work_of(trajectories: list[dict[str, Any]]) -> dict[str, int]:
@@ -165,9 +180,12 @@ class Worker:
       raise RuntimeError(f"worker ended: {self.log.read_text()[-2000:]}")
     return json.loads(line)
 
-  def repeat(self) -> dict[str, Any]:
+  def ask(self) -> None:
     self.process.stdin.write("go\n")
     self.process.stdin.flush()
+
+  def repeat(self) -> dict[str, Any]:
+    self.ask()
     return self.answer() | {"load": os.getloadavg()[0]}
 
   def close(self) -> None:
@@ -186,20 +204,23 @@ class Run(NamedTuple):
 
 def compare(benchmark: str, runs: list[Run], folder: pathlib.Path, repeats: int) -> dict[str, Any]:
   """Rounds in which everybody takes a turn, ours first: raw figures, and the median of each peer's
-  seconds over ours of the same round. The first round compiles and is kept apart.
+  seconds over ours of the same round. Before them all do it once at the same time, which compiles.
   """
   workers = {run.name: Worker(run, benchmark, folder) for run in runs}
   for worker in workers.values():
     worker.answer()  # ready
+  for worker in workers.values():
+    worker.ask()
+  first = {name: worker.answer() for name, worker in workers.items()}
   rounds: list[dict[str, dict[str, Any]]] = []
-  for number in range(repeats + 1):
+  for number in range(repeats):
     rounds.append({name: worker.repeat() for name, worker in workers.items()})
     seconds = {name: round(figures["seconds"], 2) for name, figures in rounds[-1].items()}
-    print(benchmark, number or "first", seconds, flush=True)
+    print(benchmark, number + 1, seconds, flush=True)
   for worker in workers.values():
     worker.close()
   ratios = {
-    run.name: [r[run.name]["seconds"] / r["ours"]["seconds"] for r in rounds[1:]]
+    run.name: [r[run.name]["seconds"] / r["ours"]["seconds"] for r in rounds]
     for run in runs
     if run.name != "ours"
   }
@@ -207,8 +228,8 @@ def compare(benchmark: str, runs: list[Run], folder: pathlib.Path, repeats: int)
     "commit": commit(HERE.parent),
     "median_ratio": {name: statistics.median(r) for name, r in ratios.items()},
     "ratios": ratios,
-    "first": rounds[0],
-    "repetitions": {run.name: [r[run.name] for r in rounds[1:]] for run in runs},
+    "first": first,
+    "repetitions": {run.name: [r[run.name] for r in rounds] for run in runs},
   }
 
 
@@ -220,6 +241,12 @@ def commit(root: pathlib.Path) -> str:
 def runs_of(args: argparse.Namespace) -> dict[str, list[Run]]:
   """Benchmark -> who takes part, as far as there are interpreters."""
   ours = Run("ours", sys.executable, "ours")
+  grouped = [
+    Run("apart", sys.executable, "apart"),
+    Run("before", sys.executable if args.before else "", "apart", args.before),
+    Run("grpo", args.grpo, "grpo"),
+    Run("tunix", args.tunix, "tunix"),
+  ]
   peers = {
     "update": [Run("trl", args.trl, "trl"), Run("tunix", args.tunix, "tunix")],
     "rollout": [
@@ -227,12 +254,8 @@ def runs_of(args: argparse.Namespace) -> dict[str, list[Run]]:
       Run("newer", args.hf, "transformers"),
       Run("tunix", args.tunix, "tunix"),
     ],
-    "groups": [
-      Run("apart", sys.executable, "apart"),
-      Run("before", sys.executable if args.before else "", "apart", args.before),
-      Run("grpo", args.grpo, "grpo"),
-      Run("tunix", args.tunix, "tunix"),
-    ],
+    "groups": grouped,
+    "answers": grouped,
     "groups_ppo": [Run("trl", args.trl, "trl")],
   }
   return {name: [ours, *(run for run in of if run.python)] for name, of in peers.items()}
@@ -245,11 +268,14 @@ def main() -> None:
   parser.add_argument("--tunix", default="", help="interpreter with tunix")
   parser.add_argument("--hf", default="", help="interpreter with another transformers and torch")
   parser.add_argument("--before", type=pathlib.Path, help="checkout of an older commit of ours")
-  parser.add_argument("--only", default="rollout,update,groups,groups_ppo", help="benchmarks")
+  parser.add_argument(
+    "--only", default="rollout,update,groups,groups_ppo,answers", help="benchmarks"
+  )
   parser.add_argument("--data", help="the release's data folder, to count tokens anew")
   parser.add_argument("--tokenizer", help="tokenizer.json that counts them")
   parser.add_argument("--tasks", type=int, default=4, help="groups of 8 in a grouped update")
   parser.add_argument("--epochs", type=int, default=1, help="optimizer steps on them")
+  parser.add_argument("--shorten", type=int, default=1, help="divides lengths, for a trial")
   parser.add_argument("--repeats", type=int, default=3)
   parser.add_argument("--out", type=pathlib.Path, default=HERE / "peers.json")
   parser.add_argument("--report", type=pathlib.Path, default=HERE / "peers.md")
@@ -257,7 +283,8 @@ def main() -> None:
   results = json.loads((HERE / "peers.json").read_text())
   if args.data:
     results["rows"] = count_tokens(args.data, args.tokenizer)
-  work = make_workload(results["rows"], args.tasks, args.epochs)
+  rows = [shorten(row, args.shorten) for row in results["rows"]]
+  work = make_workload(rows, args.tasks, args.epochs)
   with tempfile.TemporaryDirectory() as name:
     folder = pathlib.Path(name)
     (folder / "workload.json").write_text(json.dumps(work))
@@ -267,7 +294,7 @@ def main() -> None:
     for benchmark in args.only.split(","):
       results[benchmark] = compare(benchmark, runs[benchmark], folder, args.repeats)
       print(benchmark, results[benchmark]["median_ratio"], flush=True)
-      if benchmark.startswith("groups"):
+      if benchmark in peers_report.BENCHMARKS:
         more = {"epochs": args.epochs, "work": work_of(work[benchmark]["trajectories"])}
         results[benchmark] |= more | ({"before": commit(args.before)} if args.before else {})
       args.out.write_text(json.dumps(results) + "\n")

@@ -2,29 +2,39 @@
 
 import pathlib
 import statistics
+from collections.abc import Iterable
 from typing import Any
 
 START, END = "<!-- groups: written by peers.py -->", "<!-- end of groups -->"
-# benchmark, run -> (its name in the table, the target of issue 21)
-ROWS = {
-  ("groups", "apart"): ("GRPO, ours with share_prompts off", None),
-  ("groups", "before"): ("GRPO, ours at {before}", 2),
-  ("groups", "grpo"): ("GRPO, TRL {trl}", 2),
-  ("groups", "tunix"): ("GRPO, tunix {google-tunix}", None),
-  ("groups_ppo", "trl"): ("PPO, TRL {trl}", 4),
+BENCHMARKS = {"groups": "GRPO", "groups_ppo": "PPO", "answers": "GRPO, answers alone"}
+# run -> (its name in the table, the targets of issue 21)
+RUNS = {
+  "apart": ("ours, share_prompts off", {}),
+  "before": ("ours at {before}", {"groups": 2, "answers": 2}),
+  "grpo": ("TRL {trl}", {"groups": 2, "answers": 2}),
+  "tunix": ("tunix {google-tunix}", {}),
+  "trl": ("TRL {trl}", {"groups_ppo": 4}),
 }
 TEXT = """\
 ## Groups
 
-{tasks} tasks of {samples} samples: {tokens:,} tokens, of which {sampled:,} are sampled and
-{repeated:,} are prompts that stand there once more. {steps}. {machine}, {rounds}; how often
+Updates of tasks of {samples} samples each; {steps}. {machine}, {rounds}; how often
 ours, with shared prompts, is as fast, median (range):
 
 | | seconds, ours | seconds, peer | tokens/s, ours | tokens/s, peer | ratio | target | |
 |---|---|---|---|---|---|---|---|
 {rows}
 
-Measured at {commit}. Ours: rows of {shape} ({padding:.0%} padding); apart: {apart}.
+Measured at {commit}. What there is to do:
+
+| | tasks | tokens | of these sampled | prompts that stand there again | ours: rows | ours apart |
+|---|---|---|---|---|---|---|
+{work}
+
+A group is the prompt of a released row, followed by what comes after the prompts of {samples} rows,
+not scaled; a reward is a row's last. Sharing its prompts can save no more than what stands there
+again; observations are each sample's own. Answers alone: the prompt is all of a row that was not
+sampled (the "689 of 936" tokens of issue 21), and what was sampled follows at once.
 
 What says that the work is the same:
 
@@ -36,9 +46,7 @@ Equal: the weights (below), token ids, the mask of sampled tokens (TRL's `env_ma
 (deviations from a group's mean over its standard deviation, given to TRL and tunix as they are),
 GRPO's loss (a trajectory's mean, then the mean of trajectories), clip .2, no KL, gradients clipped
 at norm 1, Adam 1e-5, one optimizer step an epoch over all trajectories, float32, no activation
-computed twice. A group is the prompt of a released row, followed by what comes after the prompts
-of {samples} rows, not scaled; a reward is a row's last. PPO: the settings of the section on
-updates, on the same trajectories.
+computed twice. PPO: the settings of the section on updates.
 
 Not equal:
 
@@ -59,62 +67,62 @@ def write(results: dict[str, Any], path: pathlib.Path) -> None:
 
 def section(results: dict[str, Any]) -> str:
   """What has been measured, in Markdown."""
-  found = [(name, run) for name, run in ROWS if run in results.get(name, {}).get("ratios", {})]
-  if not found:
+  measured = {name: results[name] for name in BENCHMARKS if name in results}
+  if not measured:
     return "Groups have not been measured.\n"
-  one = results[found[0][0]]
-  work = one["work"]
-  ours = one["repetitions"]["ours"][0]
-  apart = one["repetitions"].get("apart", [None])[0]
-  steps = "One optimizer step" if one["epochs"] == 1 else f"{one['epochs']} optimizer steps"
+  one = next(iter(measured.values()))
   rounds = len(one["repetitions"]["ours"])
+  epochs = one["epochs"]
   return TEXT.format(
-    **work,
-    samples=work["trajectories"] // work["tasks"],
-    steps=steps,
+    samples=one["work"]["trajectories"] // one["work"]["tasks"],
+    steps="one optimizer step" if epochs == 1 else f"{epochs} optimizer steps",
     machine=results["machine"],
     rounds="one round" if rounds == 1 else f"{rounds} rounds",
-    rows="\n".join(_row(results[name], run, *ROWS[name, run]) for name, run in found),
-    commit=" and ".join(sorted({results[name]["commit"] for name, _ in found})),
-    shape=_shape(ours),
-    padding=ours["padding"],
-    apart=_shape(apart) if apart else "not measured",
-    checks="\n".join(
-      _check(results[name], name, run) for name in results for run in _runs(results, name)
+    commit=" and ".join(sorted({found["commit"] for found in measured.values()})),
+    rows=_lines(
+      _ratio(name, found, run) for name, found in measured.items() for run in found["ratios"]
+    ),
+    work=_lines(_work(name, found) for name, found in measured.items()),
+    checks=_lines(
+      _check(name, found, run) for name, found in measured.items() for run in found["repetitions"]
     ),
   )
 
 
-def _runs(results: dict[str, Any], name: str) -> list[str]:
-  return [*results[name]["repetitions"]] if name.startswith("groups") else []
+def _lines(rows: Iterable[list[Any]]) -> str:
+  return "\n".join(f"| {' | '.join(map(str, row))} |" for row in rows)
 
 
-def _shape(figures: dict[str, Any]) -> str:
-  return "{} x {:,}".format(*figures["rows"])
-
-
-def _row(found: dict[str, Any], run: str, name: str, target: float | None) -> str:
-  own, peer = (found["repetitions"][n] for n in ("ours", run))
+def _ratio(name: str, found: dict[str, Any], run: str) -> list[str]:
+  own, peer = found["repetitions"]["ours"], found["repetitions"][run]
   seconds = [statistics.median(r["seconds"] for r in of) for of in (own, peer)]
-  rates = [f"{found['work']['tokens'] / s:,.0f}" for s in seconds]
-  ratios = found["ratios"][run]
-  ratio = found["median_ratio"][run]
-  verdict = "" if target is None else "reached" if ratio >= target else "not reached"
-  cells = [
-    name.format(**peer[0].get("versions", {}), before=found.get("before", "")),
+  title, targets = RUNS[run]
+  title = title.format(**peer[0].get("versions", {}), before=found.get("before", ""))
+  ratios, ratio, target = found["ratios"][run], found["median_ratio"][run], targets.get(name)
+  return [
+    f"{BENCHMARKS[name]}: {title}",
     *(f"{s:.1f}" for s in seconds),
-    *rates,
+    *(f"{found['work']['tokens'] / s:,.0f}" for s in seconds),
     f"**{ratio:.2f}** ({min(ratios):.2f} to {max(ratios):.2f})",
-    "" if target is None else str(target),
-    verdict,
+    *(("", "") if target is None else (target, "reached" if ratio >= target else "not reached")),
   ]
-  return f"| {' | '.join(cells)} |"
 
 
-def _check(found: dict[str, Any], name: str, run: str) -> str:
+def _work(name: str, found: dict[str, Any]) -> list[str]:
+  work, own = found["work"], found["repetitions"]
+  shapes = []
+  for run in ("ours", "apart"):
+    rows = own[run][0] if run in own else None
+    shapes.append("{} x {:,}".format(*rows["rows"]) if rows else "not measured")
+  return [BENCHMARKS[name], work["tasks"], *(f"{work[k]:,}" for k in _COUNTS), *shapes]
+
+
+_COUNTS = ("tokens", "sampled", "repeated")
+
+
+def _check(name: str, found: dict[str, Any], run: str) -> list[str]:
   first, second = found["first"][run], found["repetitions"][run][0]
   norms = ", ".join(f"{norm:.5f}" for norm in first.get("grad_norm", ())) or "not given"
-  # TRL 0.10.1 and tunix report what they computed before the first update only.
+  # TRL 0.10.1 and tunix report what they computed before the first update, and no more.
   after = f"{second['logprob']:.6f}" if first["logprob"] != second["logprob"] else "not computed"
-  kind = "PPO" if name == "groups_ppo" else "GRPO"
-  return f"| {kind}, {run} | {first['logprob']:.6f} | {after} | {norms} |"
+  return [f"{BENCHMARKS[name]}: {run}", f"{first['logprob']:.6f}", after, norms]

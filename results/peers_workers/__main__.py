@@ -16,23 +16,33 @@ import google_tunix
 import hugging_face
 import ours
 
-# (worker, benchmark) -> what serves it. "apart": ours, every sample with a prompt of its own.
+_grouped = {
+  "ours": functools.partial(ours.update, algorithm="grpo", share=True),
+  "apart": functools.partial(ours.update, algorithm="grpo", share=False),
+  "grpo": hugging_face.grpo,
+  "tunix": google_tunix.grpo,
+}
+# benchmark -> worker -> what serves it. "apart": ours, every sample with a prompt of its own.
 WORKERS = {
-  ("ours", "rollout"): ours.rollout,
-  ("transformers", "rollout"): hugging_face.rollout,
-  ("tunix", "rollout"): google_tunix.rollout,
-  ("ours", "update"): functools.partial(ours.update, algorithm="steptool", share=False),
-  ("trl", "update"): hugging_face.ppo,
-  ("tunix", "update"): google_tunix.ppo,
-  ("ours", "groups"): functools.partial(ours.update, algorithm="grpo", share=True),
-  ("apart", "groups"): functools.partial(ours.update, algorithm="grpo", share=False),
-  ("grpo", "groups"): hugging_face.grpo,
-  ("tunix", "groups"): google_tunix.grpo,
-  ("ours", "groups_ppo"): functools.partial(ours.update, algorithm="steptool", share=True),
-  ("trl", "groups_ppo"): hugging_face.ppo,
+  "rollout": {
+    "ours": ours.rollout,
+    "transformers": hugging_face.rollout,
+    "tunix": google_tunix.rollout,
+  },
+  "update": {
+    "ours": functools.partial(ours.update, algorithm="steptool", share=False),
+    "trl": hugging_face.ppo,
+    "tunix": google_tunix.ppo,
+  },
+  "groups": _grouped,
+  "answers": _grouped,
+  "groups_ppo": {
+    "ours": functools.partial(ours.update, algorithm="steptool", share=True),
+    "trl": hugging_face.ppo,
+  },
 }
 
 if __name__ == "__main__":
   worker, benchmark, path = sys.argv[1:]
   workload = json.loads((pathlib.Path(path) / "workload.json").read_text())
-  WORKERS[worker, benchmark](workload[benchmark], pathlib.Path(path))
+  WORKERS[benchmark][worker](workload[benchmark], pathlib.Path(path))

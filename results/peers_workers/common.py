@@ -17,6 +17,20 @@ GAMMA, LAM, VALUE_COEF, KL = 0.99, 0.95, 0.1, 0.3
 CLIP, RATE = 0.2, 1e-5
 
 
+class Clock:
+  """Seconds since it was made, and seconds of this process on all cores together."""
+
+  def __init__(self):
+    self.started = time.perf_counter(), time.process_time()
+
+  def read(self) -> dict[str, float]:
+    seconds, cpu_seconds = self.started
+    return {
+      "seconds": time.perf_counter() - seconds,
+      "cpu_seconds": time.process_time() - cpu_seconds,
+    }
+
+
 def commands() -> Iterator[str]:
   """Lines on stdin, each of which asks for a repetition."""
   PIPE.write("{}\n")  # ready
@@ -33,9 +47,9 @@ def reply(**figures: Any) -> None:
 def serve(action: Callable[[int], dict[str, Any]], more: Callable[[], dict]) -> None:
   """action(repetition) -> what it reports besides its seconds; more(): what is found untimed."""
   for repetition, _ in enumerate(commands()):
-    started = time.perf_counter()
+    clock = Clock()
     report = action(repetition)
-    reply(seconds=time.perf_counter() - started, **report, **more())
+    reply(**clock.read(), **report, **more())
 
 
 def xla_compilations() -> Callable[[], dict]:

@@ -2,7 +2,6 @@
 
 import json
 import pathlib
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,6 +12,7 @@ from common import (
   KL,
   LAM,
   RATE,
+  Clock,
   advantages,
   commands,
   reply,
@@ -142,13 +142,13 @@ def _dataset(trainers: tuple, prompts: list[str], **fixed: Any) -> Iterator[dict
 
   compiled = xla_compilations()
   for _ in commands():
-    started = time.perf_counter()
+    clock = Clock()
     yield {"prompts": prompts}
     jax.block_until_ready([nnx.state(t.model) for t in trainers])
-    seconds = time.perf_counter() - started
+    times = clock.read()
     steps = [t.train_steps for t in trainers]
     own = versions("google-tunix", "jax", "flax")
-    reply(seconds=seconds, steps=steps, versions=own, **fixed, **compiled())
+    reply(**times, steps=steps, versions=own, **fixed, **compiled())
 
 
 def ppo(work: dict, folder: pathlib.Path) -> None:

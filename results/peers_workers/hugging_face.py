@@ -1,7 +1,6 @@
 """TRL's two trainers (0.10.1: PPO; the newest: GRPO), and generation with transformers."""
 
 import pathlib
-import time
 from typing import Any
 
 from common import (
@@ -11,6 +10,7 @@ from common import (
   LAM,
   RATE,
   VALUE_COEF,
+  Clock,
   advantages,
   commands,
   reply,
@@ -98,21 +98,21 @@ def grpo(work: dict, folder: pathlib.Path) -> None:
   parts, samples = [responses(t) for t in given], len(given) // len({t["task"] for t in given})
   tasks = len(given) // samples
   model = transformers.AutoModelForCausalLM.from_pretrained(str(folder / "model"))
-  asked, started, repetition, logprob = commands(), 0.0, -1, []
+  asked, clock, repetition, logprob = commands(), None, -1, []
 
   def rollout(prompts: list[str], trainer: Any) -> dict[str, list]:
-    nonlocal started, repetition
-    if repetition >= 0:
-      seconds = time.perf_counter() - started
+    nonlocal clock, repetition
+    if clock:
+      times = clock.read()
       logs = [log["grad_norm"] for log in trainer.state.log_history if "grad_norm" in log]
       more = {"versions": versions("trl", "transformers", "torch"), "logprob": logprob[-1]}
-      reply(seconds=seconds, grad_norm=logs[-epochs:], steps=trainer.state.global_step, **more)
+      reply(**times, grad_norm=logs[-epochs:], steps=trainer.state.global_step, **more)
     if next(asked, None) is None:
       raise SystemExit
     repetition += 1
     if repetition < 2:  # before the first update and after it, beside the clock
       logprob.append(_mean_logprob(lambda ids: trainer.model(ids).logits, given))
-    started = time.perf_counter()
+    clock = Clock()
     assert [int(p) for p in prompts] == [t["task"] for t in given]
     ids = [p[0].tolist() for p in parts]
     return {
