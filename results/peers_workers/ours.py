@@ -70,7 +70,7 @@ def update(work: dict, folder: pathlib.Path, algorithm: str, share: bool) -> Non
 
   from steptool_jax.learning import batching
   from steptool_jax.learning import update as update_lib
-  from steptool_jax.policy import hfconfig, hub, lora
+  from steptool_jax.policy import hfconfig, hub
   from steptool_jax.run.training import setup
 
   trajectories = [_trajectory(n, t) for n, t in enumerate(work["trajectories"])]
@@ -80,9 +80,9 @@ def update(work: dict, folder: pathlib.Path, algorithm: str, share: bool) -> Non
   architecture, _ = hfconfig.load_config(folder / "model")
   variables = {"params": hub.load_params(folder / "model", architecture)}
   learner = setup.build_learner(config, architecture, algorithm, 1)
-  state = update_lib.init_state(learner, *lora.split_variables(variables))
   prepare, step = update_lib.compile_programs(learner)
   mesh = jax.sharding.Mesh(np.array(jax.devices()).reshape(1, 1, 1), ("data", "fsdp", "tensor"))
+  state = setup.start_phase(config, mesh, learner, variables)
 
   def action(repetition: int) -> dict[str, Any]:
     nonlocal state
