@@ -53,7 +53,7 @@ Not equal:
 - TRL's and tunix's GRPO compute old log-probs only if there are several epochs; ours always does,
   with one epoch a forward pass more.
 - TRL pads to the longest prompt and the longest answer of the batch, in micro-batches of {samples},
-  and so does tunix.
+  and so does tunix. Ours, shared or apart, has rows of the size that leaves the least padding.
 - tunix's GRPO has no mask for observations: it trains on them, so its gradient is another one.
 - TRL's rollout function and reward function only hand out what is given. Nothing was patched.
 """

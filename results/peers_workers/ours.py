@@ -2,6 +2,7 @@
 
 import functools
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -49,23 +50,20 @@ def _config(algorithm: str, epochs: int, row_tokens: int, share: bool) -> Any:
   return config
 
 
-def _row_tokens(trajectories: list, share: bool) -> int:
-  """Positions in a row: a power of two that holds the longest trajectory; with `share`, the least
-  multiple of 512 that holds the largest group."""
+def _row_tokens(trajectories: list, pack: Callable) -> int:
+  """Positions in a row, at least those of the longest trajectory: a power of two; for groups the
+  multiple of 512, up to 8,192, with which they take the fewest positions."""
   from steptool_jax.learning import batching
 
-  if not share:
-    longest = max(batching.packed_length(t) for t in trajectories)
+  longest = max(batching.packed_length(t) for t in trajectories)
+  if len({t.task_id for t in trajectories}) == len(trajectories):
     return 1 << (longest - 1).bit_length()
-  groups: dict[str, int] = {}
-  for t in trajectories:
-    shared = len(t.prompt_tokens) - 1
-    groups[t.task_id] = groups.get(t.task_id, shared) + batching.packed_length(t) - shared
-  return -(-max(groups.values()) // 512) * 512
+  sizes = range(-(-longest // 512) * 512, 8193, 512)
+  return min(sizes, key=lambda size: pack(trajectories, size).batch.tokens.size)
 
 
 def update(work: dict, folder: pathlib.Path, algorithm: str, share: bool) -> None:
-  """share: a task's samples stand behind their prompt, in rows that hold a whole group."""
+  """share: a task's samples stand behind their prompt."""
   import jax
 
   from steptool_jax.learning import batching
@@ -75,7 +73,7 @@ def update(work: dict, folder: pathlib.Path, algorithm: str, share: bool) -> Non
 
   trajectories = [_trajectory(n, t) for n, t in enumerate(work["trajectories"])]
   pack = functools.partial(batching.pack, share=True) if share else batching.pack
-  epochs, size = work["epochs"], _row_tokens(trajectories, share)
+  epochs, size = work["epochs"], _row_tokens(trajectories, pack)
   config = _config(algorithm, epochs, size, share)
   architecture, _ = hfconfig.load_config(folder / "model")
   variables = {"params": hub.load_params(folder / "model", architecture)}
