@@ -46,7 +46,7 @@ Equal: the weights (below), token ids, the mask of sampled tokens (TRL's `env_ma
 (deviations from a group's mean over its standard deviation, given to TRL and tunix as they are),
 GRPO's loss (a trajectory's mean, then the mean of trajectories), clip .2, no KL, gradients clipped
 at norm 1, Adam 1e-5, one optimizer step an epoch over all trajectories, float32, no activation
-computed twice. PPO: the settings of the section on updates.
+computed twice. PPO: the settings of updates (below) but for the number of epochs.
 
 Not equal:
 
