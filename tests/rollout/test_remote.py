@@ -1,16 +1,20 @@
 """Rollouts on vLLM servers: what is sent, and what is refused. The servers are fakes."""
 
+import dataclasses
 import json
 import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import fakes
 import numpy as np
 import pytest
 
 from steptool_jax import validation
 from steptool_jax.config import base_config
 from steptool_jax.rollout import remote
+from steptool_jax.run.parts import build
+from steptool_jax.run.parts import remote as parts_remote
 from steptool_jax.simulators.errors import InfrastructureError
 
 STOP = 9
@@ -272,6 +276,22 @@ def test_a_config_that_cannot_work_is_refused(changes, reason):
   config.rollout.http.update(changes)
   with pytest.raises(ValueError, match=reason):
     validation.validate(config)
+
+
+def test_a_head_that_servers_would_not_reload_is_refused(tmp_path):
+  """vLLM kept a tied head as it was: log-probs were up to .3 nats off, and ever more so."""
+  config = base_config()
+  config.rollout.engine, config.rollout.http.servers = "http", ("http://h:1",)
+  checked = validation.validate(config)
+  tied = build.Policy(fakes.tiny_config(tie_embeddings=True), None, None, None, None, {})
+  with (
+    pytest.raises(ValueError, match=r"leaves such a head as it was.*lora\.rank=16"),
+    parts_remote.opened(checked, tied, None, tmp_path),
+  ):
+    pass
+  untied = dataclasses.replace(tied, model=fakes.tiny_config(tie_embeddings=False))
+  with parts_remote.opened(checked, untied, None, tmp_path) as engine:
+    assert engine.slots == config.rollout.slots
 
 
 def test_the_address_is_in_the_error_and_the_key_is_not(servers):

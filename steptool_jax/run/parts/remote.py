@@ -31,6 +31,14 @@ def opened(
       "with its mesh over this host's chips"
     )
   h = config.rollout.http
+  if policy.model.tie_embeddings and policy.lora is None:
+    # The weights of the head are the embedding's, and vLLM 0.32 does not find them under its name.
+    raise ValueError(
+      "config.rollout.engine: 'http' with full fine-tuning of a model whose head is its embedding: "
+      "vLLM's reload leaves such a head as it was, and samples from a policy between two versions. "
+      "Train adapters, which leave the embedding alone (lora.rank=16), or set rollout.engine to "
+      "'own'"
+    )
   key = secret(h.key_variable, "rollout.http.key_variable")
   servers = [
     Server(address, key=key, timeout_s=h.timeout, in_flight=config.rollout.slots)
