@@ -46,7 +46,8 @@ def trained(workdir, monkeypatch, compiled, buckets, harness):
   return paid, (workdir / "export" / "model.safetensors").read_bytes()
 
 
-def test_agents_over_http_train_as_chains_do(tmp_path, compiled, monkeypatch):
+@pytest.mark.parametrize("buckets", [(), pytest.param((4,), marks=pytest.mark.campaign)])
+def test_agents_over_http_train_as_chains_do(tmp_path, compiled, monkeypatch, buckets):
   """What is trained on must be what was sampled, and the same: ids, masks, rewards, their order,
   and so the weights, whoever else talks to the server in the meantime.
 
@@ -55,13 +56,11 @@ def test_agents_over_http_train_as_chains_do(tmp_path, compiled, monkeypatch):
   """
   chain, weights = trained(tmp_path / "chain", monkeypatch, compiled, (), harness=False)
   assert len({t.status for t in chain}) > 1  # budgets are met, answers given
-  for buckets in ((), (4,)):  # one width in the place of three, which take longer to compile
-    workdir = tmp_path / f"agent{len(buckets)}"
-    agent, theirs = trained(workdir, monkeypatch, compiled, buckets, harness=True)
-    assert Status.INFRASTRUCTURE_ERROR not in {t.status for t in agent}
-    for one, other in zip(chain, agent, strict=True):
-      assert_same(one, other, exactly=not buckets)
-    assert theirs == weights
+  agent, theirs = trained(tmp_path / "agent", monkeypatch, compiled, buckets, harness=True)
+  assert Status.INFRASTRUCTURE_ERROR not in {t.status for t in agent}
+  for one, other in zip(chain, agent, strict=True):
+    assert_same(one, other, exactly=not buckets)
+  assert theirs == weights
 
 
 def assert_same(one, other, exactly):
