@@ -7,7 +7,7 @@ from typing import Any
 
 START, END = "<!-- groups: written by peers.py -->", "<!-- end of groups -->"
 BENCHMARKS = {"groups": "GRPO", "groups_ppo": "PPO", "answers": "GRPO, answers alone"}
-# run -> (its name in the table, the targets of issue 21)
+# run -> (its name in the table, what was aimed at)
 RUNS = {
   "apart": ("ours, share_prompts off", {}),
   "before": ("ours at {before}", {"groups": 2, "answers": 2}),
@@ -34,7 +34,7 @@ Measured at {commit}. What there is to do:
 A group is the prompt of a released row, followed by what comes after the prompts of {samples} rows,
 not scaled; a reward is a row's last. Sharing its prompts can save no more than what stands there
 again; observations are each sample's own. Answers alone: the prompt is all of a row that was not
-sampled (the "689 of 936" tokens of issue 21), and what was sampled follows at once.
+sampled (689 of a mean row's 936 tokens), and what was sampled follows at once.
 
 What says that the work is the same:
 
