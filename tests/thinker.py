@@ -34,7 +34,10 @@ def tokenizer(out: pathlib.Path, tags: tuple[str, ...] = TAGS) -> Codec:
     ]
   )
   made.decoder = decoders.ByteLevel()
-  source = pathlib.Path(get_format.__code__.co_filename).read_text()
+  folder = pathlib.Path(get_format.__code__.co_filename).parent
+  source = "\n".join(
+    (folder / f"{n}.py").read_text() for n in ("template", "chatformat", "listing")
+  )
   trainer = trainers.BpeTrainer(
     vocab_size=700,
     special_tokens=list(SPECIALS),

@@ -277,7 +277,7 @@ def test_gradients_equal_each_step_alone(tmp_path):
   assert [len(t.parts) for t in trajectories] == [3, 2, 3]
   trajectories += random_breaks(group(5), 5)
   shape = fakes.tiny_config(vocab_size=codec.vocab_size, max_position_embeddings=512)
-  packed = batching.pack(trajectories, 460)
+  packed = batching.pack(trajectories, 480)
   # Micro-batches of two rows: segments of a trajectory lie in different ones.
   found, after = learnt("rloo", packed, 2, "trajectory", shape, rows=8)
   expected = each_step_alone(trajectories, found, "trajectory", shape)

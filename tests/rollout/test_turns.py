@@ -20,6 +20,7 @@ from steptool_jax.environments.custom import Custom
 from steptool_jax.environments.faults import Faults, FaultyEnvironment
 from steptool_jax.evaluation.metrics import rollout_metrics
 from steptool_jax.learning import advantages, batching, steptable
+from steptool_jax.policy.engine import Decoded
 from steptool_jax.rewards import rules, shaping
 from steptool_jax.rollout import chain
 from steptool_jax.rollout.conversation import Limits
@@ -275,9 +276,7 @@ class ScriptedEngine:
       turn = self.turn[slot] = self.turn.get(slot, -1) + 1
       ids = self.format.render_action(self.actions[turn])
       tokens[slot, : len(ids)], count[slot] = ids, len(ids)
-    found = types.SimpleNamespace(
-      tokens=tokens, count=count, logprobs=np.zeros(tokens.shape, np.float32), stopped=count > 0
-    )
+    found = Decoded(tokens, np.zeros(tokens.shape, np.float32), count, count > 0)
     return state, found
 
 

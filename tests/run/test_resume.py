@@ -143,6 +143,7 @@ def test_another_config_is_refused_by_name(reference):
   assert "Traceback" not in done.stderr
 
 
+@pytest.mark.campaign
 def test_lora_with_folded_sft_adapters_resumes_bit_equal(tmp_path, compiled):
   config = tiny.make("lora", compilation_cache=compiled, evaluation__every=0)
   meta, arrays = crash_and_go_on(config, tmp_path, 1)
@@ -150,6 +151,7 @@ def test_lora_with_folded_sft_adapters_resumes_bit_equal(tmp_path, compiled):
   assert any("lora" in path and np.any(array) for path, array in arrays.items())
 
 
+@pytest.mark.campaign
 def test_conversations_of_several_segments_resume_bit_equal(tmp_path, compiled, monkeypatch):
   """Results that are folded give later calls a prompt of their own, and trajectories several rows,
   whose number and order a resumed run must find again."""
