@@ -20,7 +20,7 @@ gc.set_threshold(20_000, 10, 10)
 _KEPT = tempfile.TemporaryDirectory(prefix="steptool_jax_kept_")
 os.environ["XDG_CACHE_HOME"] = _KEPT.name
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
-
+import official_data  # noqa: E402
 
 # Files that take minutes come first, so that none of them is left over for one process in the end.
 LONG = (
@@ -40,8 +40,7 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(scope="session")
 def shared():
   """The folder that holds stabletoolbench/ and steptool/; the test is skipped without it."""
-  default = pathlib.Path(__file__).parents[2] / "shared" / "data"
-  folder = pathlib.Path(os.environ.get("STEPTOOL_DATA", default))
+  folder = official_data.DATA
   if not (folder / "steptool").is_dir():
     pytest.skip(f"the official data are not in {folder} (set STEPTOOL_DATA)")
   return folder

@@ -2,9 +2,9 @@
 
 import json
 import os
-import pathlib
 
 import numpy as np
+import official_data
 import pytest
 
 from steptool_jax.rollout.branching import ROOT
@@ -25,7 +25,7 @@ from steptool_jax.types import (
   Trajectory,
 )
 
-EXAMPLES = pathlib.Path("/work/shared/data/stabletoolbench/data_example")
+EXAMPLES = official_data.DATA / "stabletoolbench/data_example"
 LIMITS = Limits(
   max_steps=4, max_step_tokens=64, max_tokens=999, max_invalid=3, max_observation_chars=20
 )

@@ -2,17 +2,17 @@ import ast
 import concurrent.futures
 import json
 import multiprocessing
-import pathlib
 import sqlite3
 import time
 
+import official_data
 import pytest
 
 from steptool_jax.simulators.errors import InfrastructureError
 from steptool_jax.toolbench.simulators.cache import Cache, Recorded, canonical_key
 from steptool_jax.toolbench.simulators.virtual import NOT_PARSED, VirtualRequest, VirtualResponse
 
-DATA = pathlib.Path("/work/shared/data/stabletoolbench/tool_response_cache")
+DATA = official_data.DATA / "stabletoolbench/tool_response_cache"
 
 
 def entry(response, error=""):

@@ -2,9 +2,9 @@
 
 import ast
 import json
-import pathlib
 import shutil
 
+import official_data
 import pytest
 
 from steptool_jax.environments.base import Environment, Session
@@ -16,7 +16,7 @@ from steptool_jax.toolbench.names import Prompts, system_text
 from steptool_jax.toolbench.simulators.virtual import VirtualResponse
 from steptool_jax.types import Code, ToolCall
 
-DATA = pathlib.Path("/work/shared/data/stabletoolbench")
+DATA = official_data.DATA / "stabletoolbench"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"needs the official data in {DATA}")
 
 
