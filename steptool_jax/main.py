@@ -146,7 +146,7 @@ def _alone(workdir: pathlib.Path, mode: str) -> contextlib.AbstractContextManage
 
 
 def _parse(argv: list[str]) -> list[str]:
-  if any(word in ("--help", "-help", "-h", "help") for word in argv[1:]):
+  if argv[1:2] == ["help"] or {"--help", "-help", "-h"} & set(argv[1:]):
     # absl would show the text of the console script, which has none.
     print(f"{__doc__}\nflags:\n{flags.FLAGS.module_help(sys.modules[__name__])}")
     sys.exit()

@@ -7,12 +7,22 @@ import sys
 
 import numpy as np
 
+from steptool_jax.dialogue import compact
+from steptool_jax.dialogue.chatformat import ChatFormat
+from steptool_jax.dialogue.codec import Codec
+from steptool_jax.dialogue.template import get_format
 from steptool_jax.learning import batching, steptable
 from steptool_jax.policy import engine, model
 from steptool_jax.types import TRUNCATED, Finish, Malformed, Status, Step, TokenBatch, Trajectory
 
 VOCAB = 61
 ROOT = pathlib.Path(__file__).parents[1]
+
+
+def echo_format(folder: pathlib.Path) -> ChatFormat:
+  """The compact format over a tokenizer of a few words, written into `folder`."""
+  compact.build_tokenizer(["echo {} answer 7 give_up"] * 50, 300, folder)
+  return get_format("compact", Codec.load(folder))
 
 
 def several_devices(count: int) -> dict[str, str]:

@@ -263,10 +263,8 @@ def resolve(algorithm: Algorithm, config: Config) -> Config:
 
 
 def recorded(config: Config) -> Literal["", "values", "hidden"]:
-  """What the engine records of each step for the critic, so that iterations may take it."""
-  if not config.rollout.reuse:
-    return ""
-  return critics.recorded(resolve(get_algorithm(config.algorithm), config).critic.kind)
+  """As `critics.recorded`, of a config that is not resolved yet."""
+  return critics.recorded(resolve(get_algorithm(config.algorithm), config))
 
 
 def get_algorithm(name: str) -> Algorithm:

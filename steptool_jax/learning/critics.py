@@ -16,6 +16,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from steptool_jax.config import Config
 from steptool_jax.learning.steptable import StepTable
 
 _STEPS = 8  # steps with a number of their own, later ones share one
@@ -141,8 +142,14 @@ def get_critic(kind: str) -> Critic:
   return CRITICS.get(kind, _NONE)
 
 
-def recorded(kind: str) -> Literal["", "values", "hidden"]:
-  """What an engine would have to record so that this critic needs no forward pass (types.Step)."""
+def recorded(config: Config) -> Literal["", "values", "hidden"]:
+  """What the engine records of each step, so that the critic needs no forward pass (types.Step).
+
+  config: `algorithms.resolve`d; without rollout.reuse nothing is recorded.
+  """
+  kind = config.critic.kind
+  if not config.rollout.reuse:
+    return ""
   if kind == "value":
     return "values"
   return "hidden" if get_critic(kind).hidden else ""

@@ -68,8 +68,8 @@ class Learner:
 
   @property
   def records(self) -> str:
-    """What the engine has recorded for the critic (algorithms.recorded)."""
-    return critics.recorded(self.critic) if self.config.rollout.reuse else ""
+    """What the engine has recorded for the critic."""
+    return critics.recorded(self.config)
 
   @property
   def critic_steps(self) -> int:
@@ -165,7 +165,6 @@ def prepare(
     lambda x: x.reshape(-1, *x.shape[2:]), (batch_NBT, filled, table_NBK)
   )
   old_BT, mask_BT = now.logprobs, flat.action_mask
-  gap_BT = jnp.where(mask_BT, jnp.abs(old_BT - flat.behaviour_logprobs), 0.0)
   log_ratio_BT = jnp.where(mask_BT, old_BT - ref_BT, 0.0)  # k1
   rewards_BT = flat.rewards
   if c.loss.kl == "reward":
@@ -219,6 +218,7 @@ def prepare(
   if c.rollout.reuse:
     metrics |= {"sampler_gap": gap, "reused": (gap <= c.rollout.reuse).astype(jnp.float32)}
   else:
+    gap_BT = jnp.where(mask_BT, jnp.abs(old_BT - flat.behaviour_logprobs), 0.0)
     sampled = jnp.maximum(mask_BT.sum(), 1)
     metrics |= {
       "sampler_gap": gap_BT.max(),

@@ -263,9 +263,7 @@ def init_cache(
 ) -> KVCache:
   """An empty cache of `size` positions for each of `slots` conversations."""
   shape = (layers, slots, size, *cache_row(kv_heads, head_dim))
-  scales = ()
-  if dtype == "int8":
-    scales = (int8.empty_scales(layers, slots, kv_heads, size) for _ in range(2))
+  scales = int8.empty_scales(dtype, layers, slots, kv_heads, size)
   return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), *scales)
 
 

@@ -47,9 +47,7 @@ def suits(head_dim: int) -> bool:
 def init(layers: int, slots: int, kv_heads: int, size: int, head_dim: int, dtype: str) -> HeadCache:
   """An empty cache for `size` tokens a slot; its positions are rounded up to whole blocks."""
   shape = (layers, slots, kv_heads, _kernels().rounded(size), head_dim)
-  scales = ()
-  if dtype == "int8":
-    scales = (int8.empty_scales(layers, slots, kv_heads, shape[3]) for _ in range(2))
+  scales = int8.empty_scales(dtype, layers, slots, kv_heads, shape[3])
   return HeadCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), *scales)
 
 

@@ -11,9 +11,6 @@ import optax
 import pytest
 
 from steptool_jax.config import Advantage, Config, Critic, Limits, Loss, Rollout
-from steptool_jax.dialogue import compact
-from steptool_jax.dialogue.codec import Codec
-from steptool_jax.dialogue.template import get_format
 from steptool_jax.learning import algorithms, batching, steptable, update
 from steptool_jax.policy import engine, model
 from steptool_jax.rollout import chain
@@ -46,9 +43,7 @@ class Script:
 
 @pytest.fixture(scope="module")
 def chat_format(tmp_path_factory):
-  out = tmp_path_factory.mktemp("tokenizer")
-  compact.build_tokenizer(["echo {} answer 7 give_up"] * 50, 300, out)
-  return get_format("compact", Codec.load(out))
+  return fakes.echo_format(tmp_path_factory.mktemp("tokenizer"))
 
 
 @pytest.fixture(scope="module")

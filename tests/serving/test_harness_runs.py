@@ -14,9 +14,6 @@ import pytest
 from thinker import contexts
 
 from steptool_jax.config import Limits
-from steptool_jax.dialogue import compact
-from steptool_jax.dialogue.codec import Codec
-from steptool_jax.dialogue.template import get_format
 from steptool_jax.rollout.chain import Interrupted
 from steptool_jax.rollout.setting import Sampling, Setting, step_seed
 from steptool_jax.serving import harness
@@ -28,9 +25,7 @@ LIMITS = Limits(max_steps=3, max_step_tokens=24, max_tokens=200, max_invalid=2)
 
 @pytest.fixture(scope="module")
 def chat_format(tmp_path_factory):
-  out = tmp_path_factory.mktemp("tokenizer")
-  compact.build_tokenizer(["echo {} answer 7 give_up"] * 50, 300, out)
-  return get_format("compact", Codec.load(out))
+  return fakes.echo_format(tmp_path_factory.mktemp("tokenizer"))
 
 
 async def converse(base_url, api_key, query="say seven", turns=9, end=True):

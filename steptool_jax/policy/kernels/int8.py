@@ -24,11 +24,13 @@ def quantise(x: jax.Array) -> tuple[jax.Array, jax.Array]:
   return whole.astype(jnp.int8), scale
 
 
-def dequantise(whole: jax.Array, scale: jax.Array) -> jax.Array:
-  """float32 [..., h]."""
-  return whole.astype(jnp.float32) * scale[..., None]
+def empty_scales(
+  dtype: str, layers: int, slots: int, kv_heads: int, size: int
+) -> tuple[jax.Array, ...]:
+  """Those of keys and of values in a cache of this dtype; none where it is not int8.
 
-
-def empty_scales(layers: int, slots: int, kv_heads: int, size: int) -> jax.Array:
-  """float32 [layers, slots, kv_heads, 1, size]: positions fill the rows of a TPU's tiles."""
-  return jnp.zeros((layers, slots, kv_heads, 1, size), jnp.float32)
+  float32 [layers, slots, kv_heads, 1, size]: positions fill the rows of a TPU's tiles.
+  """
+  count = 2 if dtype == "int8" else 0
+  shape = (layers, slots, kv_heads, 1, size)
+  return tuple(jnp.zeros(shape, jnp.float32) for _ in range(count))

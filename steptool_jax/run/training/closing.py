@@ -25,9 +25,9 @@ _WIDTH = 47  # of each of the two conversations
 _LINES = 24
 # What a person can do where there is no reward to learn from.
 NOTHING_EARNED = (
-  ": RL learns from what is tried and paid, so there is nothing to learn from yet. Give SFT more "
-  "(sft.steps, sft.tasks, demonstrations; its loss should end well below 1), a higher "
-  "sft.optimizer.learning_rate, or take a model that knows your tools' words"
+  ": RL learns from what is tried and paid. Give SFT more (sft.steps, sft.tasks, demonstrations; "
+  "its loss should end well below 1), a higher sft.optimizer.learning_rate, or take a model that "
+  "knows your tools' words"
 )
 _STAGES = (("start", "pass_rate_base"), ("SFT", "pass_rate_sft"), ("RL", "pass_rate_rl"))
 
