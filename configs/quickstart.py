@@ -10,7 +10,7 @@ from steptool_jax.config import base_config
 
 # What an algorithm needs to be taught otherwise than the others.
 _OF_ALGORITHM = {
-  # 48 steps are too few for a critic that bootstraps: with the double critic it unlearns to call.
+  # 60 steps are too few for a critic that bootstraps: with the double critic it unlearns to call.
   "archer": {"critic.kind": "ridge"},
 }
 
@@ -29,14 +29,15 @@ def get_config(arg=""):
   s.steps, s.tasks, s.batch, s.micro_rows = 5, 100, 32, 4
   s.optimizer.learning_rate = 5e-5
   t = config.train
-  t.iterations, t.epochs, t.minibatches = 24, 1, 2
+  t.iterations, t.epochs, t.minibatches = 30, 1, 2
   t.row_tokens, t.micro_rows = 416, 4
   t.optimizer.learning_rate, t.optimizer.b2 = 3e-4, 0.98
   t.export = True
-  config.loss.kl_coef, config.loss.value_coef, config.loss.value_clip = 0.01, 0.5, 1.0
+  # The start's habits are bad: little holds the policy to it.
+  config.loss.kl_coef, config.loss.value_coef, config.loss.value_clip = 0.002, 0.5, 1.0
   # Evaluated as it is trained: sampled.
   v = config.evaluation
-  v.every, v.tasks, v.curve_tasks, v.temperature = 8, 300, 100, 1.0
-  config.checkpoint.every = 12
+  v.every, v.tasks, v.curve_tasks, v.temperature = 10, 300, 100, 1.0
+  config.checkpoint.every = 10
   config.update_from_flattened_dict(_OF_ALGORITHM.get(config.algorithm, {}))
   return config

@@ -177,6 +177,7 @@ def _study():
   config.rollout.tasks, config.rollout.samples, config.rollout.slots = 12, 4, 48
   config.sft.steps = 0
   config.train.iterations, config.train.export = 24, False
+  config.loss.kl_coef = 0.01
   v = config.evaluation
   # Held-out tasks at the start and the end; the curve between them is of training rollouts.
   v.every, v.tasks, v.temperature, v.greedy = 0, 120, 1.0, True
@@ -190,7 +191,7 @@ def _study():
 
 
 def _all_algorithms(config):
-  config.sft = _QUICKSTART().sft
+  config.sft, config.loss = _QUICKSTART().sft, _QUICKSTART().loss
   v = config.evaluation
   v.tasks, v.every, v.greedy, config.environment.num_heldout = 200, 0, False, 200
   config.environment.min_calls, config.environment.max_calls = 2, 3
