@@ -60,7 +60,7 @@ def entries_of(layers: int) -> dict:
   """{name: (shape, dtype)} in file order."""
   import ml_dtypes
 
-  from steptool_jax.policy import hfconfig
+  from steptool_jax.policy.formats import hfconfig
   from steptool_jax.policy.model import abstract_params
 
   params, out = abstract_params(model_config(layers)), {}
@@ -75,7 +75,7 @@ def entries_of(layers: int) -> dict:
 
 def shard_bytes(layers: int) -> int:
   """5 GB for the full model, in proportion for fewer layers."""
-  from steptool_jax.policy.tensorfile import num_bytes
+  from steptool_jax.policy.formats.tensorfile import num_bytes
 
   total = sum(num_bytes(*entry) for entry in entries_of(layers).values())
   whole = sum(num_bytes(*entry) for entry in entries_of(FULL_LAYERS).values())
@@ -87,8 +87,8 @@ def build(workdir: pathlib.Path, layers: int) -> list[int]:
   import numpy as np
   from safetensors.numpy import save_file
 
-  from steptool_jax.policy import hfconfig
-  from steptool_jax.policy.tensorfile import split_shards
+  from steptool_jax.policy.formats import hfconfig
+  from steptool_jax.policy.formats.tensorfile import split_shards
 
   out = workdir / "source"
   out.mkdir(parents=True)
@@ -196,8 +196,8 @@ def run_step(workdir: pathlib.Path, layers: int, merged: bool) -> dict:
   import jax
   import jax.numpy as jnp
 
-  from steptool_jax.policy import hfconfig, hub, lora, sharding
-  from steptool_jax.policy.formats import peftfile
+  from steptool_jax.policy import lora, sharding
+  from steptool_jax.policy.formats import hfconfig, hub, peftfile
 
   mesh = sharding.make_mesh(data=1, fsdp=8)
   settings = lora.Lora(RANK, ALPHA)
@@ -237,7 +237,7 @@ def compare(workdir: pathlib.Path, layers: int, merged: bool) -> dict:
   """A sample of tensors: equal bits, or for merged ones the sum in NumPy, rounded."""
   import numpy as np
 
-  from steptool_jax.policy.tensorfile import TensorFiles
+  from steptool_jax.policy.formats.tensorfile import TensorFiles
 
   source = TensorFiles(workdir / "source")
   out = workdir / ("merged" if merged else "export")
@@ -347,7 +347,7 @@ def main() -> None:
       steps[f"{key}, second process" if key in steps else key] = value
     compared[step] = child(args.workdir, args.layers, f"compare_{step}")
 
-  from steptool_jax.policy.tensorfile import num_bytes
+  from steptool_jax.policy.formats.tensorfile import num_bytes
 
   entries = entries_of(args.layers)
   layer = sum(num_bytes(*entry) for name, entry in entries.items() if ".layers.0." in name)

@@ -28,7 +28,7 @@ def measure(data: int, fsdp: int) -> list[float]:
   import numpy as np
 
   from configs import quickstart
-  from steptool_jax.learning import update
+  from steptool_jax.learning.programs import update
   from steptool_jax.policy import model, sharding
   from steptool_jax.run import bench
   from steptool_jax.run.training import setup

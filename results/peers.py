@@ -143,7 +143,8 @@ def export_model(folder: pathlib.Path) -> int:
   """Random weights for everybody; returns their number."""
   import jax
 
-  from steptool_jax.policy import hub, model
+  from steptool_jax.policy import model
+  from steptool_jax.policy.formats import hub
 
   config = model.ModelConfig(
     family="qwen2",  # tunix's PPO cannot run its own Llama 3

@@ -12,7 +12,7 @@ from steptool_jax.dialogue.chatformat import ChatFormat
 from steptool_jax.dialogue.codec import Codec
 from steptool_jax.dialogue.template import get_format
 from steptool_jax.learning import batching, steptable
-from steptool_jax.policy import engine, model
+from steptool_jax.policy import kv_slots, model
 from steptool_jax.types import TRUNCATED, Finish, Malformed, Status, Step, TokenBatch, Trajectory
 
 VOCAB = 61
@@ -140,7 +140,7 @@ class ScriptedEngine:
       assert len(self.seen[slot]) <= self.size
 
   def decode(self, variables, state, limits, seeds, stop_ids, temperature):
-    out = engine.Decoded(
+    out = kv_slots.Decoded(
       np.zeros((self.slots, self.chunk), np.int32),
       np.full((self.slots, self.chunk), -0.5, np.float32),
       np.zeros(self.slots, np.int32),

@@ -26,6 +26,7 @@ ROOMS = [
   "environments.markets",
   "environments.benchmarks",
   "learning",
+  "learning.programs",
   "data",
   "rollout",
   "serving",

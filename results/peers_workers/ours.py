@@ -67,8 +67,8 @@ def update(work: dict, folder: pathlib.Path, algorithm: str, share: bool) -> Non
   import jax
 
   from steptool_jax.learning import batching
-  from steptool_jax.learning import update as update_lib
-  from steptool_jax.policy import hfconfig, hub
+  from steptool_jax.learning.programs import update as update_lib
+  from steptool_jax.policy.formats import hfconfig, hub
   from steptool_jax.run.training import setup
 
   trajectories = [_trajectory(n, t) for n, t in enumerate(work["trajectories"])]
@@ -107,7 +107,7 @@ def update(work: dict, folder: pathlib.Path, algorithm: str, share: bool) -> Non
 
 def rollout(work: dict, folder: pathlib.Path) -> None:
   from steptool_jax.policy import engine as engine_lib
-  from steptool_jax.policy import hfconfig, hub
+  from steptool_jax.policy.formats import hfconfig, hub
 
   config, _ = hfconfig.load_config(folder / "model")
   variables = {"params": hub.load_params(folder / "model", config)}

@@ -76,7 +76,7 @@ REWARD_PARTS = {
 }
 ROLLOUTS |= {f"reward_{part}": Figure(NUMBER, text) for part, text in REWARD_PARTS.items()}
 
-# The figures of an update, which learning/update.py computes. Losses are as weighted in the sum; an
+# The figures of an update, which learning/programs computes. Losses are as weighted in the sum; an
 # algorithm has some of them.
 UPDATES = {
   "loss": Figure(NUMBER, "the sum of the loss's terms"),

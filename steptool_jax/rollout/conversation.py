@@ -148,7 +148,7 @@ class Conversation:
   ) -> State:
     """Takes int32[N] ids and float32[N] log-probs of one decode call; returns the new state.
 
-    values float32[N], hidden float32[D]: what the engine recorded beside them (engine.Decoded).
+    values float32[N], hidden float32[D]: what the engine recorded beside them (kv_slots.Decoded).
 
     A turn may come in several calls; it ends with its stop token (stopped) or with its budget.
     ValueError for more tokens than budget(), log-probs that do not match, and a stop token that is

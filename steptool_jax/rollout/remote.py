@@ -34,7 +34,7 @@ Publish = Callable[[Any], str]
 
 
 class Decoded(NamedTuple):
-  """As policy/engine.py's."""
+  """As policy/kv_slots.py's."""
 
   tokens: np.ndarray  # int32[N, K], the stop token included
   logprobs: np.ndarray  # float32[N, K]

@@ -18,7 +18,8 @@ import numpy as np
 from absl import logging
 
 from steptool_jax.config import Config
-from steptool_jax.learning import batching, update
+from steptool_jax.learning import batching
+from steptool_jax.learning.programs import learners, update
 from steptool_jax.policy import engine as engine_lib
 from steptool_jax.policy import lora, model
 from steptool_jax.rollout.replaying import replay_actions
@@ -76,7 +77,7 @@ def _update(config: Config) -> dict[str, Any]:
   repeats = config.bench.repeats
   learner = setup.build_learner(config, ARCHITECTURE, "steptool")
   params = model.init_params(ARCHITECTURE, jax.random.key(0))
-  state = update.init_state(learner, *lora.split_variables({"params": params}))
+  state = learners.init_state(learner, *lora.split_variables({"params": params}))
   parameters = sum(x.size for x in jax.tree.leaves(params))
   packed = make_batch()
   batch = jax.tree.map(lambda x: jnp.asarray(x)[None], packed)

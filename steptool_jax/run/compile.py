@@ -21,19 +21,21 @@ from absl import logging
 from jax.sharding import Mesh
 
 from steptool_jax.config import Config, Lora
-from steptool_jax.learning import algorithms, batching, steptable, update
+from steptool_jax.learning import algorithms, batching, steptable
+from steptool_jax.learning.programs import preparation, update
 from steptool_jax.learning.steptable import StepTable
 from steptool_jax.policy import (
   attention,
   caches,
   experts,
   headcache,
-  hfconfig,
+  kv_slots,
   lora,
   model,
   sharding,
 )
 from steptool_jax.policy import engine as engine_lib
+from steptool_jax.policy.formats import hfconfig
 from steptool_jax.run.cost import pricing
 from steptool_jax.run.cost.chips import CHIPS, Chip
 from steptool_jax.run.cost.pricing import Program
@@ -164,7 +166,7 @@ def programs(config: Config, policy: AbstractPolicy, mesh: Mesh) -> list[Program
   if learner.fits is not None:
     host = steptable.empty(1, steptable.USUAL_WIDTH)
     table = abstract_batch(host, config, most, mesh, steptable.USUAL_WIDTH)
-  recorded = update.abstract_recorded(learner, whole, table)
+  recorded = preparation.abstract_recorded(learner, whole, table)
   if recorded is not None:
     recorded = sharding.abstract(recorded, whole.tokens.sharding)
   filled, _ = jax.eval_shape(prepare, state, whole, count, table, recorded)
@@ -208,8 +210,8 @@ def engine_programs(
   """
   engine = build.build_engine(config, policy, mesh)
   sizes = engine.slots, engine.size
-  where = engine_lib.state_shardings(policy.model, *sizes, engine.mesh, engine.kv_cache)
-  empty = functools.partial(engine_lib.init_state, policy.model, *sizes, engine.kv_cache)
+  where = kv_slots.state_shardings(policy.model, *sizes, engine.mesh, engine.kv_cache)
+  empty = functools.partial(kv_slots.init_state, policy.model, *sizes, engine.kv_cache)
   slots = sharding.abstract(jax.eval_shape(empty), where)
   trained = lora.join_variables(state.trainable, state.frozen)
   variables, alive, found = trained, (state, slots), []

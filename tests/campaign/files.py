@@ -18,8 +18,7 @@ from steptool_jax.dialogue import template
 from steptool_jax.dialogue.codec import Codec
 from steptool_jax.environments.custom import Custom
 from steptool_jax.evaluation import records
-from steptool_jax.policy import hfconfig, hub, tensorfile
-from steptool_jax.policy.formats import gguf
+from steptool_jax.policy.formats import gguf, hfconfig, hub, tensorfile
 from steptool_jax.run.data import offline
 from steptool_jax.run.training import behaviour, restore
 from steptool_jax.run.workdir import checkpoint

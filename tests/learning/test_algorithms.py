@@ -12,7 +12,8 @@ import pytest
 import samples
 
 from steptool_jax.config import Advantage, Config, Loss
-from steptool_jax.learning import algorithms, update
+from steptool_jax.learning import algorithms
+from steptool_jax.learning.programs import learners, update
 from steptool_jax.policy import lora, model
 from steptool_jax.run.training import setup
 
@@ -22,7 +23,7 @@ CONFIG = fakes.tiny_config(hidden_size=64)
 def learner_of(name, **changes):
   row = algorithms.get_algorithm(name)
   settings = Config(advantage=Advantage(**changes), loss=Loss(kl="none", logprob_chunk=16))
-  return update.Learner(CONFIG, row, algorithms.resolve(row, settings), optax.sgd(1.0))
+  return learners.Learner(CONFIG, row, algorithms.resolve(row, settings), optax.sgd(1.0))
 
 
 @functools.cache
@@ -34,7 +35,7 @@ def start(learner):
   """Its buffers are its own, since an update takes them."""
   with_values = learner.algorithm.critic == "value"
   own = jax.tree.map(jnp.copy, params())
-  return update.init_state(
+  return learners.init_state(
     learner, *lora.split_variables({"params": own}, train_values=with_values)
   )
 

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from steptool_jax import config as config_lib
 from steptool_jax.config import Advantage, Config, Critic, Loss
-from steptool_jax.learning import algorithms, batching, critics, steptable, update
+from steptool_jax.learning import algorithms, batching, critics, steptable
+from steptool_jax.learning.programs import learners, preparation, update
 from steptool_jax.policy import model
 from steptool_jax.types import (
   TRUNCATED,
@@ -234,7 +235,7 @@ def learner_with(kind, name="steptool", **advantage):
     critic=Critic(kind=kind, folds=3),
     loss=Loss(kl="none", logprob_chunk=16),
   )
-  return update.Learner(fakes.tiny_config(), row, algorithms.resolve(row, config), optax.sgd(0.5))
+  return learners.Learner(fakes.tiny_config(), row, algorithms.resolve(row, config), optax.sgd(0.5))
 
 
 @pytest.mark.parametrize("name", ["steptool", "ppo"])
@@ -243,7 +244,7 @@ def test_prepare_takes_advantages_over_the_fitted_values(name):
   learner = learner_with("ridge", name)
   params = model.init_params(fakes.tiny_config(), jax.random.key(0))
   packed, batch, table = packed_table(random_group(7))
-  state = update.init_state(learner, {"params": params}, {})
+  state = learners.init_state(learner, {"params": params}, {})
   stack = functools.partial(jax.tree.map, lambda x: jnp.asarray(x).reshape(3, 4, x.shape[-1]))
   prepared, metrics = update.compile_programs(learner)[0](state, stack(batch), 3, stack(table))
   values = np.asarray(prepared.values).reshape(batch.tokens.shape)
@@ -285,7 +286,7 @@ def test_a_fitted_critic_leaves_the_value_head_alone():
   learner = learner_with("ridge")
   batch = jax.tree.map(lambda x: jnp.asarray(x)[None], packed_table(random_group(7))[1])
   params = model.init_params(fakes.tiny_config(), jax.random.key(0))
-  state = update.init_state(learner, {"params": params}, {})
+  state = learners.init_state(learner, {"params": params}, {})
   filled = {"old_logprobs", "ref_logprobs", "advantages"}
   zeros = jnp.zeros(batch.tokens.shape, jnp.float32)
   batch = batch._replace(**dict.fromkeys(filled, zeros))
@@ -337,8 +338,8 @@ def test_a_new_critic_is_one_row(monkeypatch):
   learner = learner_with("quarter")
   params = model.init_params(fakes.tiny_config(), jax.random.key(0))
   _, batch, table = packed_table(random_group(7))
-  state = update.init_state(learner, {"params": params}, {})
+  state = learners.init_state(learner, {"params": params}, {})
   stack = functools.partial(jax.tree.map, lambda x: jnp.asarray(x)[None])
-  prepared, _ = update.prepare(learner, state, stack(batch), 1, stack(table))
+  prepared, _ = preparation.prepare(learner, state, stack(batch), 1, stack(table))
   values = np.asarray(prepared.values)[0]
   assert set(np.unique(values[batch.action_mask])) == {0.25}

@@ -10,7 +10,8 @@ import pytest
 from steptool_jax import config as config_lib
 from steptool_jax import validation
 from steptool_jax.evaluation import figures, metrics
-from steptool_jax.learning import algorithms, batching, update
+from steptool_jax.learning import algorithms, batching
+from steptool_jax.learning.programs import learners, preparation, update
 from steptool_jax.policy import model
 from steptool_jax.rewards import orchestra
 from steptool_jax.rollout.setting import Stats
@@ -34,10 +35,10 @@ def written(name):
 
   def run(batch):
     params = model.init_params(fakes.tiny_config(), jax.random.key(0))
-    state = update.init_state(learner, {"params": params}, {})
+    state = learners.init_state(learner, {"params": params}, {})
     found = {}
     if learner.algorithm.rewards != "none":
-      batch, found = update.prepare(learner, state, batch, 1, table)
+      batch, found = preparation.prepare(learner, state, batch, 1, table)
     return found | update.update(learner, state, batch, 1)[1]
 
   return set(jax.eval_shape(run, batch))

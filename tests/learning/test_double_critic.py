@@ -1,5 +1,6 @@
 """ArCHer's critic: values of utterances, targets, losses, replay, Polyak averages."""
 
+import dataclasses
 import functools
 
 import fakes
@@ -12,8 +13,9 @@ import pytest
 import samples
 
 from steptool_jax.config import Advantage, Archer, Config, Critic, Loss
-from steptool_jax.learning import algorithms, batching, double_critic, update
+from steptool_jax.learning import algorithms, batching, double_critic
 from steptool_jax.learning.outputs import policy_outputs
+from steptool_jax.learning.programs import learners, preparation, update
 from steptool_jax.policy import model
 
 CONFIG = fakes.tiny_config()
@@ -135,9 +137,9 @@ def test_with_a_fitted_critic_the_advantage_is_one_step_of_it():
     config = Config(
       advantage=Advantage(gamma=0.9, lam=lam), critic=Critic(kind="ridge"), loss=Loss(kl="none")
     )
-    learner = update.Learner(CONFIG, row, algorithms.resolve(row, config), optax.sgd(1.0))
+    learner = learners.Learner(CONFIG, row, algorithms.resolve(row, config), optax.sgd(1.0))
     params = model.init_params(CONFIG, jax.random.key(0))  # the update takes them
-    state = update.init_state(learner, {"params": params}, {})
+    state = learners.init_state(learner, {"params": params}, {})
     assert state.target == ()
     prepare, change = update.compile_programs(learner)
     prepared, _ = prepare(state, stack(batch), 1, stack(table))
@@ -161,7 +163,7 @@ SETTINGS = Config(
   archer=Archer(tau=0.25),
 )
 ROW = algorithms.get_algorithm("archer")
-LEARNER = update.Learner(
+LEARNER = learners.Learner(
   model=CONFIG,
   algorithm=ROW,
   config=algorithms.resolve(ROW, SETTINGS),
@@ -173,7 +175,7 @@ LEARNER = update.Learner(
 def state():
   params = model.init_params(CONFIG, jax.random.key(0))
   del params["value_head"]
-  state = update.init_state(LEARNER, {"params": params}, {}, seed=3)
+  state = learners.init_state(LEARNER, {"params": params}, {}, seed=3)
   heads = jax.tree.map(
     lambda x: x + 0.3 * jax.random.normal(jax.random.key(x.size), x.shape), state.target
   )
@@ -183,7 +185,7 @@ def state():
 @pytest.fixture(scope="module")
 def programs():
   return (
-    jax.jit(functools.partial(update.prepare, LEARNER)),
+    jax.jit(functools.partial(preparation.prepare, LEARNER)),
     jax.jit(functools.partial(update.update, LEARNER)),
   )
 
@@ -254,10 +256,10 @@ def test_the_update_equals_a_direct_loss(state, programs):
 
 
 def test_the_actor_waits_for_the_critic(state):
-  settings = update.dataclasses.replace(SETTINGS, archer=Archer(warmup=5))
+  settings = dataclasses.replace(SETTINGS, archer=Archer(warmup=5))
   config = algorithms.resolve(ROW, settings)
-  learner = update.dataclasses.replace(LEARNER, config=config)
-  prepare = jax.jit(functools.partial(update.prepare, learner))
+  learner = dataclasses.replace(LEARNER, config=config)
+  prepare = jax.jit(functools.partial(preparation.prepare, learner))
   batch = jax.tree.map(lambda x: jnp.asarray(x)[None], packed(trajectories(4)))
   early, late = (prepare(state._replace(step=jnp.int32(n)), batch, 1)[0] for n in (4, 5))
   assert not np.any(early.advantages)
@@ -269,8 +271,8 @@ def test_replay_reaches_q_alone(state, programs):
   """Actor and V are as without any past, whose rewards move Q alone."""
   group = trajectories(6, seed=4)
   richer = [
-    update.dataclasses.replace(
-      t, steps=tuple(update.dataclasses.replace(s, reward=s.reward + 1) for s in t.steps)
+    dataclasses.replace(
+      t, steps=tuple(dataclasses.replace(s, reward=s.reward + 1) for s in t.steps)
     )
     for t in group[4:]
   ]

@@ -12,8 +12,9 @@ import pytest
 import samples
 
 from steptool_jax.config import Config, Dpo, Loss
-from steptool_jax.learning import algorithms, batching, losses, update
+from steptool_jax.learning import algorithms, batching, losses
 from steptool_jax.learning.outputs import policy_outputs
+from steptool_jax.learning.programs import learners, preparation, update
 from steptool_jax.learning.selection import PAIRS, SOLVED
 from steptool_jax.policy import model
 
@@ -130,7 +131,7 @@ def params():
 
 def learner_of(name="eto"):
   row = algorithms.get_algorithm(name)
-  return update.Learner(
+  return learners.Learner(
     model=CONFIG,
     algorithm=row,
     config=algorithms.resolve(row, Config(dpo=Dpo(beta=0.5), loss=Loss(logprob_chunk=16))),
@@ -142,7 +143,7 @@ def learner_of(name="eto"):
 def programs(name):
   learner = learner_of(name)
   return (
-    jax.jit(functools.partial(update.prepare, learner)),
+    jax.jit(functools.partial(preparation.prepare, learner)),
     jax.jit(functools.partial(update.update, learner)),
   )
 
@@ -150,7 +151,7 @@ def programs(name):
 def test_the_gradient_is_dpos_and_accumulation_is_exact(params):
   """The update against a direct loss; two and six micro-batches; the reference is not moved."""
   _, batch = paired(rows=12)
-  state = update.init_state(learner_of(), {"params": params}, {})
+  state = learners.init_state(learner_of(), {"params": params}, {})
   state = state._replace(reference=jax.tree.map(lambda x: 1.2 * x, state.reference))
   results = []
   for micro in (6, 2):

@@ -11,7 +11,8 @@ import optax
 import pytest
 
 from steptool_jax.config import Advantage, Config, Critic, Limits, Loss, Rollout
-from steptool_jax.learning import algorithms, batching, steptable, update
+from steptool_jax.learning import algorithms, batching, steptable
+from steptool_jax.learning.programs import learners, update
 from steptool_jax.policy import engine, model
 from steptool_jax.rollout import chain
 from steptool_jax.rollout.setting import Sampling, Setting
@@ -92,7 +93,7 @@ def learner_with(policy, name, kind, **rollout):
     loss=Loss(kl="reward" if kind == "group" else "none", kl_coef=0.1, logprob_chunk=16),
     rollout=dataclasses.replace(Rollout(), temperature=TEMPERATURE, **rollout),
   )
-  return update.Learner(policy[0], row, algorithms.resolve(row, config), optax.sgd(0.5))
+  return learners.Learner(policy[0], row, algorithms.resolve(row, config), optax.sgd(0.5))
 
 
 compiled = functools.cache(update.compile_programs)
@@ -117,7 +118,7 @@ def prepared_by(learner, policy, packed, record, change=lambda batch: None):
   batch = jax.tree.map(stacked, fakes.padded(packed, 2))
   if table is not None:
     table = jax.tree.map(stacked, fakes.padded_table(packed, 2))
-  state = update.init_state(learner, policy[1], {})
+  state = learners.init_state(learner, policy[1], {})
   state = state._replace(reference=jax.tree.map(lambda x: 1.1 * x, state.reference))
   prepare, _ = compiled(learner)
   prepared, metrics = prepare(state, batch, batch.tokens.shape[0], table, recorded)

@@ -18,7 +18,8 @@ import samples
 import thinker
 
 from steptool_jax.config import Advantage, Config, Critic, Loss
-from steptool_jax.learning import advantages, algorithms, batching, groups, losses, update
+from steptool_jax.learning import advantages, algorithms, batching, groups, losses
+from steptool_jax.learning.programs import learners, update
 from steptool_jax.learning.steptable import build
 from steptool_jax.policy import lora, model
 from steptool_jax.types import TRUNCATED
@@ -201,7 +202,7 @@ def learner_of(name, aggregation="", shape=CONFIG):
     critic=Critic(kind="value" if row.gae else ""),
     loss=Loss(kl_coef=0.1, value_coef=1.0, logprob_chunk=16, aggregation=aggregation),
   )
-  return update.Learner(shape, row, algorithms.resolve(row, config), optax.sgd(1.0))
+  return learners.Learner(shape, row, algorithms.resolve(row, config), optax.sgd(1.0))
 
 
 @functools.cache
@@ -216,7 +217,7 @@ def learnt(name, packed, micro=3, aggregation="", shape=CONFIG, rows=ROWS):
   learner = learner_of(name, aggregation, shape)
   made = {"params": jax.tree.map(jnp.copy, params(shape))}
   parts = lora.split_variables(made, train_values=learner.critic == "value")
-  state = update.init_state(learner, *parts)
+  state = learners.init_state(learner, *parts)
   batch = fakes.padded(packed, rows)
   stack = functools.partial(jax.tree.map, lambda x: jnp.asarray(x).reshape(-1, micro, x.shape[-1]))
   prepare, step = update.compile_programs(learner)

@@ -79,7 +79,8 @@ def _updated(name, mesh):
   import optax
 
   from steptool_jax.config import Config, Critic, Loss, Rollout
-  from steptool_jax.learning import algorithms, update
+  from steptool_jax.learning import algorithms
+  from steptool_jax.learning.programs import learners, update
   from steptool_jax.policy import lora, model, sharding
 
   fitted = name in ("ridge", "recorded")
@@ -90,7 +91,7 @@ def _updated(name, mesh):
   # Any log-probs are close enough: what is recorded is taken.
   rollout = Rollout(reuse=100.0 if name == "recorded" else 0.0)
   settings = Config(loss=loss, critic=Critic(kind=kind), rollout=rollout)
-  learner = update.Learner(
+  learner = learners.Learner(
     model=config,
     algorithm=row,
     config=algorithms.resolve(row, settings),
@@ -99,7 +100,7 @@ def _updated(name, mesh):
   with jax.set_mesh(mesh):
     params = model.init_params(config, jax.random.key(0))
     split = lora.split_variables({"params": params}, train_values=False)
-    make = functools.partial(update.init_state, learner)
+    make = functools.partial(learners.init_state, learner)
     layout = sharding.shardings(jax.eval_shape(make, *split), mesh)
     state = jax.jit(make, out_shardings=layout)(*split)
     rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, sharding.ROWS))

@@ -11,7 +11,8 @@ import pytest
 import samples
 
 from steptool_jax.config import Advantage, Config, Loss, Train
-from steptool_jax.learning import algorithms, batching, update
+from steptool_jax.learning import algorithms, batching
+from steptool_jax.learning.programs import learners, update
 from steptool_jax.policy import attention, lora, model
 from steptool_jax.run.training import setup
 from steptool_jax.types import TRUNCATED
@@ -85,7 +86,7 @@ def learner_of(name):
     advantage=Advantage(gamma=0.9, lam=0.8),
     loss=Loss(kl_coef=0.1, value_coef=1.0, logprob_chunk=16),
   )
-  return update.Learner(CONFIG, row, algorithms.resolve(row, config), optax.sgd(1.0))
+  return learners.Learner(CONFIG, row, algorithms.resolve(row, config), optax.sgd(1.0))
 
 
 @functools.cache
@@ -101,7 +102,7 @@ def learnt(name, packed, batch):
   parts = lora.split_variables(
     {"params": jax.tree.map(jnp.copy, params())}, train_values=learner.critic == "value"
   )
-  state = update.init_state(learner, *parts)
+  state = learners.init_state(learner, *parts)
   stack = functools.partial(jax.tree.map, lambda x: jnp.asarray(x).reshape(3, -1, x.shape[-1]))
   table = None
   if learner.fits is not None:
@@ -143,11 +144,11 @@ def test_on_a_tpu_only_rows_that_hold_trees_pay_for_them(name, share, trees, mon
   """Trees of which the TPU's kernel was not told: samples would see each other."""
   config = Config(algorithm=name, train=Train(share_prompts=share))
   row = algorithms.get_algorithm(name)
-  learner = update.Learner(CONFIG, row, algorithms.resolve(row, config), optax.sgd(1.0))
+  learner = learners.Learner(CONFIG, row, algorithms.resolve(row, config), optax.sgd(1.0))
   micro, told = batching.empty_batch(1, 8), []
-  monkeypatch.setattr(update, "policy_outputs", lambda m, v, batch, **_: told.append(batch.until))
-  monkeypatch.setattr(update.sharding, "platform", lambda: "tpu")
-  update._outputs(learner, {}, micro)
+  monkeypatch.setattr(learners, "policy_outputs", lambda m, v, batch, **_: told.append(batch.until))
+  monkeypatch.setattr(learners.sharding, "platform", lambda: "tpu")
+  learners.forward(learner, {}, micro)
   assert [until is not None for until in told] == [trees]
   packed, _ = setup.pack(config, groups(), (), 0)  # no pairs are in them, for eto
   assert (packed is not None and reaches_past_its_segment(packed.batch)) == trees

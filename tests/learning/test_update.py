@@ -9,8 +9,9 @@ import optax
 import pytest
 
 from steptool_jax.config import Advantage, Config, Critic, Loss, Rollout
-from steptool_jax.learning import algorithms, batching, losses, update
+from steptool_jax.learning import algorithms, batching, losses
 from steptool_jax.learning.outputs import policy_outputs
+from steptool_jax.learning.programs import learners, preparation, update
 from steptool_jax.policy import lora, model
 
 CONFIG = fakes.tiny_config()
@@ -27,7 +28,7 @@ def make_learner(name="steptool", advantage=ADVANTAGE, loss=LOSS, optimizer=None
     rollout=Rollout(temperature=temperature),
   )
   optimizer = optimizer or optax.sgd(0.5)
-  return update.Learner(CONFIG, row, algorithms.resolve(row, config), optimizer)
+  return learners.Learner(CONFIG, row, algorithms.resolve(row, config), optimizer)
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +100,7 @@ def test_packed_chunked_outputs_equal_single_forward_passes(params, chunk):
 def test_kl_is_zero_for_actor_equal_reference_at_any_temperature(params):
   """Both sides must be divided by the temperature, or the KL of a policy to itself is not 0."""
   learner = make_learner(temperature=0.6)
-  state = update.init_state(learner, {"params": params}, {})
+  state = learners.init_state(learner, {"params": params}, {})
   batch = stacked(fakes.padded(batching.pack(trajectories(), 64), 2), 2)
   prepared, metrics = jitted(learner)[0](state, batch, batch.tokens.shape[0])
   assert float(metrics["kl"]) == 0.0
@@ -116,7 +117,7 @@ def test_what_an_int8_cache_has_sampled_is_weighted(params):
     return dataclasses.replace(learner, config=dataclasses.replace(c, rollout=rollout, data=data))
 
   plain = make_learner(advantage=Advantage(whiten=False))
-  state = update.init_state(plain, {"params": params}, {})
+  state = learners.init_state(plain, {"params": params}, {})
   batch = stacked(fakes.padded(batching.pack(trajectories(), 64), 2), 2)
   batch = batch._replace(behaviour_logprobs=batch.behaviour_logprobs - 4.0)
   (before, figures), (after, more) = (
@@ -134,7 +135,7 @@ def test_what_an_int8_cache_has_sampled_is_weighted(params):
   np.testing.assert_allclose(figures["sampler_gap_mean"], mean, rtol=1e-5)
   assert figures["sampler_gap"] == np.abs(gap).max()
   # Stored trajectories are nothing that this engine has sampled.
-  stored = functools.partial(update.prepare, with_(plain, "int8", "stored"))
+  stored = functools.partial(preparation.prepare, with_(plain, "int8", "stored"))
   assert set(jax.eval_shape(stored, state, batch, 1)[1]) == set(figures)
 
 
@@ -142,7 +143,7 @@ def off_reference(learner, params):
   """A state whose reference is another policy, with V = 0."""
   head = jax.tree.map(jnp.zeros_like, params["value_head"])
   params = params | {"value_head": head}
-  state = update.init_state(learner, {"params": params}, {})
+  state = learners.init_state(learner, {"params": params}, {})
   return state._replace(reference=jax.tree.map(lambda x: 1.3 * x, state.reference))
 
 
@@ -168,7 +169,7 @@ def test_prepare_whitens_under_the_losss_own_weights(params):
   """Whitened over tokens, the advantages that a loss over steps sums up would lean to one side."""
   loss = Loss(kl="none", aggregation="step", logprob_chunk=16)
   learner = make_learner(loss=loss)
-  state = update.init_state(learner, {"params": params}, {})
+  state = learners.init_state(learner, {"params": params}, {})
   batch = stacked(fakes.padded(batching.pack(trajectories(), 64), 2), 2)
   prepared, _ = jitted(learner)[0](state, batch, batch.tokens.shape[0])
   flat = jax.tree.map(lambda x: x.reshape(-1, 64), prepared)
@@ -202,9 +203,9 @@ def test_the_kl_penalty_in_the_loss_by_hand(params):
 def test_the_reference_of_a_lora_run_is_the_policy_without_adapters(params):
   settings = lora.Lora(rank=2, alpha=8.0, targets=("q", "up"))
   adapters = jax.tree.map(lambda x: x + 0.2, lora.init_lora(CONFIG, settings, jax.random.key(2)))
-  learner = update.dataclasses.replace(make_learner(), model=lora.with_lora(CONFIG, settings))
+  learner = dataclasses.replace(make_learner(), model=lora.with_lora(CONFIG, settings))
   split = lora.split_variables({"params": params, "lora": adapters})
-  state = update.init_state(learner, *split)
+  state = learners.init_state(learner, *split)
   assert state.reference == {}, "nothing is copied"
   batch = stacked(fakes.padded(batching.pack(trajectories(), 64), 2), 2)
   prepared, metrics = jitted(learner)[0](state, batch, batch.tokens.shape[0])
@@ -218,13 +219,13 @@ def test_the_reference_of_a_lora_run_is_the_policy_without_adapters(params):
 
 @functools.lru_cache
 def jitted(learner):
-  prepare = jax.jit(functools.partial(update.prepare, learner))
+  prepare = jax.jit(functools.partial(preparation.prepare, learner))
   return prepare, jax.jit(functools.partial(update.update, learner))
 
 
 def gradient(learner, params, batch, micro):
   """The gradient that one SGD step of rate 1 applies."""
-  state = update.init_state(learner, {"params": params}, {})
+  state = learners.init_state(learner, {"params": params}, {})
   batch = stacked(batch, micro)
   count = batch.tokens.shape[0]
   prepare, step = jitted(learner)
@@ -248,7 +249,7 @@ def test_gradient_accumulation_equals_the_full_batch(params, name):
 def test_only_counted_micro_batches_are_read(params):
   """After `count` there may be anything: here real rows, which must not reach the gradient."""
   learner = make_learner("sft", optimizer=optax.sgd(1.0))
-  state = update.init_state(learner, {"params": params}, {})
+  state = learners.init_state(learner, {"params": params}, {})
   batch = stacked(fakes.padded(batching.pack(trajectories(), 48), 2), 1)
   _, step = jitted(learner)
   half = batch.tokens.shape[0] // 2
@@ -263,11 +264,11 @@ def test_only_counted_micro_batches_are_read(params):
 
 def test_steptool_gradient_equals_a_direct_ppo_loss(params):
   """The first epoch's gradient is that of -sum(A logp)/tokens + value and entropy terms."""
-  settings = update.dataclasses.replace(LOSS, kl="none")
+  settings = dataclasses.replace(LOSS, kl="none")
   learner = make_learner(loss=settings, optimizer=optax.sgd(1.0))
   batch = batching.pack(trajectories(), 64).batch
   got, _ = gradient(learner, params, batch, batch.tokens.shape[0])
-  state = update.init_state(learner, {"params": params}, {})
+  state = learners.init_state(learner, {"params": params}, {})
   prepared, _ = jitted(learner)[0](state, stacked(batch, batch.tokens.shape[0]), 1)
   micro = jax.tree.map(lambda x: x[0], prepared)
   mask = np.asarray(micro.action_mask)
@@ -337,7 +338,7 @@ def test_adaptive_kl_literals():
 def guarded(params):
   """(state, prepared batch, count, jitted update)"""
   learner = make_learner(optimizer=optax.adam(1e-3))
-  state = update.init_state(learner, {"params": params}, {})
+  state = learners.init_state(learner, {"params": params}, {})
   batch = stacked(batching.pack(trajectories(), 64).batch, 1)
   count = batch.tokens.shape[0]
   prepare, step = jitted(learner)
@@ -384,9 +385,9 @@ def test_a_nan_in_the_loss_with_a_finite_gradient_skips_the_update(params, part)
     return (terms | hidden, metrics) if part == "term" else (terms, metrics | hidden)
 
   learner = make_learner("sft", optimizer=optax.adam(1e-3))
-  algorithm = update.dataclasses.replace(learner.algorithm, loss=loss)
-  learner = update.dataclasses.replace(learner, algorithm=algorithm)
-  state = update.init_state(learner, {"params": params}, {})
+  algorithm = dataclasses.replace(learner.algorithm, loss=loss)
+  learner = dataclasses.replace(learner, algorithm=algorithm)
+  state = learners.init_state(learner, {"params": params}, {})
   batch = stacked(batching.pack(trajectories(), 64).batch, 1)
   new, metrics = jitted(learner)[1](state, batch, batch.tokens.shape[0])
   assert np.isfinite(metrics["grad_norm"]), "or the case is not the hidden one"
@@ -411,9 +412,9 @@ def test_unknown_algorithm_lists_the_valid_ones():
 
 def test_the_reference_is_stored_in_the_compute_dtype_and_says_the_same(params):
   """float32 weights, bfloat16 products: half the memory, and the KL to itself is exactly 0."""
-  config = update.dataclasses.replace(CONFIG, dtype="bfloat16")
-  learner = update.dataclasses.replace(make_learner(), model=config)
-  state = update.init_state(learner, {"params": params}, {})
+  config = dataclasses.replace(CONFIG, dtype="bfloat16")
+  learner = dataclasses.replace(make_learner(), model=config)
+  state = learners.init_state(learner, {"params": params}, {})
   layers = state.reference["params"]["layers"]
   assert layers["q"]["kernel"].dtype == jnp.bfloat16
   assert layers["attn_norm"]["scale"].dtype == jnp.float32

@@ -14,7 +14,8 @@ import samples
 
 from steptool_jax import config as config_lib
 from steptool_jax.config import Advantage, Config, Critic, Loss
-from steptool_jax.learning import algorithms, batching, update
+from steptool_jax.learning import algorithms, batching
+from steptool_jax.learning.programs import learners, preparation, update
 from steptool_jax.policy import model
 from steptool_jax.run.training import iteration, setup
 from steptool_jax.validation import validate
@@ -31,7 +32,7 @@ def learner_with(optimizer=None, **critic):
     loss=Loss(kl="none", logprob_chunk=16, value_coef=COEF, value_clip=100.0),
   )
   optimizer = optimizer or optax.sgd(1.0)
-  return update.Learner(MODEL, row, algorithms.resolve(row, config), optimizer)
+  return learners.Learner(MODEL, row, algorithms.resolve(row, config), optimizer)
 
 
 @pytest.fixture(scope="module")
@@ -47,9 +48,9 @@ def rollouts(seed=0, count=10):
 
 
 def prepared_by(learner, params, batch, micro=1):
-  state = update.init_state(learner, {"params": params}, {})
+  state = learners.init_state(learner, {"params": params}, {})
   stacked = jax.tree.map(lambda x: jnp.asarray(x).reshape(-1, micro, x.shape[-1]), batch)
-  prepared, _ = jax.jit(functools.partial(update.prepare, learner))(
+  prepared, _ = jax.jit(functools.partial(preparation.prepare, learner))(
     state, stacked, stacked.tokens.shape[0]
   )
   return state, prepared

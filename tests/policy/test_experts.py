@@ -13,7 +13,8 @@ import pytest
 from fakes import on_devices, tiny_config
 
 from steptool_jax.config import Lora
-from steptool_jax.policy import experts, hub, lora, model, sharding
+from steptool_jax.policy import experts, lora, model, sharding
+from steptool_jax.policy.formats import hub
 
 CONFIG = tiny_config(
   family="qwen3_moe", qk_norm=True, num_experts=8, experts_per_token=3, intermediate_size=12

@@ -13,8 +13,9 @@ from fakes import tiny_config
 
 from steptool_jax.dialogue.codec import Codec
 from steptool_jax.dialogue.template import get_format
-from steptool_jax.policy import families, hfconfig, hub, model
+from steptool_jax.policy import families, model
 from steptool_jax.policy.families import RopeScaling
+from steptool_jax.policy.formats import hfconfig, hub
 from steptool_jax.policy.formats.gguf import gguf_to_hub, gguf_tokenizer
 from steptool_jax.types import ToolCall
 

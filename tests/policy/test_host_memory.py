@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from fakes import on_devices, tiny_config
 
-from steptool_jax.policy import hub, lora, model, sharding, tensorfile
+from steptool_jax.policy import lora, model, sharding
+from steptool_jax.policy.formats import hub, tensorfile
 
 SHARD = 30_000_000
 SMALL = 4_000_000  # what Python itself needs: traces, names, caches

@@ -12,8 +12,9 @@ import pytest
 from fakes import tiny_config
 from jax.sharding import PartitionSpec as P
 
-from steptool_jax.policy import hfconfig, hub, model, sharding, tensorfile
+from steptool_jax.policy import model, sharding
 from steptool_jax.policy.families import RopeScaling
+from steptool_jax.policy.formats import hfconfig, hub, tensorfile
 
 TOKENS = np.random.default_rng(0).integers(0, 61, (2, 24))
 SIZES = {

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from steptool_jax.policy import attention, engine, headcache, model, sharding
+from steptool_jax.policy import attention, engine, headcache, kv_slots, model, sharding
 from steptool_jax.policy.attention import Window
 from steptool_jax.policy.kernels import cached, int8
 
@@ -265,12 +265,12 @@ def test_the_state_is_a_quarter_of_float32_and_lies_as_the_engine_says():
   """Scales that lay elsewhere than their keys would travel for every token."""
   config = fakes.tiny_config(head_dim=32)
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
-  where = engine.state_shardings(config, 4, 64, mesh, "int8")
+  where = kv_slots.state_shardings(config, 4, 64, mesh, "int8")
   assert where.cache.k_scale.spec == jax.P(None, sharding.ROWS, "tensor")
   sizes = {}
   for kv_cache in ("auto", "int8"):
-    empty = functools.partial(engine.init_state, config, 4, 64, kv_cache)
+    empty = functools.partial(kv_slots.init_state, config, 4, 64, kv_cache)
     cache = jax.eval_shape(empty).cache
     sizes[kv_cache] = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))
   assert sizes["int8"] / sizes["auto"] == 1 / 4 + 1 / 32
-  assert engine.state_shardings(config, 4, 64, mesh).cache.k_scale is None
+  assert kv_slots.state_shardings(config, 4, 64, mesh).cache.k_scale is None

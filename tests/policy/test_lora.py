@@ -11,8 +11,8 @@ import pytest
 from fakes import tiny_config
 from safetensors.numpy import load_file
 
-from steptool_jax.policy import hub, lora, model
-from steptool_jax.policy.formats import peftfile
+from steptool_jax.policy import lora, model
+from steptool_jax.policy.formats import hub, peftfile
 
 CONFIG = tiny_config(tie_embeddings=False)
 LORA = lora.Lora(rank=3, alpha=12.0, targets=lora.TARGETS)

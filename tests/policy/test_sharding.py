@@ -14,7 +14,8 @@ from fakes import on_devices, tiny_config
 from jax.sharding import PartitionSpec as P
 
 from steptool_jax.learning import vocabulary
-from steptool_jax.policy import hub, lora, model, sharding
+from steptool_jax.policy import lora, model, sharding
+from steptool_jax.policy.formats import hub
 
 
 def test_every_parameter_adapter_and_moment_has_a_rule():

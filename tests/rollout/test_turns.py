@@ -20,7 +20,7 @@ from steptool_jax.environments.custom import Custom
 from steptool_jax.environments.faults import Faults, FaultyEnvironment
 from steptool_jax.evaluation.metrics import rollout_metrics
 from steptool_jax.learning import advantages, batching, steptable
-from steptool_jax.policy.engine import Decoded
+from steptool_jax.policy.kv_slots import Decoded
 from steptool_jax.rewards import rules, shaping
 from steptool_jax.rollout import chain
 from steptool_jax.rollout.conversation import Limits

@@ -4,7 +4,7 @@ import os
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from steptool_jax.learning import update
+from steptool_jax.learning.programs import update
 from steptool_jax.policy import engine
 from steptool_jax.run.training import setup
 

@@ -7,7 +7,7 @@ import fakes
 import numpy as np
 import tiny
 
-from steptool_jax.policy.engine import Decoded
+from steptool_jax.policy.kv_slots import Decoded
 from steptool_jax.run.parts import build, opening, services
 from steptool_jax.run.training import iteration, phase
 from steptool_jax.run.training.progress import Progress

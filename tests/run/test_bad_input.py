@@ -50,7 +50,8 @@ def make_cases(folder: pathlib.Path) -> dict[str, tuple[list[str], str]]:
   import jax
 
   from steptool_jax.dialogue import compact
-  from steptool_jax.policy import hub, model
+  from steptool_jax.policy import model
+  from steptool_jax.policy.formats import hub
 
   bare = compact.build_tokenizer(["a b c"] * 3, 300, folder / "bare")
   settings = json.loads((bare / "tokenizer_config.json").read_text())

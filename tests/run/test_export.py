@@ -7,7 +7,8 @@ import pytest
 import tiny
 
 from steptool_jax.evaluation import records
-from steptool_jax.policy import hub, model
+from steptool_jax.policy import model
+from steptool_jax.policy.formats import hub
 from steptool_jax.run import evaluate, export, train
 from steptool_jax.run.parts import build, opening
 from steptool_jax.run.training import restore

@@ -12,7 +12,6 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from steptool_jax.policy import hfconfig, hub
 from steptool_jax.policy.families import (
   BOUNDS,
   DTYPES,
@@ -22,7 +21,8 @@ from steptool_jax.policy.families import (
   RopeScaling,
   inverse_frequencies,
 )
-from steptool_jax.policy.tensorfile import output_directory, write_json
+from steptool_jax.policy.formats import hfconfig, hub
+from steptool_jax.policy.formats.tensorfile import output_directory, write_json
 
 BLOCK_NAMES = {
   "q": "attn_q",

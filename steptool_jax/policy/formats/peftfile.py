@@ -7,10 +7,10 @@ import jax
 import numpy as np
 
 from steptool_jax.policy import sharding
-from steptool_jax.policy.hfconfig import PROJECTIONS
+from steptool_jax.policy.formats.hfconfig import PROJECTIONS
+from steptool_jax.policy.formats.tensorfile import output_directory, write_file, write_json
 from steptool_jax.policy.lora import Lora
 from steptool_jax.policy.model import ModelConfig
-from steptool_jax.policy.tensorfile import output_directory, write_file, write_json
 
 PEFT_NAMES = {ours: name.split(".")[-1] for ours, name in PROJECTIONS.items()}
 PEFT_NAMES["lm_head"] = "lm_head"

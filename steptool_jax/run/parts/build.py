@@ -19,7 +19,8 @@ from steptool_jax.environments.markets.market import MarketEnvironment
 from steptool_jax.files import write_text
 from steptool_jax.learning import algorithms
 from steptool_jax.policy import engine as engine_lib
-from steptool_jax.policy import families, hfconfig, hub, lora, model, sharding
+from steptool_jax.policy import families, lora, model, sharding
+from steptool_jax.policy.formats import hfconfig, hub
 from steptool_jax.rollout.strategy import Search
 from steptool_jax.run.hosts import hosts
 from steptool_jax.run.parts import tokenizers

@@ -17,8 +17,9 @@ from jax.sharding import Mesh
 from steptool_jax.config import Config
 from steptool_jax.files import read_json, replacing_folder
 from steptool_jax.learning import batching, reward_model
-from steptool_jax.policy import hfconfig, hub, model, sharding
-from steptool_jax.policy.tensorfile import TensorFile, write_file, write_json
+from steptool_jax.policy import model, sharding
+from steptool_jax.policy.formats import hfconfig, hub
+from steptool_jax.policy.formats.tensorfile import TensorFile, write_file, write_json
 from steptool_jax.rewards import model as scores_of
 from steptool_jax.run.parts import build
 from steptool_jax.run.workdir import inputs

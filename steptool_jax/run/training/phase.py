@@ -16,7 +16,8 @@ from jax.sharding import Mesh
 
 from steptool_jax.config import Config
 from steptool_jax.environments.base import Session
-from steptool_jax.learning import algorithms, batching, steptable, update
+from steptool_jax.learning import algorithms, batching, steptable
+from steptool_jax.learning.programs import preparation, update
 from steptool_jax.policy import lora, sharding
 from steptool_jax.rollout import carrying
 from steptool_jax.run.hosts import hang
@@ -91,7 +92,7 @@ class Phase:
         row = steptable.empty(1, 1)
         shape = (most, micro_rows, self.table_width)
         table = jax.tree.map(lambda x: jax.ShapeDtypeStruct(shape, x.dtype), row)
-      recorded = update.abstract_recorded(self.learner, batch, table)
+      recorded = preparation.abstract_recorded(self.learner, batch, table)
       prepared, _ = jax.eval_shape(prepare.jitted, state, batch, count, table, recorded)
       shape = (-(-most // c.train.minibatches), *batch.tokens.shape[1:])
       mini = jax.tree.map(lambda x: jax.ShapeDtypeStruct(shape, x.dtype), prepared)
@@ -157,7 +158,7 @@ class Phase:
   def _recorded(
     self, packed: batching.Packed, table: steptable.StepTable | None
   ) -> np.ndarray | None:
-    """What the engine recorded for the critic, as update.prepare takes it, [R, ...]."""
+    """What the engine recorded for the critic, as preparation.prepare takes it, [R, ...]."""
     match self.learner.records:
       case "values":
         recorded = [np.concatenate([s.values for s in t.steps]) for t in packed.trajectories]
@@ -218,7 +219,7 @@ class Phase:
 
   @functools.cached_property
   def _logprobs(self):
-    return sharding.jit(functools.partial(update.action_logprobs, self.learner))
+    return sharding.jit(functools.partial(preparation.action_logprobs, self.learner))
 
   @functools.cached_property
   def _fit_values(self):

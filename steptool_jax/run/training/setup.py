@@ -11,7 +11,8 @@ import optax.contrib
 from jax.sharding import Mesh
 
 from steptool_jax.config import Config, Optimizer
-from steptool_jax.learning import algorithms, batching, steptable, update
+from steptool_jax.learning import algorithms, batching, steptable
+from steptool_jax.learning.programs import learners
 from steptool_jax.learning.steptable import StepTable
 from steptool_jax.policy import lora, model, sharding
 from steptool_jax.run.hosts import agreement
@@ -85,7 +86,7 @@ def _muon_dimensions(params: dict) -> dict:
 
 def build_learner(
   config: Config, model_config: model.ModelConfig, algorithm: str, iterations: int | None = None
-) -> update.Learner:
+) -> learners.Learner:
   """The learner of a phase: algorithm 'sft' for the warm-up, config.algorithm for RL.
 
   iterations: those that the schedule spans, of RL or of SFT on stored trajectories; None takes
@@ -99,29 +100,31 @@ def build_learner(
   else:
     steps = iterations * t.epochs * t.minibatches
     optimizer = build_optimizer(t.optimizer, steps, t.critic_rate)
-  return update.Learner(model_config, row, algorithms.resolve(row, config), optimizer)
+  return learners.Learner(model_config, row, algorithms.resolve(row, config), optimizer)
 
 
-def start_phase(config: Config, mesh: Mesh, learner: update.Learner, variables: dict) -> TrainState:
+def start_phase(
+  config: Config, mesh: Mesh, learner: learners.Learner, variables: dict
+) -> TrainState:
   """A fresh TrainState over these variables, laid out on the mesh."""
   trainable, frozen = _split(learner, variables)
-  make = functools.partial(update.init_state, learner, seed=config.seed)
+  make = functools.partial(learners.init_state, learner, seed=config.seed)
   layout = sharding.shardings(jax.eval_shape(make, trainable, frozen), mesh)
   return jax.jit(make, out_shardings=layout)(trainable, frozen)
 
 
-def _split(learner: update.Learner, variables: dict) -> tuple[dict, dict]:
+def _split(learner: learners.Learner, variables: dict) -> tuple[dict, dict]:
   return lora.split_variables(variables, train_values=learner.critic == "value")
 
 
-def abstract_state(policy: Policy, mesh: Mesh, learner: update.Learner) -> TrainState:
+def abstract_state(policy: Policy, mesh: Mesh, learner: learners.Learner) -> TrainState:
   """The TrainState of a phase as ShapeDtypeStructs with shardings, for a restore."""
 
   def make():
     variables = {"params": model.init_params(policy.model, jax.random.key(0))}
     if policy.lora is not None:
       variables["lora"] = lora.init_lora(policy.model, policy.lora, jax.random.key(0))
-    return update.init_state(learner, *_split(learner, variables))
+    return learners.init_state(learner, *_split(learner, variables))
 
   state = jax.eval_shape(make)
   return sharding.abstract(state, sharding.shardings(state, mesh))

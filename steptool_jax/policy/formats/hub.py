@@ -19,10 +19,9 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, SingleDeviceSharding
 
-from steptool_jax.policy import hfconfig, sharding
-from steptool_jax.policy.lora import add_delta
-from steptool_jax.policy.model import ModelConfig, abstract_params
-from steptool_jax.policy.tensorfile import (
+from steptool_jax.policy import sharding
+from steptool_jax.policy.formats import hfconfig
+from steptool_jax.policy.formats.tensorfile import (
   Rows,
   TensorFile,
   TensorFiles,
@@ -34,6 +33,8 @@ from steptool_jax.policy.tensorfile import (
   write_file,
   write_json,
 )
+from steptool_jax.policy.lora import add_delta
+from steptool_jax.policy.model import ModelConfig, abstract_params
 
 VALUE_HEAD_FILE = "value_head.safetensors"  # ours; transformers does not look at it
 SHARD_BYTES = 5_000_000_000
