@@ -16,6 +16,7 @@ from steptool_jax.checking.findings import ERROR, LEVELS, WARNING, Finding, coun
 from steptool_jax.dialogue.chatformat import ChatFormat
 from steptool_jax.environments import checkers
 from steptool_jax.environments.base import SPLITS, Environment
+from steptool_jax.rewards import rules
 from steptool_jax.rollout.conversation import Limits
 from steptool_jax.simulators.runner import ToolRunner, TooManyStuck
 from steptool_jax.types import Code, Task
@@ -38,6 +39,7 @@ class Asked:
   chat_format: ChatFormat | None = None
   system: str | None = None
   sft: bool = False  # it learns from demonstrations
+  progress: bool = False  # steps are paid for the progress that they make, and for nothing else
   checkers: bool = True  # the sessions' own checkers decide, and no judge
   splits: tuple[str, ...] = SPLITS  # those that it needs
 
@@ -92,6 +94,7 @@ def check(
   needed = {split: tasks for split, tasks in splits.items() if tasks or split in asked.splits}
   findings = [*sets.check_tasks(needed), *sets.check_tools(splits)]
   findings += _without_demonstrations(splits["train"], asked)
+  findings += _unpaid(splits["train"], asked)
   jobs = [
     _Job(split, task, _answers_of(tasks, task))
     for split, tasks in splits.items()
@@ -187,6 +190,21 @@ def _without_demonstrations(tasks: Sequence[Task], asked: Asked) -> list[Finding
     what = "sft.steps is above 0, but no training task has a demonstration"
     return [Finding(ERROR, "sft", "", what, "set sft.steps to 0, or add demonstrations")]
   return []
+
+
+def _unpaid(tasks: Sequence[Task], asked: Asked) -> list[Finding]:
+  """Step rewards that are 0 whatever is called."""
+  silent = [task.id for task in tasks if not rules.knows_the_goal(task)]
+  if not (asked.progress and silent):
+    return []
+  return [
+    Finding(
+      *(WARNING, "reward", ""),
+      f"no call can earn anything in {len(silent)} of {len(tasks)} training tasks ({silent[0]} is "
+      "the first): without a demonstration only a checker's 'value' says what the goal needs",
+      "add demonstrations, or train with algorithm steptool_no_step_rewards",
+    )
+  ]
 
 
 def _always_failing(outcomes: Sequence[_Outcome]) -> list[Finding]:

@@ -61,6 +61,12 @@ def needed(task: Task) -> int:
   return len(_demonstrated(task))
 
 
+def knows_the_goal(task: Task) -> bool:
+  """Whether a call of this task can have a Con above 0 by progress: something says what helps."""
+  says = task.checker.get("type") not in _STATE_CHECKERS and task.checker.get("value")
+  return bool(needed(task) or says)
+
+
 def _demonstrated(task: Task) -> list[ToolCall]:
   return [call for action in task.demonstration for call in calls_of(action)]
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from steptool_jax.checking import check as checking
 from steptool_jax.checking.findings import ERROR, WARNING, Finding
-from steptool_jax.config import Config
+from steptool_jax.config import Config, Rewards
 from steptool_jax.dialogue.chatformat import ChatFormat
 from steptool_jax.environments.base import Problem
 from steptool_jax.learning.algorithms import get_algorithm
@@ -49,9 +49,9 @@ def what_is_asked(
   config: Config, chat_format: ChatFormat | None, found: services.Services
 ) -> checking.Asked:
   """What training with this config asks of its environment."""
-  learns = get_algorithm(config.algorithm).rewards != "none"
+  rewards = get_algorithm(config.algorithm).rewards
   needed = []
-  if config.sft.steps or (learns and not config.data.path):
+  if config.sft.steps or (rewards != "none" and not config.data.path):
     needed.append("train")
   if config.evaluation.tasks:
     needed.append("heldout")
@@ -60,9 +60,14 @@ def what_is_asked(
     chat_format=chat_format,
     system=config.model.system or None,
     sft=config.sft.steps > 0,
+    progress=rewards == "step" and _by_progress(config.rewards),
     checkers=found.judging is None,
     splits=tuple(needed),
   )
+
+
+def _by_progress(rewards: Rewards) -> bool:
+  return rewards.source == "progress" and rewards.shaping in ("progress", "potential")
 
 
 def _of_problem(problem: Problem) -> Finding:
