@@ -13,6 +13,7 @@ import samples
 
 from steptool_jax.config import Advantage, Config, Loss
 from steptool_jax.learning import algorithms
+from steptool_jax.learning.outputs import policy_outputs
 from steptool_jax.learning.programs import learners, update
 from steptool_jax.policy import lora, model
 from steptool_jax.run.training import setup
@@ -98,7 +99,7 @@ def test_the_gradient_is_reinforces(name):
   assert np.any(micro.advantages)
 
   def loss(params):
-    out = update.policy_outputs(CONFIG, {"params": params}, micro, temperature=1.0, chunk=512)
+    out = policy_outputs(CONFIG, {"params": params}, micro, temperature=1.0, chunk=512)
     return -(weights * micro.advantages * out.logprobs).sum() / weights.sum()
 
   expected = jax.jit(jax.grad(loss))(state.trainable["params"])
