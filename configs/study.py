@@ -177,7 +177,7 @@ def _study():
   config.rollout.tasks, config.rollout.samples, config.rollout.slots = 12, 4, 48
   config.sft.steps = 0
   config.train.iterations, config.train.export = 24, False
-  config.loss.kl_coef = 0.01
+  config.loss.kl_coef = 0.01  # the quickstart's when results/study was begun
   v = config.evaluation
   # Held-out tasks at the start and the end; the curve between them is of training rollouts.
   v.every, v.tasks, v.temperature, v.greedy = 0, 120, 1.0, True

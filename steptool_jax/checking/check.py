@@ -194,8 +194,8 @@ def _without_demonstrations(tasks: Sequence[Task], asked: Asked) -> list[Finding
 
 def _unpaid(tasks: Sequence[Task], asked: Asked) -> list[Finding]:
   """Step rewards that are 0 whatever is called."""
-  silent = [task.id for task in tasks if not rules.knows_the_goal(task)]
-  if not (asked.progress and silent):
+  silent = [task.id for task in tasks if asked.progress and not rules.knows_the_goal(task)]
+  if not silent:
     return []
   return [
     Finding(

@@ -466,20 +466,3 @@ def project_values(variables: dict[str, Any], hidden: jax.Array) -> jax.Array:
   """float32[...] from hidden [..., D]."""
   head = variables["params"]["value_head"]
   return (hidden.astype(jnp.float32) @ head["kernel"])[..., 0] + head["bias"][0]
-
-
-def useful_flops(config: ModelConfig, context: float = 0.0) -> float:
-  """Matmul FLOPs of a forward pass for one token, LM head included; backward costs twice as much.
-
-  `context`: mean number of tokens a token sees (T / 2 in an unpacked causal row); 0 leaves the
-  attention products out.
-  """
-  q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-  mlp = 3 * config.intermediate_size * (config.experts_per_token or 1) + config.num_experts
-  layer = config.hidden_size * (2 * q_size + 2 * kv_size + mlp)
-  weights = config.num_layers * layer + config.hidden_size * config.vocab_size
-  near = sum(config.sliding_layers)
-  seen = (config.num_layers - near) * context
-  if near:
-    seen += near * min(context, config.sliding_window)
-  return 2.0 * weights + 4.0 * q_size * seen

@@ -63,8 +63,15 @@ def needed(task: Task) -> int:
 
 def knows_the_goal(task: Task) -> bool:
   """Whether a call of this task can have a Con above 0 by progress: something says what helps."""
-  says = task.checker.get("type") not in _STATE_CHECKERS and task.checker.get("value")
-  return bool(needed(task) or says)
+  return bool(needed(task) or any(_goal_answers(task)))
+
+
+def _goal_answers(task: Task) -> list[str]:
+  """Answers whose values the goal needs; none where a state is checked, or values are handles."""
+  if task.checker.get("type") in _STATE_CHECKERS or "handles" in task.metadata:
+    return []
+  demonstrated = [a.answer for a in task.demonstration if isinstance(a, Finish)]
+  return demonstrated or [str(task.checker.get("value", ""))]
 
 
 def _demonstrated(task: Task) -> list[ToolCall]:
@@ -136,13 +143,10 @@ def _forward(task: Task, steps: Sequence[Step]) -> list[_Fact]:
 
 def _progress(task: Task, facts: Sequence[_Fact]) -> list[bool]:
   wanted: set[str] = set()
-  answers: list[str] = []
+  answers = _goal_answers(task)
   if "handles" not in task.metadata:
     for call in _demonstrated(task):
       wanted |= set(_leaves(call.arguments))
-    if task.checker.get("type") not in _STATE_CHECKERS:
-      demonstrated = [a.answer for a in task.demonstration if isinstance(a, Finish)]
-      answers = demonstrated or [str(task.checker.get("value", ""))]
   obtained: set[str] = set()
   contributions = []
   for fact in facts:

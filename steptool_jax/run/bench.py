@@ -21,7 +21,7 @@ from steptool_jax.config import Config
 from steptool_jax.learning import batching
 from steptool_jax.learning.programs import learners, update
 from steptool_jax.policy import engine as engine_lib
-from steptool_jax.policy import lora, model
+from steptool_jax.policy import families, lora, model
 from steptool_jax.rollout.replaying import replay_actions
 from steptool_jax.run.parts import opening
 from steptool_jax.run.training import setup
@@ -95,7 +95,7 @@ def _update(config: Config) -> dict[str, Any]:
   tokens = int((packed.segment_ids > 0).sum())
   actions = int(packed.action_mask.sum())
   head = 2.0 * ARCHITECTURE.hidden_size * ARCHITECTURE.vocab_size
-  body = model.useful_flops(ARCHITECTURE, context=TOKENS / 2) - head
+  body = families.useful_flops(ARCHITECTURE, context=TOKENS / 2) - head
   flops = 3.0 * (tokens * body + actions * head)
   logging.info("update: %.0f GFLOP/s, matrix products %.0f", flops / seconds / 1e9, rate / 1e9)
   return {

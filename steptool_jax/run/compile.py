@@ -28,6 +28,7 @@ from steptool_jax.policy import (
   attention,
   caches,
   experts,
+  families,
   headcache,
   kv_slots,
   lora,
@@ -299,8 +300,8 @@ def useful_flops(
   gradient of their own, so their share costs twice.
   """
   config = policy.model
-  attention = model.useful_flops(config, context) - model.useful_flops(config)
-  weights = model.useful_flops(config) - (
+  attention = families.useful_flops(config, context) - families.useful_flops(config)
+  weights = families.useful_flops(config) - (
     0.0 if head else 2.0 * config.hidden_size * config.vocab_size
   )
   adapters = 2.0 * _adapter_size(policy)

@@ -11,13 +11,14 @@ segment (types.Step.prompt_tokens).
 import collections
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from steptool_jax.config import INT_MOST, Limits
 from steptool_jax.dialogue.chatformat import ChatFormat
 from steptool_jax.rollout.conversation import INVALID
+from steptool_jax.serving import stops
 from steptool_jax.serving.messages import ApiError, Call, ChatRequest, Message, call_of
 from steptool_jax.simulators.render import shorten
 from steptool_jax.types import (
@@ -346,7 +347,7 @@ class Session:
     f, request = self._format, ask.request
     body = turn[:-1] if stopped else turn
     text = f.codec.decode(body)
-    at = first_stop(text, request.stops)
+    at = stops.first_stop(text, request.stops)
     whole = stopped
     if at is not None:
       text, whole = text[:at], True
@@ -440,28 +441,3 @@ def _leading(messages: Sequence[Message], role: str) -> int:
 
 def _before_assistant(messages: Sequence[Message]) -> int:
   return next((k for k, m in enumerate(messages) if m.role == "assistant"), len(messages))
-
-
-def first_stop(text: str, stops: Sequence[str]) -> int | None:
-  """Where the first of the stop texts begins."""
-  found = [at for at in (text.find(stop) for stop in stops) if at >= 0]
-  return min(found, default=None)
-
-
-def cutter(chat_format: ChatFormat, stops: Sequence[str]) -> Callable[[list[int]], int]:
-  """Turn.cut for these stop texts: the fewest tokens whose text holds one."""
-
-  def cut(tokens: list[int]) -> int:
-    decode = chat_format.codec.decode
-    if not stops or first_stop(decode(tokens), stops) is None:
-      return 0
-    low, high = 1, len(tokens)
-    while low < high:
-      middle = (low + high) // 2
-      if first_stop(decode(tokens[:middle]), stops) is None:
-        low = middle + 1
-      else:
-        high = middle
-    return low
-
-  return cut

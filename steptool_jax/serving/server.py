@@ -24,7 +24,7 @@ from starlette.routing import Route
 
 from steptool_jax.config import Limits
 from steptool_jax.dialogue.chatformat import ChatFormat
-from steptool_jax.serving import guards, recording, replies
+from steptool_jax.serving import guards, recording, replies, stops
 from steptool_jax.serving.decoding import Decoder, Turn
 from steptool_jax.serving.messages import ApiError, ChatRequest, parse_request
 from steptool_jax.serving.recording import Ask, Session
@@ -182,7 +182,7 @@ class PolicyServer:
       _key_of(request) if opened.keys is None else opened.keys(*ask.draw),
       temperature,
       opened.session.name or None,
-      recording.cutter(self._format, request.stops),
+      stops.cutter(self._format, request.stops),
     )
 
 
@@ -216,7 +216,7 @@ class _Answering:
       def hear(tokens: list[int]) -> None:
         ended = tokens[-1] in self._server._format.stop_ids
         text = decode(tokens[:-1] if ended else tokens)
-        text = text[: recording.first_stop(text, request.stops)][:-held]
+        text = text[: stops.first_stop(text, request.stops)][:-held]
         loop.call_soon_threadsafe(heard.put_nowait, text)
 
       self._turn.heard = hear

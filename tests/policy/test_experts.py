@@ -13,7 +13,7 @@ import pytest
 from fakes import on_devices, tiny_config
 
 from steptool_jax.config import Lora
-from steptool_jax.policy import experts, lora, model, sharding
+from steptool_jax.policy import experts, families, lora, model, sharding
 from steptool_jax.policy.formats import hub
 
 CONFIG = tiny_config(
@@ -126,9 +126,9 @@ def test_bad_configs(change, words):
 
 
 def test_flops_count_the_chosen_experts():
-  dense_part = model.useful_flops(dataclasses.replace(CONFIG, experts_per_token=1))
+  dense_part = families.useful_flops(dataclasses.replace(CONFIG, experts_per_token=1))
   # Two more of 3 * 32 * 12 multiply-adds in each of 2 layers.
-  assert model.useful_flops(CONFIG) - dense_part == 2 * 2 * 2 * 3 * 32 * 12
+  assert families.useful_flops(CONFIG) - dense_part == 2 * 2 * 2 * 3 * 32 * 12
 
 
 def test_eight_devices_equal_one(tmp_path):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from fakes import tiny_config
 
-from steptool_jax.policy import attention, model
+from steptool_jax.policy import attention, families, model
 from steptool_jax.policy.families import RopeScaling
 
 CONFIG = tiny_config(family="qwen3", qk_norm=True, qkv_bias=True)
@@ -223,9 +223,9 @@ def test_rope_frequencies_by_hand():
 
 def test_useful_flops_by_hand():
   # A layer: q 32*32, k and v 32*16, o 32*32, MLP 3*32*48 = 7680; two layers, head 32*61.
-  assert model.useful_flops(tiny_config()) == 2 * (2 * 7680 + 32 * 61)
+  assert families.useful_flops(tiny_config()) == 2 * (2 * 7680 + 32 * 61)
   # 10 visible tokens: 2 products * 2 FLOPs * 4 heads * 8 * 10 in each of 2 layers.
-  assert model.useful_flops(tiny_config(), 10) - model.useful_flops(tiny_config()) == 2560
+  assert families.useful_flops(tiny_config(), 10) - families.useful_flops(tiny_config()) == 2560
 
 
 @pytest.mark.parametrize(

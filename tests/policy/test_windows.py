@@ -11,7 +11,7 @@ from agreement import assert_agree, token_by_token
 from fakes import tiny_config
 
 from steptool_jax.learning import vocabulary
-from steptool_jax.policy import attention, engine, model, sharding, splash
+from steptool_jax.policy import attention, engine, families, model, sharding, splash
 from steptool_jax.policy.attention import Window
 
 CONFIG = tiny_config(
@@ -173,7 +173,7 @@ def test_log_probs_and_gradients_under_the_cap():
 
 def test_flops_of_a_window_by_hand():
   # 10 visible tokens in one layer and 4 in two: 2 products * 2 FLOPs * 4 heads * 8 each.
-  extra = model.useful_flops(CONFIG, 10) - model.useful_flops(CONFIG)
+  extra = families.useful_flops(CONFIG, 10) - families.useful_flops(CONFIG)
   assert extra == 4 * 4 * 8 * (10 + 2 * 4)
 
 

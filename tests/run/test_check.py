@@ -122,10 +122,10 @@ def test_tasks_whose_calls_can_earn_nothing_are_named(tmp_path):
   """With checkers that have no value, and no demonstrations, steptool was its outcome-only twin."""
   has = {"type": "has_balance", "owner": "ann", "want": 15}
   silent = [faulty_tasks.task(name, f"Pay 5 to Ann, {name}!", has) for name in ("x", "y")]
-  valued = faulty_tasks.task("z", "What has Bob?", faulty_tasks.number(5))
-  fields = faulty_tasks.write(tmp_path, [*silent, valued, faulty_tasks.GOOD[1]])
+  valued = [faulty_tasks.task(f"z{n}", f"Who has {n}?", faulty_tasks.number(n)) for n in (0, 5)]
+  fields = faulty_tasks.write(tmp_path, [*silent, *valued, faulty_tasks.GOOD[1]])
   (warned,) = [f for f in checked(tmp_path, **fields)[1] if f["kind"] == "reward"]
-  assert warned["what"].startswith("no call can earn anything in 2 of 3 training tasks (x is")
+  assert warned["what"].startswith("no call can earn anything in 2 of 4 training tasks (x is")
   for others in ({"algorithm": "grpo"}, {"rewards__shaping": "failed_cost"}):
     assert not [f for f in checked(tmp_path, **fields, **others)[1] if f["kind"] == "reward"]
 

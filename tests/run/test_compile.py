@@ -9,7 +9,7 @@ import jax
 import pytest
 import tiny
 
-from steptool_jax.policy import attention, model
+from steptool_jax.policy import attention, families
 from steptool_jax.policy.kernels import cached
 from steptool_jax.run import compile as compile_mode
 from steptool_jax.run.cost import hlo_counts, pricing, roofline
@@ -336,7 +336,7 @@ def test_flops_are_the_analytic_ones(result):
   config, reports = result
   m = compile_mode.abstract_policy(config).model
   tokens = 2 * 2 * 384  # micro-batches, rows, positions
-  body = model.useful_flops(m) - 2 * m.hidden_size * m.vocab_size
+  body = families.useful_flops(m) - 2 * m.hidden_size * m.vocab_size
   head = 2 * m.hidden_size * m.vocab_size
   pairs = 384 * 384  # of one block, whose upper half is masked
   product = 2 * 4 * pairs * m.num_layers * m.num_heads * m.head_dim
@@ -353,7 +353,7 @@ def test_flops_of_the_engine(result):
   m = compile_mode.abstract_policy(config).model
   slots, size, chunk = config.rollout.slots, 384, config.rollout.decode_chunk
   attention = 4 * m.num_layers * m.num_heads * m.head_dim * size  # all blocks of 320 positions
-  token = model.useful_flops(m) + attention
+  token = families.useful_flops(m) + attention
   assert reports["decode"]["flops"] == pytest.approx(slots * chunk * token, rel=0.01)
   without_head = token - 2 * m.hidden_size * m.vocab_size
   assert reports["append"]["flops"] == pytest.approx(slots * 320 * without_head, rel=0.01)

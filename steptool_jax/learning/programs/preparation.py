@@ -4,16 +4,13 @@ It takes a global batch in micro-batches [N, B, T] and loops over the first `cou
 a short batch costs only its own rows and every batch size shares one compilation.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
-from steptool_jax.learning import (
-  advantages,
-  importance,
-  losses,
-  segments,
-  steptable,
-)
+from steptool_jax.learning import advantages, importance, losses, segments, steptable
 from steptool_jax.learning.outputs import Outputs
 from steptool_jax.learning.programs.learners import (
   Learner,
@@ -145,19 +142,23 @@ def _passes(
     now = of_policy(index)
     return now, of_reference(index) if learner.with_reference else now.logprobs
 
-  def filled(empty, of):
-    def one(index, filled):
-      return jax.tree.map(lambda whole, part: whole.at[index].set(part), filled, of(index))
-
-    return jax.lax.fori_loop(0, count, one, empty)
-
   empty = zero_outputs(learner, batch_NBT.tokens.shape, heads=2, table=table_NBK)
   bound = learner.config.rollout.reuse
   if not bound:
-    return filled((empty, empty.logprobs), of_micro), None
+    return _filled((empty, empty.logprobs), count, of_micro), None
   now, gap = importance.reused(batch_NBT, count, recorded_NB, empty, of_policy, bound)
-  ref_NBT = filled(empty.logprobs, of_reference) if learner.with_reference else now.logprobs
-  return (now, ref_NBT), gap
+  if learner.with_reference:
+    return (now, _filled(empty.logprobs, count, of_reference)), gap
+  return (now, now.logprobs), gap
+
+
+def _filled(empty: Any, count: jax.Array, of: Callable[[jax.Array], Any]) -> Any:
+  """`empty` [N, ...] with what `of` gives for each of the first `count` micro-batches."""
+
+  def one(index, filled):
+    return jax.tree.map(lambda whole, part: whole.at[index].set(part), filled, of(index))
+
+  return jax.lax.fori_loop(0, count, one, empty)
 
 
 def _returns_to_go(learner: Learner, batch: TokenBatch, rewards_BT: jax.Array) -> jax.Array:
@@ -212,9 +213,7 @@ def action_logprobs(
 ) -> jax.Array:
   """Today's log-probs of the sampled tokens, float32 [N, B, T], 0 elsewhere."""
 
-  def one(index, filled):
-    outputs = forward(learner, variables, micro_of(batch_NBT, index))
-    return filled.at[index].set(outputs.logprobs)
+  def of_micro(index):
+    return forward(learner, variables, micro_of(batch_NBT, index)).logprobs
 
-  zeros_NBT = jnp.zeros(batch_NBT.tokens.shape, jnp.float32)
-  return jax.lax.fori_loop(0, count, one, zeros_NBT)
+  return _filled(jnp.zeros(batch_NBT.tokens.shape, jnp.float32), count, of_micro)

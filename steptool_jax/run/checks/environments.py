@@ -11,6 +11,7 @@ from steptool_jax.config import Config, Rewards
 from steptool_jax.dialogue.chatformat import ChatFormat
 from steptool_jax.environments.base import Problem
 from steptool_jax.learning.algorithms import get_algorithm
+from steptool_jax.rewards.shaping import SHAPINGS
 from steptool_jax.run.parts import build, services, tokenizers
 from steptool_jax.run.parts.watchdog import Watchdog
 
@@ -67,7 +68,7 @@ def what_is_asked(
 
 
 def _by_progress(rewards: Rewards) -> bool:
-  return rewards.source == "progress" and rewards.shaping in ("progress", "potential")
+  return rewards.source == "progress" and SHAPINGS[rewards.shaping].by_goal
 
 
 def _of_problem(problem: Problem) -> Finding:
