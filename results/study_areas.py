@@ -42,7 +42,7 @@ def main() -> None:
   arguments.add_argument("--against", default="outcome")
   given = arguments.parse_args()
   found = curves(given.curves)
-  everywhere: dict[int, list[float]] = collections.defaultdict(list)
+  areas: list[list[float]] = []  # of an environment's seeds
   print(f"points of {given.method} - {given.against}: mean (95 % t interval), p by sign flips")
   for environment in dict.fromkeys(e for e, _ in found):
     mine, theirs = (found.get((environment, m), {}) for m in (given.method, given.against))
@@ -57,13 +57,18 @@ def main() -> None:
       p = intervals.sign_flip(more)
       said.append(f"{name} {mean:+.1f} ({low:.1f} to {high:.1f}), p {p:.3f}")
       if last == 1.0:
-        for seed, value in zip(seeds, more, strict=True):
-          everywhere[seed].append(value)
+        areas.append(more)
     print(f"{environment:22} {len(seeds)} seeds: {'; '.join(said)}")
-  means = [float(np.mean(values)) for values in everywhere.values()]
-  if len(means) > 1:
-    mean, low, high = analysis.mean_interval(means)
-    print(f"all environments, a mean a seed: {mean:+.1f} ({low:.1f} to {high:.1f})")
+  # Those with the most seeds: a mean over some settings for one seed and others for the next
+  # would be of nothing.
+  most = max(map(len, areas), default=0)
+  whole = [more for more in areas if len(more) == most]
+  if most:
+    mean, low, high = analysis.mean_interval(list(np.mean(whole, axis=0)))
+    print(
+      f"{len(whole)} environments with {most} seeds, a mean a seed: "
+      f"{mean:+.1f} ({low:.1f} to {high:.1f})"
+    )
 
 
 if __name__ == "__main__":

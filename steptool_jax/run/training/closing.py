@@ -2,7 +2,7 @@
 
     held out      start  ########                                  14.0 %
                     SFT  ##########                                18.0 %
-                     RL  ###################################       59.7 %
+                     RL  ###################################       59.0 %
 
 Below it a held-out task that was missed at the start and is solved now, both conversations side by
 side, and what to do next. Plain text in a log; blocks and bold letters in a terminal. What tools
