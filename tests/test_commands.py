@@ -191,7 +191,8 @@ def test_named_files_are_there():
 def test_links_to_headings_lead_somewhere():
   for page in PAGES:
     for to, anchor in re.findall(r"\]\(([^)#:]*)#([^)]+)\)", text_of(page)):
-      headings = re.findall(r"^#+ (.*)$", (page.parent / to).read_text(), re.MULTILINE)
+      target = page.parent / to if to else page  # "(#heading)" is the page's own
+      headings = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE)
       assert anchor in {re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in headings}
 
 
