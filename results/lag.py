@@ -54,16 +54,23 @@ def curve(home: pathlib.Path) -> dict[int, float]:
 
 def write(workdir: pathlib.Path) -> None:
   curves = {
-    way: [c for seed in range(SEEDS) if (c := curve(folder(workdir, way, seed)))] for way in WAYS
+    way: {seed: c for seed in range(SEEDS) if (c := curve(folder(workdir, way, seed)))}
+    for way in WAYS
   }
-  steps = sorted({step for found in curves.values() for c in found for step in c})
+  steps = sorted({step for found in curves.values() for c in found.values() for step in c})
   if not steps:
     (ROOT / "results" / "lag.md").write_text(HEAD + "Not run yet.\n")
     return
+  plain, *lagged = WAYS
+  rows = {way: list(found.values()) for way, found in curves.items()}
+  for way in lagged:
+    both = curves[plain].keys() & curves[way].keys()
+    pairs = ((curves[way][seed], curves[plain][seed]) for seed in sorted(both))
+    rows[f"{way}, less {plain}"] = [{step: a[step] - b[step] for step in a} for a, b in pairs]
   lines = [f"| | seeds | {' | '.join(map(str, steps))} |", "| --- " * (len(steps) + 2) + "|"]
-  for way, found in curves.items():
+  for name, found in rows.items():
     cells = (_cell([c[step] for c in found if step in c]) for step in steps)
-    lines.append(f"| {way} | {len(found)} | {' | '.join(cells)} |")
+    lines.append(f"| {name} | {len(found)} | {' | '.join(cells)} |")
   (ROOT / "results" / "lag.md").write_text(HEAD + "\n".join(lines) + "\n")
 
 
@@ -81,8 +88,10 @@ HEAD = """# Sampling one update behind: what it costs in learning
 
 The quickstart with `rollout.lag` 0, 1 with importance weights (a token's, cut at
 `rollout.correction_bound`) and 1 without (`rollout.correction=none`): the same start, tasks and
-seeds. Held-out pass rate in percent by iteration, sampled as in training: the mean over the seeds
-that are done and its 95 % interval (Student's t).
+seeds. Held-out pass rate in percent by step, sampled as in training: the mean over the seeds that
+are done and its 95 % interval (Student's t); then the difference from lag 0, seed by seed. Step 0
+is the start, the next one follows SFT; first, second and last are of all held-out tasks, the others
+of the curve's.
 
 """
 

@@ -18,6 +18,7 @@ from steptool_jax.run.training import setup
 from steptool_jax.types import TRUNCATED
 
 CONFIG = fakes.tiny_config()
+FIRST = ("steptool", "ppo", "grpo_step", "gigpo")  # one of each kind; the others in the campaign
 
 
 def groups(seed=0, prompt=9, tasks=5):
@@ -109,18 +110,28 @@ def learnt(name, packed, batch):
     table = stack(fakes.padded_table(packed, len(batch.tokens), 32))
   prepare, step = update.compile_programs(learner)
   prepared, metrics = prepare(state, stack(batch), 3, table)
-  advantages = batching.unpack(packed, np.asarray(prepared.advantages).reshape(batch.tokens.shape))
+  advantages = ()
+  if prepared.advantages is not None:
+    advantages_RT = np.asarray(prepared.advantages).reshape(batch.tokens.shape)
+    advantages = batching.unpack(packed, advantages_RT)
   state, more = step(state, prepared, 3)
   return advantages, metrics | more, state.trainable["params"]
 
 
-@pytest.mark.parametrize("name", ["steptool", "ppo", "grpo_step", "gigpo"])
+@pytest.mark.parametrize(
+  "name",
+  [
+    name if name in FIRST else pytest.param(name, marks=pytest.mark.campaign)
+    for name, row in algorithms.ALGORITHMS.items()
+    if algorithms.shares_prompts(row, Train())
+  ],
+)
 def test_losses_gradients_and_metrics_are_those_of_separate_rows(name):
   (alone, shared), batches = both(groups(3))
   one, two = learnt(name, alone, batches[0]), learnt(name, shared, batches[1])
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), one, two)
   moved = np.abs(two[2]["embed"]["embedding"] - params()["embed"]["embedding"]).max()
-  assert moved > 1e-3, "an empty comparison"
+  assert moved > 5e-4, "an empty comparison"
 
 
 def test_a_group_that_does_not_fit_a_row_is_parted():
