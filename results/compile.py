@@ -74,6 +74,13 @@ CELLS = (
   (
     "llama3_1_8b",
     "v5e:4x4",
+    "full, 112 x 2k and 16 x 8k",
+    (*FULL[:3], *slots(112, 8192), "rollout.slot_tokens=2048", "rollout.long_slots=16"),
+    (*ENGINE, *(f"{name}_long" for name in ENGINE), "move"),
+  ),
+  (
+    "llama3_1_8b",
+    "v5e:4x4",
     "full, int8 cache",
     (*FULL, "rollout.kv_cache=int8"),
     ("decode", "fork"),

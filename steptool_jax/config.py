@@ -306,6 +306,17 @@ class Rollout(Limits):
     above=0,
   )
   slots: int = option(64, "conversations decoded at the same time", above=0)
+  slot_tokens: int = option(
+    0,
+    "tokens that a slot holds; a conversation that outgrows its slot goes on in one of long_slots; "
+    "0 = max_tokens",
+    least=0,
+  )
+  long_slots: int = option(
+    0,
+    "slots of max_tokens beside those of slot_tokens; what outgrows its slot waits for a free one",
+    least=0,
+  )
   tensor: int = option(
     0,
     "ways that heads, MLP and vocabulary are split in rollouts; weights are laid out for it once a "

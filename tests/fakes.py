@@ -112,6 +112,7 @@ class ScriptedEngine:
   def __init__(self, chat_format, policy, slots=2, size=4000, chunk=7):
     self.format, self.policy = chat_format, policy
     self.slots, self.size, self.chunk = slots, size, chunk
+    self.classes = ((slots, size),)
     self.seen = {n: [] for n in range(slots)}
     self.todo = {n: [] for n in range(slots)}
     self.turns = []  # (context, ids) of every turn

@@ -22,6 +22,7 @@ def check(config: Config, algorithm: Algorithm) -> None:
       f"{config.rollout.max_tokens}; a conversation must fit a packed row"
     )
   _check_history(config)
+  _check_classes(config)
   if config.rollout.lag:
     _check_lag(config, algorithm)
   if config.rollout.carry:
@@ -52,6 +53,33 @@ def _check_history(config: Config) -> None:
       raise ValueError(
         f"config.{which}: changes what earlier turns look like, but {name} needs a conversation "
         f"that only grows; set it to {off}, or leave the other at its default"
+      )
+
+
+def _check_classes(config: Config) -> None:
+  """Slots of two sizes."""
+  r = config.rollout
+  if not r.slot_tokens and not r.long_slots:
+    return
+  if not r.slot_tokens or not r.long_slots:
+    raise ValueError(
+      f"config.rollout.slot_tokens: {r.slot_tokens}, and rollout.long_slots: {r.long_slots}; slots "
+      "of two sizes need both, and slots of one size neither: set both above 0, or both to 0"
+    )
+  if r.slot_tokens >= r.max_tokens:
+    raise ValueError(
+      f"config.rollout.slot_tokens: {r.slot_tokens} is not less than rollout.max_tokens = "
+      f"{r.max_tokens}, so that no conversation outgrows its slot; set it and long_slots to 0"
+    )
+  for name, value in (
+    ("rollout.engine = 'http'", r.engine == "http"),
+    ("rollout.strategy = 'dfsdt'", r.strategy == "dfsdt"),
+    (f"environment.name = {config.environment.name!r}", config.environment.name in AGENTS),
+  ):
+    if value:
+      raise ValueError(
+        f"config.rollout.slot_tokens: {r.slot_tokens}, but with {name} all slots are alike; set it "
+        "and long_slots to 0"
       )
 
 

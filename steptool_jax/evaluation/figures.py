@@ -126,6 +126,8 @@ ITERATIONS = {
   ),
   "importance_cut": Figure(SHARE, "lag, carry, reuse, kv_cache: tokens whose weight was cut"),
   "carried": Figure("conversations", "that go on in the next iteration (rollout.carry)"),
+  "outgrown": Figure("conversations", "that went on in a longer slot (rollout.long_slots)"),
+  "crowded_share": Figure(SHARE, "of the slots' time in the rollout: in wait for a longer one"),
   "model_outcome": Figure(SHARE, "rewards.source=model: mean IsSolved by the reward model"),
   "model_drift": Figure(NUMBER, "mean IsSolved by the reward model, less the true pass rate"),
   "model_auc": Figure(NUMBER, "of the reward model's IsSolved against the true one"),

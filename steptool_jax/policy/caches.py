@@ -29,38 +29,49 @@ def specs(cache: Cache, mesh: Any) -> Cache:
   return type(cache)(lies, lies, *(None if x is None else scales for x in cache[2:]))
 
 
-def copy_slots(cache: Cache, source_N: jax.Array, longest: jax.Array) -> Cache:
+def copy_slots(
+  cache: Cache, source_N: jax.Array, longest: jax.Array, origin: Cache | None = None
+) -> Cache:
   """Slot n gets the first `longest` positions of slot source[n], which is not itself copied over.
 
   A block of one layer at a time: so much travels between the chips, and never a whole cache.
+  origin: a cache of slots that are no longer than these, whose they are copied from; there, a
+  source below 0 leaves a slot as it is.
   """
-  size = cache.k.shape[positions_axis(cache)]
+  size = (cache if origin is None else origin).k.shape[positions_axis(cache)]
   width = attention.cache_block(size)
   mesh = sharding.mesh_of_rows(len(source_N))
 
-  def local(cache, source_N, blocks):
+  def local(cache, origin, source_N, blocks):
     """The slots of one chip; source_N: of all."""
     own, source_n = cache.k.shape[1], source_N
     if mesh is not None:
       source_n = lax.dynamic_slice(source_N, (lax.axis_index(sharding.ROWS) * own,), (own,))
 
-    def block(at, x, axis):
+    def block(at, x, source, axis):
+      def part_of(x):
+        return lax.dynamic_slice(x, start, (1, *x.shape[1:axis], width, *x.shape[axis + 1 :]))[0]
+
       start = [at // blocks, 0, 0, 0, 0][: x.ndim]
       start[axis] = jnp.minimum(at % blocks * width, size - width)
-      shape = (1, *x.shape[1:axis], width, *x.shape[axis + 1 :])
-      part = lax.dynamic_slice(x, start, shape)[0]
+      part = part_of(source)
       if mesh is not None:
         part = lax.all_gather(part, sharding.ROWS, tiled=True)
-      return lax.dynamic_update_slice(x, part[source_n][None], start)
+      part = part[source_n]
+      if origin is not None:
+        moved = (source_n >= 0).reshape(-1, *(1,) * (part.ndim - 1))
+        part = jnp.where(moved, part, part_of(x))
+      return lax.dynamic_update_slice(x, part[None], start)
 
     def all_arrays(at, cache):
-      k, v, *scales = cache
-      both = (block(at, x, positions_axis(cache)) for x in (k, v))
-      return type(cache)(*both, *(x if x is None else block(at, x, 4) for x in scales))
+      axes = (positions_axis(cache),) * 2 + (4,) * 2  # keys and values, and scales
+      arrays = zip(cache, cache if origin is None else origin, axes, strict=False)
+      return type(cache)(*(x if x is None else block(at, x, y, axis) for x, y, axis in arrays))
 
     return lax.fori_loop(0, cache.k.shape[0] * blocks, all_arrays, cache)
 
   if mesh is not None:
     lies = specs(cache, mesh)
-    local = jax.shard_map(local, in_specs=(lies, P(), P()), out_specs=lies, check_vma=False)
-  return local(cache, source_N, -(-longest // width))
+    given = lies if origin is not None else None
+    local = jax.shard_map(local, in_specs=(lies, given, P(), P()), out_specs=lies, check_vma=False)
+  return local(cache, origin, source_N, -(-longest // width))

@@ -55,6 +55,11 @@ class Engine:
   rewind_program: Callable
   fork_program: Callable
 
+  @property
+  def classes(self) -> tuple[tuple[int, int], ...]:
+    """(number of slots, positions of each): all are alike here, see length_classes."""
+    return ((self.slots, self.size),)
+
   def here(self) -> contextlib.AbstractContextManager:
     """In it the programs are traced and called: their mesh need not be that of training."""
     return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)

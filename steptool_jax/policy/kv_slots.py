@@ -249,6 +249,23 @@ def fork(state: EngineState, source_N: jax.Array) -> EngineState:
   return EngineState(cache, state.tokens[source_N], length_N)
 
 
+def move(origin: EngineState, target: EngineState, source_N: jax.Array) -> EngineState:
+  """`target`, whose slot n becomes a copy of slot source[n] of `origin`; below 0 it stays.
+
+  Slots of `origin` are no longer than those of `target`.
+  """
+  moved_N = source_N >= 0
+  longest = jnp.max(jnp.where(moved_N, origin.length[source_N], 0))
+  cache = caches.copy_slots(target.cache, source_N, longest, origin.cache)
+  size = origin.tokens.shape[1]
+  tokens_NS = jnp.where(moved_N[:, None], origin.tokens[source_N], target.tokens[:, :size])
+  return EngineState(
+    cache,
+    target.tokens.at[:, :size].set(tokens_NS),
+    jnp.where(moved_N, origin.length[source_N], target.length),
+  )
+
+
 def state_shardings(
   config: model.ModelConfig, slots: int, size: int, mesh: Mesh, kv_cache: str = "auto"
 ) -> EngineState:

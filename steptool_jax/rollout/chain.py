@@ -2,7 +2,8 @@
 
 Continuous batching: a slot that is freed takes the next conversation; tools run, sessions open and
 answers are graded in threads while other slots decode; samples of one task share the prompt's
-prefill by fork. A conversation depends
+prefill by fork. Where slots differ in size (length_classes), a conversation begins in the smallest
+that holds its prompt, and waits for a larger one when it has filled its own. A conversation depends
 on its (seed, version, task, sample) alone, never on its neighbours or on timing; but for the last
 bits of log-probs, see Engine.decode.
 
@@ -26,6 +27,7 @@ from steptool_jax.environments.base import Session
 from steptool_jax.rollout.conversation import Conversation, State
 from steptool_jax.rollout.peers import together
 from steptool_jax.rollout.replaying import unopened
+from steptool_jax.rollout.seats import Room, Seat, Seats
 from steptool_jax.rollout.setting import Setting, Stats, step_seed
 from steptool_jax.simulators import parallel
 from steptool_jax.simulators.runner import TooManyStuck
@@ -40,28 +42,6 @@ QUICK_S, QUICK_SHARE = 0.005, 0.1
 
 class Interrupted(Exception):
   """`should_stop` asked for an end; no trajectory of this rollout was handed out."""
-
-
-@dataclasses.dataclass
-class Seat:
-  """A conversation in its slot. tree.py seats a whole search, with the same methods.
-
-  Its session is opened while the prompt is computed and its first turn sampled. opening, calling,
-  grading: what this process waits for; all None in the processes that do not own the slot.
-  """
-
-  conversation: Conversation
-  index: int  # of its job
-  session: Session | None = None  # None until it is open
-  seed: np.ndarray | None = None
-  opening: Future | None = None
-  calling: Future | None = None
-  grading: Future | None = None
-  unopened: str = ""  # why the session cannot be opened
-
-  @property
-  def pending(self) -> list[Future]:
-    return [f for f in (self.opening, self.calling, self.grading) if f is not None]
 
 
 def rollout(
@@ -104,7 +84,7 @@ class Loop:
     self.engine, self.environment, self.runner = setting.engine, setting.environment, setting.runner
     self.sampling, self.peers = setting.sampling, setting.peers
     self.variables = setting.variables
-    self.seats: dict[int, Seat] = {}
+    self.seats = Seats(Room(self.engine.classes), setting.peers.count)
     self.trouble: Exception | None = None  # of this process, until all hear of it
     self.failures: dict[int, str] = {}  # why conversations are marked, by job
     self.asked: list[Future] = []  # calls and verdicts, since the last exchange
@@ -128,6 +108,7 @@ class Loop:
             self.failures[seat.index] = verdict["why"]
           on_done(results[seat.index])
         results |= self._leaving()
+        self._grow()
         fresh = self._fill(waiting)
         if fresh:
           self._start(fresh)
@@ -149,15 +130,28 @@ class Loop:
 
   def _fill(self, waiting: deque) -> list[int]:
     """Jobs into free slots, whose sessions begin to open."""
-    fresh = []
-    for slot in range(self.engine.slots):
-      if slot not in self.seats and waiting:
-        index, (task, sample) = waiting.popleft()
-        self.seats[slot] = Seat(self._conversation(task, sample), index)
-        if self._mine(slot):
-          self._defer_error(functools.partial(self._open, self.seats[slot]))
-        fresh.append(slot)
+    fresh: list[int] = []
+    while waiting and len(self.seats) < self.engine.slots:
+      index, (task, sample) = waiting[0]
+      seat = Seat(self._conversation(task, sample), index)
+      slot = self.seats.free(seat.conversation.length + 1)
+      if slot is None:  # those that fit its prompt are taken
+        break
+      waiting.popleft()
+      self.seats[slot] = seat
+      if self._mine(slot):
+        self._defer_error(functools.partial(self._open, seat))
+      fresh.append(slot)
     return fresh
+
+  def _grow(self) -> None:
+    """Conversations that have outgrown their slots move to larger ones, where some are free."""
+    copies, waited = self.seats.grow()
+    if copies:
+      with self.stats.device():
+        self.state = self.engine.fork(self.state, copies)
+    self.stats.outgrown += len(copies)
+    self.stats.crowded_seconds += waited
 
   def _leaving(self) -> dict[int, Any]:
     """Conversations that leave their slots before they are done, by job (carrying.py)."""
@@ -165,7 +159,7 @@ class Loop:
 
   def _mine(self, slot: int) -> bool:
     """Whether this process runs the slot's tools."""
-    return slot * self.peers.count // self.engine.slots == self.peers.index
+    return self.seats.owner(slot) == self.peers.index
 
   def _defer_error(self, work: Callable[[], Any]) -> Any:
     """What `work` of this process returns; with others, an error waits for the next exchange."""
@@ -210,7 +204,7 @@ class Loop:
 
   def _decodable(self) -> bool:
     """Whether a slot goes on without anybody's answer."""
-    return any(seat.conversation.state is State.DECODING for seat in self.seats.values())
+    return bool(self.seats.in_state(State.DECODING))
 
   def _await(self, busy: bool) -> None:
     """A moment's patience for quick tools and checkers; without anything to decode, for one."""
@@ -351,17 +345,17 @@ class Loop:
     """Prompts into new slots; a prompt that stands in another slot is forked, not computed."""
     with self.stats.device():
       self.state = self.engine.rewind(self.state, dict.fromkeys(fresh, 0))
-    holders: dict[bytes, int] = {}
+    holders: dict[tuple[int, bytes], int] = {}  # a slot is forked within its class
     for slot, seat in self.seats.items():
       if slot not in fresh and self._holds_prompt(seat):
-        holders.setdefault(_prompt_key(seat), slot)
+        holders.setdefault(self._prompt_key(slot), slot)
     copies: dict[int, int] = {}
     prompts: dict[int, np.ndarray] = {}
     for slot in fresh:
       conversation = self.seats[slot].conversation
       if conversation.state is State.DONE:  # the prompt alone is too long
         continue
-      key = _prompt_key(self.seats[slot])
+      key = self._prompt_key(slot)
       if key in holders:
         copies[slot] = holders[key]
       else:
@@ -389,6 +383,9 @@ class Loop:
       seat.conversation.turns,
     )
 
+  def _prompt_key(self, slot: int) -> tuple[int, bytes]:
+    return self.seats.room.tokens(slot), self.seats[slot].conversation.prompt_tokens.tobytes()
+
   def _holds_prompt(self, seat: Seat) -> bool:
     """Whether the slot begins with the whole prompt at this moment."""
     return True
@@ -400,11 +397,8 @@ class Loop:
 
   def _append(self) -> None:
     """Observations into the live cache."""
-    pieces = {
-      slot: seat.conversation.pending_tokens()
-      for slot, seat in self.seats.items()
-      if seat.conversation.state is State.NEEDS_APPEND
-    }
+    fed = self.seats.in_state(State.NEEDS_APPEND)
+    pieces = {slot: seat.conversation.pending_tokens() for slot, seat in fed.items()}
     back = {slot: self.seats[slot].conversation.rewind_to for slot in pieces}
     back = {slot: length for slot, length in back.items() if length is not None}
     if back:  # history was changed
@@ -421,9 +415,7 @@ class Loop:
       self.state = self.engine.append(self.variables, self.state, pieces)
 
   def _decode(self) -> None:
-    decoding = {
-      slot: seat for slot, seat in self.seats.items() if seat.conversation.state is State.DECODING
-    }
+    decoding = self.seats.in_state(State.DECODING)
     if not decoding:
       return
     started = time.monotonic()
@@ -470,7 +462,3 @@ def _answer(seat: Seat) -> Observation | None:
     if not isinstance(seat.conversation.call, Finish):
       raise
     return Observation(_why("the user's reply", error), Code.INFRASTRUCTURE)
-
-
-def _prompt_key(seat: Seat) -> bytes:
-  return seat.conversation.prompt_tokens.tobytes()

@@ -143,7 +143,7 @@ class HttpEngine:
     size: int,
     adapter: bool = False,
   ):
-    self.slots, self.size = slots, size
+    self.slots, self.size, self.classes = slots, size, ((slots, size),)
     self._servers, self._publish, self._sampling = tuple(servers), publish, sampling
     self._adapter = adapter
     self._pool = concurrent.futures.ThreadPoolExecutor(slots, "decode")

@@ -28,6 +28,8 @@ class Stats:
   forced_tokens: int = 0
   shared_prefills: int = 0  # prompts that were forked and not computed
   shared_tokens: int = 0  # their tokens
+  outgrown: int = 0  # slots that a conversation left for a larger one
+  crowded_seconds: float = 0.0  # in wait for one, summed over conversations
   # Why conversations were marked: no session could be opened, or the answer not be graded.
   failures: list[str] = dataclasses.field(default_factory=list)
 

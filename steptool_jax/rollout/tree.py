@@ -136,6 +136,11 @@ class _Tree:
     return len(self.nodes)
 
   @property
+  def length(self) -> int:
+    """Tokens of the path to the node in work."""
+    return self._child.length
+
+  @property
   def node(self) -> int:
     """The node after which a call is made."""
     return self._at.index

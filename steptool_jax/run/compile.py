@@ -37,6 +37,7 @@ from steptool_jax.policy import (
 )
 from steptool_jax.policy import engine as engine_lib
 from steptool_jax.policy.formats import hfconfig
+from steptool_jax.policy.length_classes import LengthClasses
 from steptool_jax.run.cost import pricing
 from steptool_jax.run.cost.chips import CHIPS, Chip
 from steptool_jax.run.cost.pricing import Program
@@ -208,24 +209,58 @@ def engine_programs(
   """append and decode for all slots, fork and rewind; the train state stays in memory meanwhile.
 
   Where rollouts have a layout of their own, `layout` makes a copy of the weights, which stays too.
+  Long slots have programs of their own, and `move` copies into them.
   """
   engine = build.build_engine(config, policy, mesh)
+  engines = engine.engines if isinstance(engine, LengthClasses) else (engine,)
+  slots = tuple(_abstract_slots(policy, each) for each in engines)
+  where = engines[0].mesh
+  trained = lora.join_variables(state.trainable, state.frozen)
+  variables, alive, found = trained, (state, slots), []
+  if where is not mesh:
+    copy = jax.eval_shape(functools.partial(model.in_compute_dtype, policy.model), trained)
+    variables = sharding.abstract(copy, sharding.shardings(copy, where))
+    alive = (state, variables, slots)
+    program = engine_lib.layout_program(where, trained)
+    found.append(Program("layout", program, (policy.model, trained), (state, variables)))
+  share = functools.partial(Program, alive=alive, mesh=where)
+  for each, own, suffix in zip(engines, slots, ("", "_long"), strict=False):
+    found += _programs_of(policy, each, own, variables, share, suffix)
+  if isinstance(engine, LengthClasses):
+    arguments = (*slots, _on_host(engines[-1], (engines[-1].slots,), np.int32))
+    trips = (policy.model.num_layers * _cache_blocks(slots[0]),)
+    found.append(share("move", engine.move_program, arguments, trips=trips))
+  return found
+
+
+def _abstract_slots(policy: AbstractPolicy, engine: engine_lib.Engine) -> kv_slots.EngineState:
   sizes = engine.slots, engine.size
   where = kv_slots.state_shardings(policy.model, *sizes, engine.mesh, engine.kv_cache)
   empty = functools.partial(kv_slots.init_state, policy.model, *sizes, engine.kv_cache)
-  slots = sharding.abstract(jax.eval_shape(empty), where)
-  trained = lora.join_variables(state.trainable, state.frozen)
-  variables, alive, found = trained, (state, slots), []
-  if engine.mesh is not mesh:
-    copy = jax.eval_shape(functools.partial(model.in_compute_dtype, policy.model), trained)
-    variables = sharding.abstract(copy, sharding.shardings(copy, engine.mesh))
-    alive = (state, variables, slots)
-    program = engine_lib.layout_program(engine.mesh, trained)
-    found.append(Program("layout", program, (policy.model, trained), (state, variables)))
-  host = functools.partial(jax.ShapeDtypeStruct, sharding=sharding.replicated(engine.mesh))
-  numbers = host((engine.slots,), np.int32)
+  return sharding.abstract(jax.eval_shape(empty), where)
+
+
+def _cache_blocks(slots: kv_slots.EngineState) -> int:
   size = slots.cache.k.shape[caches.positions_axis(slots.cache)]
-  blocks, layers = -(-size // attention.cache_block(size)), policy.model.num_layers
+  return -(-size // attention.cache_block(size))
+
+
+def _on_host(engine: engine_lib.Engine, shape: tuple[int, ...], dtype: Any) -> Any:
+  return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.replicated(engine.mesh))
+
+
+def _programs_of(
+  policy: AbstractPolicy,
+  engine: engine_lib.Engine,
+  slots: kv_slots.EngineState,
+  variables: Any,
+  share: Any,
+  suffix: str,
+) -> list[Program]:
+  """The four programs of one class of slots."""
+  host = functools.partial(_on_host, engine)
+  numbers = host((engine.slots,), np.int32)
+  blocks, layers = _cache_blocks(slots), policy.model.num_layers
   token = functools.partial(useful_flops, policy, backward=False)
   if engine.tiled:
     shards = engine.mesh.size // engine.mesh.shape["tensor"]
@@ -249,11 +284,9 @@ def engine_programs(
   )
   decoded = engine.slots * engine.chunk
   blocks_of = functools.partial(_expert_blocks, policy, engine.mesh)
-  share = functools.partial(Program, alive=alive, mesh=engine.mesh)
   return [
-    *found,
     share(
-      "append",
+      f"append{suffix}",
       engine.append_program,
       append,
       options=options,
@@ -263,7 +296,7 @@ def engine_programs(
       tokens=appended,
     ),
     share(
-      "decode",
+      f"decode{suffix}",
       engine.decode_program,
       decode,
       trips=(engine.chunk, blocks),
@@ -271,8 +304,8 @@ def engine_programs(
       useful_flops=decoded * token(context=engine.size - engine.chunk / 2),
       tokens=decoded,
     ),
-    share("fork", engine.fork_program, (slots, numbers), trips=(layers * blocks,)),
-    share("rewind", engine.rewind_program, (slots, numbers)),
+    share(f"fork{suffix}", engine.fork_program, (slots, numbers), trips=(layers * blocks,)),
+    share(f"rewind{suffix}", engine.rewind_program, (slots, numbers)),
   ]
 
 

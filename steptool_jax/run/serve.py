@@ -49,6 +49,11 @@ def _simulator(config: Config, workdir: pathlib.Path, key: str, stop: Stop) -> d
 
 def _policy(config: Config, workdir: pathlib.Path, key: str, stop: Stop) -> dict[str, Any]:
   c = config.serve
+  if config.rollout.long_slots:
+    raise ValueError(
+      f"config.rollout.long_slots: {config.rollout.long_slots}, but slots of a server are all "
+      "alike; set it and rollout.slot_tokens to 0"
+    )
   with opening.open_parts(config, workdir, stop) as parts:
     variables, source = restore.policy_variables(parts)
     chat_format = parts.policy.chat_format

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from steptool_jax.policy import engine, headcache, model, sharding
+from steptool_jax.policy import engine, headcache, kv_slots, length_classes, model, sharding
 from steptool_jax.run.parts import build
 
 CONFIG = fakes.tiny_config(vocab_size=64)
@@ -101,6 +101,61 @@ def test_the_kernels_cache_says_the_same(monkeypatch):
   assert_same(turns(eng), expected)
 
 
+def moving(eng, variables, long):
+  """Two conversations in short slots, of which one goes on in the slot `long`; what they say."""
+  rng = np.random.default_rng(0)
+  prompts = {s: rng.integers(0, 60, 30 + s).astype(np.int32) for s in (0, 3)}
+  state = eng.append(variables, eng.init(), prompts)
+  said = []
+  for turn, slots in enumerate(((0, 3), (0, long))):
+    seeds = {s: np.array([n, turn], np.uint32) for n, s in enumerate(slots)}
+    state, out = eng.decode(variables, state, dict.fromkeys(slots, 6), seeds, (), 1.0)
+    said += [(out.tokens[s].tolist(), out.logprobs[s]) for s in slots]
+    if not turn:
+      state = eng.fork(state, {long: 3})
+      state = eng.append(variables, state, {long: rng.integers(0, 60, 70).astype(np.int32)})
+  return said
+
+
+def assert_moves(variables, **made):
+  """A conversation that moves into a larger slot says what one says that was there all along."""
+
+  def make(slots, size):
+    return engine.make_engine(CONFIG, slots, size, chunk=8, **made)
+
+  classes = length_classes.of_sizes(make, ((8, 60), (8, 160)))
+  assert classes.classes == ((8, 60), (8, 160))
+  found = moving(classes, variables, 8 + 5)
+  for (tokens, logprobs), (same, expected) in zip(
+    found, moving(make(8, 160), variables, 5), strict=True
+  ):
+    assert tokens == same
+    np.testing.assert_allclose(logprobs, expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("tiled", [False, True])
+@pytest.mark.parametrize("kv_cache", ["auto", "int8"])
+def test_a_conversation_moves_into_a_larger_slot(tiled, kv_cache, monkeypatch):
+  monkeypatch.setattr(headcache, "suits", lambda head_dim: tiled)
+  assert_moves(make_variables(), kv_cache=kv_cache)
+
+
+def test_a_move_by_hand():
+  """Only the named slot changes, and only by what the other one holds."""
+  origin, target = (kv_slots.init_state(CONFIG, 2, size) for size in (4, 6))
+  origin = origin._replace(
+    tokens=origin.tokens + 7,
+    length=origin.length + 3,
+    cache=jax.tree.map(np.ones_like, origin.cache),
+  )
+  target = target._replace(tokens=target.tokens + 1, length=target.length + 5)
+  moved = kv_slots.move(origin, target, np.array([-1, 0], np.int32))
+  assert moved.length.tolist() == [5, 3]
+  assert moved.tokens.tolist() == [[1] * 6, [7, 7, 7, 7, 1, 1]]
+  assert moved.cache.k[:, 0].sum() == 0
+  assert moved.cache.k[:, 1, :3].min() == 1
+
+
 def test_tiles_of_a_call(monkeypatch):
   """An observation costs its own tiles; what is too long for a call goes on in the next one."""
   monkeypatch.setattr(headcache, "MOST_TILES", 8)
@@ -157,4 +212,6 @@ if __name__ == "__main__":
   for ways, record in ((0, "hidden"), (2, "values"), (-1, "values")):
     assert all(np.abs(turn[3]).max() > 0.1 for turn in of_one[record][0])
     _on_eight_devices(weights, of_one[record], ways, record=record)
+  with jax.set_mesh(sharding.make_mesh(1, 4, 2)) as mesh:
+    assert_moves(weights, mesh=mesh)
   print("8 devices say the same")

@@ -9,9 +9,10 @@ import jax
 import numpy as np
 import pytest
 
-from steptool_jax.policy import engine, model
+from steptool_jax.policy import engine, length_classes, model
 from steptool_jax.rollout import chain
 from steptool_jax.rollout.conversation import Limits
+from steptool_jax.rollout.seats import Room
 from steptool_jax.rollout.setting import Sampling, Setting, step_seed
 from steptool_jax.simulators.errors import InfrastructureError
 from steptool_jax.simulators.runner import ToolRunner
@@ -489,3 +490,53 @@ def test_sampler_logprobs_are_the_trainers(chat_format, policy):
       where = np.arange(at, at + len(step.tokens)) - 1
       np.testing.assert_allclose(step.logprobs, logp[where, step.tokens], atol=2e-5)
       at += len(step.tokens) + len(step.observation_tokens)
+
+
+def test_what_outgrows_its_slot_waits_for_a_longer_one_and_says_the_same(policy, chat_format):
+  """Seven conversations in two slots that end within a turn, and a single long one."""
+  eng, variables = policy
+  jobs = [(task(f"t{n // 2}", f"query {n // 2}"), n % 2) for n in range(7)]
+  jobs.append((task("long", "say seven " * 6), 0))  # whose prompt needs the long slot
+  short = len(chat_format.prompt(None, (ECHO,), "query 0")) + 9
+  assert short < len(chat_format.prompt(None, (ECHO,), jobs[-1][0].query)) < LIMITS.max_tokens
+
+  def of_size(slots, size):
+    return engine.make_engine(eng.config, slots, size, chunk=5)
+
+  sized = length_classes.of_sizes(of_size, ((2, short), (1, 160)))
+  expected, alike = run(eng, variables, Script(ok), chat_format, jobs)
+  environment = Script(ok)
+  trajectories, stats = run(sized, variables, environment, chat_format, jobs)
+  assert alike.outgrown == 0
+  assert stats.outgrown >= 7
+  assert stats.shared_prefills > 0
+  assert environment.open_sessions == 0
+  assert_say_the_same(trajectories, expected)
+  # A sample whose prompt stands in the long slot alone: nothing is copied back from there.
+  jobs = [(task("t0", "query 0"), n) for n in range(3)]
+  sized = dataclasses.replace(sized, engines=(of_size(1, short), of_size(1, 160)))
+  trajectories, _ = run(sized, variables, Script(ok), chat_format, jobs)
+  assert_say_the_same(trajectories, run(eng, variables, Script(ok), chat_format, jobs)[0])
+
+
+def assert_say_the_same(trajectories, expected):
+  for one, other in zip(trajectories, expected, strict=True):
+    assert (one.status, len(one.steps)) == (other.status, len(other.steps))
+    for step, same in zip(one.steps, other.steps, strict=True):
+      assert step.tokens.tolist() == same.tokens.tolist()
+      assert step.observation_tokens.tolist() == same.observation_tokens.tolist()
+      np.testing.assert_allclose(step.logprobs, same.logprobs, atol=2e-5)
+
+
+def test_slots_by_class_by_hand():
+  room = Room(((4, 100), (2, 300)))
+  assert [room.tokens(slot) for slot in range(6)] == [100] * 4 + [300] * 2
+  assert [room.owner(slot, 2) for slot in range(6)] == [0, 0, 1, 1, 0, 1]
+  assert [list(room.fitting(n)) for n in (1, 100, 101, 999)] == [
+    [0, 1, 2, 3],
+    [0, 1, 2, 3],
+    [4, 5],
+    [4, 5],
+  ]
+  assert [room.outgrown(0, n) for n in (99, 100)] == [False, True]
+  assert not room.outgrown(5, 300)  # there is nothing larger

@@ -110,8 +110,12 @@ def processes(count, work):
   return out
 
 
-def roll(chat_format, environment, peers, strategy=None, time_out=5, max_stuck=16, **keywords):
-  eng = fakes.ScriptedEngine(chat_format, policy, slots=SLOTS, size=800)
+def roll(
+  chat_format, environment, peers, strategy=None, time_out=5, max_stuck=16, classes=(), **keywords
+):
+  slots = sum(number for number, _ in classes) or SLOTS
+  eng = fakes.ScriptedEngine(chat_format, policy, slots=slots, size=800)
+  eng.classes = classes or eng.classes
   sampling = Sampling(0, 0, 1.0)
   with ToolRunner(timeout_s=time_out, workers=2, max_stuck=max_stuck, retries=0) as runner:
     setting = Setting(eng, None, environment, chat_format, LIMITS, runner, sampling, peers=peers)
@@ -147,6 +151,20 @@ def test_three_processes_have_the_trajectories_of_one_and_share_the_tools(chat_f
     assert sorted(key for e in environments for key in getattr(e, shared)) == sorted(whole)
   assert all(e.opened for e in environments), "every process has slots of its own"
   assert all(sorted(e.closed) == sorted(e.opened) for e in environments)
+
+
+def test_a_conversation_grows_within_its_process(chat_format):
+  """Its session is there: each process has its share of the long slots, too."""
+  expected, _ = roll(chat_format, Counter(), ALONE)
+  short = min(len(t.prompt_tokens) for t in expected) + 20
+  environments = [Counter() for _ in range(2)]
+  found = processes(
+    2, lambda p: roll(chat_format, environments[p.index], p, classes=((4, short), (2, 800)))
+  )
+  for trajectories, stats in found:
+    assert documents(trajectories) == documents(expected)
+    assert stats.outgrown > 2
+  assert all(sorted(e.closed) == sorted(e.opened) != [] for e in environments)
 
 
 def test_an_error_of_one_process_is_an_error_of_all(chat_format, monkeypatch):
@@ -203,6 +221,9 @@ def test_all_stop_where_one_is_asked_to(chat_format):
 
   found = processes(3, roll_until)
   assert [type(error) for error in found] == [chain.Interrupted] * 3
+  end = time.monotonic() + 10  # a session that was still being opened is closed when it is open
+  while time.monotonic() < end and any(len(e.closed) < len(e.opened) for e in environments):
+    time.sleep(0.01)
   assert all(sorted(e.closed) == sorted(e.opened) for e in environments)
 
 

@@ -251,7 +251,7 @@ def test_a_tree_search_is_refused(tmp_path):
 class ScriptedEngine:
   """Says each slot's next action; remembers what was appended."""
 
-  slots, size = 2, 4096
+  slots, size, classes = 2, 4096, ((2, 4096),)
 
   def __init__(self, chat_format, actions):
     self.format, self.actions, self.turn, self.shown = chat_format, actions, {}, []

@@ -20,6 +20,7 @@ class Script:
 
   def __init__(self, slots, turns):
     self.slots, self.turns, self.said = slots, turns, np.zeros(slots, int)
+    self.classes = ((slots, 1000),)
 
   def init(self):
     return None

@@ -19,7 +19,7 @@ from steptool_jax.environments.markets.market import MarketEnvironment
 from steptool_jax.files import write_text
 from steptool_jax.learning import algorithms
 from steptool_jax.policy import engine as engine_lib
-from steptool_jax.policy import families, lora, model, sharding
+from steptool_jax.policy import families, length_classes, lora, model, sharding
 from steptool_jax.policy.formats import hfconfig, hub
 from steptool_jax.rollout.strategy import Search
 from steptool_jax.run.hosts import hosts
@@ -258,10 +258,12 @@ def build_mesh(config: Config) -> Mesh:
   return sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
 
 
-def build_engine(config: Config, policy: Policy, mesh: Mesh) -> engine_lib.Engine:
-  """The engine on its own mesh.
+def build_engine(
+  config: Config, policy: Policy, mesh: Mesh
+) -> engine_lib.Engine | length_classes.LengthClasses:
+  """The engine on its own mesh, or with rollout.long_slots one of two sizes of slots.
 
-  ValueError where mesh.tensor, rollout.tensor or rollout.slots split badly.
+  ValueError where mesh.tensor, rollout.tensor, rollout.slots or long_slots split badly.
   """
   r, m = config.rollout, policy.model
   sharding.check_heads(m.num_kv_heads, mesh)
@@ -272,21 +274,33 @@ def build_engine(config: Config, policy: Policy, mesh: Mesh) -> engine_lib.Engin
   }
   where = sharding.rollout_mesh(mesh, r.tensor, sizes)
   sharding.check_rows("rollout.slots", r.slots, where)
-  engine = engine_lib.make_engine(
-    m,
-    r.slots,
-    slot_tokens(config),
-    r.decode_chunk,
-    r.top_k,
-    r.top_p,
-    where,
-    leave=r.leave,
-    copied=where is not mesh,
-    kv_cache=r.kv_cache,
-    record=algorithms.recorded(config),
-  )
-  # Trained on, the sampler's log-probs must not depend on how soon tools answer (Engine.decode).
-  return dataclasses.replace(engine, buckets=()) if r.corrected else engine
+
+  def make(slots: int, size: int) -> engine_lib.Engine:
+    engine = engine_lib.make_engine(
+      m,
+      slots,
+      size,
+      r.decode_chunk,
+      r.top_k,
+      r.top_p,
+      where,
+      leave=r.leave,
+      copied=where is not mesh,
+      kv_cache=r.kv_cache,
+      record=algorithms.recorded(config),
+    )
+    # Trained on, the sampler's log-probs must not depend on how soon tools answer (Engine.decode).
+    return dataclasses.replace(engine, buckets=()) if r.corrected else engine
+
+  if not r.long_slots:
+    return make(r.slots, slot_tokens(config))
+  sharding.check_rows("rollout.long_slots", r.long_slots, where)
+  if r.long_slots < (processes := jax.process_count()):
+    raise ValueError(
+      f"rollout.long_slots: {r.long_slots} for {processes} processes, but a conversation stays in "
+      f"the process that runs its tools; set it to {processes} or more"
+    )
+  return length_classes.of_sizes(make, ((r.slots, r.slot_tokens), (r.long_slots, r.max_tokens)))
 
 
 def save_policy(folder: pathlib.Path, policy: Policy, variables: dict) -> None:

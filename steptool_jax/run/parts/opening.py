@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from steptool_jax.config import Config, Limits
 from steptool_jax.environments.base import Environment
 from steptool_jax.policy.engine import Engine
+from steptool_jax.policy.length_classes import LengthClasses
 from steptool_jax.rollout.remote import HttpEngine
 from steptool_jax.run.hosts import agreement, allocator, ending, hang, hosts
 from steptool_jax.run.parts import build, compiled, remote
@@ -63,7 +64,7 @@ class Parts:
   environment: Environment
   services: Services
   policy: build.Policy
-  engine: Engine | HttpEngine
+  engine: Engine | LengthClasses | HttpEngine
   limits: Limits
   runner: ToolRunner
   stop: Stop

@@ -11,6 +11,7 @@ from steptool_jax.config import Config
 from steptool_jax.files import replacing_folder
 from steptool_jax.policy.engine import Engine
 from steptool_jax.policy.formats import peftfile
+from steptool_jax.policy.length_classes import LengthClasses
 from steptool_jax.rollout.remote import HttpEngine, Sampling, Server
 from steptool_jax.run.hosts import hosts
 from steptool_jax.run.parts import build
@@ -20,7 +21,7 @@ from steptool_jax.run.parts.services import secret
 @contextlib.contextmanager
 def opened(
   config: Config, policy: build.Policy, mesh: Mesh, workdir: pathlib.Path
-) -> Iterator[Engine | HttpEngine]:
+) -> Iterator[Engine | LengthClasses | HttpEngine]:
   """The engine; closed in the end. ValueError for a config that servers cannot serve."""
   if config.rollout.engine == "own":
     yield build.build_engine(config, policy, mesh)

@@ -18,7 +18,7 @@ from steptool_jax.run.data import offline
 from steptool_jax.run.parts.opening import Parts
 from steptool_jax.run.training import drawing
 from steptool_jax.run.training.phase import Phase
-from steptool_jax.run.training.progress import shares
+from steptool_jax.run.training.progress import crowding, shares
 from steptool_jax.run.training.record import Recorder
 from steptool_jax.types import Trajectory
 
@@ -91,6 +91,8 @@ def run_iteration(
     progress.train_curve.append((progress.conversations, figures["pass_rate"]))
   if "model_drift" in figures:
     progress.model_curve.append((progress.conversations, figures["model_outcome"]))
+  if config.rollout.long_slots:
+    figures |= crowding(stats, config.rollout.slots + config.rollout.long_slots)
   return figures | shares(stats, learning.seconds, seconds, tokens)
 
 

@@ -81,6 +81,12 @@ def shares(stats: Stats, update_seconds: float, seconds: float, tokens: int) -> 
   }
 
 
+def crowding(stats: Stats, slots: int) -> dict[str, float]:
+  """Whether the long ones of so many slots are enough."""
+  waited = stats.crowded_seconds / max(stats.seconds * slots, 1e-9)
+  return {"outgrown": float(stats.outgrown), "crowded_share": waited}
+
+
 def plot(config: Config, workdir: pathlib.Path, progress: Progress) -> None:
   """WORKDIR/learning_curve.png: pass rates (%) over conversations; dashed: before RL."""
   import matplotlib

@@ -1,0 +1,122 @@
+"""Who sits in which slot of an engine, and which slots have room for a conversation."""
+
+import bisect
+import dataclasses
+import itertools
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+
+import numpy as np
+
+from steptool_jax.environments.base import Session
+from steptool_jax.rollout.conversation import Conversation, State
+
+
+@dataclasses.dataclass(frozen=True)
+class Room:
+  """Slots by class, numbered through. classes: (number of slots, tokens of each), ascending."""
+
+  classes: Sequence[tuple[int, int]]
+
+  def tokens(self, slot: int) -> int:
+    """How many the slot holds."""
+    return self.classes[self._class(slot)][1]
+
+  def outgrown(self, slot: int, tokens: int) -> bool:
+    """Whether nothing can follow so many tokens here, and there are larger slots."""
+    number = self._class(slot)
+    return number + 1 < len(self.classes) and tokens >= self.classes[number][1]
+
+  def owner(self, slot: int, processes: int) -> int:
+    """The process that runs the slot's tools: each has its share of every class."""
+    number = self._class(slot)
+    return (slot - self._first[number]) * processes // self.classes[number][0]
+
+  def fitting(self, tokens: int) -> Iterator[int]:
+    """The slots of the smallest class that holds so many."""
+    sizes = [size for _, size in self.classes]
+    number = min(bisect.bisect_left(sizes, tokens), len(sizes) - 1)
+    first = self._first[number]
+    return iter(range(first, first + self.classes[number][0]))
+
+  @property
+  def _first(self) -> list[int]:
+    return [0, *itertools.accumulate(slots for slots, _ in self.classes)]
+
+  def _class(self, slot: int) -> int:
+    return bisect.bisect_right(self._first, slot) - 1
+
+
+@dataclasses.dataclass
+class Seat:
+  """A conversation in its slot. tree.py seats a whole search, with the same methods.
+
+  Its session is opened while the prompt is computed and its first turn sampled. opening, calling,
+  grading: what this process waits for; all None in the processes that do not own the slot.
+  """
+
+  conversation: Conversation
+  index: int  # of its job
+  session: Session | None = None  # None until it is open
+  seed: np.ndarray | None = None
+  opening: Future | None = None
+  calling: Future | None = None
+  grading: Future | None = None
+  unopened: str = ""  # why the session cannot be opened
+  crowded: float | None = None  # since when it has waited for a larger slot
+
+  @property
+  def pending(self) -> list[Future]:
+    return [f for f in (self.opening, self.calling, self.grading) if f is not None]
+
+
+class Seats(dict[int, Seat]):
+  """Seats by slot. processes: those that share the slots."""
+
+  def __init__(self, room: Room, processes: int):
+    super().__init__()
+    self.room, self.processes = room, processes
+
+  def owner(self, slot: int) -> int:
+    """The process that runs the slot's tools."""
+    return self.room.owner(slot, self.processes)
+
+  def free(self, tokens: int, owner: int | None = None) -> int | None:
+    """A free slot of the smallest class that holds so many; of this process's, if given."""
+    for slot in self.room.fitting(tokens):
+      if slot not in self and owner in (None, self.owner(slot)):
+        return slot
+    return None
+
+  def in_state(self, state: State) -> dict[int, Seat]:
+    """Those in this state that have room in their slots."""
+    return {
+      slot: seat
+      for slot, seat in self.items()
+      if seat.conversation.state is state and not self._crowded(slot)
+    }
+
+  def grow(self) -> tuple[dict[int, int], float]:
+    """Moves conversations that have outgrown their slots into free larger ones; others wait.
+
+    (the slot that each new one is a copy of, seconds that these conversations have waited)
+    """
+    copies: dict[int, int] = {}
+    waited = 0.0
+    for slot in [slot for slot in self if self._crowded(slot)]:
+      seat, now = self[slot], time.monotonic()
+      seat.crowded = seat.crowded or now
+      larger = self.free(seat.conversation.length + 1, self.owner(slot))
+      if larger is not None:
+        self[larger] = self.pop(slot)
+        copies[larger] = slot
+        waited += now - seat.crowded
+        seat.crowded = None
+    return copies, waited
+
+  def _crowded(self, slot: int) -> bool:
+    """Whether the conversation has outgrown its slot."""
+    conversation = self[slot].conversation
+    going_on = conversation.state in (State.NEEDS_APPEND, State.DECODING)
+    return going_on and self.room.outgrown(slot, conversation.length)
