@@ -222,7 +222,8 @@ def engine_programs(
     variables = sharding.abstract(copy, sharding.shardings(copy, where))
     alive = (state, variables, slots)
     program = engine_lib.layout_program(where, trained)
-    found.append(Program("layout", program, (policy.model, trained), (state, variables)))
+    # The copy is the program's own output, and slots are made after it.
+    found.append(Program("layout", program, (policy.model, trained), alive=state))
   share = functools.partial(Program, alive=alive, mesh=where)
   for each, own, suffix in zip(engines, slots, ("", "_long"), strict=False):
     found += _programs_of(policy, each, own, variables, share, suffix)

@@ -5,11 +5,12 @@ import json
 import subprocess
 from importlib import util
 
+import fakes
 import jax
 import pytest
 import tiny
 
-from steptool_jax.policy import attention, families
+from steptool_jax.policy import attention, families, sharding
 from steptool_jax.policy.kernels import cached
 from steptool_jax.run import compile as compile_mode
 from steptool_jax.run.cost import hlo_counts, pricing, roofline
@@ -445,3 +446,28 @@ def test_a_real_slice(tmp_path):
   refused = run("v5e:3x5")
   assert refused.returncode == 1
   assert "--topology: libtpu refuses 'v5e:3x5'" in refused.stderr
+
+
+def test_the_copy_for_rollouts_counts_once():
+  """As what lies beside `layout` and as its output it made the largest peak of all."""
+  assert "counted once" in fakes.on_devices(8, __file__).stdout
+
+
+def _on_eight_devices():
+  sizes = {"rollout__slots": 8, "train__micro_rows": 8, "sft__micro_rows": 4}
+  config = tiny.make(model__path="/not/here", rollout__tensor=2, **sizes)
+  mesh = sharding.make_mesh(1, 8, 1)
+  with jax.set_mesh(mesh):
+    made = compile_mode.programs(config, compile_mode.abstract_policy(config), mesh)
+    found = {program.name: program for program in made}
+    layout = pricing.report(found["layout"], Chip(1e12, 16, 1e11, 1e10, 1e9), 8)
+  alone, shown = (pricing.bytes_per_chip(found[n].alive) for n in ("layout", "rewind"))
+  (_, copy, slots) = (pricing.bytes_per_chip(part) for part in found["rewind"].alive)
+  assert copy > 0
+  assert alone == shown - copy - slots
+  assert layout["alive_gib"] == alone / 2**30
+
+
+if __name__ == "__main__":
+  _on_eight_devices()
+  print("counted once")
