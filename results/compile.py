@@ -24,7 +24,10 @@ FULL = (
   "train.optimizer.first_moment=bfloat16",
   "rollout.slots=32",
 )
-LONG = ("rollout.max_tokens=32768", "train.row_tokens=32768", "rollout.slots=16")
+LONG = (
+  *("rollout.max_tokens=32768", "train.row_tokens=32768", "rollout.slots=16"),
+  "train.share_prompts=False",  # whose masks alone would take 11.6 GiB
+)
 SMALL = ("mesh.data=1", "mesh.fsdp=-1", "model.dtype=bfloat16")
 BIG = ("llama3_1_8b", "qwen2_7b", "toolllama2_7b", "qwen3_8b")
 

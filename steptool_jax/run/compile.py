@@ -48,6 +48,7 @@ from steptool_jax.types import TokenBatch, TrainState
 
 APPEND_TOKENS = 1024  # the chunk that append is compiled for, at most
 STOP_IDS = 4
+LARGE_MASKS = 16_384  # tokens of a row from which masks of shared prompts are the largest buffers
 HOST = [2, 2, 1]  # chips of a whole host, by side
 KNOWN = "v4:2x2x2, v5e:1x1, v5e:2x2, v5e:4x4, v5e:8x8, v5p:2x2x4, v6e:2x4, v6e:4x4, tpu7x:2x2x1"
 
@@ -374,6 +375,8 @@ def knob(config: Config, program: str) -> str:
   else:
     if config.model.remat != "full":
       advice.append("model.remat=full")
+    if config.train.share_prompts and config.train.row_tokens >= LARGE_MASKS:
+      advice.append("train.share_prompts=False (its masks grow with row_tokens squared)")
     advice.append(f"train.micro_rows below {config.train.micro_rows} or mesh.tensor above 1")
   if not config.lora.rank:
     if config.train.optimizer.first_moment != "bfloat16":

@@ -383,6 +383,9 @@ def test_the_table_and_what_does_not_fit(result):
   assert "update does not fit v5e:2x2: 23.50 GiB of 16; largest: cache/k" in message
   assert "try model.remat=full, train.micro_rows below 2" in message
   assert "try rollout.slots below 8" in message
+  assert "share_prompts" not in message
+  long = tiny.replace(config, train__row_tokens=32_768)
+  assert "train.share_prompts=False (its masks" in compile_mode.knob(long, "update")
 
 
 def test_a_misfit_ends_with_an_error(result, monkeypatch, tmp_path):
