@@ -233,15 +233,18 @@ measured on a chip.
 All cells: the largest peak of all programs, then the update (an optimizer step: the estimate and
 the one of before), decoding (a call; tokens a second of the whole slice), and the longest
 compilation. Cells that no later version has compiled again say so; in them both estimates are the
-one of before. Scaling: 16 rows and 8 slots for every chip, all chips one fsdp axis.
+one of before. Scaling: 16 rows and 8 slots for every chip, all chips one fsdp axis; 64 chips take
+1.3 times as long as one, by what is gathered and summed while nothing else runs (the estimate of
+before saw none of that). A row of 32k tokens with shared prompts has 11.6 GiB of masks on a chip.
 
 Against what was aimed at. A tenth of memory to spare: every cell, fork and rewind among its
-programs where it was compiled again. Llama-3.1-8B on v5e:4x4 decodes 128 conversations of 2k at
-14,500 tokens/s (8.8 ms a step; 9,000 were asked for, 4,470 before) and 32 of 8k at 8.1 ms a step
-(12 were asked for, about 25 before; 7.0 with rollout.kv_cache=int8, whose cache takes 1.03 GiB a
-chip and not 2.00). A fork takes 30 MiB beside the cache, where all slots at once took 21.5 GiB. The
-update reaches 46 % and not 50: collectives that nothing runs beside are counted
-now. (That update was compiled with its gradients scattered by hand; libtpu made the same 60 GB of
+programs (Llama 2, whose heads share no keys, with 8 slots on four chips: 16 do not fit).
+Llama-3.1-8B on v5e:4x4 decodes 128 conversations of 2k at 14,500 tokens/s (8.8 ms a step; 9,000
+were asked for, 4,470 before) and 32 of 8k at 8.1 ms a step (12 were asked for, about 25 before; 7.0
+with rollout.kv_cache=int8, whose cache takes 1.03 GiB a chip and not 2.00). 112 slots of 2k and 16
+of 8k (rollout.long_slots) take 10.4 GiB; one step of both kinds 8.3 and 6.7 ms. A fork takes 30
+MiB beside the cache, where all slots at once took 21.5 GiB. The update reaches 46 % and not 50:
+collectives that nothing runs beside are counted now. (That update was compiled with its gradients scattered by hand; libtpu made the same 60 GB of
 all-reduces of it as of the plain one, so the trial is not in the code.) For v6e the compiler's
 cycles count nothing, since its clock is not published: those estimates are optimistic. LoRA on
 v5e:2x2 decodes 64 conversations of 2k at 4,300 tokens/s (3,000 were asked for).
