@@ -242,12 +242,13 @@ programs (Llama 2, whose heads share no keys, with 8 slots on four chips: 16 do 
 Llama-3.1-8B on v5e:4x4 decodes 128 conversations of 2k at 14,500 tokens/s (8.8 ms a step; 9,000
 were asked for, 4,470 before) and 32 of 8k at 8.1 ms a step (12 were asked for, about 25 before; 7.0
 with rollout.kv_cache=int8, whose cache takes 1.03 GiB a chip and not 2.00). 112 slots of 2k and 16
-of 8k (rollout.long_slots) take 10.4 GiB; one step of both kinds 8.3 and 6.7 ms. A fork takes 30
-MiB beside the cache, where all slots at once took 21.5 GiB. The update reaches 46 % and not 50:
-collectives that nothing runs beside are counted now. (That update was compiled with its gradients scattered by hand; libtpu made the same 60 GB of
-all-reduces of it as of the plain one, so the trial is not in the code.) For v6e the compiler's
-cycles count nothing, since its clock is not published: those estimates are optimistic. LoRA on
-v5e:2x2 decodes 64 conversations of 2k at 4,300 tokens/s (3,000 were asked for).
+of 8k (rollout.long_slots) take 10.4 GiB; one step of both kinds 8.3 and 6.7 ms. A fork takes 30 MiB
+beside the cache, where all slots at once took 21.5 GiB. The update reaches 46 % and not 50:
+collectives that nothing runs beside are counted now. (That update was compiled with its gradients
+scattered by hand; libtpu made the same 60 GB of all-reduces of it as of the plain one, so the trial
+is not in the code.) For v6e the compiler's cycles count nothing, since its clock is not published:
+those estimates are optimistic. LoRA on v5e:2x2 decodes 64 conversations of 2k at 4,300 tokens/s
+(3,000 were asked for).
 
 Against what others have measured, each with batches and lengths of their own. Decoding (64
 conversations of 2k) is estimated a quarter above JetStream's 383 tokens/s a chip. The update for
