@@ -164,21 +164,15 @@ def write(workdir: pathlib.Path) -> None:
     done = reports(workdir / folder(cell)) or before.get(folder(cell), {})
     if done:
       found[folder(cell)] = done
-    note = ""
-    if any("longest_term_seconds" not in r for r in done.values()):
-      note = "\nOf a version before: no fork and rewind, and the longest term as the estimate.\n"
-      done = {
-        name: {"longest_term_seconds": r["estimated_seconds"]} | r for name, r in done.items()
-      }
     if not done:
       parts.append(f"## {', '.join(cell[:3])}\n\nNot compiled yet.\n")
       continue
-    if note or complete(cell, done):
+    if complete(cell, done):
       lines.append(line(cell, done))
     fields = " ".join(f"--config.{field}" for field in cell[3])
     rest = "" if complete(cell, done) else "\nThe other programs are not compiled yet.\n"
     head = f"## {', '.join(cell[:3])}\n\n`{fields or 'as the config is'}`"
-    parts.append(f"{head}\n\n{table(done)}\n{note or rest}")
+    parts.append(f"{head}\n\n{table(done)}\n{rest}")
   checked = ["| | published | estimate |", "| --- | --- | --- |"]
   for name, what, published, ours in PUBLISHED:
     done = next((r for cell, r in found.items() if cell.endswith(name)), None)
@@ -232,10 +226,9 @@ measured on a chip.
 
 All cells: the largest peak of all programs, then the update (an optimizer step: the estimate and
 the one of before), decoding (a call; tokens a second of the whole slice), and the longest
-compilation. Cells that no later version has compiled again say so; in them both estimates are the
-one of before. Scaling: 16 rows and 8 slots for every chip, all chips one fsdp axis; 64 chips take
-1.3 times as long as one, by what is gathered and summed while nothing else runs (the estimate of
-before saw none of that). A row of 32k tokens with shared prompts has 11.6 GiB of masks on a chip.
+compilation. Scaling: 16 rows and 8 slots for every chip, all chips one fsdp axis; 64 chips take 1.3
+times as long as one, by what is gathered and summed while nothing else runs (the estimate of before
+saw none of that). A row of 32k tokens with shared prompts has 11.6 GiB of masks on a chip.
 
 Against what was aimed at. A tenth of memory to spare: every cell, fork and rewind among its
 programs (Llama 2, whose heads share no keys, with 8 slots on four chips: 16 do not fit).
