@@ -117,11 +117,11 @@ def moving(eng, variables, long):
   return said
 
 
-def assert_moves(variables, **made):
+def assert_moves(variables, config=CONFIG, **made):
   """A conversation that moves into a larger slot says what one says that was there all along."""
 
   def make(slots, size):
-    return engine.make_engine(CONFIG, slots, size, chunk=8, **made)
+    return engine.make_engine(config, slots, size, chunk=8, **made)
 
   classes = length_classes.of_sizes(make, ((8, 60), (8, 160)))
   assert classes.classes == ((8, 60), (8, 160))
@@ -133,11 +133,12 @@ def assert_moves(variables, **made):
     np.testing.assert_allclose(logprobs, expected, atol=2e-5)
 
 
-@pytest.mark.parametrize("tiled", [False, True])
-@pytest.mark.parametrize("kv_cache", ["auto", "int8"])
+@pytest.mark.parametrize(("tiled", "kv_cache"), [(False, "auto"), (True, "int8")])
 def test_a_conversation_moves_into_a_larger_slot(tiled, kv_cache, monkeypatch):
+  config = fakes.tiny_config(vocab_size=64, num_layers=1)
   monkeypatch.setattr(headcache, "suits", lambda head_dim: tiled)
-  assert_moves(make_variables(), kv_cache=kv_cache)
+  variables = {"params": model.init_params(config, jax.random.key(0))}
+  assert_moves(variables, config, kv_cache=kv_cache)
 
 
 def test_a_move_by_hand():
