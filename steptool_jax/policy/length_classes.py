@@ -70,7 +70,8 @@ class LengthClasses:
         inside[slot] = origin_at
       else:
         beyond.setdefault((origin, to), {})[at] = origin_at
-    for (origin, to), moved in beyond.items():
+    for origin, to in sorted(beyond, key=lambda pair: -pair[1]):  # read before it is written
+      moved = beyond[origin, to]
       source_N = np.full(self.engines[to].slots, -1, np.int32)
       source_N[list(moved)] = list(moved.values())
       with self.engines[to].here():
