@@ -5,7 +5,7 @@ an engine of its own; a conversation that outgrows its slot is copied into a lar
 """
 
 import dataclasses
-import itertools
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +15,7 @@ import numpy as np
 from steptool_jax.policy import kv_slots, sharding
 from steptool_jax.policy.engine import Engine
 from steptool_jax.policy.kv_slots import Decoded, EngineState
+from steptool_jax.policy.room import Room
 
 States = tuple[EngineState, ...]  # one a class
 
@@ -34,6 +35,10 @@ class LengthClasses:
   def classes(self) -> tuple[tuple[int, int], ...]:
     """(number of slots, positions of each), ascending."""
     return tuple((engine.slots, engine.size) for engine in self.engines)
+
+  @functools.cached_property
+  def room(self) -> Room:
+    return Room(self.classes)
 
   @property
   def slots(self) -> int:
@@ -65,7 +70,7 @@ class LengthClasses:
     states, inside = list(state), {}
     beyond: dict[tuple[int, int], dict[int, int]] = {}
     for slot, source in sources.items():
-      (origin, origin_at), (to, at) = self._place(source), self._place(slot)
+      (origin, origin_at), (to, at) = self.room.place(source), self.room.place(slot)
       if origin == to:
         inside[slot] = origin_at
       else:
@@ -91,7 +96,7 @@ class LengthClasses:
     found: dict[int, Decoded] = {}  # by the number of the class's first slot
 
     def one(n: int, own: EngineState, named: dict[int, int]) -> EngineState:
-      first = self._first[n]
+      first = self.room.first[n]
       keys = {slot: seeds[first + slot] for slot in named}
       own, found[first] = self.engines[n].decode(variables, own, named, keys, stop_ids, temperature)
       return own
@@ -106,21 +111,11 @@ class LengthClasses:
 
     return state, jax.tree.map(together, *found.values())
 
-  @property
-  def _first(self) -> list[int]:
-    """The number of each class's first slot."""
-    return [0, *itertools.accumulate(engine.slots for engine in self.engines)][:-1]
-
-  def _place(self, slot: int) -> tuple[int, int]:
-    """(class of a slot, its number there)."""
-    number = sum(slot >= first for first in self._first) - 1
-    return number, slot - self._first[number]
-
   def _each(self, state: States, named: Mapping[int, Any], one: Callable) -> States:
     """`one` (class, its state, its part of `named`) where slots of the class are named."""
     parts: list[dict[int, Any]] = [{} for _ in self.engines]
     for slot, value in named.items():
-      number, at = self._place(slot)
+      number, at = self.room.place(slot)
       parts[number][at] = value
     pairs = enumerate(zip(state, parts, strict=True))
     return tuple(one(n, own, part) if part else own for n, (own, part) in pairs)

@@ -24,10 +24,11 @@ from absl import logging
 
 from steptool_jax.data.trajectories import observation_document, observation_of
 from steptool_jax.environments.base import Session
+from steptool_jax.policy.room import Room
 from steptool_jax.rollout.conversation import Conversation, State
 from steptool_jax.rollout.peers import together
 from steptool_jax.rollout.replaying import unopened
-from steptool_jax.rollout.seats import Room, Seat, Seats
+from steptool_jax.rollout.seats import Seat, Seats
 from steptool_jax.rollout.setting import Setting, Stats, step_seed
 from steptool_jax.simulators import parallel
 from steptool_jax.simulators.runner import TooManyStuck

@@ -1,51 +1,14 @@
-"""Who sits in which slot of an engine, and which slots have room for a conversation."""
+"""Who sits in which slot of an engine."""
 
-import bisect
 import dataclasses
-import itertools
 import time
-from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 
 import numpy as np
 
 from steptool_jax.environments.base import Session
+from steptool_jax.policy.room import Room
 from steptool_jax.rollout.conversation import Conversation, State
-
-
-@dataclasses.dataclass(frozen=True)
-class Room:
-  """Slots by class, numbered through. classes: (number of slots, tokens of each), ascending."""
-
-  classes: Sequence[tuple[int, int]]
-
-  def tokens(self, slot: int) -> int:
-    """How many the slot holds."""
-    return self.classes[self._class(slot)][1]
-
-  def outgrown(self, slot: int, tokens: int) -> bool:
-    """Whether nothing can follow so many tokens here, and there are larger slots."""
-    number = self._class(slot)
-    return number + 1 < len(self.classes) and tokens >= self.classes[number][1]
-
-  def owner(self, slot: int, processes: int) -> int:
-    """The process that runs the slot's tools: each has its share of every class."""
-    number = self._class(slot)
-    return (slot - self._first[number]) * processes // self.classes[number][0]
-
-  def fitting(self, tokens: int) -> Iterator[int]:
-    """The slots of the smallest class that holds so many."""
-    sizes = [size for _, size in self.classes]
-    number = min(bisect.bisect_left(sizes, tokens), len(sizes) - 1)
-    first = self._first[number]
-    return iter(range(first, first + self.classes[number][0]))
-
-  @property
-  def _first(self) -> list[int]:
-    return [0, *itertools.accumulate(slots for slots, _ in self.classes)]
-
-  def _class(self, slot: int) -> int:
-    return bisect.bisect_right(self._first, slot) - 1
 
 
 @dataclasses.dataclass

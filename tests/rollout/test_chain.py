@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from steptool_jax.policy import engine, length_classes, model
+from steptool_jax.policy.room import Room
 from steptool_jax.rollout import chain
 from steptool_jax.rollout.conversation import Limits
-from steptool_jax.rollout.seats import Room
 from steptool_jax.rollout.setting import Sampling, Setting, step_seed
 from steptool_jax.simulators.errors import InfrastructureError
 from steptool_jax.simulators.runner import ToolRunner
