@@ -133,7 +133,10 @@ def assert_moves(variables, config=CONFIG, **made):
     np.testing.assert_allclose(logprobs, expected, atol=2e-5)
 
 
-@pytest.mark.parametrize(("tiled", "kv_cache"), [(False, "auto"), (True, "int8")])
+@pytest.mark.parametrize(
+  ("tiled", "kv_cache"),
+  [(False, "auto"), pytest.param(True, "int8", marks=pytest.mark.campaign)],  # interpreted: slow
+)
 def test_a_conversation_moves_into_a_larger_slot(tiled, kv_cache, monkeypatch):
   config = fakes.tiny_config(vocab_size=64, num_layers=1)
   monkeypatch.setattr(headcache, "suits", lambda head_dim: tiled)
