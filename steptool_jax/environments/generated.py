@@ -92,10 +92,11 @@ class Generated(abc.ABC, Generic[W, C]):
     if not self._depths:
       raise ValueError(f"depths is {low} to {high}: tasks have {lowest} to {highest} gold calls")
     # The deepest task needs as many tools as it has calls.
-    if tools_per_task is not None and not highest <= tools_per_task <= len(self.specs):
+    least, most = self._depths[-1], len(self.specs)
+    if tools_per_task is not None and not least <= tools_per_task <= most:
       raise ValueError(
-        f"tools_per_task is {tools_per_task}: must be {highest} to {len(self.specs)}, "
-        "or None for all"
+        f"config.environment.tools_per_task: {tools_per_task}, but tasks of up to {least} calls "
+        f"take {least} to {most} tools; 0 = all"
       )
     self._tools_per_task = tools_per_task
     self._counts = {"train": num_train, "heldout": num_heldout}

@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from steptool_jax.policy.sharding import platform
+
 
 def restrict(logits_NV: jax.Array, top_k: int, top_p: float) -> jax.Array:
   """Logits with -inf outside the top k tokens and outside the nucleus of mass top_p.
@@ -41,8 +43,17 @@ def sample(
   scaled_NV = logits_NV.astype(jnp.float32) / jnp.where(greedy, 1.0, temperature)
   scaled_NV = restrict(scaled_NV, top_k, top_p)
   vocabulary = logits_NV.shape[-1]
-  noise_NV = jax.vmap(lambda key: jax.random.gumbel(key, (vocabulary,), jnp.float32))(keys_N)
-  tokens_N = jnp.argmax(scaled_NV + jnp.where(greedy, 0.0, noise_NV), axis=-1)
+
+  def noise_NV(keys_N):
+    return jax.vmap(lambda key: jax.random.gumbel(key, (vocabulary,), jnp.float32))(keys_N)
+
+  if platform() == "cpu":
+    # Inside of the search for the maximum, XLA would make noise number by number.
+    zeros_NV = jnp.zeros(logits_NV.shape, jnp.float32)
+    noise = jax.lax.cond(greedy, lambda _: zeros_NV, noise_NV, keys_N)
+  else:
+    noise = jnp.where(greedy, 0.0, noise_NV(keys_N))
+  tokens_N = jnp.argmax(scaled_NV + noise, axis=-1)
   chosen_N = jnp.take_along_axis(scaled_NV, tokens_N[:, None], axis=-1)[:, 0]
   logprobs_N = chosen_N - jax.nn.logsumexp(scaled_NV, axis=-1)
   return tokens_N.astype(jnp.int32), jnp.where(greedy, 0.0, logprobs_N)

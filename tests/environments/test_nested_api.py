@@ -260,6 +260,8 @@ def test_tools_per_task_offers_the_needed_ones_and_refuses_the_rest():
   assert len(offered) > 20
   missing = next(name for name in shop.SPECS if name not in names)
   assert session.call(ToolCall(missing, {})).code == Code.UNKNOWN_TOOL
+  short = NestedApi(20, 0, depths=(2, 2), tools_per_task=2).tasks("train")
+  assert {len(task.tools) for task in short} == {2}  # as many as the deepest of these needs
 
 
 def test_sessions_work_from_other_threads():
@@ -297,7 +299,8 @@ def test_one_session_from_many_threads():
     ({"depths": (6, 9)}, "depths is 6 to 9: tasks have 2 to 5"),
     ({"depths": (4, 3)}, "depths"),
     ({"num_train": -1}, "num_train"),
-    ({"tools_per_task": 3}, "tools_per_task"),
+    ({"tools_per_task": 3}, "tools_per_task: 3, but tasks of up to 5 calls take 5 to 23 tools"),
+    ({"tools_per_task": 1, "depths": (2, 2)}, "tasks of up to 2 calls take 2 to 23 tools"),
   ],
 )
 def test_arguments_are_checked(bad, match):
