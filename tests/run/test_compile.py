@@ -85,6 +85,13 @@ def test_counts_by_hand():
   assert counts.hbm_bytes == 3 * turn + (2 * 4 * 8 + 4 * 4) * 4 + (4 * 8 + 16 * 8) * 4
 
 
+def test_a_fusion_without_an_estimate_has_no_cycles():
+  counts = hlo_counts.count(TEXT.replace('"100"', f'"{2**63 - 1}"'), V5E)
+  assert counts.cycles == 0
+  assert counts.flops == hlo_counts.count(TEXT, V5E).flops
+  assert counts.seconds < hlo_counts.count(TEXT, V5E).seconds
+
+
 def test_a_fusion_within_a_fusion_counts_as_if_written_out():
   """Where a TPU slices a layer's weights out of their stack: the slice is read, not the stack."""
   start, end = TEXT.index("  %slice ="), TEXT.index("  ROOT %dot")
