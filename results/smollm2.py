@@ -23,14 +23,15 @@ from steptool_jax.run.workdir.outputs import read_jsonl  # noqa: E402
 
 METHODS = {"StepTool": "steptool", "outcome only": "steptool_no_step_rewards"}
 ITERATIONS, TASKS = 40, 150
-START = ("train.iterations=0", "evaluation.tasks=0", "train.export=True")
+NOT_EVALUATED = "evaluation.tasks=0"
+START = ("train.iterations=0", "train.export=True", NOT_EVALUATED)
 # Tasks of two calls, five tools and four LLM calls at most: what two cores can learn in an hour.
 SHORT = (
   *("environment.min_calls=2", "environment.max_calls=2", "environment.tools_per_task=5"),
   *("rollout.max_steps=4", "rollout.max_tokens=448", "rollout.max_step_tokens=40"),
   *("rollout.temperature=0.7", "train.row_tokens=1024", "sft.steps=0"),
 )
-LEARN = ("evaluation.tasks=0", "train.optimizer.learning_rate=4e-4", "checkpoint.every=2")
+LEARN = ("train.optimizer.learning_rate=4e-4", "checkpoint.every=2")
 GREEDY = (f"evaluation.tasks={TASKS}", "evaluation.temperature=0.0", "rollout.slots=48")
 FIGURES = ("pass_rate", "reward", "invalid_call_rate", "answered", "tokens_per_task")
 
@@ -56,10 +57,11 @@ def finish(*processes: subprocess.Popen) -> None:
 
 def run_seed(workdir: pathlib.Path, seed: int, iterations: int) -> None:
   """Both methods from the start's export, then both evaluations."""
-  fields = (f"model.path={workdir}/start/export", f"seed={seed}", *SHORT)
+  fields = (f"model.path={workdir}/start/export", f"seed={seed}", *SHORT, *LEARN)
+  fields += (f"train.iterations={iterations}",)
   for mode, more, done in (
-    ("train", (*LEARN, f"train.iterations={iterations}"), "summary_train.json"),
-    ("evaluate", (*LEARN, f"train.iterations={iterations}", *GREEDY), "summary_evaluate.json"),
+    ("train", (NOT_EVALUATED,), "summary_train.json"),
+    ("evaluate", GREEDY, "summary_evaluate.json"),
   ):
     processes = []
     for core, algorithm in enumerate(METHODS.values()):

@@ -44,16 +44,16 @@ def sample(
   scaled_NV = restrict(scaled_NV, top_k, top_p)
   vocabulary = logits_NV.shape[-1]
 
-  def noise_NV(keys_N):
+  def make_noise(keys_N):
     return jax.vmap(lambda key: jax.random.gumbel(key, (vocabulary,), jnp.float32))(keys_N)
 
   if platform() == "cpu":
     # Inside of the search for the maximum, XLA would make noise number by number.
     zeros_NV = jnp.zeros(logits_NV.shape, jnp.float32)
-    noise = jax.lax.cond(greedy, lambda _: zeros_NV, noise_NV, keys_N)
+    noise_NV = jax.lax.cond(greedy, lambda _: zeros_NV, make_noise, keys_N)
   else:
-    noise = jnp.where(greedy, 0.0, noise_NV(keys_N))
-  tokens_N = jnp.argmax(scaled_NV + noise, axis=-1)
+    noise_NV = jnp.where(greedy, 0.0, make_noise(keys_N))
+  tokens_N = jnp.argmax(scaled_NV + noise_NV, axis=-1)
   chosen_N = jnp.take_along_axis(scaled_NV, tokens_N[:, None], axis=-1)[:, 0]
   logprobs_N = chosen_N - jax.nn.logsumexp(scaled_NV, axis=-1)
   return tokens_N.astype(jnp.int32), jnp.where(greedy, 0.0, logprobs_N)
