@@ -201,7 +201,8 @@ def test_rate_limits_do_not_open_the_breaker():
 def test_64_in_flight_finish_640_calls_in_ten_latencies():
   latency = 0.25  # a second in the issue
   with FaultServer(("slow", latency)) as server:
-    simulator = client(server, max_in_flight=64)
+    # Half a minute: on a crowded machine five seconds end attempts of a server that is well.
+    simulator = client(server, max_in_flight=64, timeout_s=30.0)
     started = time.monotonic()
     with concurrent.futures.ThreadPoolExecutor(128) as pool:
       answers = list(pool.map(lambda _: simulator.answer(REQUEST), range(640)))
