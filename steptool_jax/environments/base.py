@@ -19,6 +19,7 @@ ENVIRONMENTS: dict[str, str] = {
   "nested_api": "steptool_jax.environments.nested_api",
   "data_pipeline": "steptool_jax.environments.data_pipeline",
   "archive": "steptool_jax.environments.archive",
+  "invented": "steptool_jax.environments.invented.environment",
   "toolbench": "steptool_jax.toolbench.environment",
   "bfcl": "steptool_jax.environments.benchmarks.bfcl",
   "tau2": "steptool_jax.environments.benchmarks.tau2",

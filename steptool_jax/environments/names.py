@@ -20,7 +20,7 @@ def _is_heldout(text: str) -> bool:
   return zlib.crc32(text.encode()) % 1000 < _HELDOUT_SHARE * 1000
 
 
-def _belongs(text: str, split: Split) -> bool:
+def belongs(text: str, split: Split) -> bool:
   return _is_heldout(text) == (split == "heldout")
 
 
@@ -28,13 +28,13 @@ def _belongs(text: str, split: Split) -> bool:
 def words(split: Split) -> tuple[str, ...]:
   """All words of two syllables of this split, e.g. "karo"."""
   every = (a + b for a in SYLLABLES for b in SYLLABLES if a != b)
-  return tuple(word for word in every if _belongs(word, split))
+  return tuple(word for word in every if belongs(word, split))
 
 
 @functools.cache
 def ids(prefix: str, split: Split) -> tuple[str, ...]:
   """All ids of this split: the prefix letter and a number from 10 to 199, e.g. "c41"."""
-  return tuple(i for i in (f"{prefix}{n}" for n in range(10, 200)) if _belongs(i, split))
+  return tuple(i for i in (f"{prefix}{n}" for n in range(10, 200)) if belongs(i, split))
 
 
 def full_names(rng: random.Random, split: Split, count: int, tail: str = "") -> list[str]:
@@ -48,6 +48,6 @@ def full_names(rng: random.Random, split: Split, count: int, tail: str = "") -> 
   while len(out) < count:
     a, b, c, d = rng.choices(SYLLABLES, k=4)
     name = f"{a}{b} {c}{d}"
-    if a != b and c != d and _belongs(name, split):
+    if a != b and c != d and belongs(name, split):
       out[name] = None
   return list(out)
