@@ -67,7 +67,9 @@ class Architecture:
 @dataclasses.dataclass(frozen=True)
 class Model:
   path: str = option(
-    "", "Hugging Face directory, .gguf file or 'asset:quickstart'; empty = random `architecture`"
+    "",
+    "Hugging Face directory, .gguf file, 'asset:quickstart' or 'asset:own_tools'; empty = random "
+    "`architecture`",
   )
   tokenizer: str = option(
     "", "directory; empty = model.path; 'compact' trains one on the training tasks"

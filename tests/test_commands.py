@@ -39,7 +39,12 @@ SHORT = """
   environment.num_train=40 environment.num_heldout=4 rollout.tasks=2 rollout.samples=2
   rollout.slots=4 sft.steps=0 train.iterations=1 evaluation.tasks=4 evaluation.every=0
 """
-RUN = {"steptool train --config=quickstart": SHORT, "steptool report --config=quickstart": ""}
+RUN = {
+  "steptool train --config=quickstart": SHORT,
+  "steptool report --config=quickstart": "",
+  "steptool check --config=own_tools": "",
+  "steptool train --config=own_tools": SHORT.replace("sft.steps=0", "sft.steps=1"),
+}
 
 # Mode -> the test that runs it.
 ELSEWHERE = {
@@ -213,30 +218,32 @@ def blocks(text):
   return re.findall(r"(?:^    .*\n|^\n(?=    ))+", text, re.MULTILINE)
 
 
-def test_the_example_of_own_tools_is_clean(tmp_path, monkeypatch):
-  """Written out literally: tools, tasks and checker pass --mode=check without an error."""
+def example():
+  """(tools.py, lines of tasks.jsonl) as the README has them."""
   found = [re.sub(r"^    ", "", b, flags=re.MULTILINE) for b in blocks(text_of(ROOT / "README.md"))]
   tools = next(b for b in found if "def make_tools" in b)
-  lines = next(b for b in found if '"checker"' in b).strip().splitlines()
+  return tools, next(b for b in found if '"checker"' in b).strip().splitlines()
+
+
+def lay(folder, tools, tasks):
+  (folder / "tools.py").write_text(tools)
+  (folder / "tasks.jsonl").write_text("\n".join(tasks) + "\n")
+
+
+def test_the_example_of_own_tools_is_clean(tmp_path, monkeypatch):
+  """Written out literally: tools, tasks and checker pass --mode=check without an error."""
+  tools, lines = example()
   more = [
-    json.loads(line)
+    line.strip()
     for b in blocks(text_of(ROOT / "docs" / "tools.md"))
     for line in b.split("\n")
     if line.strip().startswith('{"id"') and "endpoint" not in line and '"model"' not in line
   ]
-  tasks = {t["id"]: t for t in [*map(json.loads, lines), *more]}
+  tasks = {json.loads(line)["id"]: line for line in [*lines, *more]}
   assert {"t1", "t2", "t3"} <= tasks.keys()
   monkeypatch.chdir(tmp_path)
-  pathlib.Path("bank.py").write_text(tools)
-  pathlib.Path("tasks.jsonl").write_text("".join(json.dumps(t) + "\n" for t in tasks.values()))
-  # As README's command has it, but for the model, which is not there.
-  (command,) = (b for b in "\n".join(found).split("\n") if b.startswith("steptool check"))
-  config = runpy.run_path(str(ROOT / "configs" / "smollm2_135m.py"))["get_config"]()
-  given = dict(re.findall(r"--config\.(\S+?)=(\S+)", command))
-  assert given.pop("model.path") == "MODEL"
-  config.update_from_flattened_dict({k: int(v) if v.isdigit() else v for k, v in given.items()})
-  config.model.path, config.model.chat_format = "asset:quickstart", "compact"
-  config.model.tool_list = "json"
+  lay(tmp_path, tools, tasks.values())
+  config = runpy.run_path(str(ROOT / "configs" / "own_tools.py"))["get_config"]()
   summary = check.run(validation.validate(config), tmp_path / "run")
   assert summary["exit_code"] == 0
   assert summary["checked_tasks"] == len(tasks)
@@ -277,6 +284,7 @@ def test_the_wheel_works_from_an_empty_folder(tmp_path):
   assert (tmp_path / "site/steptool_jax/configs/quickstart.py").is_file()
   empty = tmp_path / "empty"
   empty.mkdir()
+  lay(empty, *example())
   shown = {}
   for command, short in RUN.items():
     words = shlex.split(command)[1:] + [f"--config.{field}" for field in short.split()]
@@ -293,3 +301,4 @@ def test_the_wheel_works_from_an_empty_folder(tmp_path):
   assert "\nNext\n" in shown["steptool train --config=quickstart"]
   assert (empty / "runs/quickstart/export/model.safetensors").is_file()
   assert (empty / "runs/quickstart/report.html").is_file()
+  assert (empty / "runs/own_tools/export/model.safetensors").is_file()

@@ -91,9 +91,8 @@ Next
   every conversation, step by step, in one page:
     steptool report --config=… --workdir=WORKDIR
   your own tools: write tools.py and tasks.jsonl as in docs/tools.md, then
-    steptool check --config=smollm2_135m --config.model.path=MODEL --config.sft.steps=0 \\
-      --config.environment.name=custom \\
-      --config.environment.functions=tools.py --config.environment.tasks=tasks.jsonl"""
+    steptool check --config=own_tools
+    steptool train --config=own_tools"""
 
 
 def test_a_fixed_run_looks_like_this(tmp_path):

@@ -153,7 +153,6 @@ def _next(workdir: pathlib.Path, flags: Sequence[str], own: bool) -> list[str]:
   return [
     *following,
     "  your own tools: write tools.py and tasks.jsonl as in docs/tools.md, then",
-    "    steptool check --config=smollm2_135m --config.model.path=MODEL --config.sft.steps=0 \\",
-    "      --config.environment.name=custom \\",
-    "      --config.environment.functions=tools.py --config.environment.tasks=tasks.jsonl",
+    "    steptool check --config=own_tools",
+    "    steptool train --config=own_tools",
   ]
