@@ -2,9 +2,10 @@
 
     python -m steptool_jax.main --config=configs/own_tools_base.py --workdir=/tmp/own_tools_base
 
-/tmp/own_tools_base/export is the asset. Flawless demonstrations on the environment "invented",
-where every task has tools, names and values of its own: what is learnt is to match a question with
-a listed tool, to copy words never seen, and to stop with the answer.
+/tmp/own_tools_base/export is the asset; 81 minutes on one core. Flawless demonstrations on the
+environment "invented", where every task has tools, names and values of its own. What is learnt well
+is to copy words never seen and to stop with the answer; the choice among tools never seen is begun
+(the loss still fell at the end), and demonstrations of a user's own tools have to teach it.
 """
 
 from steptool_jax.config import base_config
