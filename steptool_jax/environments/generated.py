@@ -48,6 +48,22 @@ class Draw:
   metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
+def checked_counts(num_train: int, num_heldout: int) -> dict[Split, int]:
+  """Numbers of tasks by split; ValueError for negative ones."""
+  if min(num_train, num_heldout) < 0:
+    raise ValueError("num_train and num_heldout must not be negative")
+  return {"train": num_train, "heldout": num_heldout}
+
+
+def checked_depths(depths: tuple[int, int] | None, gold_calls: tuple[int, int]) -> range:
+  """Those of `depths` (None = all) that tasks of `gold_calls` have; ValueError for none."""
+  (low, high), (lowest, highest) = depths or gold_calls, gold_calls
+  found = range(max(low, lowest), min(high, highest) + 1)
+  if not found:
+    raise ValueError(f"depths is {low} to {high}: tasks have {lowest} to {highest} gold calls")
+  return found
+
+
 class SerialSession:
   """Answers calls one after the other, by those of `tools` that the task offers."""
 
@@ -85,12 +101,8 @@ class Generated(abc.ABC, Generic[W, C]):
     tools_per_task: int | None = None,
     max_observation_chars: int = 512,
   ):
-    if min(num_train, num_heldout) < 0:
-      raise ValueError("num_train and num_heldout must not be negative")
-    (low, high), (lowest, highest) = depths or self.gold_calls, self.gold_calls
-    self._depths = range(max(low, lowest), min(high, highest) + 1)
-    if not self._depths:
-      raise ValueError(f"depths is {low} to {high}: tasks have {lowest} to {highest} gold calls")
+    self._counts = checked_counts(num_train, num_heldout)
+    self._depths = checked_depths(depths, self.gold_calls)
     # The deepest task needs as many tools as it has calls.
     least, most = self._depths[-1], len(self.specs)
     if tools_per_task is not None and not least <= tools_per_task <= most:
@@ -99,7 +111,6 @@ class Generated(abc.ABC, Generic[W, C]):
         f"take {least} to {most} tools; 0 = all"
       )
     self._tools_per_task = tools_per_task
-    self._counts = {"train": num_train, "heldout": num_heldout}
     self._seed, self._max_chars = seed, max_observation_chars
     self._lock = threading.RLock()
     self._tasks: dict[str, tuple[Task, ...]] = {}

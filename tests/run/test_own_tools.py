@@ -10,7 +10,7 @@ from steptool_jax.validation import validate
 
 
 def test_it_copies_names_that_it_has_never_seen_into_tools_that_it_has_never_seen(tmp_path):
-  """The quickstart's model does so in none of these: it knows the words of its shop only."""
+  """What users' own tools need of it; which tool to call it learns from demonstrations."""
   config = runpy.run_path(str(tiny.ROOT / "configs" / "own_tools_base.py"))["get_config"]()
   config.model.path, config.model.tokenizer = "asset:own_tools", ""
   e, r, v = config.environment, config.rollout, config.evaluation

@@ -14,6 +14,7 @@ from typing import Any
 from steptool_jax.config import Config
 from steptool_jax.environments.base import Split, check_split, generator_fields
 from steptool_jax.environments.checkers import same_value
+from steptool_jax.environments.generated import checked_counts, checked_depths
 from steptool_jax.environments.invented.worlds import Drawn, InventedTool, draw
 from steptool_jax.simulators.functions import NotFound, Result, Tool, Toolbox
 from steptool_jax.types import Finish, Observation, Task, ToolCall
@@ -40,19 +41,14 @@ class Invented:
     tools_per_task: int | None = None,
     max_observation_chars: int = 512,
   ):
-    if min(num_train, num_heldout) < 0:
-      raise ValueError("num_train and num_heldout must not be negative")
-    (low, high), (lowest, highest) = depths or _GOLD_CALLS, _GOLD_CALLS
-    self._depths = range(max(low, lowest), min(high, highest) + 1)
-    if not self._depths:
-      raise ValueError(f"depths is {low} to {high}: tasks have {lowest} to {highest} gold calls")
+    self._counts = checked_counts(num_train, num_heldout)
+    self._depths = checked_depths(depths, _GOLD_CALLS)
     if tools_per_task is not None and tools_per_task < self._depths[-1]:
       raise ValueError(
         f"config.environment.tools_per_task: {tools_per_task}, but tasks of up to "
         f"{self._depths[-1]} calls take as many tools; 0 = all"
       )
     self._tools_per_task, self._seed, self._max_chars = tools_per_task, seed, max_observation_chars
-    self._counts = {"train": num_train, "heldout": num_heldout}
     self._lock = threading.Lock()
     self._tasks: dict[str, tuple[Task, ...]] = {}
 

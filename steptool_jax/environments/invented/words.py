@@ -104,7 +104,7 @@ _CODAS = ("", "", "", *_words("n r l s t m d k x ck ll nd ng nt rd rk rn ss st t
 
 
 def made_up(rng: random.Random, split: Split) -> str:
-  """A word that is none, of two or three syllables, of this split."""
+  """A word that is none, of one to three syllables, of this split."""
   while True:
     syllables = rng.choice((1, 2, 2, 2, 3))
     word = "".join(rng.choice(_ONSETS) + rng.choice(_VOWELS) for _ in range(syllables))
