@@ -24,6 +24,7 @@ import contextlib
 import difflib
 import functools
 import importlib
+import logging as standard_logging
 import pathlib
 import re
 import sys
@@ -87,6 +88,8 @@ def main(argv: list[str]) -> None:
     raise app.UsageError(f"unknown argument {argv[1]!r}; fields are set with --config.NAME=VALUE")
   logging.set_verbosity(logging.INFO)
   logging.get_absl_logger().setLevel(logging.INFO)
+  # At this level jax says that there is no libtpu, which reads like a failure on a laptop.
+  standard_logging.getLogger("jax._src.xla_bridge").setLevel(standard_logging.WARNING)
   summary = _or_exit(_dispatch)
   if hosts.primary():
     for name, value in summary.items():

@@ -15,7 +15,7 @@ from steptool_jax.checking import answers, replays, sets
 from steptool_jax.checking.findings import ERROR, LEVELS, WARNING, Finding, count
 from steptool_jax.dialogue.chatformat import ChatFormat
 from steptool_jax.environments import checkers
-from steptool_jax.environments.base import SPLITS, Environment
+from steptool_jax.environments.base import KIND, SPLITS, Environment
 from steptool_jax.rewards import rules
 from steptool_jax.rollout.conversation import Limits
 from steptool_jax.simulators.runner import ToolRunner, TooManyStuck
@@ -94,6 +94,7 @@ def check(
   needed = {split: tasks for split, tasks in splits.items() if tasks or split in asked.splits}
   findings = [*sets.check_tasks(needed), *sets.check_tools(splits)]
   findings += _without_demonstrations(splits["train"], asked)
+  findings += _untaught_kinds(splits, asked)
   findings += _unpaid(splits["train"], asked)
   jobs = [
     _Job(split, task, _answers_of(tasks, task))
@@ -190,6 +191,23 @@ def _without_demonstrations(tasks: Sequence[Task], asked: Asked) -> list[Finding
     what = "sft.steps is above 0, but no training task has a demonstration"
     return [Finding(ERROR, "sft", "", what, "set sft.steps to 0, or add demonstrations")]
   return []
+
+
+def _untaught_kinds(splits: Mapping[str, Sequence[Task]], asked: Asked) -> list[Finding]:
+  """Kinds of tasks that are held out, and that training has none of, or no demonstration of."""
+  kinds = {split: {t.metadata.get(KIND) for t in tasks} for split, tasks in splits.items()}
+  shown = {task.metadata.get(KIND) for task in splits["train"] if task.demonstration}
+  wanted = kinds["heldout"] - {None}
+  missing = sorted(wanted - kinds["train"])
+  unshown = sorted((wanted & kinds["train"]) - shown) if asked.sft and shown else []
+  return [
+    Finding(WARNING, "kind", "", f"held-out tasks of kind {kind!r} have no {what}", remedy)
+    for found, what, remedy in (
+      (missing, "training task of their kind", "give some of them split 'train'"),
+      (unshown, "demonstration of their kind in training", "give some training tasks one"),
+    )
+    for kind in found
+  ]
 
 
 def _unpaid(tasks: Sequence[Task], asked: Asked) -> list[Finding]:

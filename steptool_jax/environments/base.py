@@ -34,6 +34,8 @@ AGENTS = ("harness", "verifiers")
 
 # In a task's metadata, true: after a final answer the user may go on (Session.reply).
 TURNS = "turns"
+# In a task's metadata, text: what kind of task it is; held-out figures are told for each kind.
+KIND = "kind"
 
 
 @runtime_checkable

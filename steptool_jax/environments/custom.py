@@ -4,7 +4,8 @@ One task a line:
   {"id": "t1", "query": "...", "checker": {"type": "number", "value": 12},
    "tools": ["add"], "split": "train",
    "demonstration": [{"tool": "add", "arguments": {"a": 5, "b": 7}}, {"answer": "12"}]}
-tools (default: all), split (default: by `heldout_share`), demonstration and state are optional.
+tools (default: all), split (default: by `heldout_share`), demonstration, kind (a word for tasks
+alike, for which held-out figures are told) and state are optional.
 An entry of a demonstration may hold several calls of one turn: {"calls": [{"tool": …}, …]}, for
 model.parallel_calls. `turns` or `user`: a user who goes on after an answer (environments/users.py).
 `"state": {…}`, any JSON value, is the task's own start: `make_tools(state)` receives a copy of it
@@ -36,7 +37,7 @@ import regex
 
 from steptool_jax.config import Config
 from steptool_jax.environments import demonstrations, users
-from steptool_jax.environments.base import SPLITS, TURNS, Problem, Split, check_split
+from steptool_jax.environments.base import KIND, SPLITS, TURNS, Problem, Split, check_split
 from steptool_jax.environments.checkers import contains_all, same_value
 from steptool_jax.files import parse_json
 from steptool_jax.simulators import starts
@@ -49,7 +50,7 @@ from steptool_jax.types import Observation, Task, ToolCall
 
 Functions = Sequence[Callable[..., Any] | Tool]
 _FIELDS = frozenset(
-  {"id", "query", "checker", "tools", "split", "demonstration", starts.STATE, *users.FIELDS}
+  {"id", "query", "checker", "tools", "split", "demonstration", KIND, starts.STATE, *users.FIELDS}
 )
 # Checkers of other environments, whose fields rewards/rules.py reads.
 _TAKEN = frozenset({"value", "state", "table"})
@@ -178,7 +179,7 @@ class Custom:
     unknown = sorted(set(record) - _FIELDS)
     if unknown:
       raise ValueError(f"unknown field {unknown[0]!r}: fields are {', '.join(sorted(_FIELDS))}")
-    for field in ("id", "query"):
+    for field in ("id", "query", *record.keys() & {KIND}):
       if not isinstance(record.get(field), str) or not record[field].strip():
         raise ValueError(f"field {field!r} must be a non-empty string")
     split = record.get("split")
@@ -200,6 +201,8 @@ class Custom:
     says = users.metadata_of(record, own, self._check_checker, self._user is not None)
     actions = demonstrations.read(record.get("demonstration", []), specs, bool(says))
     metadata = starts.metadata_of(record, self._with_state) | says
+    if KIND in record:
+      metadata[KIND] = record[KIND]
     return Task(record["id"], self.name, record["query"], specs, checker, actions, metadata), split
 
   def _check_checker(self, checker: Any) -> dict[str, Any]:

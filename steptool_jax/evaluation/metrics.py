@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
+from steptool_jax.environments.base import KIND
 from steptool_jax.rollout.conversation import INVALID
 from steptool_jax.types import (
   Action,
@@ -12,6 +13,7 @@ from steptool_jax.types import (
   Finish,
   Status,
   Step,
+  Task,
   ToolCall,
   ToolCalls,
   Trajectory,
@@ -28,6 +30,18 @@ def rollout_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
     **{f"reward_{p}": _mean([t.reward_parts.get(p, 0.0) for t in healthy]) for p in parts},
     "infrastructure_errors": float(len(trajectories) - len(healthy)),
   }
+
+
+def by_kind(tasks: Sequence[Task], trajectories: Sequence[Trajectory]) -> dict[str, float]:
+  """The pass rate of each kind of task, in the order of the tasks; nothing where they have none.
+
+  trajectories: one for each task, judged; those of infrastructure errors do not count.
+  """
+  solved: dict[str, list[float]] = {}
+  for task, trajectory in zip(tasks, trajectories, strict=True):
+    if KIND in task.metadata and trajectory.status is not Status.INFRASTRUCTURE_ERROR:
+      solved.setdefault(task.metadata[KIND], []).append(trajectory.solved)
+  return {kind: _mean(found) for kind, found in solved.items()}
 
 
 def _calls(trajectory: Trajectory) -> list[Step]:

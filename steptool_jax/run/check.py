@@ -14,7 +14,7 @@ from typing import Any
 from steptool_jax.checking import check as checking
 from steptool_jax.checking import findings
 from steptool_jax.config import Config
-from steptool_jax.environments.base import AGENTS
+from steptool_jax.environments.base import AGENTS, SPLITS
 from steptool_jax.files import write_text
 from steptool_jax.run.checks import environments
 from steptool_jax.run.hosts import hosts
@@ -42,4 +42,9 @@ def run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
   outputs.write_summary(workdir, "check", summary | {"findings": ordered})
   write_text(workdir / "check.jsonl", rows)
   hosts.say(findings.table(report.findings))
+  if "checked_tasks" in summary:  # the environment could be opened
+    tasks = sum(summary[f"{split}_tasks"] for split in SPLITS)
+    looked = f"{summary['checked_tasks']} of {tasks} tasks were looked at"
+    few = summary["checked_tasks"] < tasks
+    hosts.say(looked + (" (check.tasks of each split; 0 = all)" if few else ""))
   return {"mode": "check"} | summary

@@ -131,8 +131,8 @@ class _Training:
       )
     self.meta["done"] += 1
     self.writer.write(self.meta["done"], "train", metrics)
-    bar.update()
     bar.set_postfix_str(f"loss {metrics['loss']:.3f}", refresh=False)
+    bar.update()
 
   def _measure(self) -> dict[str, float]:
     """Figures on the tasks that are not learnt from."""

@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from steptool_jax.config import Config
+from steptool_jax.evaluation.metrics import by_kind
 from steptool_jax.learning import algorithms
 from steptool_jax.policy import sharding
 from steptool_jax.rewards import assembly
@@ -322,8 +323,8 @@ def warm_up(run: Run) -> None:
       metrics = run.phase.imitate(source.batch(run.progress.done), capacity)
       run.progress.done += 1
       run.writer.write(run.number, "sft", metrics)
-      bar.update()
       bar.set_postfix_str(f"loss {metrics['loss']:.3f}", refresh=False)
+      bar.update()
       every = config.sft.checkpoint_every
       if (every and run.progress.done % every == 0) or run.progress.done == steps:
         run.save()
@@ -355,8 +356,8 @@ def _reinforce(run: Run) -> None:
       run.progress.rl_seconds += time.monotonic() - started
       run.progress.done += 1
       run.writer.write(run.number, "train", figures | run.progress.spent())
-      bar.update()
       bar.set_postfix_str(shown(figures), refresh=False)
+      bar.update()
       unpaid = unpaid + 1 if figures.get("reward") == 0 else 0
       if unpaid == _UNPAID:
         hosts.say(f"{unpaid} iterations in a row have earned nothing{closing.NOTHING_EARNED}")
@@ -409,13 +410,9 @@ def _evaluate(
   if not e.tasks:
     return
   variables = run.phase.variables()
-  figures, trajectories = rollouts.evaluate_policy(
-    run.parts,
-    variables,
-    run.parts.environment.tasks("heldout")[: num_tasks or e.tasks],
-    label,
-    e.temperature if temperature is None else temperature,
-  )
+  tasks = run.parts.environment.tasks("heldout")[: num_tasks or e.tasks]
+  drawn_at = e.temperature if temperature is None else temperature
+  figures, trajectories = rollouts.evaluate_policy(run.parts, variables, tasks, label, drawn_at)
   pass_rate = figures["pass_rate"]
   if name:
     run.recorder.heldout(name.removeprefix("pass_rate_"), trajectories)
@@ -429,6 +426,11 @@ def _evaluate(
     hosts.say(run.parts.services.beside(f"{label}: held-out pass rate {pass_rate:.1%}"))
     if name == "pass_rate_sft" and figures.get("invalid_call_rate") == 1:
       hosts.say(f"{label}: no call was valid{closing.NOTHING_EARNED}")
+    kinds = by_kind(tasks, trajectories)
+    if name and kinds:
+      run.progress.kinds[name] = kinds
+    if name == "pass_rate_sft" and (unsolved := closing.unsolved(kinds)):
+      hosts.say(f"{label}: {unsolved}")
     if run.progress.phase == "rl" or name == "pass_rate_sft":
       run.progress.heldout_curve.append((run.progress.conversations, pass_rate))
   if name:

@@ -165,6 +165,7 @@ LAST = {"answer": "x"}
     ({"id": "a", "checker": {"type": "exact", "value": 1}}, "2: field 'query'"),
     ({**GOOD, "id": "t"}, "2: id 't' is already used in line 1"),
     ({**GOOD, "id": "a", "quary": 1}, "2: unknown field 'quary'"),
+    ({**GOOD, "id": "a", "kind": 1}, "2: field 'kind' must be a non-empty string"),
     ({**GOOD, "id": "a", "split": "dev"}, "2: split 'dev' does not exist"),
     ({**GOOD, "id": "a", "tools": ["sub"]}, "2: unknown tool 'sub': there are add"),
     ({**GOOD, "id": "a", "tools": []}, "2: field 'tools' must be a non-empty list"),

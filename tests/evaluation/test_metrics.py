@@ -14,6 +14,7 @@ from steptool_jax.types import (
   Observation,
   Status,
   Step,
+  Task,
   ToolCall,
   Trajectory,
 )
@@ -47,6 +48,18 @@ def test_nothing_to_take_a_mean_of():
   assert set(figures.values()) == {0.0}
   lost = trajectory(call(), finish(), status=Status.INFRASTRUCTURE_ERROR)
   assert rollout_metrics([lost]) == figures | {"infrastructure_errors": 1.0}
+
+
+def test_pass_rates_of_kinds_of_tasks():
+  """Tasks without a kind, and conversations that the infrastructure ended, are not counted."""
+  kinds = ["late", "fee", "late", None, "fee"]
+  tasks = [
+    Task(str(n), "fake", "q", (), {}, (), {} if kind is None else {"kind": kind})
+    for n, kind in enumerate(kinds)
+  ]
+  lost = trajectory(finish(), status=Status.INFRASTRUCTURE_ERROR, solved=0.0)
+  found = [trajectory(finish(), solved=s) for s in (1.0, 1.0, 0.5, 0.0)]
+  assert metrics.by_kind(tasks, [*found, lost]) == {"late": 0.75, "fee": 1.0}
 
 
 def test_useless_calls_are_those_that_contributed_nothing():

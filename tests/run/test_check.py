@@ -130,6 +130,25 @@ def test_tasks_whose_calls_can_earn_nothing_are_named(tmp_path):
     assert not [f for f in checked(tmp_path, **fields, **others)[1] if f["kind"] == "reward"]
 
 
+def test_kinds_that_training_never_shows_are_named(tmp_path, capsys):
+  """A whole kind of held-out tasks without a demonstration ended at 0 %, and nothing said why."""
+  records = [
+    *(record | {"kind": "who"} for record in faulty_tasks.GOOD),
+    faulty_tasks.task("s", "Bob?", faulty_tasks.number(5), kind="short"),
+    faulty_tasks.task("h", "Ann?", faulty_tasks.number(10), kind="short", split="heldout"),
+    faulty_tasks.task("n", "And?", faulty_tasks.number(10), kind="new", split="heldout"),
+  ]
+  fields = faulty_tasks.write(tmp_path, records)
+  _, findings, _ = checked(tmp_path, **fields, check__tasks=2)
+  assert [f["what"] for f in findings if f["kind"] == "kind"] == [
+    "held-out tasks of kind 'new' have no training task of their kind",
+    "held-out tasks of kind 'short' have no demonstration of their kind in training",
+  ]
+  assert "4 of 6 tasks were looked at (check.tasks of each split" in capsys.readouterr().out
+  _, findings, _ = checked(tmp_path, **fields, sft__steps=0)
+  assert len([f for f in findings if f["kind"] == "kind"]) == 1
+
+
 @pytest.mark.parametrize(
   "environment",
   [

@@ -127,6 +127,33 @@ def test_nothing_solved_is_said_with_its_remedy(tmp_path):
   assert "sft.steps" in text
 
 
+def test_kinds_of_tasks_worst_first_and_those_that_never_succeed(tmp_path):
+  """A set whose pass rate rose hid that two kinds of its tasks were never solved."""
+  kinds = {
+    "pass_rate_base": {"fee": 0.0, "late": 0.0, "where": 0.1},
+    "pass_rate_sft": {"fee": 0.5, "late": 0.0, "where": 0.2},
+    "pass_rate_rl": {"fee": 1.0, "late": 0.0, "where": 0.25, "n\new": 0.9},
+  }
+  lines = closing.lines(tmp_path, RATES | {"kinds": kinds})
+  at = lines.index("kind of task    start      SFT       RL")
+  assert lines[at + 1 : at + 5] == [
+    "late             0.0%     0.0%     0.0%",
+    "where           10.0%    20.0%    25.0%",
+    "n ew                              90.0%",
+    "fee              0.0%    50.0%   100.0%",
+  ]
+  assert "no task was solved of kind late" in lines[at + 5]
+  assert closing.unsolved({"a": 0.0, "b": 0.0}) == ""  # said of all tasks together
+  assert closing.unsolved({"a": 0.1}) == ""
+
+
+def test_rl_that_ended_below_sft_is_said_with_what_may_help(tmp_path):
+  worse = " ".join(closing.lines(tmp_path, RATES | {"pass_rate_rl": 0.17}))
+  assert "RL ended below SFT" in worse
+  assert "learning_rate" in worse
+  assert "below SFT" not in " ".join(closing.lines(tmp_path, RATES))
+
+
 def test_a_tool_cannot_command_the_terminal(tmp_path):
   """What a tool said was printed as it was: it could clear the screen, or set its title."""
   call = ToolCall("find", {"name": "a\033[2Jb\x07"})

@@ -5,6 +5,7 @@ import json
 import types
 
 import fakes
+import faulty_tasks
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +14,7 @@ import tiny
 from scripted import bare_phase, scripted
 
 from steptool_jax.learning import batching
-from steptool_jax.run import train
+from steptool_jax.run import evaluate, train
 from steptool_jax.run.data.order import jobs
 from steptool_jax.run.parts import build, opening, rollouts
 from steptool_jax.run.training import iteration, setup, sft_batches
@@ -43,6 +44,27 @@ def test_what_a_run_leaves_behind(tmp_path, compiled):
   rl = next(r for r in records if "train/kl" in r)
   assert {"train/reward", "train/pass_rate", "train/policy_loss", "train/grad_norm"} <= rl.keys()
   assert rl["train/sampler_gap"] < 1e-3, "log-probs of sampler and trainer agree"
+
+
+def test_kinds_of_tasks_have_figures_of_their_own(tmp_path, compiled):
+  """Of train, which remembers them when it goes on, and of evaluate."""
+  good, held, rich = (record | {"kind": "who"} for record in faulty_tasks.GOOD)
+  other = held | {"id": "o", "query": "And Bob's?", "kind": "short"}
+  tools = faulty_tasks.TOOLS.replace("untyped(owner)", "untyped(owner: str)")
+  config = tiny.make(
+    compilation_cache=compiled,
+    check__before_training=0,
+    rollout__max_tokens=300,
+    train__row_tokens=300,
+    sft__steps=0,
+    train__iterations=1,
+    **faulty_tasks.write(tmp_path, [good, held, rich, other], tools),
+  )
+  kinds = train.run(config, tmp_path / "run")["kinds"]
+  assert kinds.keys() == {"pass_rate_base", "pass_rate_sft", "pass_rate_rl"}
+  assert all(rates.keys() == {"who", "short"} for rates in kinds.values())
+  assert train.run(config, tmp_path / "run")["kinds"] == kinds
+  assert evaluate.run(config, tmp_path / "run")["kinds"].keys() == {"who", "short"}
 
 
 def test_the_best_checkpoint_is_chosen_by_tasks_that_no_figure_is_of(

@@ -8,6 +8,7 @@ import numpy as np
 from tqdm import tqdm
 
 from steptool_jax.data.trajectories import AnnotatedTrajectory
+from steptool_jax.environments.base import KIND
 from steptool_jax.evaluation import intervals, tries
 from steptool_jax.evaluation.metrics import rollout_metrics
 from steptool_jax.run.evaluating import work
@@ -59,12 +60,12 @@ def figures(
     "work": work.document([run.work for run in runs]),
   }
   out |= _passed(scores)
+  if kinds := _rows_by(KIND, tasks, common):
+    out["kinds"] = {kind: _passed(scores[rows])["pass_rate"] for kind, rows in kinds.items()}
   judging = parts.services.judging
   if judging is None:
     return out
-  by_subset: dict[str, list[int]] = {}
-  for position, n in enumerate(common):
-    by_subset.setdefault(tasks[n].metadata["subset"], []).append(position)
+  by_subset = _rows_by("subset", tasks, common)
   subsets = {name: _passed(scores[rows]) for name, rows in by_subset.items()}
   for part in (out, *subsets.values()):
     part["figure"] = judging.beside(_text(part))
@@ -86,6 +87,15 @@ def figures(
     "judge": judging.report(),
     "simulator": parts.services.answering.report(),
   }
+
+
+def _rows_by(field: str, tasks: Sequence[Task], chosen: Sequence[int]) -> dict[str, list[int]]:
+  """What the tasks' metadata has there -> positions in `chosen`, which numbers tasks."""
+  rows: dict[str, list[int]] = {}
+  for position, n in enumerate(chosen):
+    if field in tasks[n].metadata:
+      rows.setdefault(tasks[n].metadata[field], []).append(position)
+  return rows
 
 
 def _passed(scores: np.ndarray) -> dict[str, Any]:

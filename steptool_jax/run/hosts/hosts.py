@@ -8,6 +8,7 @@ joining.py starts them, agreement.py compares them, ending.py says how all of th
 
 import itertools
 import json
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +21,7 @@ from steptool_jax.run.hosts import hang
 
 _SMALL = 4096  # bytes of the first exchange; longer messages take a second one
 _A_DAY_MS = 86_400_000
+_LOG_S = 30.0  # seconds between lines of a bar in a log file
 
 
 class Joined:
@@ -86,8 +88,16 @@ def lead(work: Callable[[], Any]) -> Any:
 
 
 def bar(**arguments: Any) -> tqdm:
-  """A progress bar, in process 0 alone."""
-  return tqdm(mininterval=0.5, disable=not primary(), **arguments)
+  """A progress bar, in process 0 alone.
+
+  In a log file it is a line now and then; one that would be wiped away at its end (leave=False) has
+  none before half a minute.
+  """
+  how: dict[str, Any] = {"mininterval": 0.5}
+  if not sys.stderr.isatty():
+    how = {"mininterval": _LOG_S, "bar_format": "{l_bar}{bar:20}{r_bar}\n"}
+    how["delay"] = 0 if arguments.get("leave", True) else _LOG_S
+  return tqdm(disable=not primary(), **how, **arguments)
 
 
 def say(text: str) -> None:

@@ -53,8 +53,8 @@ def roll(
 
     def on_done(trajectory: Trajectory) -> None:
       solved.append(trajectory.solved)
-      bar.update()
       bar.set_postfix_str(f"{word} {sum(solved) / len(solved):.0%}", refresh=False)
+      bar.update()
 
     try:
       laid_out = parts.engine.lay_out(variables)

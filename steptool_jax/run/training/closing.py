@@ -23,11 +23,17 @@ from steptool_jax.types import Finish, Malformed, Trajectory, by_call
 _BAR = 60  # characters of 100 %
 _WIDTH = 47  # of each of the two conversations
 _LINES = 24
+_NAMED = 8  # kinds of tasks in one sentence
 # What a person can do where there is no reward to learn from.
 NOTHING_EARNED = (
   ": RL learns from what is tried and paid. Give SFT more (sft.steps, sft.tasks, demonstrations; "
   "its loss should end well below 1), a higher sft.optimizer.learning_rate, or take a model that "
   "knows your tools' words"
+)
+_RL_BELOW_SFT = (
+  "RL ended below SFT. Try a lower train.optimizer.learning_rate, more conversations in an "
+  "iteration (rollout.tasks, rollout.samples) or a higher loss.kl_coef; the report shows what it "
+  "learnt instead."
 )
 _STAGES = (("start", "pass_rate_base"), ("SFT", "pass_rate_sft"), ("RL", "pass_rate_rl"))
 
@@ -48,11 +54,17 @@ def lines(
   if not shares:
     return []
   out = ["", *bars(shares, "█" if terminal else "#")]
+  kinds = [summary.get("kinds", {}).get(key, {}) for _, key in _STAGES if key in summary]
+  if any(kinds):
+    out += ["", *by_kind([name for name, _ in shares], kinds)]
+    out += textwrap.wrap(_plain(unsolved(kinds[-1])), 98)
   pair = improved(workdir)
   if pair is not None:
     out += ["", *side_by_side(*pair)]
   if not any(share for _, share in shares):
     out += ["", *textwrap.wrap(f"Nothing was solved{NOTHING_EARNED}.", 98)]
+  elif summary.get("pass_rate_rl", 1.0) < summary.get("pass_rate_sft", 0.0):
+    out += ["", *textwrap.wrap(_RL_BELOW_SFT, 98)]
   following = _next(workdir, flags, own)
   if terminal:
     following[0] = f"\033[1m{following[0]}\033[0m"
@@ -70,6 +82,29 @@ def bars(shares: Sequence[tuple[str, float]], mark: str = "#") -> list[str]:
     f"{'' if k else 'held out':<10}{name:>9}  {mark * round(_BAR * share):<{_BAR}}{share:8.1%}"
     for k, (name, share) in enumerate(shares)
   ]
+
+
+def by_kind(stages: Sequence[str], kinds: Sequence[Mapping[str, float]]) -> list[str]:
+  """A line for every kind of task, with its pass rate at each stage; the worst at the end first."""
+  names = sorted(dict.fromkeys(itertools.chain(*kinds)), key=lambda kind: kinds[-1].get(kind, 0.0))
+  width = min(max(map(len, [*names, "kind of task"])), 40)
+  rows = [f"{'kind of task':<{width}}" + "".join(f"{stage:>9}" for stage in stages)]
+  for name in names:
+    rates = "".join(f"{rates[name]:9.1%}" if name in rates else " " * 9 for rates in kinds)
+    rows.append(f"{_plain(name)[:width]:<{width}}{rates}".rstrip())
+  return rows
+
+
+def unsolved(kinds: Mapping[str, float]) -> str:
+  """A sentence where of some kind of task, and not of all, nothing was solved; else ""."""
+  missed = [kind for kind, rate in kinds.items() if not rate]
+  if not missed or len(missed) == len(kinds):
+    return ""
+  named = ", ".join(missed[:_NAMED]) + (", …" if len(missed) > _NAMED else "")
+  return (
+    f"no task was solved of kind {named}: give these more demonstrations, since RL learns from "
+    "what succeeds now and then"
+  )
 
 
 def improved(workdir: pathlib.Path) -> tuple[AnnotatedTrajectory, AnnotatedTrajectory] | None:

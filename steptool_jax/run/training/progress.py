@@ -35,6 +35,8 @@ class Progress:
   waiting: int = 0  # finished ones that wait for the other samples of their task
   skipped: int = 0  # updates, because something was not finite
   results: dict[str, float] = dataclasses.field(default_factory=dict)
+  # pass rate in `results` -> kind of task -> its held-out pass rate, where tasks have kinds
+  kinds: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
   train_curve: list[tuple[float, float]] = dataclasses.field(default_factory=list)
   model_curve: list[tuple[float, float]] = dataclasses.field(default_factory=list)
   heldout_curve: list[tuple[float, float]] = dataclasses.field(default_factory=list)
@@ -136,6 +138,8 @@ def summarise(
     "tokens_per_second": p.tokens / p.rl_seconds if p.rl_seconds else 0.0,
     "interrupted": interrupted,
   }
+  if p.kinds:
+    summary["kinds"] = p.kinds
   if data is None and get_algorithm(config.algorithm).rewards == "step":
     summary["step_rewards"] = assembly.described(config.rewards)
   if data is not None:
