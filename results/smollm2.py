@@ -6,7 +6,8 @@
 SFT once (configs/smollm2_135m.py), then for every seed both methods side by side, a core each, and
 the held-out tasks greedily, of the start and of each end. What is done is not done again, and what
 was stopped goes on; after each seed results/smollm2.md and results/smollm2/*.csv are written anew.
---write-only only writes.
+--write-only only writes. --same-text=RUN asks transformers (extra parity) for the calls and answers
+of RUN's greedy held-out conversations, of its export and on the same tokens.
 """
 
 import argparse
@@ -18,25 +19,24 @@ import sys
 ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from steptool_jax.files import read_json  # noqa: E402
+from steptool_jax.data.trajectories import read_trajectories  # noqa: E402
+from steptool_jax.evaluation import intervals  # noqa: E402
 from steptool_jax.run.workdir.outputs import read_jsonl  # noqa: E402
 
 METHODS = {"StepTool": "steptool", "outcome only": "steptool_no_step_rewards"}
-ITERATIONS, TASKS = 40, 150
+ITERATIONS, TASKS = 16, 100
 NOT_EVALUATED = "evaluation.tasks=0"
-# SFT on tasks of two calls and five tools; longer chains are left to RL.
-START = (
+# Two calls, so that two CPU cores see hundreds of conversations in an hour.
+SHORT = (
   *("environment.min_calls=2", "environment.max_calls=2", "environment.tools_per_task=5"),
   *("rollout.max_steps=4", "rollout.max_tokens=448", "rollout.max_step_tokens=40"),
-  *("sft.tasks=160", "sft.steps=32", "train.iterations=0", NOT_EVALUATED),
 )
-# RL on the config's tasks, 2 to 4 calls and six tools.
+START = (*SHORT, "train.iterations=0", NOT_EVALUATED)
 LEARN = (
-  *("rollout.max_steps=6", "rollout.max_tokens=640", "rollout.max_step_tokens=40"),
-  *("rollout.reuse=0.01", "train.optimizer.learning_rate=4e-4", "checkpoint.every=2"),
-  "sft.steps=0",
+  *(*SHORT, "sft.steps=0", "rollout.temperature=0.5", "rollout.slots=16", "rollout.reuse=0.01"),
+  *("train.optimizer.learning_rate=5e-4", "train.minibatches=4", "checkpoint.every=1"),
 )
-GREEDY = (f"evaluation.tasks={TASKS}", "evaluation.temperature=0.0", "rollout.slots=48")
+GREEDY = (f"evaluation.tasks={TASKS}", "evaluation.temperature=0.0")
 FIGURES = ("pass_rate", "reward", "invalid_call_rate", "answered", "tokens_per_task")
 
 
@@ -91,8 +91,12 @@ def run(workdir: pathlib.Path, model: str, seeds: int, iterations: int) -> None:
 def write(workdir: pathlib.Path) -> None:
   out = ROOT / "results" / "smollm2"
   out.mkdir(exist_ok=True)
-  lines = ["| | seed | conversations | hours of a core | held out, greedy | its 95 % interval |"]
-  lines += ["| --- " * 6 + "|", _row(workdir / "start_heldout", "after SFT", "", 0, 0.0)]
+  first = _solved(workdir / "start_heldout")
+  lines = [
+    "| | seed | conversations | hours of a core | held out, greedy | points that RL adds (95 %) |",
+    "| --- " * 6 + "|",
+    _row(first, {}, "after SFT", "", 0, 0.0),
+  ]
   for name, algorithm in METHODS.items():
     for home in sorted(workdir.glob(f"{algorithm}_[0-9]")):
       records = [r for r in read_jsonl(home / "metrics.jsonl") if "train/pass_rate" in r]
@@ -104,18 +108,51 @@ def write(workdir: pathlib.Path) -> None:
           writer.writerow((*spent, *(round(r[f"train/{f}"], 4) for f in FIGURES)))
       last = records[-1]
       spent = int(last["train/conversations"]), last["train/rl_seconds"] / 3600
-      lines.append(_row(home, name, home.name[-1], *spent))
+      lines.append(_row(_solved(home), first, name, home.name[-1], *spent))
   (ROOT / "results" / "smollm2.md").write_text(HEAD + "\n".join(lines) + "\n")
 
 
-def _row(home: pathlib.Path, name: str, seed: str, conversations: int, hours: float) -> str:
-  path = home / "summary_evaluate.json"
+def _solved(home: pathlib.Path) -> dict[str, float]:
+  """Task -> whether the run's greedy conversation solved it; nothing where none was held."""
+  path = home / "trajectories.jsonl"
   if not path.exists():
-    return f"| {name} | {seed} | {conversations} | {hours:.1f} | not measured | |"
-  summary = read_json(path)
-  low, high = (100 * bound for bound in summary["pass_rate_interval"])
-  rate = f"{100 * summary['pass_rate']:.1f} %"
-  return f"| {name} | {seed} | {conversations} | {hours:.1f} | {rate} | {low:.1f} to {high:.1f} |"
+    return {}
+  return {r.trajectory.task_id: r.trajectory.solved for r in read_trajectories(path)}
+
+
+def _row(
+  solved: dict[str, float],
+  before: dict[str, float],
+  name: str,
+  seed: str,
+  conversations: int,
+  hours: float,
+) -> str:
+  """before: of the same tasks after SFT, with which each task is compared."""
+  cells = [name, seed, str(conversations), f"{hours:.1f}", "not measured", ""]
+  if solved:
+    cells[4] = f"{100 * sum(solved.values()) / len(solved):.1f} % of {len(solved)}"
+  if solved and before:
+    added = intervals.bootstrap([solved[task] - before[task] for task in before])
+    cells[5] = f"{100 * added.mean:+.1f} ({100 * added.low:.1f} to {100 * added.high:.1f})"
+  return f"| {' | '.join(cells)} |"
+
+
+def same_text(home: pathlib.Path, conversations: int = 8) -> None:
+  """Prints how many of the turns transformers writes as the run's engine did."""
+  import torch
+  import transformers
+
+  model = transformers.AutoModelForCausalLM.from_pretrained(home / "export", dtype=torch.float32)
+  same = turns = 0
+  for record in list(read_trajectories(home / "trajectories.jsonl"))[:conversations]:
+    seen = record.trajectory.prompt_tokens.tolist()
+    for step in record.trajectory.steps:
+      ids, wanted = torch.tensor([seen]), step.tokens.tolist()
+      out = model.generate(ids, do_sample=False, max_new_tokens=len(wanted))[0, len(seen) :]
+      same, turns = same + (out.tolist() == wanted), turns + 1
+      seen += wanted + step.observation_tokens.tolist()
+  print(f"{same} of {turns} turns of {conversations} held-out conversations are the same text")
 
 
 HEAD = """# SmolLM2-135M-Instruct on two CPU cores: begun, and not yet better
@@ -164,7 +201,11 @@ def main() -> None:
   parser.add_argument("--seeds", type=int, default=1)
   parser.add_argument("--iterations", type=int, default=ITERATIONS)
   parser.add_argument("--write-only", action="store_true")
+  parser.add_argument("--same-text", default="", help="a run of the workdir, as steptool_0")
   args = parser.parse_args()
+  if args.same_text:
+    same_text(args.workdir / args.same_text)
+    return
   if not args.write_only:
     run(args.workdir, args.model, args.seeds, args.iterations)
   write(args.workdir)

@@ -33,14 +33,15 @@ def rollout_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
 
 
 def by_kind(tasks: Sequence[Task], trajectories: Sequence[Trajectory]) -> dict[str, float]:
-  """The pass rate of each kind of task, in the order of the tasks; nothing where they have none.
+  """The pass rate of each kind of task; nothing where they have none.
 
-  trajectories: one for each task, judged; those of infrastructure errors do not count.
+  trajectories: of these tasks, judged; those of infrastructure errors do not count.
   """
+  kinds = {task.id: task.metadata[KIND] for task in tasks if KIND in task.metadata}
   solved: dict[str, list[float]] = {}
-  for task, trajectory in zip(tasks, trajectories, strict=True):
-    if KIND in task.metadata and trajectory.status is not Status.INFRASTRUCTURE_ERROR:
-      solved.setdefault(task.metadata[KIND], []).append(trajectory.solved)
+  for trajectory in trajectories:
+    if trajectory.task_id in kinds and trajectory.status is not Status.INFRASTRUCTURE_ERROR:
+      solved.setdefault(kinds[trajectory.task_id], []).append(trajectory.solved)
   return {kind: _mean(found) for kind, found in solved.items()}
 
 

@@ -15,8 +15,8 @@ from jax.ad_checkpoint import checkpoint_name
 from steptool_jax.policy.kernels import int8
 from steptool_jax.policy.sharding import platform
 
-CACHE_BLOCK = 128  # cache positions that one pass of the cached attention reads
-TPU_CACHE_BLOCK = 512  # the same on a TPU
+CACHE_BLOCK = 64  # cache positions that one pass of the cached attention reads, on CPU
+GPU_CACHE_BLOCK, TPU_CACHE_BLOCK = 128, 512  # the same elsewhere
 TILE = 128  # numbers in a row of a TPU's tile
 CPU_BLOCK = 128  # tokens of a packed row that are worked on together, at most
 BLOCK = 512  # the same on a GPU, which wants few large products
@@ -25,7 +25,8 @@ MASKED = -1e30  # finite, so that a fully masked block stays free of NaN
 
 
 class KVCache(NamedTuple):
-  """k, v: [layers, slots, S, *cache_row(kv_heads, head_dim)] in the compute dtype or int8.
+  """k, v: [layers, slots, kv_heads, S, head_dim] in the compute dtype or int8; on a TPU [layers,
+  slots, S, *cache_row(kv_heads, head_dim)].
 
   k_scale, v_scale: of int8, float32 [layers, slots, kv_heads, 1, S].
   """
@@ -262,18 +263,30 @@ def init_cache(
   layers: int, slots: int, kv_heads: int, size: int, head_dim: int, dtype: str
 ) -> KVCache:
   """An empty cache of `size` positions for each of `slots` conversations."""
-  shape = (layers, slots, size, *cache_row(kv_heads, head_dim))
+  if positions_axis() == 3:
+    shape = (layers, slots, kv_heads, size, head_dim)
+  else:
+    shape = (layers, slots, size, *cache_row(kv_heads, head_dim))
   scales = int8.empty_scales(dtype, layers, slots, kv_heads, size)
   return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), *scales)
 
 
-def cache_row(kv_heads: int, head_dim: int) -> tuple[int, ...]:
-  """Shape of the keys of a position in the cache: (heads, head_dim).
+def positions_axis() -> int:
+  """Where positions are in k and v.
 
-  On a TPU heads that do not fill a tile are one axis, filled up to whole tiles. Else its compiler
-  puts positions along the tile and turns the whole cache over for each layer that reads it.
+  Heads come first, as the products want them: else XLA on CPU turns every block over that they
+  read, which took two thirds of a small model's decode step.
   """
-  if platform() == "tpu" and head_dim % TILE:
+  return 2 if platform() == "tpu" else 3
+
+
+def cache_row(kv_heads: int, head_dim: int) -> tuple[int, ...]:
+  """Shape of the keys of a position in a TPU's cache: (heads, head_dim).
+
+  Heads that do not fill a tile are one axis, filled up to whole tiles. Else the compiler puts
+  positions along the tile and turns the whole cache over for each layer that reads it.
+  """
+  if head_dim % TILE:
     return (-(-kv_heads * head_dim // TILE) * TILE,)
   return kv_heads, head_dim
 
@@ -282,11 +295,11 @@ def write_cache(
   cache: jax.Array, new_NCKh: jax.Array, layer: jax.Array, at_NC: jax.Array
 ) -> jax.Array:
   """Scatter in place; `at_NC` int32 holds the position, or S where nothing may be written."""
-  new, row = new_NCKh.astype(cache.dtype), cache.shape[3:]
-  if len(row) == 1:
+  new = new_NCKh.astype(cache.dtype)
+  if cache.ndim == 4:
     new = new.reshape(*at_NC.shape, -1)
-    new = jnp.pad(new, ((0, 0), (0, 0), (0, row[0] - new.shape[-1])))
-  return _scatter(cache, new, layer, at_NC, axis=2)
+    new = jnp.pad(new, ((0, 0), (0, 0), (0, cache.shape[3] - new.shape[-1])))
+  return _scatter(cache, new, layer, at_NC, axis=positions_axis())
 
 
 def write_scales(
@@ -312,7 +325,8 @@ def _scatter(x, new, layer, at_NC, axis):
 
 def cache_block(size: int) -> int:
   """Positions of a cache of `size` that are read in one pass."""
-  return min(TPU_CACHE_BLOCK if platform() == "tpu" else CACHE_BLOCK, size)
+  blocks = {"cpu": CACHE_BLOCK, "tpu": TPU_CACHE_BLOCK}
+  return min(blocks.get(platform(), GPU_CACHE_BLOCK), size)
 
 
 def cache_blocks(positions_NC: jax.Array, size: int) -> jax.Array:
@@ -336,15 +350,18 @@ def attend_cache(
   (and `lowest` int32[], the least position that counts) what no token sees is not read, either.
   """
   N, C, H, h = q_NCHh.shape
-  S, K = cache.k.shape[2], kv_heads
+  axis, K = positions_axis(), kv_heads
+  S, lie = cache.k.shape[axis], "nksh" if axis == 3 else "nskh"
   size = cache_block(S)
   q = (q_NCHh * (h**-0.5)).reshape(N, C, K, H // K, h)
 
   def read(x, start):
-    row = x.shape[3:]
-    block = lax.dynamic_slice(x, (layer, 0, start, *(0 for _ in row)), (1, N, size, *row))[0]
+    """A block of this layer, with the axes `lie`."""
+    first, shape = [layer, *(0,) * (x.ndim - 1)], [1, *x.shape[1:]]
+    first[axis], shape[axis] = start, size
+    block = lax.dynamic_slice(x, first, shape)[0]
     block = block if cache.k_scale is None else block.astype(q.dtype)
-    return block if len(row) == 2 else block[..., : K * h].reshape(N, size, K, h)
+    return block[..., : K * h].reshape(N, size, K, h) if x.ndim == 4 else block
 
   def scaled(x_nkgcs, scales, start):
     """x times the scale of each position."""
@@ -361,14 +378,14 @@ def attend_cache(
     if window is not None:
       seen &= at > positions_NC[..., None] - reach
     k, v = read(cache.k, start), read(cache.v, start)
-    scores = jnp.einsum("nckgh,nskh->nkgcs", q, k, preferred_element_type=jnp.float32)
+    scores = jnp.einsum(f"nckgh,{lie}->nkgcs", q, k, preferred_element_type=jnp.float32)
     scores = scaled(scores, cache.k_scale, start)
     scores = jnp.where(seen[:, None, None], scores, MASKED)
     new_top = jnp.maximum(top, scores.max(axis=-1))
     probs = jnp.exp(scores - new_top[..., None])
     decay = jnp.exp(top - new_top)
     weights = scaled(probs, cache.v_scale, start).astype(v.dtype)
-    part = jnp.einsum("nkgcs,nskh->nkgch", weights, v, preferred_element_type=jnp.float32)
+    part = jnp.einsum(f"nkgcs,{lie}->nkgch", weights, v, preferred_element_type=jnp.float32)
     return new_top, total * decay + probs.sum(axis=-1), out * decay[..., None] + part
 
   shape = (N, K, H // K, C)

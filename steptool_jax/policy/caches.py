@@ -16,12 +16,12 @@ Cache = KVCache | HeadCache  # both [layers, slots, …]
 
 def positions_axis(cache: Cache) -> int:
   """Where positions are in k and v."""
-  return 3 if isinstance(cache, HeadCache) else 2
+  return 3 if isinstance(cache, HeadCache) else attention.positions_axis()
 
 
 def specs(cache: Cache, mesh: Any) -> Cache:
   """The layout of each array on a mesh; scales lie as the kernels' keys do."""
-  if isinstance(cache, HeadCache):
+  if positions_axis(cache) == 3:
     lies = scales = headcache.cache_spec(cache.k.shape[2], mesh)
   else:
     lies = sharding.cache_spec(cache.k.shape[3:], mesh)

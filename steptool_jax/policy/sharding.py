@@ -179,7 +179,7 @@ def rollout_mesh(mesh: Mesh, tensor: int, sizes: dict[str, int]) -> Mesh:
 
 
 def cache_spec(row: tuple[int, ...], mesh: Any) -> PartitionSpec:
-  """The layout of k and v [layers, slots, S, *row]; heads are replicated where they must."""
+  """Of a TPU's k and v [layers, slots, S, *row]; heads are replicated where they must."""
   split = len(row) == 2 and row[0] % mesh.shape["tensor"] == 0
   return P(None, ROWS, None, *(("tensor",) if split else ()))
 

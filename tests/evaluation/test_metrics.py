@@ -57,8 +57,8 @@ def test_pass_rates_of_kinds_of_tasks():
     Task(str(n), "fake", "q", (), {}, (), {} if kind is None else {"kind": kind})
     for n, kind in enumerate(kinds)
   ]
-  lost = trajectory(finish(), status=Status.INFRASTRUCTURE_ERROR, solved=0.0)
-  found = [trajectory(finish(), solved=s) for s in (1.0, 1.0, 0.5, 0.0)]
+  lost = trajectory(finish(), task="4", status=Status.INFRASTRUCTURE_ERROR, solved=0.0)
+  found = [trajectory(finish(), task=str(n), solved=s) for n, s in enumerate((1.0, 1.0, 0.5, 0.0))]
   assert metrics.by_kind(tasks, [*found, lost]) == {"late": 0.75, "fee": 1.0}
 
 

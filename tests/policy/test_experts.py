@@ -13,7 +13,7 @@ import pytest
 from fakes import on_devices, tiny_config
 
 from steptool_jax.config import Lora
-from steptool_jax.policy import experts, families, lora, model, sharding
+from steptool_jax.policy import caches, experts, families, lora, model, sharding
 from steptool_jax.policy.formats import hub
 
 CONFIG = tiny_config(
@@ -181,7 +181,7 @@ def _on_eight_devices(directory: pathlib.Path) -> None:
   kernel = placed["params"]["layers"]["expert_up"]["kernel"]
   assert kernel.addressable_shards[0].data.shape == (1, 4, 32, 6)
   rows = jax.device_put(tokens, sharding.batch_sharding(mesh))
-  spot = jax.NamedSharding(mesh, sharding.cache_spec(cache.k.shape[3:], mesh))
+  spot = jax.NamedSharding(mesh, caches.specs(cache, mesh).k)
   with jax.set_mesh(mesh):
     experts.TOKENS, experts.PAIRS = 24, 16  # a row in parts, and a part in blocks
     got = jax.jit(jax.value_and_grad(loss))(placed, rows)

@@ -114,7 +114,8 @@ def test_xla_attention_equals_dense_over_the_same_numbers(platform, reach, monke
   for n in range(slots):
     check(out[n, 0], n, lengths[n], lengths[n])
   expected, scales = quantised(k[0])
-  rows = cache.k[1, 0, :8].reshape(8, -1)[:, : heads * width]
+  rows = jnp.moveaxis(cache.k, attention.positions_axis(), 2)[1, 0, :8]
+  rows = rows.reshape(8, -1)[:, : heads * width]
   np.testing.assert_array_equal(rows, expected.reshape(8, -1))
   np.testing.assert_allclose(cache.k_scale[1, 0, :, 0, :8], scales.T, rtol=1e-6)
   assert not cache.v_scale[0].any()  # another layer

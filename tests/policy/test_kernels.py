@@ -55,21 +55,24 @@ def test_decode_equals_the_oracle_and_writes_its_token(small_blocks, dtype):
   plan = headcache.one_token(position, active, cache)
   out, after = jax.jit(plan.step)(q, new_k, new_v, jnp.int32(1), cache)
   writes = jnp.where(active, position, SIZE)[:, None]
-  written = [attention.write_cache(x, y, jnp.int32(1), writes) for x, y in ((k, new_k), (v, new_v))]
+  written = [
+    attention.write_cache(heads_first(x), y, jnp.int32(1), writes)
+    for x, y in ((k, new_k), (v, new_v))
+  ]
   for n in (0, 1, 2):
-    seen = [np.asarray(x[1, n], np.float64) for x in written]
+    seen = [np.asarray(heads_first(x)[1, n], np.float64) for x in written]
     expected = oracle(q[n, 0], *seen, int(position[n]))
     np.testing.assert_allclose(out[n, 0].astype(float), expected, atol=8 * TOLERANCE[dtype])
   xla = attention.attend_cache(
-    q, attention.KVCache(*written), HEADS, jnp.int32(1), position[:, None], jnp.int32(2)
+    *(q, attention.KVCache(*written), HEADS, jnp.int32(1), position[:, None]),
+    attention.cache_blocks(position, SIZE),
   )
   gap = jnp.abs(out[:3].astype(jnp.float32) - xla[:3].astype(jnp.float32))
   # A bfloat16 near 1 has steps of 8e-3: the two may round to neighbours.
   assert float(jnp.mean(gap)) < TOLERANCE[dtype]
   assert np.isfinite(out.astype(float)).all()
   for x, y in zip(after.arrays, written, strict=True):
-    x = np.asarray(heads_first(x).astype(jnp.float32))
-    y = np.asarray(y.astype(jnp.float32))
+    x, y = (np.asarray(heads_first(z).astype(jnp.float32)) for z in (x, y))
     np.testing.assert_array_equal(x[0], y[0])  # another layer
     np.testing.assert_array_equal(x[1, 3], y[1, 3])  # a slot that takes no part
     for n in (0, 1, 2):
@@ -119,9 +122,10 @@ def test_tiles_equal_the_xla_path(small_blocks, dtype):
       x[1, slot[r], at + a : at + b] = y[r, a:b].astype(jnp.float32)
   for x, y in zip(after.arrays, written, strict=True):
     np.testing.assert_array_equal(heads_first(x).astype(jnp.float32), y)
-  seen = attention.KVCache(*(jnp.asarray(x, dtype)[:, slot] for x in written))
+  seen = attention.KVCache(*(heads_first(jnp.asarray(x, dtype))[:, slot] for x in written))
   positions = base[:, None] + jnp.arange(tile)
-  xla = attention.attend_cache(q, seen, HEADS, jnp.int32(1), positions, jnp.int32(2))
+  blocks = attention.cache_blocks(positions, SIZE)
+  xla = attention.attend_cache(q, seen, HEADS, jnp.int32(1), positions, blocks)
   for r in range(3):
     inside = slice(int(first[r]), int(end[r]))
     gap = jnp.abs(out[r, inside].astype(jnp.float32) - xla[r, inside].astype(jnp.float32))

@@ -100,15 +100,16 @@ def test_slots_at_different_lengths_and_invalid_tokens(platform, monkeypatch):
   full = run(tokens, jnp.tile(jnp.arange(9), (3, 1)), jnp.ones_like(tokens))
   monkeypatch.setattr(attention, "platform", lambda: platform)
   cache = model.init_cache(CONFIG, 3, 9)
-  heads = {"cpu": (CONFIG.num_kv_heads, CONFIG.head_dim), "tpu": (128,)}
-  assert cache.k.shape == (CONFIG.num_layers, 3, 9, *heads[platform])
+  rest = {"cpu": (CONFIG.num_kv_heads, 9, CONFIG.head_dim), "tpu": (9, 128)}
+  assert cache.k.shape == (CONFIG.num_layers, 3, *rest[platform])
   counts = jnp.array([9, 4, 0])
   positions = jnp.tile(jnp.arange(9), (3, 1))
   step = jax.jit(functools.partial(model.forward_cached, CONFIG, {"params": params()}))
   hidden, cache = step(tokens, positions, positions < counts[:, None], cache)
   np.testing.assert_allclose(hidden[1, :4], full[1, :4], atol=2e-5)
   assert np.isfinite(hidden).all()
-  written = np.abs(np.asarray(cache.k)).reshape(2, 3, 9, -1).max(axis=(0, 3)) > 0
+  there = np.abs(np.moveaxis(cache.k, attention.positions_axis(), 2)).reshape(2, 3, 9, -1)
+  written = there.max(axis=(0, 3)) > 0
   np.testing.assert_array_equal(written, np.arange(9) < np.array([9, 4, 0])[:, None])
   # Slot 0 is full: a token after the end writes nothing; slots 1 and 2 go on at 4 and 0.
   before = cache

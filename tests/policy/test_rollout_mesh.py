@@ -157,7 +157,7 @@ def test_a_move_by_hand():
   assert moved.length.tolist() == [5, 3]
   assert moved.tokens.tolist() == [[1] * 6, [7, 7, 7, 7, 1, 1]]
   assert moved.cache.k[:, 0].sum() == 0
-  assert moved.cache.k[:, 1, :3].min() == 1
+  assert moved.cache.k[:, 1, :, :3].min() == 1
 
 
 def test_tiles_of_a_call(monkeypatch):

@@ -14,7 +14,7 @@ from fakes import on_devices, tiny_config
 from jax.sharding import PartitionSpec as P
 
 from steptool_jax.learning import vocabulary
-from steptool_jax.policy import lora, model, sharding
+from steptool_jax.policy import caches, lora, model, sharding
 from steptool_jax.policy.formats import hub
 
 
@@ -144,7 +144,7 @@ def _on_eight_devices(directory: pathlib.Path) -> None:
   kernel = placed["params"]["layers"]["up"]["kernel"]
   assert kernel.addressable_shards[0].data.shape == (2, 16, 24)
   rows = jax.device_put(tokens, sharding.batch_sharding(mesh))
-  spot = jax.NamedSharding(mesh, sharding.cache_spec(cache.k.shape[3:], mesh))
+  spot = jax.NamedSharding(mesh, caches.specs(cache, mesh).k)
   with jax.set_mesh(mesh):
     eight = jax.jit(jax.value_and_grad(loss))(placed, rows)
     eight_cached = jax.jit(cached)(placed, rows, jax.device_put(cache, spot))

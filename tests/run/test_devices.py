@@ -114,8 +114,8 @@ def _main(kind, compiled):
       if sharding.path_string(path).endswith("mu/params/layers/up/kernel")
     ]
     assert [m.addressable_shards[0].data.shape for m in moments] == [(2, 16, 24)]
-  assert cache.k.shape == (2, 8, 320, 2, 8)
-  assert cache.k.addressable_shards[0].data.shape == (2, 2, 320, 1, 8)
+  assert cache.k.shape == (2, 8, 2, 320, 8)
+  assert cache.k.addressable_shards[0].data.shape == (2, 2, 1, 320, 8)
   print("8 devices agree with 1")
 
 

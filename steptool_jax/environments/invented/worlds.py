@@ -174,10 +174,10 @@ class _Artist:
     tools: list[InventedTool] = []
     for kind in kinds:
       key_schema = {"type": "integer" if self.numbers and kind.finds else "string"}
-      key = self._styled(self.key_style if kind.finds else self.name_style, kind.name)
+      key = (self.key_style if kind.finds else self.name_style).replace("kind", kind.name)
       if kind.finds:
-        argument = self._styled(self.name_style, kind.name)
-        found = (self._styled(self.found, kind.name),)
+        argument = self.name_style.replace("kind", kind.name)
+        found = (self.found.replace("kind", kind.name),)
         name = self._name(self.finder_verb, kind.name)
         tools.append(self._tool("find", name, kind, found, {argument: {"type": "string"}}))
       if self.rng.random() < 0.45:
@@ -217,9 +217,6 @@ class _Artist:
     name = self._name(verb, *self.rng.choice(((), (kind.name,), (kind.name, "to", link.name))))
     arguments = {key: key_schema, value: {"type": "integer" if numbers else "string"}}
     return self._tool("give", name, kind, (link.name,), arguments)
-
-  def _styled(self, style: str, kind: str) -> str:
-    return style.replace("kind", kind)
 
   def _field_name(self, verb: str, kind: str, field: str) -> str:
     if not self.with_kind:
