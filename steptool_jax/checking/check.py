@@ -58,9 +58,9 @@ class Report:
 
   def summary(self) -> dict[str, Any]:
     """Figures, and findings counted by level and kind."""
-    kinds = collections.Counter(f"{f.level}: {f.kind}" for f in self.findings)
+    found = collections.Counter(f"{f.level}: {f.kind}" for f in self.findings)
     counts = {f"{level}s": count(self.findings, level) for level in LEVELS}
-    return {**counts, **self.figures, "kinds": dict(sorted(kinds.items()))}
+    return {**counts, **self.figures, "found": dict(sorted(found.items()))}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -53,7 +53,8 @@ def run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
     tasks = {task.id: task for task in parts.environment.tasks("heldout")}
     if not tasks:
       raise ValueError("environment: there are no held-out tasks, whose tools could be offered")
-    print(f"{source}; /task ID, /tasks, /quit, or a question of your own")
+    print(f"{source}; /task ID, /tasks, /quit, or a question of your own,")
+    print(f"which meets the world of the last task (at first {next(iter(tasks))})")
     asked = _converse(parts, variables, tasks)
   return outputs.write_summary(workdir, "chat", {"source": source, "conversations": asked})
 
@@ -61,7 +62,7 @@ def run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
 def _converse(parts: Parts, variables: dict, tasks: dict[str, Task]) -> int:
   """Answers one line after the other; how many conversations there were."""
   present, asked = next(iter(tasks.values())), 0
-  while (line := _line()) not in (None, "/quit"):
+  while (line := _line()) not in (None, "/quit", "quit", "exit"):
     word, _, name = line.partition(" ")
     if not line:
       continue

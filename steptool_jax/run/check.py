@@ -45,6 +45,7 @@ def run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
   if "checked_tasks" in summary:  # the environment could be opened
     tasks = sum(summary[f"{split}_tasks"] for split in SPLITS)
     looked = f"{summary['checked_tasks']} of {tasks} tasks were looked at"
-    few = summary["checked_tasks"] < tasks
-    hosts.say(looked + (" (check.tasks of each split; 0 = all)" if few else ""))
+    if summary["checked_tasks"] < tasks:
+      looked += " (check.tasks of each split; 0 = all)"
+    hosts.say(f"{looked}; {summary['demonstrations']} demonstrations of these were replayed")
   return {"mode": "check"} | summary

@@ -80,7 +80,7 @@ def test_the_summary_counts_and_a_hanging_tool_does_not_hang_it(faulty):
   summary, findings, rows, seconds = faulty
   assert summary["exit_code"] == 1
   assert summary["errors"] == sum(f["level"] == "error" for f in findings) > 8
-  assert sum(summary["kinds"].values()) == len(findings)
+  assert sum(summary["found"].values()) == len(findings)
   assert [f["level"] for f in findings] == sorted(f["level"] for f in findings)
   by_id = {row["id"]: row for row in rows}
   assert by_id["rich"]["solved"] == 1
@@ -103,7 +103,7 @@ def test_a_tool_that_always_raises_is_named_once(tmp_path):
     for name in names
   ]
   summary, findings, _ = checked(tmp_path, **faulty_tasks.write(tmp_path, broken[:2]))
-  assert summary["kinds"]["error: tool"] == 1  # 'untyped'; two calls are few
+  assert summary["found"]["error: tool"] == 1  # 'untyped'; two calls are few
   (tmp_path / "more").mkdir()
   fields = faulty_tasks.write(tmp_path / "more", [*faulty_tasks.GOOD, *broken])
   summary, findings, _ = checked(tmp_path / "more", **fields)
@@ -144,7 +144,10 @@ def test_kinds_that_training_never_shows_are_named(tmp_path, capsys):
     "held-out tasks of kind 'new' have no training task of their kind",
     "held-out tasks of kind 'short' have no demonstration of their kind in training",
   ]
-  assert "4 of 6 tasks were looked at (check.tasks of each split" in capsys.readouterr().out
+  assert (
+    "4 of 6 tasks were looked at (check.tasks of each split; 0 = all); 3 demonst"
+    in capsys.readouterr().out
+  )
   _, findings, _ = checked(tmp_path, **fields, sft__steps=0)
   assert len([f for f in findings if f["kind"] == "kind"]) == 1
 
