@@ -93,22 +93,29 @@ command, on ONE core of an EPYC without AVX-512, beside other work.
 - fleet: who drives which car, where it is, filling it up; 432 training and 108 held-out tasks.
 - library: finding a book, its copies and shelf, lending some; 960 training and 240 held-out tasks.
 
-The fleet's figures are those of 16 SFT steps (--config.sft.steps=16); the config has 60 since,
-because of the third set.
+With 16 SFT steps (--config.sft.steps=16) the fleet is left to RL: 4.6 %, 53.7 % after SFT, 94.4 %
+after RL, in 14.6 minutes. The config has 60, because of the parcels below; on sets as easy as the
+fleet SFT then does all of it, and RL keeps it.
 
-The library with 16 to 20 steps and the same start checkpoint: RL at a learning rate of 3e-4 undid
-SFT in its first update (43 to 19 % of training conversations, KL above 3); at 1e-4, 18 iterations
-from 37 % went up to 62 % and down again to 43 %. One result of that set holds both what "how many"
-and what "where" ask for; after SFT that choice is most of what fails (27 of 63 failures), and the
-policy seems to tip from the one to the other for all questions.
+One result of the library holds both what "how many" and what "where" ask for; after 16 SFT steps
+that choice was most of what failed (27 of 63 failures), and RL tipped from the one to the other for
+all questions (from 37 % up to 62 % and down to 43 % of training conversations; at a learning rate
+of 3e-4 its first update undid SFT). From 60 steps it rises steadily, in 40
+iterations from 56.0 to 78.5 %.
 
-A third set was written by somebody who had the README alone: a parcel service, three tools, eight
-kinds of questions in three wordings each, records with three fields, a tool of two arguments, 120
-demonstrations, no first name, surname or depot of the held-out tasks in training. With 16 SFT steps
-held-out tasks went from 3 to 6 % and in 20 iterations to 20 %, training stayed at a quarter, and 25
-minutes did not suffice; with 60 steps SFT ended at 33 %, and twelve iterations of RL moved nothing
-(KL up to 1.9). So the aim, three own tools in a quarter of an hour, is reached on a set of easy
-questions, and not yet on such a one.
+Two more sets were written by somebody who had the README alone, one seed each:
+
+- A theatre: three tools with one-field results, four kinds of questions in two wordings, one of
+  them of two dependent calls, 480 training tasks, 120 demonstrations, 100 held-out tasks with words
+  that training never shows: 13.0 %, 85.0 % after SFT, 89.0 % after RL, in 6.2 minutes of one core.
+  All eleven that fail have the word "Foreign", which no training task has; the model garbles it.
+- A parcel service: three tools, eight kinds of questions in three wordings each, records with
+  three fields, a tool of two arguments, 120 demonstrations. With 16 SFT steps 3 %, 6 %, and 20 %
+  after 20 iterations, in more than 25 minutes; with 60 steps SFT ended at 33 %, and twelve
+  iterations of RL moved nothing (KL up to 1.9).
+
+So three own tools in a quarter of an hour are reached with easy questions, and not with such as the
+last ones.
 
 """
 
