@@ -359,8 +359,8 @@ def test_flops_are_the_analytic_ones(result):
 def test_flops_of_the_engine(result):
   config, reports = result
   m = compile_mode.abstract_policy(config).model
-  slots, size, chunk = config.rollout.slots, 384, config.rollout.decode_chunk
-  attention = 4 * m.num_layers * m.num_heads * m.head_dim * size  # all blocks of 320 positions
+  slots, size, chunk = config.rollout.slots, 320, config.rollout.decode_chunk  # 5 whole blocks
+  attention = 4 * m.num_layers * m.num_heads * m.head_dim * size
   token = families.useful_flops(m) + attention
   assert reports["decode"]["flops"] == pytest.approx(slots * chunk * token, rel=0.01)
   without_head = token - 2 * m.hidden_size * m.vocab_size

@@ -57,7 +57,7 @@ def lines(
   kinds = [summary.get("kinds", {}).get(key, {}) for _, key in _STAGES if key in summary]
   if any(kinds):
     out += ["", *by_kind([name for name, _ in shares], kinds)]
-    out += textwrap.wrap(_plain(unsolved(kinds[-1])), 98)
+    out += textwrap.wrap(unsolved(kinds[-1]), 98)
   pair = improved(workdir)
   if pair is not None:
     out += ["", *side_by_side(*pair)]
@@ -100,7 +100,7 @@ def unsolved(kinds: Mapping[str, float]) -> str:
   missed = [kind for kind, rate in kinds.items() if not rate]
   if not missed or len(missed) == len(kinds):
     return ""
-  named = ", ".join(missed[:_NAMED]) + (", …" if len(missed) > _NAMED else "")
+  named = _plain(", ".join(missed[:_NAMED])) + (", …" if len(missed) > _NAMED else "")
   return (
     f"no task was solved of kind {named}: give these more demonstrations, since RL learns from "
     "what succeeds now and then"
