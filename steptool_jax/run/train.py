@@ -426,11 +426,10 @@ def _evaluate(
     hosts.say(run.parts.services.beside(f"{label}: held-out pass rate {pass_rate:.1%}"))
     if name == "pass_rate_sft" and figures.get("invalid_call_rate") == 1:
       hosts.say(f"{label}: no call was valid{closing.NOTHING_EARNED}")
-    kinds = by_kind(tasks, trajectories)
-    if name and kinds:
+    if name and (kinds := by_kind(tasks, trajectories)):
       run.progress.kinds[name] = kinds
-    if name == "pass_rate_sft" and (unsolved := closing.unsolved(kinds)):
-      hosts.say(f"{label}: {unsolved}")
+      if name == "pass_rate_sft" and (unsolved := closing.unsolved(kinds)):
+        hosts.say(f"{label}: {unsolved}")
     if run.progress.phase == "rl" or name == "pass_rate_sft":
       run.progress.heldout_curve.append((run.progress.conversations, pass_rate))
   if name:

@@ -61,7 +61,7 @@ def figures(
   }
   out |= _passed(scores)
   if kinds := _rows_by(KIND, tasks, common):
-    out["kinds"] = {kind: _passed(scores[rows])["pass_rate"] for kind, rows in kinds.items()}
+    out["kinds"] = {kind: float(scores[rows].mean()) for kind, rows in kinds.items()}
   judging = parts.services.judging
   if judging is None:
     return out
