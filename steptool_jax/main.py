@@ -29,7 +29,7 @@ import pathlib
 import re
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from absl import app, flags, logging
@@ -93,9 +93,24 @@ def main(argv: list[str]) -> None:
   summary = _or_exit(_dispatch)
   if hosts.primary():
     for name, value in summary.items():
-      print(f"{name}: {value:.4g}" if isinstance(value, float) else f"{name}: {value}")
+      print(*_lines(name, value), sep="\n")
   if summary.get("exit_code"):  # the mode worked, and found what must not go on
     sys.exit(summary["exit_code"])
+
+
+def _lines(name: str, value: Any) -> Iterator[str]:
+  """`name: value`; the figures of a table have a line each, `name.figure: value`."""
+  if isinstance(value, dict):
+    for key, inner in value.items():
+      yield from _lines(f"{name}.{key}", inner)
+  elif isinstance(value, (list, tuple)):
+    yield f"{name}: {' '.join(map(_figure, value)) or 'none'}"
+  else:
+    yield f"{name}: {_figure(value)}"
+
+
+def _figure(value: Any) -> str:
+  return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _dispatch() -> dict[str, Any]:

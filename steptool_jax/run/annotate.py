@@ -24,7 +24,6 @@ from typing import Any
 
 import numpy as np
 from absl import logging
-from tqdm import tqdm
 
 from steptool_jax.config import Config
 from steptool_jax.data import annotated_trajectories, atif, trajectories
@@ -36,6 +35,7 @@ from steptool_jax.rewards.scores import apply
 from steptool_jax.rollout.chain import Interrupted
 from steptool_jax.run.data.offline import files
 from steptool_jax.run.evaluating.state_values import Kept
+from steptool_jax.run.hosts import hosts
 from steptool_jax.run.parts import build, opening, services
 from steptool_jax.run.parts.opening import Stop
 from steptool_jax.run.training import restore
@@ -289,7 +289,7 @@ def by_judge(config: Config, workdir: pathlib.Path, work: Work, stop: Stop) -> d
     endpoint = services.open_endpoint(asked, "judge.endpoint", stack)
     judge = StepJudge(endpoint, runs=config.judge.runs)
     records, work.records = work.records, []
-    bar = stack.enter_context(tqdm(total=len(records), desc="judge", unit="trajectory"))
+    bar = stack.enter_context(hosts.bar(total=len(records), desc="judge", unit="trajectory"))
     for start in range(0, len(records), ROUND):
       if stop():
         break
@@ -351,7 +351,7 @@ def by_monte_carlo(config: Config, workdir: pathlib.Path, work: Work, stop: Stop
     kept = Kept(parts, policy)
     records, work.records = work.records, []
     size = config.rollout.slots
-    with tqdm(total=len(records), desc="monte carlo", unit="trajectory") as bar:
+    with hosts.bar(total=len(records), desc="monte carlo", unit="trajectory") as bar:
       for start in range(0, len(records), size):
         here = [(tasks[r.trajectory.task_id], r) for r in records[start : start + size]]
         try:

@@ -20,12 +20,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from absl import logging
-from tqdm import tqdm
 
 from steptool_jax import validation
 from steptool_jax.config import Config
 from steptool_jax.evaluation.comparison import DONE, FAILED, STARTED, WAITING
 from steptool_jax.files import write_text
+from steptool_jax.run.hosts import hosts
 from steptool_jax.run.parts import opening
 from steptool_jax.run.studies import grid, results
 from steptool_jax.run.studies.grid import Planned, State
@@ -104,7 +104,7 @@ def _run_cells(
   waiting = [c for c in chosen if _state(workdir, c).status not in _ENDED]
   free, running = list(slots), []
   budget = config.study.hours * 3600
-  with tqdm(total=len(chosen), initial=len(chosen) - len(waiting), desc="cells") as bar:
+  with hosts.bar(total=len(chosen), initial=len(chosen) - len(waiting), desc="cells") as bar:
     while waiting or running:
       if stop() or (budget and time.monotonic() - started > budget):
         _stop_all(running)
@@ -118,7 +118,7 @@ def _run_cells(
         state = _note_end(job, config.study.attempts)
         if state.status in _ENDED:
           bar.update()
-          tqdm.write(f"{job.cell.name}: {state.status} {state.note}")
+          hosts.say(f"{job.cell.name}: {state.status} {state.note}")
         else:
           logging.warning("%s: %s; it is tried again", job.cell.name, state.note)
           waiting.insert(0, job.cell)

@@ -2,6 +2,7 @@
 
 import io
 import sys
+import time
 
 from steptool_jax.run.hosts import hosts
 
@@ -29,6 +30,16 @@ def test_a_log_has_lines_and_no_short_inner_bars(monkeypatch):
   assert "0/2" in lines[0]
   assert "2/2" in lines[-1]
   assert 2 <= len(lines) <= 3
+
+
+def test_a_log_has_the_end_of_an_inner_bar_that_took_long(monkeypatch):
+  monkeypatch.setattr(hosts, "_LOG_S", 0.01)
+  monkeypatch.setattr(sys, "stderr", stream := io.StringIO())
+  with hosts.bar(total=3, desc="rollout", leave=False) as bar:
+    for _ in range(3):
+      time.sleep(0.02)
+      bar.update()
+  assert "3/3" in stream.getvalue().rstrip().split("\n")[-1]
 
 
 def test_a_terminal_has_them(monkeypatch):

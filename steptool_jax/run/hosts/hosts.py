@@ -90,13 +90,13 @@ def lead(work: Callable[[], Any]) -> Any:
 def bar(**arguments: Any) -> tqdm:
   """A progress bar, in process 0 alone.
 
-  In a log file it is a line now and then; one that would be wiped away at its end (leave=False) has
-  none before half a minute.
+  In a log file it is a line now and then and one at its end; one that a terminal would wipe away
+  (leave=False) has none there if it ends within half a minute.
   """
   how: dict[str, Any] = {"mininterval": 0.5}
   if not sys.stderr.isatty():
     how = {"mininterval": _LOG_S, "bar_format": "{l_bar}{bar:20}{r_bar}\n"}
-    how["delay"] = 0 if arguments.get("leave", True) else _LOG_S
+    how["delay"] = 0 if arguments.pop("leave", True) else _LOG_S
   return tqdm(disable=not primary(), **how, **arguments)
 
 
