@@ -53,7 +53,7 @@ def get_config(arg=""):
   t.row_tokens = 4096
   # As in the release; SFT is for ':sft' alone.
   t.optimizer.max_grad_norm = config.sft.optimizer.max_grad_norm = 0.0
-  config.sft.steps, config.sft.micro_rows = 0, 1
+  config.sft.steps, config.sft.micro_rows = 0, 8
   if arg == "sft":
     config.lora.rank, d.format, t.row_tokens = 0, "dialogues", 8192
   # Trained without an environment; evaluate the export with configs/stabletoolbench.py.

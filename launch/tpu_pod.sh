@@ -39,7 +39,14 @@ case $action in
       mkdir -p ~/steptool_jax && tar -xzf /tmp/steptool_jax.tar.gz -C ~/steptool_jax
       sudo apt-get -qq install -y nfs-common python3-venv > /dev/null
       sudo mkdir -p /data && (mountpoint -q /data || sudo mount -t nfs '${SHARE:?}' /data)
-      cd ~/steptool_jax && python3 -m venv .venv && .venv/bin/pip install -q -e '.[tpu]'"
+      cd ~/steptool_jax
+      if python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+        python3 -m venv .venv
+      else  # images of Ubuntu 22.04 have 3.10
+        python3 -m venv ~/.uv && ~/.uv/bin/pip install -q uv
+        ~/.uv/bin/uv venv -q --seed --python 3.12 .venv
+      fi
+      .venv/bin/pip install -q -e '.[tpu]'"
     ;;
   run)
     all_hosts "cd ~/steptool_jax && PYTHON=.venv/bin/python launch/worker.sh $(printf '%q ' "$@")"

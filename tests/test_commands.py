@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+import types
 import zipfile
 
 import pytest
@@ -23,7 +24,8 @@ from absl import flags
 from ml_collections import config_flags
 
 from steptool_jax import main, validation
-from steptool_jax.run import check
+from steptool_jax.run import check, train
+from steptool_jax.run.training import restore
 from steptool_jax.simulators import functions  # noqa: F401, what the example imports
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -63,6 +65,10 @@ ELSEWHERE = {
 }
 
 
+# Modes that read the newest checkpoint of a folder.
+READERS = ("bench", "chat", "evaluate", "export", "serve")
+
+
 def text_of(page):
   """Its text, commands that go on in a next line in one."""
   return page.read_text().replace("\\\n", " ")
@@ -98,13 +104,44 @@ def test_a_command_is_accepted(command, monkeypatch):
   rules[0](words)
 
 
+def test_what_reads_a_run_is_given_the_policy_of_its_training(monkeypatch, tmp_path):
+  """A page trained with parallel calls, and served the folder without them: it was refused."""
+  monkeypatch.chdir(ROOT)
+  trained, readers = {}, 0
+  for command in COMMANDS:
+    words = [w.removeprefix(".venv/bin/") for w in shlex.split(command)]
+    holder = parsed(words) if words[0] == "steptool" else None
+    if holder is None:
+      continue
+    config = validation.validate(holder.config)
+    if holder.mode == "train":
+      trained[holder.workdir] = config
+    elif holder.mode in READERS and holder.workdir in trained:
+      (tmp_path / "config.json").write_text(validation.to_json(trained[holder.workdir]))
+      restore.refuse_other_config(config, tmp_path, only=restore.POLICY)
+      readers += 1
+  assert readers >= 2
+
+
 def of_program(words):
-  """Its flags, as main.py reads them; a config, its overrides and what they mean together."""
+  """Its flags, a config, its overrides and what they mean together."""
+  holder = parsed(words)
+  if holder is None:
+    return
+  config = validation.validate(holder.config)
+  assert (holder.mode == "compile") == (holder.topology is not None)
+  assert (ROOT / ELSEWHERE[holder.mode]).is_file()
+  if holder.mode == "train" and re.match("/(models|data)/", config.model.path):  # of eight chips
+    train.check_rows(config, types.SimpleNamespace(shape={"data": 1, "fsdp": 8}))
+
+
+def parsed(words):
+  """The flags of a call, as main.py reads them; None for a program named in a sentence."""
   words = words[3:] if words[0].startswith("python") else words[1:]
   argv = main._with_mode(["steptool", *words])
-  if not any(w.startswith("--config=") for w in argv):  # named in a sentence
+  if not any(w.startswith("--config=") for w in argv):
     assert len(words) < 2
-    return
+    return None
   holder = flags.FlagValues()
   config_flags.DEFINE_config_file("config", None, flag_values=holder)
   for name in ("workdir", "topology"):
@@ -117,9 +154,7 @@ def of_program(words):
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(sys, "argv", found)  # where config_flags looks overrides up
     assert holder(found) == ["steptool"]
-  validation.validate(holder.config)
-  assert (holder.mode == "compile") == (holder.topology is not None)
-  assert (ROOT / ELSEWHERE[holder.mode]).is_file()
+  return holder
 
 
 def of_pip(words):

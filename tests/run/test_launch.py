@@ -94,3 +94,24 @@ def test_a_wrong_command_is_explained(start):
   pod = start("local_pod.sh", "none")
   assert pod.wait(30) == 2
   assert pod.stderr.read().startswith("usage: ")
+
+
+def test_the_setup_of_a_pod_is_a_valid_script(tmp_path):
+  """What all hosts run stands in quotation marks, where bash does not read it."""
+  stub = tmp_path / "gcloud"
+  stub.write_text(
+    '#!/bin/sh\nfor word; do case $word in --command=*) echo "${word#--command=}";; esac; done\n'
+  )
+  stub.chmod(0o755)
+  names = {"NAME": "n", "ZONE": "z", "SHARE": "10.0.0.2:/vol1"}
+  environment = os.environ | names | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+  script = subprocess.run(
+    [tiny.ROOT / "launch" / "tpu_pod.sh", "setup"],
+    env=environment,
+    capture_output=True,
+    text=True,
+    check=True,
+  ).stdout
+  assert "'10.0.0.2:/vol1' /data" in script
+  assert "(3, 11)" in script
+  subprocess.run(["bash", "-n"], input=script, text=True, check=True)

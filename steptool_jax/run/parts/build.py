@@ -182,9 +182,9 @@ def refuse_missing_model(config: Config) -> None:
   if not path or path.startswith("asset:") or pathlib.Path(path).exists():
     return
   raise FileNotFoundError(
-    f"config.model.path: there is no {path!r} here, and nothing is downloaded: get the model (the "
-    "top of its config file says how), then give its Hugging Face directory or .gguf file with "
-    "--config.model.path=PATH"
+    f"config.model.path: there is no {path!r} here, and nothing is downloaded: get the model "
+    "(`hf download NAME --local-dir=DIR`, or as the top of its config file says), then give its "
+    "Hugging Face directory or .gguf file with --config.model.path=PATH"
   )
 
 
