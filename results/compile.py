@@ -29,6 +29,7 @@ LONG = (
   "train.share_prompts=False",  # whose masks alone would take 11.6 GiB
 )
 SMALL = ("mesh.data=1", "mesh.fsdp=-1", "model.dtype=bfloat16")
+SHORT = "train.row_tokens=1024"
 BIG = ("llama3_1_8b", "qwen2_7b", "toolllama2_7b", "qwen3_8b")
 
 
@@ -55,7 +56,12 @@ CELLS = (
     for name in BIG
   ),
   *(
-    ("smollm2_135m", topology, "LoRA", (*SMALL, rows(chips), "rollout.slots=32"))
+    (
+      "smollm2_135m",
+      topology,
+      "LoRA",
+      (*SMALL, SHORT, rows(chips), "rollout.tasks=8", "rollout.slots=32"),
+    )
     for topology, chips in (("v5e:2x2", 4), ("v5e:4x4", 16), ("v6e:2x4", 8))
   ),
   *((name, "v6e:2x4", "LoRA", (rows(8),)) for name in BIG),
@@ -68,12 +74,17 @@ CELLS = (
       "smollm2_135m",
       size,
       "scaling",
-      (*SMALL, rows(n), f"rollout.tasks={8 * n}", f"rollout.slots={8 * n}"),
+      (*SMALL, SHORT, rows(n), f"rollout.tasks={8 * n}", f"rollout.slots={8 * n}"),
     )
     for size, n in (("v5e:1x1", 1), ("v5e:2x4", 8), ("v5e:4x8", 32), ("v5e:8x8", 64))
   ),
   *(
-    ("smollm2_135m", "v5e:2x2", f"LoRA, {n}k", (*SMALL, rows(4), *context(1024 * n)))
+    (
+      "smollm2_135m",
+      "v5e:2x2",
+      f"LoRA, {n}k",
+      (*SMALL, rows(4), "rollout.tasks=8", *context(1024 * n)),
+    )
     for n in (1, 4, 8, 16, 32)
   ),
   # Rollouts of other sizes: the update is that of the cells above.
