@@ -175,9 +175,9 @@ Four tries before did not come to anything, all stopped by hand, their curves ar
   .38 of training conversations, no trend over eight iterations.
 - What misled in all of them: the pass rate of an iteration is that of its tasks. What counts is the
   same held-out tasks before and after.
-- A trial of three iterations with the settings above (of 24, and with `rollout.reuse`), from a start
-  of the same kind, solved 32 instead of 27 of 48 held-out tasks, five gained and none lost; so they
-  were kept. No other learning rate was tried with them.
+- A trial of three iterations with the settings above (of 24, and with `rollout.reuse`), from a
+  start of the same kind, solved 32 instead of 27 of 48 held-out tasks, five gained and none lost;
+  so they were kept. No other learning rate was tried with them.
 
 What it costs on cores of an EPYC without AVX-512 (some 50 GFLOP/s each where both are busy): an SFT
 step of 8 demonstrations 46 s of a core, an iteration of RL some 370 s of a core, two fifths of it
