@@ -29,7 +29,7 @@ LONG = (
   "train.share_prompts=False",  # whose masks alone would take 11.6 GiB
 )
 SMALL = ("mesh.data=1", "mesh.fsdp=-1", "model.dtype=bfloat16")
-SHORT = "train.row_tokens=1024"
+SHORT = "train.row_tokens=1024"  # the config's are as long as its groups of samples
 BIG = ("llama3_1_8b", "qwen2_7b", "toolllama2_7b", "qwen3_8b")
 
 

@@ -93,7 +93,8 @@ def main(argv: list[str]) -> None:
   summary = _or_exit(_dispatch)
   if hosts.primary():
     for name, value in summary.items():
-      print(*_lines(name, value), sep="\n")
+      for line in _lines(name, value):
+        print(line)
   if summary.get("exit_code"):  # the mode worked, and found what must not go on
     sys.exit(summary["exit_code"])
 
