@@ -65,16 +65,20 @@ def contains_all(answer: str, values: Sequence[str | float], query: str = "") ->
     word = normal(str(value))
     if as_number is not None or not re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text):
       return False
-  known = [n for n in wanted if n is not None] + _numbers(normal(query))
+  known = [n for n in wanted if n is not None] + _numbers(query)
   others = {n for n in numbers if not any(_close(n, k) for k in known)}
   items = [item for item in re.split(r"[,;|/\n]\s|\band\b|\bor\b", text) if item.strip()]
   short = [item for item in items if len(item.split()) <= 3]
   return len(others) <= 2 * len(values) and len(short) <= max(2 * len(values), 3)
 
 
+def written_numbers(text: str) -> list[str]:
+  """The numbers within a text, without thousands separators: no part of a word, date or range."""
+  return [m.group().replace(",", "") for m in _WITHIN.finditer(normal(text))]
+
+
 def _numbers(text: str) -> list[float]:
-  found = (float(m.group().replace(",", "")) for m in _WITHIN.finditer(text))
-  return [n for n in found if math.isfinite(n)]
+  return [n for n in map(float, written_numbers(text)) if math.isfinite(n)]
 
 
 def _close(a: float, b: float, tolerance: float = 1e-6) -> bool:

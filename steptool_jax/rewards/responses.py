@@ -12,6 +12,7 @@ import json
 import re
 from typing import Literal
 
+from steptool_jax.rewards import marks
 from steptool_jax.types import Finish, Malformed, Step, ToolCall, Trajectory, by_call
 
 Rule = Literal["evidence", "lcs", "news"]
@@ -54,21 +55,18 @@ def _action_text(step: Step) -> str:
 def score(query: str, trajectory: Trajectory, rule: Rule = "evidence") -> Trajectory:
   """The same trajectory with success_calling (0 or 1) and contribution (in [0, 1]) on every call.
 
+  Of a turn with several calls a step has their means.
+
   Rule "lcs" is the released pair of rules, "evidence" our own, whose contribution is one to a
   solution: it is scaled by `solved`, so that words copied into a wrong answer earn nothing. Both
   know the answer; "news" depends on the calls up to a step alone.
   ValueError for an unknown rule.
   """
   texts = transcript(query, trajectory)
-  marks = marks_of(texts, rule)
+  found = marks_of(texts, rule)
   if rule == "evidence":
-    marks = [(sc, con * trajectory.solved) for sc, con in marks]
-  marks += [(0.0, 0.0)] * (len(trajectory.steps) - len(marks))
-  steps = tuple(
-    dataclasses.replace(step, success_calling=float(sc), contribution=float(con))
-    for step, (sc, con) in zip(trajectory.steps, marks, strict=True)
-  )
-  return dataclasses.replace(trajectory, steps=steps)
+    found = [(sc, con * trajectory.solved) for sc, con in found]
+  return marks.on_steps(trajectory, [*found, (0.0, 0.0)] if texts.finished else found)
 
 
 def marks_of(texts: Transcript, rule: Rule) -> list[tuple[float, float]]:

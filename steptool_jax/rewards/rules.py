@@ -15,17 +15,20 @@ Where a demonstrated step produces a value again, the credit is its own and not 
 
 import collections
 import dataclasses
+import functools
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from steptool_jax.environments.checkers import number
+from steptool_jax.environments.checkers import number, written_numbers
+from steptool_jax.rewards import marks
 from steptool_jax.simulators.render import leaves
 from steptool_jax.types import Code, Finish, Step, Task, ToolCall, Trajectory, by_call, calls_of
 
 # Here the final state is checked and the answer's text is free, so it proves no use of a value.
 _STATE_CHECKERS = frozenset({"state", "table"})
+_LONGEST = 40  # characters of a number; more digits are compared as text
 
 
 def annotate(task: Task, trajectory: Trajectory, causal: bool = False) -> Trajectory:
@@ -41,19 +44,8 @@ def annotate(task: Task, trajectory: Trajectory, causal: bool = False) -> Trajec
     raise ValueError(f"trajectory of task {trajectory.task_id!r} annotated with task {task.id!r}")
   facts = _forward(task, by_call(trajectory.steps))
   contributions = _progress(task, facts) if causal else _backward(task, trajectory, facts)
-  marks = iter(zip(facts, contributions, strict=True))
-  steps = []
-  for step in trajectory.steps:
-    # Those of a turn with several calls are means over its calls.
-    mine = [next(marks) for _ in by_call([step])]
-    steps.append(
-      dataclasses.replace(
-        step,
-        success_calling=sum(fact.success for fact, _ in mine) / len(mine),
-        contribution=sum(con for _, con in mine) / len(mine),
-      )
-    )
-  return dataclasses.replace(trajectory, steps=tuple(steps))
+  found = [(float(f.success), float(con)) for f, con in zip(facts, contributions, strict=True)]
+  return marks.on_steps(trajectory, found)
 
 
 def needed(task: Task) -> int:
@@ -233,11 +225,15 @@ def _leaves(value: Any) -> Iterator[str]:
 
 
 def _key(value: Any) -> str:
-  """Numbers compare by value ("12", 12, 12.0), text without case and outer white space."""
+  """Numbers compare by value ("12", 12, 12.0), text without case and outer white space.
+
+  Whole numbers to the last digit, fractions to twelve; "007" is a name and not the number 7.
+  """
   text = " ".join(str(value).casefold().split())
-  if re.fullmatch(r"[-+]?\d+(\.\d+)?", text):
-    return f"{float(text):.12g}"
-  return text
+  if len(text) > _LONGEST or not re.fullmatch(r"[-+]?(0|[1-9]\d*)(\.\d+)?", text):
+    return text
+  whole, _, fraction = text.partition(".")
+  return f"{float(text):.12g}" if fraction.strip("0") else str(int(whole))
 
 
 def _mentions(text: str, key: str) -> bool:
@@ -247,5 +243,12 @@ def _mentions(text: str, key: str) -> bool:
   whole = number(text)  # written as the checkers allow it: "1,234", "$5"
   if _key(text if whole is None else whole) == key:
     return True
+  if key in _numbers_in(text):
+    return True
   pattern = rf"(?<![\w.]){re.escape(key)}(?!\w|\.\d)"
   return re.search(pattern, " ".join(text.casefold().split())) is not None
+
+
+@functools.lru_cache(maxsize=256)  # a query is asked for every value that a result has
+def _numbers_in(text: str) -> frozenset[str]:
+  return frozenset(map(_key, written_numbers(text)))

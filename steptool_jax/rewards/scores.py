@@ -8,6 +8,7 @@ import dataclasses
 import statistics
 from collections.abc import Sequence
 
+from steptool_jax.rewards import marks
 from steptool_jax.rewards.responses import transcript
 from steptool_jax.types import Status, Trajectory
 
@@ -50,22 +51,20 @@ def mean(runs: Sequence[StepScores]) -> StepScores:
 def apply(scores: StepScores, trajectory: Trajectory) -> Trajectory:
   """The same trajectory with these scores on its calls, 0 on Finish, and `solved`.
 
+  Of a turn with several calls a step has their means.
+
   ValueError when the number of calls differs, or when the trajectory ended in an infrastructure
   error, which is never scored.
   """
   if trajectory.status is Status.INFRASTRUCTURE_ERROR:
     raise ValueError(f"{trajectory.task_id}: ended in an infrastructure error, it has no score")
-  calls = len(transcript("", trajectory).steps)
+  texts = transcript("", trajectory)
+  calls = len(texts.steps)
   if calls != len(scores.contribution):
     raise ValueError(
       f"{trajectory.task_id}: {len(scores.contribution)} scores for {calls} calls; the "
       "annotation belongs to another trajectory"
     )
-  rest = (0.0,) * (len(trajectory.steps) - calls)
-  steps = tuple(
-    dataclasses.replace(step, success_calling=sc, contribution=con)
-    for step, sc, con in zip(
-      trajectory.steps, scores.success_calling + rest, scores.contribution + rest, strict=True
-    )
-  )
-  return dataclasses.replace(trajectory, steps=steps, solved=scores.solved)
+  found = list(zip(scores.success_calling, scores.contribution, strict=True))
+  marked = marks.on_steps(trajectory, [*found, (0.0, 0.0)] if texts.finished else found)
+  return dataclasses.replace(marked, solved=scores.solved)

@@ -5,11 +5,12 @@ import dataclasses
 import numpy as np
 import pytest
 
+from steptool_jax.config import Rewards
 from steptool_jax.dialogue.codec import Codec
 from steptool_jax.dialogue.template import get_format
-from steptool_jax.rewards import information
+from steptool_jax.rewards import information, shaping
 from steptool_jax.run.parts.tokenizers import ASSETS
-from steptool_jax.types import Finish, Status, Step, Task, ToolCall, Trajectory
+from steptool_jax.types import Finish, Status, Step, Task, ToolCall, ToolCalls, Trajectory
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +63,20 @@ def test_gains_by_hand(conversation):
   found = information.gains(conversation, logprobs)
   assert [s.contribution for s in found.steps] == pytest.approx([0.25, 0.0, 0.0])
   assert [s.success_calling for s in found.steps] == [1.0, 1.0, 1.0]
+
+
+def test_a_turn_of_several_calls_earns_its_gain_once(conversation):
+  """Progress counts Con once a call: two calls for one gain were paid twice."""
+  both = ToolCalls((ToolCall("f", {}), ToolCall("g", {})))
+  first = dataclasses.replace(conversation.steps[0], action=both)
+  turn = dataclasses.replace(conversation, steps=(first, *conversation.steps[1:]))
+  logprobs = [np.log(np.array([p, p], np.float32)) for p in (0.25, 0.5, 0.5)]
+  paid = [
+    shaping.shape(information.gains(t, logprobs), Rewards(shaping="progress"), needed=1)
+    for t in (conversation, turn)
+  ]
+  assert [s.reward for s in paid[0].steps] == pytest.approx([0.25, 0.0, 0.0])
+  assert [s.reward for s in paid[1].steps] == pytest.approx([0.25, 0.0, 0.0])
 
 
 @pytest.mark.parametrize(

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import random
 import time
@@ -7,9 +8,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rewards.replays import step, trajectory
 
-from steptool_jax.rewards import responses
+from steptool_jax.rewards import responses, scores
 from steptool_jax.rewards.responses import Transcript
-from steptool_jax.types import Code, Finish, Malformed, Observation, Status, Task, ToolCall
+from steptool_jax.types import (
+  Code,
+  Finish,
+  Malformed,
+  Observation,
+  Status,
+  Task,
+  ToolCall,
+  ToolCalls,
+)
 
 TASK = Task("t", "x", "q", (), {})
 
@@ -154,6 +164,33 @@ def test_score_puts_marks_on_calls_only():
     assert marks == [(0, 0), (1, 1), (0, 0)], rule
   with pytest.raises(ValueError, match="rule is 'x'"):
     responses.score("q", full, "x")
+
+
+def side_by_side(*texts):
+  """A turn with a call for each of these results."""
+  parts = tuple(Observation(official(text), Code.OK) for text in texts)
+  calls = tuple(ToolCall("f", {"x": text[:1]}) for text in texts)
+  return step(ToolCalls(calls), Observation("both", Code.OK, parts=parts))
+
+
+def test_a_turn_with_several_calls_has_the_means_of_its_own():
+  """Marks were put on steps one by one: a failed call had those of a call before it."""
+  bad = Observation(official("", error="Timeout error..."), Code.TIMEOUT)
+  turn = side_by_side("monday cloudy windy", "tuesday sunny")
+  for rest in ([step(CALL, bad), step(Finish("x"))], [step(Finish("x"))], [step(CALL, bad)]):
+    whole = made(turn, turn, *rest)
+    found = responses.score("q", whole, "news").steps
+    marks = [(s.success_calling, s.contribution) for s in found]
+    assert marks == [(1, pytest.approx(5 / 6)), (1, 0), *[(0, 0)] * len(rest)]
+
+
+def test_a_judges_scores_of_several_calls_in_a_turn():
+  whole = made(side_by_side("monday", "tuesday"), step(CALL, Observation("x", Code.OK)))
+  judged = scores.StepScores((1.0, 0.0, 1.0), (0.2, 0.4, 1.0), 0.0)
+  for rest in ((), (step(Finish("x")),)):
+    found = scores.apply(judged, dataclasses.replace(whole, steps=(*whole.steps, *rest))).steps
+    marks = [(s.success_calling, pytest.approx(s.contribution)) for s in found]
+    assert marks == [(0.5, 0.3), (1.0, 1.0), *[(0.0, 0.0)] * len(rest)]
 
 
 @pytest.mark.parametrize("solved", [0.0, 0.5])

@@ -248,6 +248,14 @@ def test_a_retry_after_a_fault_is_no_repeat():
     (["The sum is 12."], "12", [FULL]),  # a value within a sentence
     (["It is karo's id a-17."], "a-17", [FULL]),
     ([0], "0", [FULL]),  # zero is a value
+    ([4006381333932], "4006381333931", [(1, 0)]),  # another article
+    ([4006381333931.0], "4006381333931", [FULL]),
+    (["007"], "7", [(1, 0)]),  # a name, not a number
+    (["007"], "007", [FULL]),
+    ([1200], "it is $1,200 now", [FULL]),  # a number within a text, by value
+    ([12.5], "12.50 each", [FULL]),
+    ([0.1 + 0.2], "0.3", [FULL]),
+    (["9" * 5000], "12", [(1, 0)]),
   ],
 )
 def test_values_by_hand(values, answer, marks):
@@ -377,6 +385,32 @@ def test_a_value_that_the_goal_needs_is_progress_once():
     steps = [step(ToolCall("f", {"k": i}), o) for i, o in enumerate(seen)]
     result = annotate(task, trajectory(task, steps, 0.0, Status.TOKEN_BUDGET), causal=True)
     assert [(s.success_calling, s.contribution) for s in result.steps] == marks
+
+
+@pytest.mark.parametrize(
+  ("gold", "called", "same"),
+  [
+    (4006381333931, 4006381333932, False),
+    ("007", "7", False),
+    ("0123456789", 123456789, False),
+    ("12", 12.0, True),
+  ],
+)
+def test_a_call_is_demonstrated_with_these_arguments_alone(gold, called, same):
+  task = Task("t", "x", "?", (), {"type": "none"}, (ToolCall("f", {"id": gold}), Finish("karo")))
+  call = step(ToolCall("f", {"id": called}), ok("done"))
+  (found,) = annotate(task, trajectory(task, [call], 0.0, Status.STEP_BUDGET), causal=True).steps
+  assert found.contribution == same
+
+
+@pytest.mark.parametrize("query", ["Pay $1,200 to Bob.", "Pay 1200.00 to Bob.", "Pay 1200, please"])
+def test_a_number_of_the_query_is_nothing_new(query):
+  """An echo of it was paid as if it had been found."""
+  gold = (ToolCall("pay", {"amount": 1200}), Finish("done"))
+  task = Task("t", "x", query, (), {"type": "state"}, gold)
+  echo = step(ToolCall("echo", {"x": 1200}), ok(1200))
+  (found,) = annotate(task, trajectory(task, [echo], 0.0, Status.STEP_BUDGET), causal=True).steps
+  assert (found.success_calling, found.contribution) == (1, 0)
 
 
 def test_a_pipelines_handles_are_no_values_of_the_demonstration():
