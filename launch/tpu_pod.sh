@@ -5,10 +5,12 @@
 #   launch/tpu_pod.sh create [--spot]           # asks for the slice and waits until it is there
 #   launch/tpu_pod.sh setup                     # copies this checkout and installs it on all hosts
 #   launch/tpu_pod.sh run --config=configs/llama3_1_8b.py --workdir=/data/run …
+#   launch/tpu_pod.sh log                       # what the first host says; `run` ends in this
 #   launch/tpu_pod.sh stop                      # SIGTERM to all: saves and ends
 #   launch/tpu_pod.sh delete
-# The hosts find each other by themselves. After a preemption: delete, create, setup, and the same
-# `run` goes on from the newest checkpoint.
+# The hosts find each other by themselves. A run does not need the connection that began it: Ctrl-C
+# ends the log, `stop` the run. After a preemption: delete, create, setup, and the same `run` goes on
+# from the newest checkpoint.
 set -euo pipefail
 
 : "${NAME:?}" "${ZONE:?}"
@@ -37,8 +39,10 @@ case $action in
       --zone="$ZONE" --worker=all
     all_hosts "set -e
       mkdir -p ~/steptool_jax && tar -xzf /tmp/steptool_jax.tar.gz -C ~/steptool_jax
-      sudo apt-get -qq install -y nfs-common python3-venv > /dev/null
+      apt='sudo apt-get -qq -o DPkg::Lock::Timeout=300'  # a young machine updates itself
+      \$apt update && \$apt install -y nfs-common python3-venv > /dev/null
       sudo mkdir -p /data && (mountpoint -q /data || sudo mount -t nfs '${SHARE:?}' /data)
+      sudo chmod a+rwx /data  # a new share is root's
       cd ~/steptool_jax
       if python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
         python3 -m venv .venv
@@ -49,7 +53,14 @@ case $action in
       .venv/bin/pip install -q -e '.[tpu]'"
     ;;
   run)
-    all_hosts "cd ~/steptool_jax && PYTHON=.venv/bin/python launch/worker.sh $(printf '%q ' "$@")"
+    all_hosts "cd ~/steptool_jax || exit 1
+      PYTHON=.venv/bin/python setsid nohup launch/worker.sh $(printf '%q ' "$@") \
+        >> ~/steptool_jax.log 2>&1 < /dev/null &"
+    exec "$0" log
+    ;;
+  log)
+    gcloud compute tpus tpu-vm ssh "$NAME" --zone="$ZONE" --worker=0 \
+      --command="tail -n 100 -F ~/steptool_jax.log"
     ;;
   stop)
     all_hosts "pkill -TERM -f 'steptool_jax[.]main' || true"
@@ -58,7 +69,7 @@ case $action in
     gcloud compute tpus queued-resources delete "$NAME" --zone="$ZONE" --force --quiet
     ;;
   *)
-    echo "usage: $0 create|setup|run|stop|delete (see the top of this file)" >&2
+    echo "usage: $0 create|setup|run|log|stop|delete (see the top of this file)" >&2
     exit 2
     ;;
 esac

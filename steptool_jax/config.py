@@ -544,7 +544,7 @@ class Loss:
     choices=("reward", "loss", "none"),
   )
   kl_coef: float = option(0.05, "coefficient of the KL penalty (start value if adaptive)", least=0)
-  kl_adaptive: bool = option(False, "move the coefficient towards kl_target")
+  kl_adaptive: bool = option(False, "move the coefficient towards kl_target, if there is a penalty")
   kl_target: float = option(6.0, "nats per trajectory", above=0)
   kl_horizon: float = option(10000.0, "trajectories", above=0)
   aggregation: str = option(
@@ -571,7 +571,7 @@ class Archer:
   )
   replay: int = option(512, "newest past trajectories that are kept", above=0)
   batch: int = option(96, "of them in one iteration, for the Q functions", least=0)
-  warmup: int = option(0, "iterations that train the critic alone", least=0)
+  warmup: int = option(0, "iterations that train the critic's heads alone", least=0)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """The algorithm, its loss and its critic."""
 
 from steptool_jax.config import Config
-from steptool_jax.learning.algorithms import Algorithm
+from steptool_jax.learning.algorithms import Algorithm, resolve
 
 
 def check(config: Config, algorithm: Algorithm) -> None:
@@ -48,6 +48,12 @@ def _check_loss(config: Config, algorithm: Algorithm) -> None:
       f"config.loss.kl: 'reward', but algorithm {config.algorithm!r} reads no rewards; leave it "
       "empty, or use 'loss'"
     )
+  if config.loss.kl == "reward" and resolve(algorithm, config).critic.kind == "double":
+    raise ValueError(
+      f"config.loss.kl: 'reward', but the double critic of algorithm {config.algorithm!r} learns "
+      "from replayed steps too, whose rewards have no penalty; leave it empty, use 'loss', or set "
+      "config.critic.kind to 'ridge'"
+    )
   if algorithm.advantage is None:
     for name in ("surrogate", "ratio"):
       if getattr(config.loss, name):
@@ -81,6 +87,17 @@ def _check_critic(config: Config, algorithm: Algorithm) -> None:
         f"algorithm {config.algorithm!r} is {critic!r} here; leave it at {usual!r}, or set "
         "config.critic.kind to 'value'"
       )
+  if config.critic.passes > 1 and config.train.optimizer.muon_rate:
+    raise ValueError(
+      f"config.critic.passes: {config.critic.passes}, but Muon's AdamW, which the value head has, "
+      "counts the policy's steps alone; set it to 1, or train.optimizer.muon_rate to 0"
+    )
+  if config.advantage.bootstrap and critic == "none" and algorithm.rewards != "none":
+    raise ValueError(
+      f"config.advantage.bootstrap: {config.advantage.bootstrap}, but algorithm "
+      f"{config.algorithm!r} has no critic to say what a spent budget is worth; leave it empty, or "
+      "use 'steptool'"
+    )
   if kind == "group" and not config.data.path and config.rollout.samples < 2:
     raise ValueError(
       "config.critic.kind: 'group' compares samples of a task, and config.rollout.samples is 1; "

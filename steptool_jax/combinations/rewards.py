@@ -1,6 +1,7 @@
 """Rewards: their source, their scheme, and what is left out."""
 
 from steptool_jax.config import Config, Filters
+from steptool_jax.environments.base import AGENTS
 from steptool_jax.learning.algorithms import Algorithm
 from steptool_jax.learning.selection import EVERYTHING
 from steptool_jax.rewards.assembly import SOURCES, refuse_hindsight
@@ -25,6 +26,8 @@ def check(config: Config, algorithm: Algorithm) -> None:
       "config.rewards.spread: True, but with one advantage a step, or none by GAE, tokens share "
       "a reward anyway; set advantage.level to 'token', or advantage.broadcast to False"
     )
+  if r.shaping == "potential" and paid == "step" and not config.data.path:
+    _check_potential(config, algorithm, level)
   if r.filters.min_deviation and config.rollout.samples < 2:
     raise ValueError(
       "config.rewards.filters.min_deviation: with config.rollout.samples = 1 no group deviates, so "
@@ -69,6 +72,22 @@ def check(config: Config, algorithm: Algorithm) -> None:
     raise ValueError("config.rewards.orchestra: all weights are 0, so nothing is paid; raise one")
 
 
+def _check_potential(config: Config, algorithm: Algorithm, level: str) -> None:
+  """Its rewards cancel out over steps that are discounted as gamma says, and not otherwise."""
+  why = ""
+  if algorithm.step_episodes:
+    why = f"algorithm {config.algorithm!r} ends an episode with every step"
+  elif algorithm.gae and (level == "released" or (level == "token" and config.advantage.gamma < 1)):
+    why = f"with advantage.level = {level!r} and advantage.gamma = {config.advantage.gamma} they"
+    why += " are not weighted step by step"
+  if why:
+    raise ValueError(
+      f"config.rewards.shaping: 'potential' must cancel out over an episode, but {why}, so that "
+      "progress would be paid by itself; use 'progress', or algorithm 'steptool' with "
+      "advantage.level 'step'"
+    )
+
+
 def _check_source(config: Config, algorithm: Algorithm) -> None:
   r, name = config.rewards, config.algorithm
   where = f"config.rewards.source: {r.source!r}"
@@ -85,6 +104,11 @@ def _check_source(config: Config, algorithm: Algorithm) -> None:
     raise ValueError(
       f"{where} gives chances, but algorithm {name!r} chooses trajectories by whether they are "
       "solved; use 'steptool' or 'ppo', or another source"
+    )
+  if SOURCES[r.source].device and config.environment.name in AGENTS:
+    raise ValueError(
+      f"{where}, but environment {config.environment.name!r} pays with its own rewards; leave it "
+      "at 'progress'"
     )
   if r.source == "info_gain" and algorithm.rewards != "step":
     raise ValueError(

@@ -33,6 +33,7 @@ class Algorithm:
     with replay), "none", or another of critics.CRITICS. An algorithm with GAE takes any of these.
   compares: it learns from differences between samples of a task.
   reference: the loss itself reads the reference policy.
+  step_episodes: its advantage and returns end with each step, as if that were an episode.
   level, kl, aggregation, ratio, surrogate: where the config's word is empty.
   """
 
@@ -43,6 +44,7 @@ class Algorithm:
   critic: Literal["none", "value", "group", "ridge", "double"] = "none"
   compares: bool = False
   reference: bool = False
+  step_episodes: bool = False
   level: advantages.Level = "token"
   kl: Literal["reward", "loss", "none"] = "reward"
   aggregation: losses.Aggregation = "token"
@@ -203,7 +205,7 @@ ALGORITHMS: dict[str, Algorithm] = {
   "steptool_no_step_rewards": Algorithm("outcome", _ppo_loss, _gae(), critic="ridge", level="step"),
   # Ablation "without step-grained optimisation": sub-trajectories, plain PPO on each.
   "steptool_no_step_grained": Algorithm(
-    "step", _ppo_loss, _gae(step_episodes=True), critic="value"
+    "step", _ppo_loss, _gae(step_episodes=True), critic="value", step_episodes=True
   ),
   # Outcome minus the batch's mean outcome.
   "reinforce": Algorithm("outcome", _policy_loss, _baseline(groups.batch_relative)),
@@ -238,7 +240,8 @@ ALGORITHMS: dict[str, Algorithm] = {
   "eto": Algorithm("outcome", _dpo_loss, select=PAIRS, compares=True, reference=True, kl="none"),
   # Utterance-level double critic with replay, token-level actor; with critic.kind = ridge the same
   # advantage of one step, over values that are fitted anew to each batch, without replay.
-  "archer": Algorithm("outcome", _archer_loss, _archer, critic="double", level="step"),
+  # A penalty in the rewards would be missing in replayed steps, which Q learns from as well.
+  "archer": Algorithm("outcome", _archer_loss, _archer, critic="double", level="step", kl="loss"),
 }
 
 

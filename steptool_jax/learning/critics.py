@@ -3,9 +3,10 @@
   group   the mean return-to-go of the task's other samples at the same step
   ridge   returns-to-go regressed on what is known in front of a step, cross-fitted over tasks
 
-No trajectory's own return has a part in its own values, so they are baselines: they change the
-variance of the policy gradient and not its mean. (`value`, PPO's head on the trunk, is
-policy/model.py's; `double`, ArCHer's, is double_critic.py.)
+No trajectory's own return has a part in its own values, so with lambda = 1 they are baselines: they
+change the variance of the policy gradient and not its mean. (Below 1 GAE also reads V of the states
+that an action leads to, and what is wrong there is a bias, as with any critic.) `value`, PPO's head
+on the trunk, is policy/model.py's; `double`, ArCHer's, is double_critic.py.
 """
 
 import dataclasses

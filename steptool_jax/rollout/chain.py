@@ -34,8 +34,9 @@ from steptool_jax.simulators import parallel
 from steptool_jax.simulators.runner import TooManyStuck
 from steptool_jax.types import Code, Finish, Observation, Status, Task, Trajectory
 
-# Several processes look at each other's tools so often while nothing can be decoded, seconds.
-PATIENCE_S = 0.05
+# So often several processes look at each other's tools while nothing can be decoded, and a single
+# one whether it is asked to stop; seconds.
+PATIENCE_S, PATIENCE_ALONE_S = 0.05, 1.0
 # What slots have just asked for is waited for so long while others are to be decoded: at most, and
 # as a share of a decode call, which is what they lose where the answer comes a moment too late.
 QUICK_S, QUICK_SHARE = 0.005, 0.1
@@ -220,7 +221,7 @@ class Loop:
       # Where all are calling, all are quick or one is slow; waiting for them fills the batch.
       done, pending = wait(futures, timeout=0.02)
       if not done:
-        patience = None if self.peers.count == 1 else PATIENCE_S
+        patience = PATIENCE_ALONE_S if self.peers.count == 1 else PATIENCE_S
         wait(pending, timeout=patience, return_when=FIRST_COMPLETED)
     self.stats.tool_wait_seconds += time.monotonic() - started
 
@@ -294,11 +295,16 @@ class Loop:
     return unopened(task, sample, self.sampling.weights)
 
   def _begin(
-    self, what: str, function: Callable, late: Callable | None = None, times: int = 1
+    self,
+    what: str,
+    function: Callable,
+    late: Callable | None = None,
+    times: int = 1,
+    limit_s: float | None = None,
   ) -> Future:
-    """The environment's work that a slot waits for, with the time-out of so many tool calls."""
+    """The environment's work that a slot waits for, as ToolRunner.begin."""
     name = f"environment {self.environment.name!r}: {what}"
-    return self.runner.begin(function, name, late, times)
+    return self.runner.begin(function, name, late, times, limit_s)
 
   def _grade(self, seat: Seat) -> Future:
     """IsSolved of a finished conversation, by the owner of its slot."""
@@ -449,7 +455,8 @@ class Loop:
     action, session = seat.conversation.call, seat.session
     if isinstance(action, Finish):
       what = f"the user's reply in task {seat.conversation.task.id}"
-      return self._begin(what, lambda: session.reply(action.answer))
+      reply_s = self.runner.reply_s
+      return self._begin(what, lambda: session.reply(action.answer), limit_s=reply_s)
     return parallel.submit(self.runner, session, action)
 
 

@@ -126,7 +126,10 @@ def answered(
 ) -> Observation | None:
   """What follows a demonstrated action: the answer to its calls, or the user's to an answer."""
   if isinstance(action, Finish):
-    return _within(runner, "the user's reply", lambda: session.reply(action.answer))
+    if runner is None:
+      return session.reply(action.answer)
+    reply_s = runner.reply_s
+    return runner.within(lambda: session.reply(action.answer), "the user's reply", limit_s=reply_s)
   if runner is None:
     return parallel.call(session, action)
   return parallel.submit(runner, session, action).result()

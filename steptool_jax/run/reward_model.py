@@ -27,7 +27,7 @@ from steptool_jax.policy import lora, model, sharding
 from steptool_jax.run.data import reward_data
 from steptool_jax.run.data.reward_data import Split
 from steptool_jax.run.hosts import hang, hosts
-from steptool_jax.run.parts import build, opening, reward_models
+from steptool_jax.run.parts import build, opening, reward_models, rollouts
 from steptool_jax.run.parts.opening import Parts
 from steptool_jax.run.training import restore, setup
 from steptool_jax.run.workdir import outputs
@@ -54,7 +54,7 @@ def run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
     Checkpoints(workdir / "training", config.checkpoint.keep) as checkpoints,
   ):
     sharding.check_rows("reward_model.micro_rows", config.reward_model.micro_rows, parts.mesh)
-    split = reward_data.load(config, parts.policy)
+    split = reward_data.load(config, parts.policy, rollouts.held_out(parts))
     return _Training(parts, split, checkpoints).run()
 
 

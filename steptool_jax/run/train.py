@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from steptool_jax.config import Config
 from steptool_jax.evaluation.metrics import by_kind
+from steptool_jax.files import read_json
 from steptool_jax.learning import algorithms
 from steptool_jax.policy import sharding
 from steptool_jax.rewards import assembly
@@ -43,6 +44,7 @@ from steptool_jax.run.training import (
 from steptool_jax.run.training.phase import Phase
 from steptool_jax.run.training.progress import Progress, plot, shown, summarise
 from steptool_jax.run.training.sft_batches import SftBatches
+from steptool_jax.run.workdir import outputs
 from steptool_jax.run.workdir.checkpoint import Checkpoints
 from steptool_jax.run.workdir.outputs import MetricsWriter
 from steptool_jax.run.workdir.sinks import Sinks
@@ -125,7 +127,10 @@ def run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
       run = Run(parts, checkpoints)
     except Interrupted:
       logging.warning("stopped on request, before anything was learnt")
-      return {"mode": "train", "interrupted": True}
+      # For who starts again what was interrupted (launch/worker.sh).
+      path = workdir / "summary_train.json"
+      before = hosts.lead(lambda: read_json(path) if path.exists() else {})
+      return outputs.write_summary(workdir, "train", before | {"interrupted": True})
     with ThreadPoolExecutor(1, "compile") as executor:
       run.compile_ahead(executor)
       try:
@@ -155,7 +160,9 @@ class Run:
     self.most = config.rollout.tasks * config.rollout.samples  # conversations of an iteration
     self.iterations = config.train.iterations  # of RL, or of any training on stored data
     if config.data.path:
-      self.data = offline.load(config, parts.policy.chat_format, parts.policy.model)
+      policy = parts.policy
+      held_out = rollouts.held_out(parts)
+      self.data = offline.load(config, policy.chat_format, policy.model, held_out)
       self.most = self.data.most
       self.iterations = config.data.passes * self.data.batches_per_pass
     elif self.algorithm.rewards == "step" and not assembly.described(config.rewards)["safe"]:

@@ -43,6 +43,7 @@ class ToolRunner:
   max_stuck: as soon as more abandoned calls than this hang at the same time, every waiting and
   later submission fails with TooManyStuck.
   announce: hears of all that runs (run/parts/watchdog.py).
+  reply_s: the time-out of a user's reply, for `within` and `begin`; None: that of a call.
 
   Python cannot end a thread: an abandoned call runs on until it returns by itself, and what it
   still does to its session's state is done, but seen by nobody but later calls of that session.
@@ -56,6 +57,7 @@ class ToolRunner:
     retries: int = 2,
     backoff_s: float = 0.05,
     announce: Announce = contextlib.nullcontext,
+    reply_s: float | None = None,
   ):
     if not timeout_s > 0:
       raise ValueError(f"timeout_s is {timeout_s}: must be above 0 seconds")
@@ -65,6 +67,7 @@ class ToolRunner:
       raise ValueError("max_stuck, retries and backoff_s must not be negative")
     self._timeout_s, self._workers, self._max_stuck = timeout_s, workers, max_stuck
     self._retries, self._backoff_s, self._announce = retries, backoff_s, announce
+    self.reply_s = timeout_s if reply_s is None else reply_s
     self._state = threading.Condition()
     self._queue: collections.deque[_Job] = collections.deque()
     # Insertion order is deadline order, because the time-out is the same for all.
@@ -103,14 +106,16 @@ class ToolRunner:
     what: str,
     late: Callable[[T], object] | None = None,
     times: int = 1,
+    limit_s: float | None = None,
   ) -> T:
     """function(), which `what` names, in a thread of its own; blocks, and raises what it raises.
 
-    InfrastructureError when it takes longer than `times` time-outs, as many calls as it makes;
-    should it return all the same, `late` gets its result. Raises TooManyStuck as submit.
+    InfrastructureError when it takes longer than limit_s, or else than `times` time-outs, as many
+    calls as it makes; should it return all the same, `late` gets its result. Raises TooManyStuck as
+    submit.
     """
     future: Future[T] = Future()
-    abandoned, timeout_s = False, times * self._timeout_s
+    abandoned, timeout_s = False, times * self._timeout_s if limit_s is None else limit_s
 
     def work() -> None:
       try:
@@ -142,13 +147,14 @@ class ToolRunner:
     what: str,
     late: Callable[[T], object] | None = None,
     times: int = 1,
+    limit_s: float | None = None,
   ) -> Future:
     """`within` as a Future: at most `workers` at the same time, the others wait for their turn."""
     future: Future[T] = Future()
     with self._state:
       if self._closed:
         raise RuntimeError("this ToolRunner is closed")
-      self._begun.append((future, (function, what, late, times)))
+      self._begun.append((future, (function, what, late, times, limit_s)))
       if self._beginners < self._workers:
         self._beginners += 1
         self._start(self._work_through)

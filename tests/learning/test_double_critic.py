@@ -267,6 +267,20 @@ def test_the_actor_waits_for_the_critic(state):
   np.testing.assert_array_equal(early.returns, late.returns)
 
 
+def test_warm_up_moves_the_heads_alone(state):
+  """Their loss reaches the layers below, so the policy moved at the full rate."""
+  settings = dataclasses.replace(SETTINGS, archer=Archer(warmup=5))
+  learner = dataclasses.replace(LEARNER, config=algorithms.resolve(ROW, settings))
+  steps = [jax.jit(functools.partial(f, learner)) for f in (preparation.prepare, update.update)]
+  batch = packed(trajectories(4))
+  for step, moves in ((4, False), (5, True)):
+    new = one_update(steps, state._replace(step=jnp.int32(step)), batch, 4)[1]
+    same = jax.tree.map(np.array_equal, new.trainable, state.trainable)
+    assert not any(jax.tree.leaves(same["critic"]["q1"]))
+    assert all(jax.tree.leaves(same["params"])) is not moves
+    assert int(new.step) == step + 1
+
+
 def test_replay_reaches_q_alone(state, programs):
   """Actor and V are as without any past, whose rewards move Q alone."""
   group = trajectories(6, seed=4)

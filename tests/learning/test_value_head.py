@@ -175,6 +175,26 @@ def test_a_pass_of_the_head_leaves_the_policys_moments_alone(params):
   jax.tree.map(np.testing.assert_array_equal, fit(state, broken, prepared.tokens.shape[0]), state)
 
 
+def test_a_pass_of_the_head_is_a_whole_step_of_adam(params):
+  """With the policy's count Adam took the head's second moment for too young: passes shrank."""
+  rate = 1e-3
+  optimizer = setup.build_optimizer(
+    config_lib.Optimizer(learning_rate=rate, max_grad_norm=0.0), 100, head_passes=True
+  )
+  learner = learner_with(optimizer, passes=5)
+  batch = batching.pack([samples.sample(0, [1e6])], 64).batch  # so far away that nothing changes
+  state, prepared = prepared_by(learner, params, batch)
+  change = jax.jit(functools.partial(update.update, learner))
+  fit = jax.jit(functools.partial(update.fit_values, learner))
+  for _ in range(4):
+    before = state.trainable["params"]["value_head"]["bias"]
+    state, _ = change(state, prepared, 1)
+    for _ in range(4):
+      state = fit(state, prepared, 1)
+    moved = state.trainable["params"]["value_head"]["bias"] - before
+    np.testing.assert_allclose(moved, 5 * rate, rtol=0.01)
+
+
 def test_passes_come_after_the_policys_updates():
   """A pass too many, or one before the policy's, whose clip would then start from other values."""
   config = config_lib.Config(
@@ -209,12 +229,30 @@ def test_passes_come_after_the_policys_updates():
 
 
 @pytest.mark.parametrize(
+  ("algorithm", "expected"),
+  [("steptool", [0.81, 0.9, 1.0]), ("steptool_no_step_grained", [0.0, 0.0, 1.0])],
+)
+def test_critics_are_fitted_to_the_returns_that_gae_has(algorithm, expected):
+  """Where each step is an episode, values of the whole trajectory punish all steps but the last."""
+  row = algorithms.get_algorithm(algorithm)
+  config = Config(advantage=Advantage(gamma=0.9), critic=Critic(kind="ridge"))
+  learner = learners.Learner(MODEL, row, algorithms.resolve(row, config), optax.sgd(1.0))
+  batch = batching.pack([samples.sample(0, [0.0, 0.0, 1.0], [1, 1, 1])], 64).batch
+  batch = jax.tree.map(jnp.asarray, batch)
+  found = preparation._returns_to_go(learner, batch, batch.rewards)
+  np.testing.assert_allclose(found[batch.action_mask], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(
   ("fields", "reason"),
   [
     ({"critic.passes": 3}, "critic.passes: 3.*'ridge'.*leave it at 1.*'value'"),
     ({"algorithm": "grpo", "critic.normalise": True}, "critic.normalise.*'none'"),
     ({"algorithm": "archer", "critic.passes": 2}, "'double'"),
     ({"algorithm": "ppo", "critic.passes": 0}, "above 0"),
+    ({"algorithm": "grpo_step", "advantage.bootstrap": ("step_budget",)}, "bootstrap.*no critic"),
+    ({"algorithm": "archer", "loss.kl": "reward"}, "replayed steps"),
+    ({"algorithm": "ppo", "critic.passes": 2, "train.optimizer.muon_rate": 0.1}, "Muon"),
   ],
 )
 def test_options_of_the_value_head_elsewhere_are_refused(fields, reason):

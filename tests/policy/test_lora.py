@@ -70,6 +70,20 @@ def test_merged_on_the_way_out_equals_merged_and_written(params, adapters, tmp_p
   jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), loaded, merged)
 
 
+def test_biases_beside_adapters_are_written_as_they_are(tmp_path):
+  """A bias was taken for a kernel with an adapter: no Qwen2 trained with LoRA could be exported."""
+  plain = tiny_config(family="qwen2", qkv_bias=True, tie_embeddings=False)
+  fresh = model.init_params(plain, jax.random.key(0))
+  rng = np.random.default_rng(3)
+  params = jax.tree.map(lambda x: x + 0.1 * rng.normal(size=x.shape).astype(np.float32), fresh)
+  adapters = lora.init_lora(plain, LORA, jax.random.key(1))
+  adapters = jax.tree.map(lambda x: x + 0.1, adapters)
+  hub.save_params(tmp_path / "m", lora.with_lora(plain, LORA), params, adapters=adapters)
+  loaded = hub.load_params(tmp_path / "m", plain)
+  merged = lora.merge_lora(params, adapters, LORA)
+  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), loaded, merged)
+
+
 def test_one_projection_by_hand():
   # scale = 6 / 2 = 3: kernel 0 + 3 * [[1], [2]] [[10, 20]] for rank 1 + a zero row.
   config = lora.Lora(rank=2, alpha=6.0, targets=("q",))

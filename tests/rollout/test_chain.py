@@ -304,6 +304,28 @@ def test_should_stop_interrupts_and_closes(chat_format):
   until(lambda: environment.open_sessions == 0)
 
 
+def test_a_slow_tool_does_not_keep_a_rollout_from_stopping(chat_format):
+  """Alone, a process waited for it without a look at anything: a stop was heard minutes later."""
+  release, asked = threading.Event(), []
+
+  def slow(_):
+    release.wait(30)
+    return ok(_)
+
+  def should_stop():
+    asked.append(time.monotonic())
+    return len(asked) > 3
+
+  eng = scripted(chat_format, call(), answer())
+  started = time.monotonic()
+  try:
+    with pytest.raises(chain.Interrupted), ToolRunner(timeout_s=60, workers=2) as runner:
+      run(*(eng, None, Script(slow), chat_format, [(task(), 0)]), runner, should_stop=should_stop)
+    assert time.monotonic() - started < 20
+  finally:
+    release.set()
+
+
 def until(condition):
   deadline = time.monotonic() + 20
   while not condition():

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import random
 import threading
+import time
 import types
 
 import jax
@@ -325,6 +326,31 @@ def test_a_user_that_fails_or_hangs_marks_the_conversation(tmp_path, hermes):
       assert isinstance(found.steps[-1].action, Finish)
   finally:
     hang.set()
+
+
+def test_a_user_that_thinks_has_a_time_out_of_its_own(tmp_path, hermes):
+  """A model behind an endpoint was cut at a tool's time-out; many such replies ended the run."""
+  env, task = environment(tmp_path)
+
+  class Thinking:
+    name = "custom"
+
+    def open(self, task, sample):
+      session = env.open(task, sample)
+      slowly = lambda answer: (time.sleep(0.3), session.reply(answer))[1]  # noqa: E731
+      return types.SimpleNamespace(
+        call=session.call, reply=slowly, grade=session.grade, close=session.close
+      )
+
+  for reply_s, status in ((None, Status.INFRASTRUCTURE_ERROR), (20.0, Status.ANSWERED)):
+    with ToolRunner(timeout_s=0.1, workers=4, reply_s=reply_s) as runner:
+      engine = ScriptedEngine(hermes, task.demonstration)
+      setting = Setting(engine, {}, Thinking(), hermes, LIMITS, runner, Sampling(0, 0, 1.0))
+      (found,), _ = chain.rollout(setting, [(task, 0)])
+      assert found.status is status
+      if reply_s:
+        again = replay_actions(Thinking(), task, task.demonstration, hermes, LIMITS, runner=runner)
+        assert again.status is status
 
 
 class Model:

@@ -34,7 +34,7 @@ def write(workdir, *values, keep=9, keep_best=0, scores=None):
   checkpoints = Checkpoints(workdir, keep, keep_best)
   for number, value in enumerate(values, start=1):
     checkpoints.save(number, state(value), {"done": number})
-    if scores:
+    if scores and scores[number - 1] is not None:
       checkpoints.score(number, scores[number - 1])
   checkpoints.close()
 
@@ -91,6 +91,12 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
   checkpoints.close()
   assert checkpoint.numbers(tmp_path) == [7, 6]
   assert 8 not in checkpoint.read_scores(tmp_path)
+
+
+@pytest.mark.parametrize("keep_best", [2, 3, 4])
+def test_all_that_have_a_score_are_kept_while_they_are_fewer(keep_best, tmp_path):
+  write(tmp_path, 1, 2, 3, 4, keep=1, keep_best=keep_best, scores=[0.5, 0.6, None, None])
+  assert checkpoint.numbers(tmp_path) == [4, 2, 1]
 
 
 def test_a_checkpoint_of_another_model_is_refused_and_not_taken_for_damage(tmp_path):

@@ -96,7 +96,7 @@ def test_a_wrong_command_is_explained(start):
   assert pod.stderr.read().startswith("usage: ")
 
 
-def test_the_setup_of_a_pod_is_a_valid_script(tmp_path):
+def test_what_a_pod_runs_is_a_valid_script(tmp_path):
   """What all hosts run stands in quotation marks, where bash does not read it."""
   stub = tmp_path / "gcloud"
   stub.write_text(
@@ -105,13 +105,30 @@ def test_the_setup_of_a_pod_is_a_valid_script(tmp_path):
   stub.chmod(0o755)
   names = {"NAME": "n", "ZONE": "z", "SHARE": "10.0.0.2:/vol1"}
   environment = os.environ | names | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
-  script = subprocess.run(
-    [tiny.ROOT / "launch" / "tpu_pod.sh", "setup"],
-    env=environment,
-    capture_output=True,
-    text=True,
-    check=True,
-  ).stdout
-  assert "'10.0.0.2:/vol1' /data" in script
-  assert "(3, 11)" in script
-  subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+  scripts = [
+    subprocess.run(
+      [tiny.ROOT / "launch" / "tpu_pod.sh", *words],
+      env=environment,
+      capture_output=True,
+      text=True,
+      check=True,
+    ).stdout
+    for words in (["setup"], ["run", "--config=a b.py"])
+  ]
+  assert "'10.0.0.2:/vol1' /data" in scripts[0]
+  assert "(3, 11)" in scripts[0]
+  assert "$apt install" in scripts[0]
+  for script in scripts:
+    subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+  # Run as a host would, without tail: the run outlives the shell that began it.
+  home = tmp_path / "steptool_jax" / "launch"
+  home.mkdir(parents=True)
+  (home / "worker.sh").write_text('#!/bin/sh\nsleep 0.5\necho "$PYTHON $*"\n')
+  (home / "worker.sh").chmod(0o755)
+  begin = scripts[1][: scripts[1].index("tail -n")]
+  subprocess.run(["bash", "-c", begin], env=os.environ | {"HOME": str(tmp_path)}, check=True)
+  log, limit = tmp_path / "steptool_jax.log", time.monotonic() + 30
+  while not log.exists() or not log.read_text():
+    assert time.monotonic() < limit
+    time.sleep(0.05)
+  assert log.read_text() == ".venv/bin/python --config=a b.py\n"

@@ -71,3 +71,5 @@ def test_without_a_start_there_is_no_word_on_what_is_new(parts):
 def test_greedy_tries_are_refused():
   with pytest.raises(ValueError, match=r"evaluation\.samples: 4, but at temperature 0 all are"):
     tiny.make(evaluation__samples=4)
+  with pytest.raises(ValueError, match=r"evaluation\.samples: 4, but evaluation\.tasks = 0"):
+    tiny.make(evaluation__samples=4, evaluation__temperature=1.0, evaluation__tasks=0)

@@ -153,7 +153,7 @@ def test_a_run_over_stored_rows(whole):
   data = summary["data"]
   assert (data["total"], data["kept"], data["recorded_logprobs"], data["passes"]) == (10, 10, 0, 2)
   assert data["left_out"] == {
-    **{"too_long": 0, "infrastructure_error": 0, "no_steps": 0, "duplicates": 0}
+    **{"too_long": 0, "infrastructure_error": 0, "no_steps": 0, "held_out": 0, "duplicates": 0}
   }
   assert summary["heldout_tasks"] == 0
   assert not any(name.startswith("pass_rate") for name in summary)
@@ -223,10 +223,10 @@ def test_recorded_logprobs_stay(recorded, offline_config, prepared, tmp_path):
   assert np.isfinite(np.concatenate(old)).all()
 
 
-def load(config, folder):
+def load(config, folder, held_out=()):
   chat_format = build.build_chat_format(config, folder)
   shape = types.SimpleNamespace(vocab_size=700, max_position_embeddings=config.rollout.max_tokens)
-  return offline.load(config, chat_format, shape)
+  return offline.load(config, chat_format, shape, held_out)
 
 
 def ids(trajectory):
@@ -251,11 +251,26 @@ def test_what_cannot_be_trained_on_is_counted_and_nothing_is_cut(
     long = sum(length > limit for length in lengths)
     assert 0 < long < 10
     assert (report["total"], report["kept"], report["max_tokens"]) == (12, 10 - long, limit)
-    other = {"infrastructure_error": 1, "no_steps": 1, "duplicates": 0}
+    other = {"infrastructure_error": 1, "no_steps": 1, "held_out": 0, "duplicates": 0}
     assert report["left_out"] == {"too_long": long, **other}
     assert len(report["left_out_names"]["too_long"]) == long
     fitting = [r.trajectory for r in recorded if r.trajectory.num_tokens <= limit]
     assert [ids(t) for t in data] == [ids(t) for t in fitting]
+
+
+def test_held_out_tasks_are_not_learnt_from(recorded, offline_config, tmp_path):
+  """A run's moments hold them, too; the pass rate was then that of tasks that it had learnt."""
+  records = by_task(recorded, 5, lambda n: n % 3 / 2)
+  held = records[0].trajectory.task_id
+  write_trajectories(tmp_path / "t.jsonl", records)
+  changes = {"train__row_tokens": TOKENS, "rollout__max_tokens": TOKENS}
+  config = offline_config(data__path=str(tmp_path / "t.jsonl"), data__format="jsonl", **changes)
+  data = load(config, tmp_path, {held})
+  assert held not in {t.task_id for t in data}
+  count = sum(r.trajectory.task_id == held for r in records)
+  assert (data.report["kept"], data.report["left_out"]["held_out"]) == (10 - count, count)
+  with pytest.raises(ValueError, match="none of the 10.*'held_out': 10"):
+    load(config, tmp_path, {r.trajectory.task_id for r in records})
 
 
 @pytest.mark.parametrize("algorithm", ["steptool", "grpo_step"])

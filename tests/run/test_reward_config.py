@@ -76,6 +76,20 @@ PRICES = {"environment__market__prices": True}
       r"config\.rewards\.source: 'hindsight' reads the future.*use 'progress'",
     ),
     (
+      {"rewards__shaping": "potential", "algorithm": "steptool_no_step_grained"},
+      r"'potential' must cancel out.*ends an episode with every step",
+    ),
+    (
+      {"rewards__shaping": "potential", "advantage__level": "token"},
+      r"'potential' must cancel out.*level = 'token'",
+    ),
+    (
+      {"environment__name": "harness", "environment__functions": "agent.py"}
+      | {"environment__tasks": "tasks.jsonl", "sft__steps": 0, "model__tokenizer": "auto"}
+      | {"rewards__source": "model", "rewards__model__path": "x"},
+      r"source: 'model', but environment 'harness' pays with its own rewards",
+    ),
+    (
       {"rewards__shaping": "prefix_means"},
       r"config\.rewards\.shaping: 'prefix_means' is not one of .*did you mean 'prefix_mean'",
     ),

@@ -14,6 +14,7 @@ import tiny
 from scripted import bare_phase, scripted
 
 from steptool_jax.learning import batching
+from steptool_jax.rollout.chain import Interrupted
 from steptool_jax.run import evaluate, train
 from steptool_jax.run.data.order import jobs
 from steptool_jax.run.parts import build, opening, rollouts
@@ -44,6 +45,22 @@ def test_what_a_run_leaves_behind(tmp_path, compiled):
   rl = next(r for r in records if "train/kl" in r)
   assert {"train/reward", "train/pass_rate", "train/policy_loss", "train/grad_norm"} <= rl.keys()
   assert rl["train/sampler_gap"] < 1e-3, "log-probs of sampler and trainer agree"
+
+
+@pytest.mark.parametrize("before", [None, {"mode": "train", "pass_rate_rl": 0.5}])
+def test_a_stop_before_anything_is_learnt_is_told(before, tmp_path, monkeypatch):
+  """Schedulers that look into the summary took such a run for done, and never began it again."""
+
+  def stopped(*_):
+    raise Interrupted
+
+  monkeypatch.setattr(train, "Run", stopped)
+  path = tmp_path / "summary_train.json"
+  if before:
+    path.write_text(json.dumps(before))
+  summary = train.run(tiny.make(), tmp_path)
+  assert json.loads(path.read_text()) == summary
+  assert summary == {"mode": "train"} | (before or {}) | {"interrupted": True}
 
 
 def test_kinds_of_tasks_have_figures_of_their_own(tmp_path, compiled):

@@ -166,7 +166,14 @@ def _returns_to_go(learner: Learner, batch: TokenBatch, rewards_BT: jax.Array) -
   c = learner.config.advantage
   zeros_BT = jnp.zeros_like(rewards_BT)
   return advantages.gae(
-    batch, rewards_BT, zeros_BT, gamma=c.gamma, lam=1.0, level=c.level, broadcast=False
+    batch,
+    rewards_BT,
+    zeros_BT,
+    gamma=c.gamma,
+    lam=1.0,
+    level=c.level,
+    broadcast=False,
+    step_episodes=learner.algorithm.step_episodes,
   )[0]
 
 

@@ -80,6 +80,14 @@ def update(
   target = state.target
   if learner.critic == "double":
     target = double_critic.polyak(target, trainable["critic"], learner.config.archer.tau)
+    # The heads' loss reaches the layers below them, and warm-up is the heads' alone.
+    warm = state.step < learner.critic_steps
+    trainable = {
+      name: jax.tree.map(lambda new, old: jnp.where(warm, old, new), part, state.trainable[name])
+      if name != "critic"
+      else part
+      for name, part in trainable.items()
+    }
   trainable, opt_state, target = jax.tree.map(
     lambda new, old: jnp.where(finite, new, old),
     (trainable, opt_state, target),

@@ -230,7 +230,9 @@ def save_params(
 
   def fetch(name):
     spot = names[name]
-    adapter = None if adapters is None else _find(adapters, spot.path[:-1])
+    adapter = None
+    if adapters is not None and spot.path[-1] == "kernel":  # a bias has none
+      adapter = _find(adapters, spot.path[:-1])
     return _Tensor(_find(params, spot.path), adapter, config.lora_scale, spot)
 
   if jax.process_index():  # takes part in bringing the tensors together, and writes nothing

@@ -1,5 +1,6 @@
 """What a training looks at before it does any work, so that hours are not spent on a bad input."""
 
+import pathlib
 from typing import Any
 
 from absl import logging
@@ -26,14 +27,17 @@ def refuse_bad_input(parts: Parts) -> None:
     )
   if config.environment.name != "custom" or not config.check.before_training:
     return
-  if (parts.workdir / "checkpoints").is_dir() and any((parts.workdir / "checkpoints").iterdir()):
-    return
-  found = hosts.lead(lambda: _checked(parts))
-  if found["errors"]:
+  # One process looks into the folder: what others see of it may be older.
+  found = hosts.lead(lambda: None if _begun(parts.workdir) else _checked(parts))
+  if found and found["errors"]:
     raise ValueError(
       f"{found['errors']} errors in tools and tasks: {found['first']}. For the whole table run the "
       "same command with --mode=check; to train all the same, add --config.check.before_training=0"
     )
+
+
+def _begun(workdir: pathlib.Path) -> bool:
+  return (workdir / "checkpoints").is_dir() and any((workdir / "checkpoints").iterdir())
 
 
 def _checked(parts: Parts) -> dict[str, Any]:

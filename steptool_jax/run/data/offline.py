@@ -20,7 +20,7 @@ import glob
 import hashlib
 import os
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import Any
 
 import numpy as np
@@ -102,15 +102,23 @@ def files(pattern: str, field: str) -> list[pathlib.Path]:
   return paths
 
 
-def load(config: Config, chat_format: ChatFormat, model: ModelConfig) -> Data:
+def load(
+  config: Config,
+  chat_format: ChatFormat,
+  model: ModelConfig,
+  held_out: Container[str] = frozenset(),
+) -> Data:
   """Reads and checks what config.data names, one trajectory after the other.
+
+  held_out: ids of tasks that are not learnt from, since they are what the policy is measured on.
 
   Raises:
     OSError, ValueError: a missing or broken file (named, with its line or row), token ids of
       another tokenizer, no trajectory that can be trained on, nothing that the algorithm needs.
   """
   limit = min(config.train.row_tokens, model.max_position_embeddings)
-  counts = dict.fromkeys(("too_long", "infrastructure_error", "no_steps", "duplicates"), 0)
+  kinds = ("too_long", "infrastructure_error", "no_steps", "held_out", "duplicates")
+  counts = dict.fromkeys(kinds, 0)
   names: dict[str, list[str]] = {kind: [] for kind in counts}
   total = 0
 
@@ -139,7 +147,7 @@ def load(config: Config, chat_format: ChatFormat, model: ModelConfig) -> Data:
       continue
     for number, record in enumerate(stored or trajectories.read_trajectories(path)):
       total += 1
-      reason = unfit(record.trajectory, limit)
+      reason = unfit(record.trajectory, limit, held_out)
       if reason:
         leave_out(reason, _name(record.trajectory))
         continue
@@ -293,12 +301,14 @@ def _official(
   )
 
 
-def unfit(trajectory: Trajectory, limit: int) -> str:
+def unfit(trajectory: Trajectory, limit: int, held_out: Container[str] = frozenset()) -> str:
   """Why a stored trajectory is not trained on; "" where it is."""
   if trajectory.status is Status.INFRASTRUCTURE_ERROR:
     return "infrastructure_error"
   if not trajectory.steps:
     return "no_steps"
+  if trajectory.task_id in held_out:
+    return "held_out"
   return "too_long" if trajectory.longest > limit else ""
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Any
 
 import numpy as np
@@ -43,8 +43,8 @@ class Split:
     return [self.train[i] for i in order[place * self.batch : (place + 1) * self.batch]]
 
 
-def load(config: Config, policy: Policy) -> Split:
-  """Reads and checks reward_model.data.
+def load(config: Config, policy: Policy, held_out: Container[str] = frozenset()) -> Split:
+  """Reads and checks reward_model.data; tasks in `held_out` (ids) are left out.
 
   Raises:
     OSError, ValueError: a missing or broken file, ids of another tokenizer, trajectories that were
@@ -55,7 +55,7 @@ def load(config: Config, policy: Policy) -> Split:
     raise ValueError(f"{where}: empty; name the annotated.jsonl that --mode=annotate wrote")
   limit = min(config.train.row_tokens, policy.model.max_position_embeddings)
   kept: list[Trajectory] = []
-  left_out = dict.fromkeys(("too_long", "infrastructure_error", "no_steps"), 0)
+  left_out = dict.fromkeys(("too_long", "infrastructure_error", "no_steps", "held_out"), 0)
   for path in files(c.data, "reward_model.data"):
     for record in stored.read_trajectories(path):
       t = record.trajectory
@@ -65,7 +65,7 @@ def load(config: Config, policy: Policy) -> Split:
           f"{t.sample}): their {', '.join(HEADS)} mean nothing yet; run --mode=annotate with "
           f"annotate.input={path}, and name its annotated.jsonl here"
         )
-      reason = unfit(t, limit)
+      reason = unfit(t, limit, held_out)
       if reason:
         left_out[reason] += 1
         continue

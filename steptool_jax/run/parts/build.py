@@ -29,6 +29,7 @@ from steptool_jax.run.workdir import inputs
 from steptool_jax.simulators.runner import Announce, ToolRunner
 
 _A_DAY_S = 86_400.0
+_REPLY = 20  # time-outs of one attempt that a user's reply may take
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,6 +102,8 @@ def build_runner(config: Config, announce: Announce = contextlib.nullcontext) ->
     workers=r.tool_workers,
     retries=r.tool_retries,
     announce=announce,
+    # So does the endpoint that a user speaks through, in some requests a reply.
+    reply_s=_REPLY * config.environment.user.timeout if config.environment.user.base_url else None,
   )
 
 

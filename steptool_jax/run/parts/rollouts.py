@@ -144,6 +144,11 @@ def reward(
   )
 
 
+def held_out(parts: Parts) -> frozenset[str]:
+  """Ids of the tasks that the policy is measured on, and that nothing may learn from."""
+  return frozenset(task.id for task in parts.environment.tasks("heldout"))
+
+
 def selection(parts: Parts) -> Sequence[Task]:
   """The last evaluation.selection held-out tasks, which choose the best checkpoint.
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from steptool_jax.config import Config
 from steptool_jax.evaluation.metrics import rollout_metrics
-from steptool_jax.learning import batching
+from steptool_jax.learning import algorithms, batching
 from steptool_jax.policy import sharding
 from steptool_jax.rollout.conversation import NonFiniteLogprobs
 from steptool_jax.rollout.remote import refuse_gap
@@ -175,7 +175,8 @@ def _learn(
     for minibatch, count in phase.minibatches(prepared, rows, config.train.epochs - 1 + more):
       yield
       phase.fit_values(minibatch, count)
-  if config.loss.kl_adaptive:
+  resolved = algorithms.resolve(algorithms.get_algorithm(config.algorithm), config)
+  if config.loss.kl_adaptive and resolved.loss.kl != "none":
     phase.adapt_kl(prepare_figures["kl"], len(kept))
   return _learning_figures(prepare_figures, updates) | {
     "kl_coef": float(phase.state.kl_coef),

@@ -34,7 +34,8 @@ def refuse_other_config(
     ValueError: the workdir's run has another config, or began with other files; names the fields.
   """
   path = workdir / _INPUTS
-  begun = _read(path) if path.exists() else {}
+  # One process looks into the folder: all have to take the same way from here.
+  begun = hosts.lead(lambda: _read(path) if path.exists() else {})
   today = hosts.lead(lambda: inputs.digests(config, workdir)) if begun else {}
   names = [
     name

@@ -22,11 +22,13 @@ from steptool_jax.types import TokenBatch, TrainState, Trajectory
 
 
 def build_optimizer(
-  c: Optimizer, total_steps: int, critic_rate: float = 1.0
+  c: Optimizer, total_steps: int, critic_rate: float = 1.0, head_passes: bool = False
 ) -> optax.GradientTransformation:
   """AdamW (Muon for the layers' kernels if asked for) after a clip of the gradient's global norm.
 
   The schedule spans `total_steps`. critic_rate: of a critic's heads, in multiples of the others'.
+  head_passes: the value head takes steps of its own (update.fit_values), and its moments are
+  corrected by their number.
   """
   rate = _schedule(c, c.learning_rate, total_steps)
   common = {"weight_decay": c.weight_decay, "mu_dtype": c.first_moment or None}
@@ -43,6 +45,10 @@ def build_optimizer(
       **common,
     )
     parts.append(muon)
+  elif head_passes:
+    adam = optax.scale_by_adam(c.b1, c.b2, c.eps, mu_dtype=common["mu_dtype"])
+    parts.append(optax.partition({"value_head": adam, "policy": adam}, _value_head))
+    parts += [optax.add_decayed_weights(c.weight_decay), optax.scale_by_learning_rate(rate)]
   else:
     parts.append(optax.adamw(rate, c.b1, c.b2, c.eps, **common))
   if critic_rate != 1:
@@ -73,6 +79,13 @@ def _critic_heads(params: dict) -> dict:
   )
 
 
+def _value_head(params: dict) -> dict:
+  """Labels; fit_values finds the state of the part that is named like the head."""
+  return jax.tree_util.tree_map_with_path(
+    lambda path, x: "value_head" if "value_head" in sharding.path_string(path) else "policy", params
+  )
+
+
 def _muon_dimensions(params: dict) -> dict:
   """Stacked kernels [layer, in, out] are matrices for Muon; None leaves the rest to AdamW."""
 
@@ -99,7 +112,7 @@ def build_learner(
     optimizer = build_optimizer(config.sft.optimizer, config.sft.steps or iterations)
   else:
     steps = iterations * t.epochs * t.minibatches
-    optimizer = build_optimizer(t.optimizer, steps, t.critic_rate)
+    optimizer = build_optimizer(t.optimizer, steps, t.critic_rate, config.critic.passes > 1)
   return learners.Learner(model_config, row, algorithms.resolve(row, config), optimizer)
 
 

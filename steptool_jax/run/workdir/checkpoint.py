@@ -78,7 +78,7 @@ class Checkpoints:
     del context
     numbers = [info.step for info in checkpoints]
     scored = sorted((n for n in numbers if n in self._scores), key=lambda n: (self._scores[n], n))
-    kept = {*numbers[-self._keep :], *scored[len(scored) - self._keep_best :]}
+    kept = {*numbers[-self._keep :], *scored[max(len(scored) - self._keep_best, 0) :]}
     return [n in kept for n in numbers]
 
   def save(
