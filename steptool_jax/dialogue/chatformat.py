@@ -118,8 +118,11 @@ class ChatFormat:
     ValueError for an action that the format cannot carry (a Malformed, a reserved tool name).
     The compact format has no place for thoughts and drops them.
     """
-    pieces = _split_tags(self.write(action), self.tags, self.codec)
-    return np.append(self.codec.join(pieces), np.int32(self.stop_ids[0]))
+    return np.append(self.spell(self.write(action)), np.int32(self.stop_ids[0]))
+
+  def spell(self, text: str) -> np.ndarray:
+    """int32[L] of what `write` gave, or of its beginning: its tags are control tokens."""
+    return self.codec.join(_split_tags(text, self.tags, self.codec))
 
   def without_thoughts(self, turn: np.ndarray) -> np.ndarray:
     """int32[L] of an assistant turn as Qwen3's chat template repeats it in history: what stands up

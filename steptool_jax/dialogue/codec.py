@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import json
 import pathlib
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ import tokenizers
 
 from steptool_jax.files import read_json
 
+_SPACE = "\u2581"
 _SOURCES = ("tokenizer.model", "vocab.json", "spiece.model", "tokenizer.tiktoken")
 
 
@@ -52,6 +54,7 @@ class Codec:
   _names: Mapping[int, str] = dataclasses.field(repr=False)  # controls, by id
   _plain: tokenizers.Tokenizer = dataclasses.field(repr=False)
   _full: tokenizers.Tokenizer = dataclasses.field(repr=False)
+  _bytes: Mapping[str, int] | None = dataclasses.field(repr=False)  # of a byte-level vocabulary
 
   @classmethod
   def load(cls, directory: str | pathlib.Path) -> "Codec":
@@ -85,13 +88,14 @@ class Codec:
     cls, directory: pathlib.Path, document: dict[str, Any], config: dict[str, Any]
   ) -> "Codec":
     added = document.get("added_tokens") or ()
-    blank = [t for t in added if not t.get("special") and not t["content"].strip()]
+    blank = [t for t in added if not t.get("special") and _is_blank(t["content"])]
     controls = {t["content"]: int(t["id"]) for t in added if t not in blank}
     # Old Llama directories list added tokens in their config only.
     for key, token in (config.get("added_tokens_decoder") or {}).items():
-      if _content(token).strip():
+      if not _is_blank(_content(token)):
         controls.setdefault(_content(token), int(key))
 
+    decoders = _flatten(document.get("decoder"))
     prefix_space = _adds_prefix_space(document)
     neutral = _without_prefix_space({**document, "post_processor": None})
     neutral.update(truncation=None, padding=None)
@@ -126,6 +130,7 @@ class Codec:
       vocab_size=max([full.get_vocab_size(with_added_tokens=True) - 1, *controls.values()]) + 1,
       _plain=plain,
       _full=full,
+      _bytes=_byte_letters() if any(p["type"] == "ByteLevel" for p in decoders) else None,
     )
 
   def encode(self, text: str) -> list[int]:
@@ -165,6 +170,17 @@ class Codec:
   def decode(self, ids: Sequence[int]) -> str:
     """Text of ids; special tokens appear as their names, ids without a token are dropped."""
     return self._full.decode([int(i) for i in ids], skip_special_tokens=False)
+
+  def token_bytes(self, token: int) -> bytes:
+    """What a token adds to a text: bytes, since it may be a part of a character."""
+    piece = self._full.id_to_token(token)
+    if piece is None or token in self._names:
+      return self.decode([token]).encode()
+    if self._bytes is not None and all(c in self._bytes for c in piece):
+      return bytes(self._bytes[c] for c in piece)
+    if re.fullmatch(r"<0x[0-9A-F]{2}>", piece):
+      return bytes([int(piece[3:5], 16)])
+    return piece.replace(_SPACE, " ").encode() if self._bytes is None else piece.encode()
 
   def token_id(self, name: str) -> int:
     """Id of a special token; ValueError that names it when the tokenizer has none."""
@@ -216,6 +232,11 @@ def _tokenizer_document(directory: pathlib.Path) -> dict[str, Any]:
     ) from error
 
 
+def _is_blank(text: str) -> bool:
+  """White space, also as SentencePiece spells it: Hugging Face's Gemma adds runs of ▁."""
+  return not text.replace(_SPACE, "").strip()
+
+
 def _content(token: str | Mapping[str, Any]) -> str:
   return token if isinstance(token, str) else token["content"]
 
@@ -229,6 +250,15 @@ def _chat_template(directory: pathlib.Path, config: Mapping[str, Any]) -> str | 
     named = {entry["name"]: entry["template"] for entry in template}
     return named.get("tool_use", named.get("default"))
   return template
+
+
+def _byte_letters() -> dict[str, int]:
+  """Letter -> byte, as byte-level vocabularies write bytes (GPT-2): printable ones are themselves,
+  the others follow from U+0100 on."""
+  themselves = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+  others = [b for b in range(256) if b not in themselves]
+  pairs = [*zip(themselves, themselves, strict=True)]
+  return {chr(c): b for c, b in [*pairs, *((0x100 + k, b) for k, b in enumerate(others))]}
 
 
 def _flatten(component: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:

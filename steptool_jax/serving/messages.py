@@ -77,6 +77,7 @@ class ChatRequest:
   seed: int | None = None
   calls_allowed: bool = True  # tool_choice is not "none"
   named: str = ""  # the tool that tool_choice asks for
+  several_calls: bool = True  # a turn may have more than one: parallel_tool_calls
 
 
 def parse_request(body: bytes, top_p: float = 1.0) -> ChatRequest:
@@ -113,6 +114,7 @@ def parse_request(body: bytes, top_p: float = 1.0) -> ChatRequest:
     seed=_number("seed", data.get("seed"), -(2**63), 2**63 - 1, int),
     calls_allowed=calls_allowed,
     named=named,
+    several_calls=_typed(data, "parallel_tool_calls", bool, True),
   )
 
 
@@ -217,7 +219,8 @@ def _messages(given: Any) -> tuple[Message, ...]:
   if not isinstance(given, list) or not given:
     raise _bad("messages", "must be a list of at least one message")
   out: list[Message] = []
-  open_calls: dict[str, str] = {}  # id -> name of the calls that wait for a result
+  open_calls: dict[str, int] = {}  # id of a call that waits for a result -> its place in the turn
+  places: list[int] = []  # of the calls of this turn that have results, as these came
   for k, entry in enumerate(given):
     at = f"messages[{k}]"
     if not isinstance(entry, Mapping):
@@ -234,12 +237,17 @@ def _messages(given: Any) -> tuple[Message, ...]:
           f"{at}.tool_call_id",
           "answers no call of the assistant's message in front of it that is still open",
         )
-      del open_calls[name]
+      places.append(open_calls.pop(name))
     elif open_calls:
       raise _bad(at, f"the calls {', '.join(open_calls)} have no result yet (role tool)")
     message = _message(entry, role, at)
-    open_calls |= {call.id: call.name for call in message.calls}
+    open_calls |= {call.id: place for place, call in enumerate(message.calls)}
     out.append(message)
+    if places and not open_calls:
+      # In the order of the calls, whatever came first: chat formats have no ids.
+      results = sorted(zip(places, out[-len(places) :], strict=True), key=lambda pair: pair[0])
+      out[-len(places) :] = [result for _, result in results]
+      places = []
   if open_calls or out[-1].role == "assistant":
     raise _bad("messages", "the last one must be of a user, or the results of all calls")
   first = next((m.role for m in out if m.role != "system"), "none")

@@ -135,6 +135,7 @@ class Session:
     self._taken: list[_Taken] = []  # all calls of a session that is trained on
     self.opened = 0  # conversations so far
     self.turns = 0
+    self._asked = 0  # requests that are being answered
     self.ended: Status | None = None
     self._drawn: collections.Counter[tuple[int, int]] = collections.Counter()
 
@@ -146,6 +147,13 @@ class Session:
     if self.ended is not None:
       code, message = _OVER[self.ended]
       raise ApiError(400, message, code=code)
+    if not request.several_calls and self._format.results is not None:
+      raise ApiError(
+        400,
+        "parallel_tool_calls: this policy may make several calls a turn (model.parallel_calls); "
+        "leave it out, or true",
+        "parallel_tool_calls",
+      )
     found, new = self._match(request)
     try:
       forced = self._forced(request)
@@ -168,6 +176,7 @@ class Session:
     at = (conversation.number, len(conversation.steps))
     if self._keep is None:
       self._drawn[at] += 1
+    self._asked += 1
     return Ask(request, conversation, tuple(forced), limit, (*at, self._drawn[at] - 1))
 
   def answered(
@@ -177,6 +186,7 @@ class Session:
 
     What tool_choice forced stands before the step, not in it: it was not sampled.
     """
+    self._asked -= 1
     conversation, request = ask.conversation, ask.request
     answer = self._read(ask, [*ask.forced, *tokens], stopped, call_id)
     if ask.forced:
@@ -204,6 +214,15 @@ class Session:
     if not stopped and len(grown.ids()) >= self.limits.max_tokens:
       self._end(Status.TOKEN_BUDGET)
     return answer
+
+  def dropped(self) -> None:
+    """What `ask` gave is not answered: the client went away, or the server could not."""
+    self._asked -= 1
+
+  @property
+  def _spent(self) -> bool:
+    """Whether there is no call left, those included that are under way."""
+    return self.turns + self._asked >= self.limits.max_steps
 
   def trajectory(self, task_id: str, sample: int, version: int) -> Trajectory:
     """All calls of the model, in their order, with what came of them.
@@ -289,7 +308,7 @@ class Session:
     length = len(found.ids()) + len(forced)
     if length > self.limits.max_tokens:
       self._record_end(found, observation, (), Status.TOKEN_BUDGET)
-    if self.turns >= self.limits.max_steps:
+    if self._spent:
       self._record_end(found, observation, forced, Status.STEP_BUDGET)
     if length == self.limits.max_tokens:
       self._record_end(found, observation, forced, Status.TOKEN_BUDGET)
@@ -339,7 +358,10 @@ class Session:
     if not request.named:
       return []
     text = self._format.write(ToolCall(request.named, {}))
-    return self._format.codec.encode(text[: text.rindex("{}")])
+    begun = text[: text.rindex("{}")]
+    bare = begun.rstrip(" ")
+    # Most tokenizers have the last space in one token with what follows; but it may end the name.
+    return self._format.spell(begun if bare.endswith(request.named) else bare).tolist()
 
   # --- what a turn means ---------------------------------------------------------------------
 
@@ -392,7 +414,7 @@ class Session:
 
   def _refuse_another_conversation(self) -> None:
     """An agent that changes history at every turn must not go on for ever."""
-    if self.turns >= self.limits.max_steps:
+    if self._spent:
       self._end(Status.STEP_BUDGET)
       code, message = _OVER[Status.STEP_BUDGET]
       raise ApiError(400, message, code=code)

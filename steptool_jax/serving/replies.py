@@ -46,7 +46,7 @@ def logprobs(
       {
         "token": text,
         "logprob": value if math.isfinite(value) else -9999.0,
-        "bytes": list(text.encode()),
+        "bytes": list(codec.token_bytes(token)),
         "top_logprobs": [],
       }
     )

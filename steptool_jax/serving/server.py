@@ -191,6 +191,7 @@ class _Answering:
 
   def __init__(self, server: PolicyServer, opened: Opened, ask: Ask, turn: Turn):
     self._server, self._opened, self._ask, self._turn = server, opened, ask, turn
+    self._is_answered = False
     self._head = {
       "id": f"chatcmpl-{uuid.uuid4().hex}",
       "created": int(time.time()),
@@ -200,8 +201,11 @@ class _Answering:
 
   async def whole(self, http: Request) -> dict[str, Any]:
     """The document of the whole answer."""
-    await self._sampled(http)
-    answer, probs, used = self._answered()
+    try:
+      await self._sampled(http)
+      answer, probs, used = self._answered()
+    finally:
+      self._leave()
     return replies.completion(self._head, answer, probs, used)
 
   async def events(self, http: Request) -> AsyncIterator[bytes]:
@@ -241,8 +245,13 @@ class _Answering:
     except ApiError as error:
       yield replies.event(error.document())
     finally:
+      self._leave()
       self._turn.future.cancel()
       sampled.cancel()
+
+  def _leave(self) -> None:
+    if not self._is_answered:
+      self._opened.session.dropped()
 
   async def _sampled(self, http: Request) -> None:
     """Waits for the turn; one whose client goes away is cancelled, and its slot is free."""
@@ -264,6 +273,7 @@ class _Answering:
   def _answered(self) -> tuple[recording.Answer, dict[str, Any] | None, dict[str, Any]]:
     turn, server = self._turn, self._server
     server.tokens += len(turn.tokens)
+    self._is_answered = True
     answer = self._opened.session.answered(
       self._ask, turn.tokens, turn.logprobs, turn.stopped, f"call_{uuid.uuid4().hex[:24]}"
     )

@@ -22,6 +22,39 @@ def test_special_token_strings_in_text_stay_text(codecs, kind):
   assert codec.decode(ids) == text
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_bytes_of_tokens_are_those_of_the_text(codecs, kind):
+  """A part of a character was the bytes of U+FFFD."""
+  codec = codecs[kind]
+  text = "  the é漢🙂 <|\n\n"
+  ids = codec.encode(text)
+  assert b"".join(map(codec.token_bytes, ids)) == text.encode()
+  name, control = next(iter(codec.controls.items()))
+  assert codec.token_bytes(control) == name.encode()
+
+
+def test_runs_of_spaces_are_no_control_tokens(tmp_path):
+  """Gemma's own directory spells them with ▁; a call in indented JSON was taken for malformed."""
+  runs = ("▁▁", "▁▁▁")
+  pieces = ["<unk>", "▁", *runs, "a", "b"]
+  merges = [("▁", "▁"), ("▁▁", "▁")]
+  model = tokenizers.models.BPE({p: i for i, p in enumerate(pieces)}, merges, unk_token="<unk>")
+  tokenizer = tokenizers.Tokenizer(model)
+  tokenizer.normalizer = tokenizers.normalizers.Replace(" ", "▁")
+  tokenizer.decoder = tokenizers.decoders.Replace("▁", " ")
+  tokenizer.add_tokens([tokenizers.AddedToken(run, normalized=False) for run in runs])
+  tokenizer.add_special_tokens(["<end_of_turn>"])
+  tokenizer.save(str(tmp_path / "tokenizer.json"))
+  listed = {str(pieces.index(run)): {"content": run, "special": False} for run in runs}
+  (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": listed}))
+  codec = Codec.load(tmp_path)
+  assert set(codec.controls) == {"<end_of_turn>"}
+  ids = codec.encode("a  b   a")
+  assert ids == tokenizer.encode("a  b   a", add_special_tokens=False).ids
+  assert codec.decode(ids) == "a  b   a"
+  assert pieces.index("▁▁") in ids
+
+
 def test_a_plain_tokenizer_call_would_have_made_control_ids(directories, codecs):
   # The trap itself: what the same directory gives without the codec.
   raw = tokenizers.Tokenizer.from_file(str(directories["chatml_react"] / "tokenizer.json"))

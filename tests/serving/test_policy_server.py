@@ -19,6 +19,8 @@ from steptool_jax.dialogue.codec import Codec
 from steptool_jax.dialogue.template import get_format
 from steptool_jax.serving import decoding
 from steptool_jax.serving.decoding import Decoder
+from steptool_jax.serving.messages import ApiError, parse_request
+from steptool_jax.serving.recording import Session
 from steptool_jax.serving.server import PolicyServer
 from steptool_jax.types import Finish, Malformed, Status, ToolCall, ToolCalls
 
@@ -154,7 +156,8 @@ def test_a_turn_of_several_calls_is_all_of_them(serve, hermes):  # noqa: F811
     {"role": "tool", "tool_call_id": c["id"], "content": text}
     for c, text in zip(calls, ("one", "two"), strict=True)
   ]
-  last = served.post([USER, choice["message"], *results], **ask).json()["choices"][0]
+  # As they came: the second was quicker, and ids say whose they are.
+  last = served.post([USER, choice["message"], *results[::-1]], **ask).json()["choices"][0]
   assert last["message"]["content"] == "7"
   assert served.engine.forced - before == len(hermes.observation("one", "two"))
   first, second = opened.session.trajectory("t", 0, 0).steps
@@ -162,6 +165,20 @@ def test_a_turn_of_several_calls_is_all_of_them(serve, hermes):  # noqa: F811
   assert [part.text for part in first.observation.parts] == ["one", "two"]
   assert first.observation_tokens.tolist() == hermes.observation("one", "two").tolist()
   assert second.action == Finish("7")
+  refused = served.post([USER], **ask, parallel_tool_calls=False).json()["error"]
+  assert refused["param"] == "parallel_tool_calls"
+
+
+def test_a_forced_call_begins_as_the_format_writes_it(hermes):  # noqa: F811
+  """Its tags were spelled as text, which the model has never seen in front of a call."""
+  session = Session("s", hermes, LIMITS, None)
+  body = {"messages": [USER], "tools": [ECHO]}
+  body["tool_choice"] = {"type": "function", "function": {"name": "echo"}}
+  forced = session._forced(parse_request(json.dumps(body).encode()))
+  whole = hermes.render_action(ToolCall("echo", {"x": 1})).tolist()
+  assert forced == whole[: len(forced)]
+  assert hermes.codec.token_id("<tool_call>") in forced
+  assert hermes.codec.decode(forced).endswith('"arguments":')
 
 
 def test_streams_carry_the_same_answer(serve):
@@ -260,6 +277,23 @@ def test_tool_choice(serve, chat_format):
   trajectory = opened.session.trajectory("t", 0, 0)
   assert chat_format.codec.decode(trajectory.prompt_tokens).endswith("<|call|>echo ")
   assert chat_format.codec.decode(trajectory.steps[0].tokens).startswith("answer")
+
+
+def test_calls_that_are_under_way_count(chat_format):
+  """An agent with many sub-agents at once went past rollout.max_steps."""
+  session = Session("s", chat_format, dataclasses.replace(LIMITS, max_steps=2), None)
+  requests = [
+    parse_request(json.dumps({"messages": [{"role": "user", "content": f"say {k}"}]}).encode())
+    for k in range(4)
+  ]
+  session.ask(requests[0])
+  session.dropped()  # its client went away
+  asked = [session.ask(request) for request in requests[:2]]
+  with pytest.raises(ApiError, match="has made its LLM calls"):
+    session.ask(requests[2])
+  for ask in asked:
+    session.answered(ask, [5], [-0.5], True, "call")
+  assert len(session.trajectory("t", 0, 0).steps) == 2
 
 
 def _tool(name):
