@@ -42,7 +42,7 @@ case $action in
       apt='sudo apt-get -qq -o DPkg::Lock::Timeout=300'  # a young machine updates itself
       \$apt update && \$apt install -y nfs-common python3-venv > /dev/null
       sudo mkdir -p /data && (mountpoint -q /data || sudo mount -t nfs '${SHARE:?}' /data)
-      sudo chmod a+rwx /data  # a new share is root's
+      test -w /data || sudo chmod a+rwx /data  # a new share is root's
       cd ~/steptool_jax
       if python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
         python3 -m venv .venv

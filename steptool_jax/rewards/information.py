@@ -20,7 +20,7 @@ import numpy as np
 
 from steptool_jax.dialogue.chatformat import ChatFormat
 from steptool_jax.rewards import model
-from steptool_jax.types import Finish, Status, Step, Task, Trajectory, calls_of
+from steptool_jax.types import Finish, Status, Step, Task, Trajectory
 
 # Of these the final state is checked and the answer's text is free: no answer is the gold one.
 _WITHOUT = frozenset({"state", "table"})
@@ -96,14 +96,13 @@ def gains(trajectory: Trajectory, logprobs: Sequence[np.ndarray]) -> Trajectory:
   """The same trajectory with Con of every step.
 
   logprobs: float32[L] of the answer's tokens for each of `questions`. A step whose observation was
-  not shown to the policy (the last one) has told it nothing: 0. Con is a mean over calls, so a turn
-  of several has its gain divided by them: it earns no more for having more.
+  not shown to the policy (the last one) has told it nothing: 0. A turn of several calls has one.
   """
   chances = np.exp([np.mean(x, dtype=np.float32) for x in logprobs])
   found = np.zeros(len(trajectory.steps), np.float32)
   found[_answered(trajectory)] = np.clip(np.diff(chances), 0.0, 1.0)
   steps = tuple(
-    dataclasses.replace(step, contribution=float(con) / max(1, len(calls_of(step.action))))
+    dataclasses.replace(step, contribution=float(con))
     for step, con in zip(trajectory.steps, found, strict=True)
   )
   return dataclasses.replace(trajectory, steps=steps)

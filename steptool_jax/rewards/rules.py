@@ -182,7 +182,7 @@ def _backward(task: Task, trajectory: Trajectory, facts: Sequence[_Fact]) -> lis
 def _gold_calls(task: Task) -> Iterator[str]:
   handles: dict[str, str] = {}
   calls = _demonstrated(task)
-  produced = task.metadata.get("handles", ("",) * len(calls))
+  produced = task.metadata.get("handles", ("",) * len(calls)) if calls else ()
   for call, handle in zip(calls, produced, strict=True):
     key = _canonical(call, handles)
     if handle:

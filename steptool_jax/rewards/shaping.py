@@ -118,6 +118,7 @@ def shape(
   needed: int = 0,
   gamma: float = 1.0,
   bootstrap: Container[str] = (),
+  by_turn: bool = False,
 ) -> Trajectory:
   """The same trajectory with `reward` (float) on every step, and reward_parts of their sum.
 
@@ -139,6 +140,7 @@ def shape(
     gamma: discount per step of the advantage, which potentials take.
     bootstrap: statuses whose trajectories go on beyond their last step (config.advantage.bootstrap)
       and so keep their potential.
+    by_turn: Con of a turn with several calls is what all of them came to; else their mean.
 
   Raises:
     ValueError: alpha < 0, no such row, or SC, Con, IsSolved outside [0, 1].
@@ -152,7 +154,9 @@ def shape(
     tuple(s.contribution for s in trajectory.steps[: max(count, 0)]),
     options.alpha,
     needed,
-    tuple(max(1, len(calls_of(s.action))) for s in trajectory.steps[: max(count, 0)]),
+    tuple(
+      1 if by_turn else max(1, len(calls_of(s.action))) for s in trajectory.steps[: max(count, 0)]
+    ),
   )
   goes_on = trajectory.status in bootstrap
   weight = 0.0 if outcome_only or broken else options.weight

@@ -42,7 +42,7 @@ from steptool_jax.run.training import restore
 from steptool_jax.run.workdir import inputs, outputs
 from steptool_jax.toolbench import rule_judge
 from steptool_jax.toolbench.formats import conversations, converted, judged
-from steptool_jax.types import Status, Task, Trajectory
+from steptool_jax.types import Status, Task, Trajectory, by_call
 
 _NAMED = 20  # failures that summary.json names of each kind
 ROUND = 256  # trajectories judged between two looks at the stop signal
@@ -165,7 +165,7 @@ def _shaped(config: Config, record: AnnotatedTrajectory, origin: dict) -> Annota
 
 def _means(annotated: Sequence[Trajectory]) -> dict[str, float]:
   """Figures over calls (SC, Con), steps (reward) and trajectories (IsSolved, summed rewards)."""
-  marked = [t.steps[: len(responses.transcript("", t).steps)] for t in annotated]
+  marked = [by_call(t.steps)[: len(responses.transcript("", t).steps)] for t in annotated]
   calls = [step for steps in marked for step in steps]
 
   def mean(values: Sequence[float]) -> float:
@@ -358,6 +358,13 @@ def by_monte_carlo(config: Config, workdir: pathlib.Path, work: Work, stop: Stop
           found = kept.values(variables, [(task, r.trajectory) for task, r in here])
         except Interrupted:
           break
+        # A few failures cost their own trajectories; a whole round of them are tools that are down.
+        down = all(values is None for values in found)
+        if down and (not work.records or len(found) == size):
+          raise RuntimeError(
+            f"all that went on from {len(found)} trajectories of a round failed: their tools, "
+            "sessions or checkers are down; see to them, then run the same command again"
+          )
         for (task, record), values in zip(here, found, strict=True):
           if values is None:
             work.left_out["no_value"].append(_name(record.trajectory))

@@ -22,7 +22,7 @@ import numpy as np
 
 from steptool_jax.config import Config
 from steptool_jax.environments.base import AGENTS, TURNS, Environment, Session
-from steptool_jax.learning.algorithms import get_algorithm
+from steptool_jax.learning.algorithms import get_algorithm, resolve
 from steptool_jax.policy import model, sharding
 from steptool_jax.rollout import chain
 from steptool_jax.rollout.setting import Sampling, Setting
@@ -46,8 +46,9 @@ def run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
       f"config.environment.name: {name!r} calls its tools itself; --mode=serve with "
       "serve.what=policy lets your agent, or any client, talk to the checkpoint"
     )
-  # One slot: one conversation at a time.
-  config = dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, slots=1))
+  # One conversation at a time; several devices share out slots, so each has one.
+  slots = jax.device_count()
+  config = dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, slots=slots))
   with opening.open_parts(config, workdir, opening.Stop()) as parts:
     variables, source = restore.policy_variables(parts)
     tasks = {task.id: task for task in parts.environment.tasks("heldout")}
@@ -106,9 +107,12 @@ def _attempt(parts: Parts, variables: dict, task: Task, number: int, checked: bo
   (trajectory,), stats = chain.rollout(setting, [(task, number)])
   for why in stats.failures:
     print(f"  {why}")
+  if checked:
+    (trajectory,) = rollouts.judge(parts, [task], [trajectory])
   (trajectory,) = rollouts.reward(parts, [task], [trajectory])
   values = None
-  if get_algorithm(parts.config.algorithm).critic == "value":
+  row = get_algorithm(parts.config.algorithm)
+  if resolve(row, parts.config).critic.kind == "value":
     values = step_values(parts.policy.model, variables, trajectory, build.slot_tokens(parts.config))
   for line in table(trajectory, values, checked):
     print(f"  {line}")

@@ -224,10 +224,10 @@ class _Answering:
         loop.call_soon_threadsafe(heard.put_nowait, text)
 
       self._turn.heard = hear
-    yield replies.piece(self._head, {"role": "assistant", "content": ""})
     self._server._decoder.submit(self._turn)
     sampled = asyncio.ensure_future(self._sampled(http))
     try:
+      yield replies.piece(self._head, {"role": "assistant", "content": ""})
       while not sampled.done():
         listening = asyncio.ensure_future(heard.get())
         await asyncio.wait({sampled, listening}, return_when=asyncio.FIRST_COMPLETED)

@@ -8,7 +8,7 @@ import pytest
 from steptool_jax.config import Rewards
 from steptool_jax.dialogue.codec import Codec
 from steptool_jax.dialogue.template import get_format
-from steptool_jax.rewards import information, shaping
+from steptool_jax.rewards import assembly, information
 from steptool_jax.run.parts.tokenizers import ASSETS
 from steptool_jax.types import Finish, Status, Step, Task, ToolCall, ToolCalls, Trajectory
 
@@ -65,18 +65,17 @@ def test_gains_by_hand(conversation):
   assert [s.success_calling for s in found.steps] == [1.0, 1.0, 1.0]
 
 
-def test_a_turn_of_several_calls_earns_its_gain_once(conversation):
+@pytest.mark.parametrize(("row", "earned"), [("progress", 0.25), ("sum", 0.625)])
+def test_a_turn_of_several_calls_earns_its_gain_once(row, earned, conversation):
   """Progress counts Con once a call: two calls for one gain were paid twice."""
   both = ToolCalls((ToolCall("f", {}), ToolCall("g", {})))
   first = dataclasses.replace(conversation.steps[0], action=both)
   turn = dataclasses.replace(conversation, steps=(first, *conversation.steps[1:]))
   logprobs = [np.log(np.array([p, p], np.float32)) for p in (0.25, 0.5, 0.5)]
-  paid = [
-    shaping.shape(information.gains(t, logprobs), Rewards(shaping="progress"), needed=1)
-    for t in (conversation, turn)
-  ]
-  assert [s.reward for s in paid[0].steps] == pytest.approx([0.25, 0.0, 0.0])
-  assert [s.reward for s in paid[1].steps] == pytest.approx([0.25, 0.0, 0.0])
+  options = Rewards(source="info_gain", shaping=row)
+  for t in (conversation, turn):
+    (paid,) = assembly.pay([task()], [information.gains(t, logprobs)], options)
+    assert paid.steps[0].reward == pytest.approx(earned)
 
 
 @pytest.mark.parametrize(

@@ -413,6 +413,13 @@ def test_a_number_of_the_query_is_nothing_new(query):
   assert (found.success_calling, found.contribution) == (1, 0)
 
 
+def test_handles_without_a_demonstration():
+  """As of a question that is typed to --mode=chat in the world of a task."""
+  task = dataclasses.replace(JOINED, demonstration=())
+  marks = progress(PIPELINE, task, JOINED.demonstration)
+  assert [sc for sc, _ in marks[:-1]] == [1] * (len(marks) - 1)
+
+
 def test_a_pipelines_handles_are_no_values_of_the_demonstration():
   """t2 of this session is not t2 of the demonstration: a call counts by what it was made of."""
   load, right, *_, done = JOINED.demonstration

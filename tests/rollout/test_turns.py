@@ -27,6 +27,7 @@ from steptool_jax.rollout import chain
 from steptool_jax.rollout.conversation import Limits
 from steptool_jax.rollout.replaying import perform, replay_actions
 from steptool_jax.rollout.setting import Sampling, Setting
+from steptool_jax.run.parts import build
 from steptool_jax.run.parts import tokenizers as tokenizer_parts
 from steptool_jax.simulators import parallel
 from steptool_jax.simulators.functions import Toolbox, tool
@@ -245,8 +246,9 @@ def test_a_tree_search_is_refused(tmp_path):
   config.environment.tasks = str(tmp_path / "tasks.jsonl")
   custom.from_config(config, None)
   config.rollout.strategy = "dfsdt"
+  config.environment.name = "custom"
   with pytest.raises(ValueError, match="rollout.strategy: 'dfsdt' .*task two .*'chain'"):
-    custom.from_config(config, None)
+    build.build_environment(config)
 
 
 class ScriptedEngine:

@@ -5,10 +5,11 @@ import json
 import os
 import signal
 
+import numpy as np
 import pytest
 import stored
 import tiny
-from rewards.replays import replay
+from rewards.replays import replay, step
 from simulators.openai_server import Server, completion
 from toolbench.official_rows import OBSERVED
 
@@ -24,7 +25,16 @@ from steptool_jax.rewards import responses, rules, shaping
 from steptool_jax.rewards.scores import StepScores, apply
 from steptool_jax.run import annotate
 from steptool_jax.run.parts import build, services
-from steptool_jax.types import Code, Finish, Malformed, Status, ToolCall
+from steptool_jax.types import (
+  Code,
+  Finish,
+  Malformed,
+  Observation,
+  Status,
+  ToolCall,
+  ToolCalls,
+  Trajectory,
+)
 
 CALL = {"name": "rain_for_sky", "arguments": '{"place": "Oslo"}', "response": OBSERVED}
 FINISH = {
@@ -358,6 +368,16 @@ def test_a_stop_leaves_no_half_file(config, monkeypatch, tmp_path):
     summary = annotate.run(settings, tmp_path)
   assert len(asked) == 3
   assert (summary["annotated"], summary["usage"]["cached_calls"]) == (3, 2)
+
+
+def test_figures_are_of_calls_and_not_of_turns():
+  """Of a turn of three calls and an answer the answer was taken for a failed call."""
+  calls = ToolCalls(tuple(ToolCall("f", {"x": k}) for k in range(3)))
+  seen = Observation("ok", Code.OK, parts=(Observation("ok", Code.OK),) * 3)
+  turn = step(calls, seen, success_calling=1.0, contribution=1.0)
+  t = Trajectory("t", 0, np.zeros(1, np.int32), (turn, step(Finish("7"))), Status.ANSWERED)
+  found = annotate._means([t])
+  assert (found["calls"], found["mean_success_calling"], found["mean_contribution"]) == (3, 1, 1)
 
 
 def test_a_new_source_is_a_row(replayed, config, monkeypatch, tmp_path):

@@ -1,5 +1,6 @@
 """annotate.source=monte_carlo: values of states become Con, and are found once."""
 
+import dataclasses
 import json
 
 import pytest
@@ -85,10 +86,25 @@ def test_what_was_found_is_not_rolled_out_again(recorded, asked, tmp_path):
 
 def test_a_state_without_an_outcome_is_no_value(recorded, asked, tmp_path):
   """0 would call the step bad that led there; the trajectory is left out and counted."""
+  config, _, trajectory = recorded
+  other = dataclasses.replace(trajectory, sample=1)
+  write_trajectories(tmp_path / "t.jsonl", map(AnnotatedTrajectory, (trajectory, other)))
+  asked[1].extend([[], [1.0], [1.0]])
+  summary = annotate.run(config, tmp_path / "out")
+  assert (summary["annotated"], summary["left_out"]) == (1, {"no_value": 1})
+  # It is asked for again, and not kept as one that nobody can value.
+  asked[1][:3] = [[1.0], [1.0], [1.0]]
+  summary = annotate.run(config, tmp_path / "out")
+  assert (summary["annotated"], [len(states) for states in asked[0]]) == (2, [6, 3])
+
+
+def test_tools_that_are_down_end_the_run(recorded, asked, tmp_path):
+  """It ended well, with an empty file and the outage on disk for good."""
   config, *_ = recorded
   asked[1][1] = []
-  summary = annotate.run(config, tmp_path / "out")
-  assert (summary["annotated"], summary["left_out"]) == (0, {"no_value": 1})
+  with pytest.raises(RuntimeError, match="all that went on from 1 trajectories.* failed"):
+    annotate.run(config, tmp_path / "out")
+  assert not (tmp_path / "out" / "annotated.jsonl").exists()
 
 
 def test_official_files_are_refused(recorded, tmp_path):

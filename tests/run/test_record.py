@@ -86,6 +86,16 @@ def test_advantages_find_their_trajectory_wherever_it_was_packed(tmp_path):
   assert [r.metadata["advantages"] for r in kept] == wanted
 
 
+def test_two_trajectories_of_one_name_keep_their_own(tmp_path):
+  """Stored data may hold sample 0 of a task from two runs."""
+  found = [trajectory("t0", 0, [1, 2]), trajectory("t0", 0, [3])]
+  packed = batching.pack(found, 16)
+  values = packed.batch.targets.astype(np.float32)
+  recorder(tmp_path).training(0, found, packed, values)
+  kept = list(read_trajectories(tmp_path / "moments" / "train_000000.jsonl"))
+  assert [r.metadata["advantages"] for r in kept] == [[[1, 2]], [[3]]]
+
+
 @pytest.mark.parametrize("values", [None, np.nan])
 def test_without_advantages(values, tmp_path):
   """Algorithms that have none, and a batch that is not finite: JSON could not hold that."""

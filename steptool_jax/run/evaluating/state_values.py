@@ -26,7 +26,8 @@ class Kept:
   def __init__(self, parts: Parts, policy: str):
     self._parts, self._policy = parts, policy
     self._path: pathlib.Path = parts.workdir / _FILE
-    self._found = {line["key"]: line["values"] for line in read_jsonl(self._path)}
+    lines = read_jsonl(self._path)
+    self._found = {line["key"]: line["values"] for line in lines if line["values"] is not None}
     self.rollouts = 0
 
   def values(
@@ -44,10 +45,11 @@ class Kept:
       with self._path.open("a") as file:
         for n in missing:
           outcomes = [o for (m, _), o in zip(states, found, strict=True) if m == n]
-          values = [statistics.fmean(o) for o in outcomes] if all(outcomes) else None
-          self._found[keys[n]] = values
+          if not all(outcomes):  # not kept: the next start asks again
+            continue
+          values = self._found[keys[n]] = [statistics.fmean(o) for o in outcomes]
           file.write(json.dumps({"key": keys[n], "values": values}) + "\n")
-    return [self._found[key] for key in keys]
+    return [self._found.get(key) for key in keys]
 
   def _rolled(self, variables: dict, states: Sequence[continuing.Start]) -> list[list[float]]:
     p = self._parts

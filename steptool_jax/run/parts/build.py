@@ -13,7 +13,7 @@ from steptool_jax.config import Config, Lora
 from steptool_jax.dialogue.chatformat import ChatFormat
 from steptool_jax.dialogue.codec import Codec
 from steptool_jax.dialogue.template import get_format
-from steptool_jax.environments.base import Environment, Problem, make
+from steptool_jax.environments.base import SPLITS, TURNS, Environment, Problem, make
 from steptool_jax.environments.faults import FaultyEnvironment, total
 from steptool_jax.environments.markets.market import MarketEnvironment
 from steptool_jax.files import write_text
@@ -68,6 +68,13 @@ def build_environment(
   c = config.environment
   collected = problems is not None and c.name == "custom"
   environment = make(config, services, **({"problems": problems} if collected else {}))
+  if config.rollout.strategy != "chain":
+    talking = (t.id for s in SPLITS for t in environment.tasks(s) if t.metadata.get(TURNS))
+    if (first := next(talking, None)) is not None:
+      raise ValueError(
+        f"config.rollout.strategy: {config.rollout.strategy!r} grades every answer, but the user "
+        f"of task {first} goes on after one; use 'chain'"
+      )
   if c.market.prices:
     environment = MarketEnvironment(environment, c.market)
   return FaultyEnvironment(environment, c.faults) if total(c.faults) > 0 else environment

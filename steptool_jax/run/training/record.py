@@ -73,7 +73,7 @@ class Recorder:
       for t, values in zip(packed.trajectories, values_of, strict=True):
         # JSON has no NaN; the update skips such a batch.
         if id(t) in wanted and np.isfinite(values).all():
-          advantages[t.task_id, t.sample] = _by_step(t, values)
+          advantages[id(t)] = _by_step(t, values)
     self._write(f"train_{done:06d}.jsonl", "train", chosen, advantages)
 
   def _write(
@@ -81,8 +81,9 @@ class Recorder:
     name: str,
     split: str,
     trajectories: Sequence[Trajectory],
-    advantages: Mapping[tuple[str, int], list[list[float]]],
+    advantages: Mapping[int, list[list[float]]],
   ) -> None:
+    """advantages: by id() of the trajectory, since stored data may hold two of one name."""
     if not hosts.primary():
       return
     wanted = {t.task_id for t in trajectories}
@@ -90,8 +91,8 @@ class Recorder:
 
     def annotated(t: Trajectory) -> AnnotatedTrajectory:
       metadata: dict[str, Any] = {"texts": token_texts(self.codec, t)}
-      if (t.task_id, t.sample) in advantages:
-        metadata["advantages"] = advantages[t.task_id, t.sample]
+      if id(t) in advantages:
+        metadata["advantages"] = advantages[id(t)]
       return AnnotatedTrajectory(t, query=queries.get(t.task_id, ""), metadata=metadata)
 
     write_trajectories(self.workdir / "moments" / name, map(annotated, trajectories))
