@@ -10,14 +10,15 @@ from collections.abc import Sequence
 
 from steptool_jax.checking.findings import ERROR, WARNING, Finding
 from steptool_jax.environments.base import Environment
-from steptool_jax.environments.checkers import normal, number
+from steptool_jax.environments.checkers import close, normal, number
 from steptool_jax.simulators.render import clean_text, leaves
 from steptool_jax.simulators.runner import ToolRunner, TooManyStuck
 from steptool_jax.types import Finish, Task, Trajectory
 
 _OTHERS = 3  # other tasks' answers that are tried
 _CANDIDATES = 20  # values in a list of all
-_NEAR = 0.1  # other answers that are numbers differ by more, relatively
+_NEAR = 0.1  # a function's own tolerance may be as large, relatively
+_EXACT = frozenset({"exact", "number", "contains_all"})  # checkers whose tolerance is known
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +56,7 @@ def wrong_answers(
   other = [
     text
     for text in dict.fromkeys(others)
-    if text.strip() and normal(text) not in right and not _near(text, gold)
+    if text.strip() and normal(text) not in right and not _near(text, gold, task)
   ]
   chosen = random.Random(task.id).sample(other, min(_OTHERS, len(other)))
   found += [
@@ -126,10 +127,14 @@ def _broken(task: Task, what: str, remedy: str) -> Finding:
   return Finding(ERROR, "checker", task.id, what, remedy)
 
 
-def _near(text: str, gold: str | None) -> bool:
-  """Numbers that a tolerance may rightly take for the same."""
+def _near(text: str, gold: str | None, task: Task) -> bool:
+  """Numbers that a tolerance may rightly take for the same: the checker's, or a function's own."""
   one, other = number(text), None if gold is None else number(gold)
-  return one is not None and other is not None and math.isclose(one, other, rel_tol=_NEAR)
+  if one is None or other is None:
+    return False
+  if task.checker.get("type") in _EXACT:
+    return close(one, other, task.checker.get("tolerance"))
+  return math.isclose(one, other, rel_tol=_NEAR)
 
 
 def _within(value: str, text: str) -> bool:

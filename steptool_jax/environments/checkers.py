@@ -11,6 +11,10 @@ _MINUS = {0x2212: "-", 0x2012: "-"}  # the minus sign and the figure dash
 _DIGITS = r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:e[-+]?\d+)?"
 _NUMBER = re.compile(rf"[$€£]?\s*([-+]?{_DIGITS})", re.I)
 # A number within a text, with its sign: no part of a word, of a date or of a range.
+_COMMA = re.compile(r"(?<=\d),(?=\d)(?!\d{3}(?!\d))")  # of a list, and not of thousands
+_BRACKETS = re.compile(r"\[[^\[\]]*\]")
+_LONG = re.compile(r"[-+]?\d{16,40}")  # whole numbers beyond a float's digits
+_ROUNDING = 1e-6
 _WITHIN = re.compile(rf"(?<![\w.,/-])[-+]?{_DIGITS}(?!\w|[.,/-]\d)", re.I)
 
 
@@ -33,19 +37,29 @@ def normal(text: str) -> str:
 def number(text: str) -> float | None:
   """The number that the whole text is, or None. "1,234.50" and "$5" are; "5 apples" is not."""
   match = _NUMBER.fullmatch(normal(text))
-  if match is None:
-    return None
-  value = float(match.group(1).replace(",", ""))
+  return None if match is None else _value(match.group(1))
+
+
+def _value(text: str) -> float | None:
+  """An int where a float would lose digits; None for what no float can hold."""
+  text = text.replace(",", "")
+  if _LONG.fullmatch(text):
+    return int(text)
+  value = float(text)
   return value if math.isfinite(value) else None
 
 
-def same_value(answer: str | None, expected: Any, tolerance: float = 1e-6) -> bool:
-  """The whole answer is the expected value: no substring luck, no list of guesses."""
+def same_value(answer: str | None, expected: Any, tolerance: float | None = None) -> bool:
+  """The whole answer is the expected value: no substring luck, no list of guesses.
+
+  tolerance: how far a number may be away; None: a whole number not at all, a fraction by a
+  millionth of itself, since it may be rounded.
+  """
   if answer is None:
     return False
   if isinstance(expected, (int, float)) and not isinstance(expected, bool):
     got = number(answer)
-    return got is not None and _close(got, expected, tolerance)
+    return got is not None and close(got, expected, tolerance)
   return normal(answer) == normal(str(expected)) != ""
 
 
@@ -58,38 +72,46 @@ def contains_all(answer: str, values: Sequence[str | float], query: str = "") ->
   """
   text = normal(answer)
   numbers = _numbers(text)
-  wanted = [float(v) if isinstance(v, (int, float)) else number(v) for v in values]
+  wanted = [v if isinstance(v, (int, float)) else number(v) for v in values]
   for value, as_number in zip(values, wanted, strict=True):
-    if as_number is not None and any(_close(n, as_number) for n in numbers):
+    if as_number is not None and any(close(n, as_number) for n in numbers):
       continue
     word = normal(str(value))
     if as_number is not None or not re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text):
       return False
   known = [n for n in wanted if n is not None] + _numbers(query)
-  others = {n for n in numbers if not any(_close(n, k) for k in known)}
+  others = {n for n in numbers if not any(close(n, k) for k in known)}
   items = [item for item in re.split(r"[,;|/\n]\s|\band\b|\bor\b", text) if item.strip()]
   short = [item for item in items if len(item.split()) <= 3]
   return len(others) <= 2 * len(values) and len(short) <= max(2 * len(values), 3)
 
 
 def written_numbers(text: str) -> list[str]:
-  """The numbers within a text, without thousands separators: no part of a word, date or range."""
-  return [m.group().replace(",", "") for m in _WITHIN.finditer(normal(text))]
+  """The numbers within a text, without thousands separators: no part of a word, date or range.
+
+  "1,234" is one, "10,12" and "[100,200]" are two.
+  """
+  text = _BRACKETS.sub(lambda list_: list_.group().replace(",", ", "), normal(text))
+  text = _COMMA.sub(", ", text)
+  return [m.group().replace(",", "") for m in _WITHIN.finditer(text)]
 
 
 def _numbers(text: str) -> list[float]:
-  return [n for n in map(float, written_numbers(text)) if math.isfinite(n)]
+  return [n for n in map(_value, written_numbers(text)) if n is not None]
 
 
-def _close(a: float, b: float, tolerance: float = 1e-6) -> bool:
-  return math.isclose(a, b, rel_tol=tolerance, abs_tol=tolerance)
+def close(a: float, b: float, tolerance: float | None = None) -> bool:
+  """Whether `a` may stand for the expected `b`; tolerance as for `same_value`."""
+  if tolerance is not None:
+    return abs(a - b) <= tolerance * (1 + 1e-9)
+  whole = isinstance(b, int) or b.is_integer()
+  return abs(a - b) <= _ROUNDING if whole else math.isclose(a, b, rel_tol=1e-6, abs_tol=_ROUNDING)
 
 
 def same_table(
   got: tuple[list[str], list[tuple]],
   expected: tuple[list[str], list[tuple]],
   ordered: bool,
-  tolerance: float = 1e-6,
 ) -> bool:
   """Two (columns, rows) with the same content. Column order never matters, row order if asked."""
   columns, rows = got
@@ -101,15 +123,15 @@ def same_table(
   if not ordered:
     rows, wanted = sorted(rows, key=_row_key), sorted(wanted, key=_row_key)
   return all(
-    _same_cell(a, b, tolerance)
+    _same_cell(a, b)
     for got_row, wanted_row in zip(rows, wanted, strict=True)
     for a, b in zip(got_row, wanted_row, strict=True)
   )
 
 
-def _same_cell(a: Any, b: Any, tolerance: float) -> bool:
+def _same_cell(a: Any, b: Any) -> bool:
   if isinstance(a, (int, float)) and isinstance(b, (int, float)):
-    return _close(a, b, tolerance)
+    return close(a, b)
   return type(a) is type(b) and a == b
 
 

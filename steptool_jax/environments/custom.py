@@ -26,6 +26,7 @@ import functools
 import importlib
 import importlib.util
 import inspect
+import json
 import sys
 import types
 import zlib
@@ -174,6 +175,11 @@ class Custom:
 
   def _parse(self, line: str, heldout_share: float) -> tuple[Task, str]:
     record = parse_json(line)
+    try:
+      json.dumps(record, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+      half = f"\\u{ord(error.object[error.start]):04x}"
+      raise ValueError(f"{half} is half of a character: write the whole, or leave it out") from None
     if not isinstance(record, dict):
       raise ValueError("a task must be a JSON object")
     unknown = sorted(set(record) - _FIELDS)
@@ -313,7 +319,7 @@ def _matches(checker: Mapping[str, Any], answer: str, query: str) -> bool:
   if kind == "none":
     return bool(answer.strip())  # says that there is an answer, and no more
   if kind == "number":
-    return same_value(answer, float(checker["value"]), checker.get("tolerance", 1e-6))
+    return same_value(answer, checker["value"], checker.get("tolerance"))
   if kind == "regex":
     return matches(checker["pattern"], answer.strip(), whole=True)
   if kind == "contains_all":
@@ -352,6 +358,8 @@ def _id_of(line: str) -> str:
 
 
 def load_module(where: str) -> types.ModuleType:
+  """A file, which may import its neighbours, or a module, also of the current folder."""
+  _reach(Path(where).parent if where.endswith(".py") else Path())
   if not where.endswith(".py"):
     try:
       return importlib.import_module(where)
@@ -370,6 +378,12 @@ def load_module(where: str) -> types.ModuleType:
     del sys.modules[name]
     raise ValueError(f"{where}: {type(error).__name__}: {error}") from error
   return module
+
+
+def _reach(folder: Path) -> None:
+  """Last in Python's path, so that nothing of ours is hidden by a file of that name."""
+  if (place := str(folder.resolve())) not in sys.path:
+    sys.path.append(place)
 
 
 def _tools_of(

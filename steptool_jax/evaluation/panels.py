@@ -143,7 +143,7 @@ def _heat(pairs: behaviour.Transitions, names: Sequence[str]) -> list[dict[str, 
   rows = []
   for name in names:
     row = np.array([pairs[name, other] for other in names])
-    total = int(row.sum())
+    total = sum(count for (first, _), count in pairs.items() if first == name)  # also of tools cut
     if total:
       shares = row / total
       cells = [

@@ -6,7 +6,9 @@ a tool does. `ToolRunner` (simulators/runner.py) adds threads, time-outs and ret
 
 import copy
 import dataclasses
+import functools
 import inspect
+import itertools
 import json
 import re
 import types
@@ -126,7 +128,7 @@ def tool(function: Callable[..., Any]) -> Tool:
   unknown = sorted(set(texts) - set(signature.parameters))
   if unknown:
     raise ValueError(f"{where}: docstring describes {unknown[0]!r}, which is no parameter")
-  properties, required = {}, []
+  properties, required, tuples = {}, [], {}
   for parameter in signature.parameters.values():
     at = f"{where}, parameter {parameter.name!r}"
     if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
@@ -141,6 +143,8 @@ def tool(function: Callable[..., Any]) -> Tool:
       raise ValueError(
         f"{at}: {error}; use str, int, float, bool, list, tuple, dict, Literal"
       ) from error
+    if (made := _tuples_in(hints[parameter.name])) is not None:
+      tuples[parameter.name] = made
     if parameter.default is None and not _accepts(schema, None):
       schema = {"anyOf": [schema, dict(_BASIC[type(None)])]}
     if texts.get(parameter.name):
@@ -159,7 +163,49 @@ def tool(function: Callable[..., Any]) -> Tool:
     "required": required,
     "additionalProperties": False,
   }
+  if tuples:
+    function = _with_tuples(function, tuples)
   return Tool(ToolSpec(name, description, parameters), function)
+
+
+def _tuples_in(hint: Any) -> Callable[[Any], Any] | None:
+  """What makes tuples of a value's lists where the hint has tuples; None where it has none."""
+  origin, args = typing.get_origin(hint), typing.get_args(hint)
+  if hint is tuple or origin is tuple:
+    first = [_tuples_in(a) for a in args if a is not Ellipsis]
+    same = not args or args[-1] is Ellipsis
+    made = itertools.repeat(first[0] if first else None) if same else first
+    return lambda value: (
+      tuple(f(v) if f else v for f, v in zip(made, value, strict=False))
+      if isinstance(value, list)
+      else value
+    )
+  if origin in (Union, types.UnionType):
+    kinds = [(_schema_of(a), f) for a in args if (f := _tuples_in(a)) is not None]
+
+    def chosen(value: Any) -> Any:
+      return next((f(value) for schema, f in kinds if _accepts(schema, value)), value)
+
+    return chosen if kinds else None
+  inner = _tuples_in(args[-1]) if origin in (list, dict) and args else None
+  if inner is None:
+    return None
+  if origin is list:
+    return lambda value: [inner(v) for v in value] if isinstance(value, list) else value
+  return lambda value: {k: inner(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+
+def _with_tuples(
+  function: Callable[..., Any], tuples: Mapping[str, Callable[[Any], Any]]
+) -> Callable[..., Any]:
+  """The function with lists, which is what JSON has, as the tuples that its hints ask for."""
+
+  @functools.wraps(function)
+  def called(*args: Any, **arguments: Any) -> Any:
+    made = {k: tuples[k](v) if k in tuples else v for k, v in arguments.items()}
+    return function(*args, **made)
+
+  return called
 
 
 def _accepts(schema: Mapping[str, Any], value: Any) -> bool:
@@ -170,6 +216,9 @@ def whole_numbers(schema: Any, value: Any) -> Any:
   """The same valid value with an int where the schema asks for an integer and JSON said 2.0."""
   if not isinstance(schema, Mapping):
     return value
+  if isinstance(value, (dict, list)):
+    of_value = (s for s in schema.get("anyOf", ()) if _accepts(s, value))
+    schema = next(of_value, schema)
   if isinstance(value, float) and value.is_integer():
     kinds = [schema, *schema.get("anyOf", ())]
     wanted = {kind.get("type") for kind in kinds if isinstance(kind, Mapping)}
@@ -185,7 +234,7 @@ def whole_numbers(schema: Any, value: Any) -> Any:
 
 def _says_error(value: Any) -> bool:
   error = value.get("error") if isinstance(value, Mapping) else None
-  return isinstance(error, (str, Mapping)) and bool(error)
+  return isinstance(error, (str, Mapping, list)) and bool(error)  # a number may be a result
 
 
 def _parsed(value: Any) -> Any:
@@ -207,7 +256,8 @@ def _reason(error: jsonschema.ValidationError) -> str:
 class Toolbox:
   """Named tools that answer calls. Holds no state of its own: thread-safe if the tools are.
 
-  A tool that raises has failed, and so has one that returns {"error": …} with a text or an object.
+  A tool that raises has failed, and so has one that returns {"error": …} with a text, a list or an
+  object.
   A text that is a JSON object or list counts as this object or list; the model sees the text.
   digest: of the tools' state, None where it cannot be compared; a call after which it is another
   one has changed the state. A tool that returns a Result says itself whether it did.
@@ -253,11 +303,10 @@ class Toolbox:
       result = function(**whole_numbers(schema.schema, arguments))
       if not isinstance(result, Result):
         result = Result(result, changed=before is not None and self._digest() != before)
-      value = as_json(result.value, self._limit)
       # A procedure without a result still did something: an empty answer would look like a no-op.
-      value = "ok" if value is None else value
-      text = render(value, self._limit)
-      value = _parsed(value)
+      whole = "ok" if result.value is None else result.value
+      text = render(as_json(whole, self._limit), self._limit)
+      value = as_json(_parsed(whole), self._limit)  # what is cut is no JSON any more
       if _says_error(value):
         return Observation(text, Code.TOOL_ERROR, changed=result.changed)
     # SystemExit: a tool that calls sys.exit() must not take its worker along.

@@ -228,6 +228,9 @@ class _Connection:
       code = getattr(error, "code", None)
       if code == _INVALID_PARAMS:
         raise ToolFailed(str(error.message)) from error
+      if isinstance(error, RuntimeError) and "structured content" in str(error):
+        # The call was made and the connection is well: the result is not what the tool declares.
+        raise ToolFailed(_reason(error)) from error
       if code == _CLOSED or not (code or isinstance(error, TimeoutError)):
         raise _Lost(_reason(error)) from error
       # The protocol: a tool's own failure is a result.
@@ -325,8 +328,14 @@ def _value(result: Any) -> Any:
     return (
       content["result"] if isinstance(content, dict) and set(content) == {"result"} else content
     )
-  parts = [part.text if part.type == "text" else f"<{part.type}>" for part in result.content]
-  return "\n".join(parts) or None
+  return "\n".join(map(_part, result.content)) or None
+
+
+def _part(part: Any) -> str:
+  if part.type == "text":
+    return part.text
+  text = getattr(getattr(part, "resource", None), "text", None)
+  return f"<{part.type}>" if text is None else text
 
 
 def _reason(error: BaseException) -> str:

@@ -40,8 +40,8 @@ def test_what_is_tried():
   found = answers.wrong_answers(task(), ["7", "12", "12.0", " 12.", "12.4", "90"])
   texts = [(w.kind, w.text) for w in found]
   assert texts[:2] == [("empty", ""), ("echo", "How many has Bob?")]
-  assert sorted(t for k, t in texts if k == "other") == ["7", "90"]
-  assert texts[-1] == ("list", "7, 12, 90")
+  assert sorted(t for k, t in texts if k == "other") == ["12.4", "7", "90"]
+  assert texts[-1] == ("list", "7, 12.4, 12, 90")
 
 
 def test_nothing_that_may_be_right_is_tried():
@@ -49,6 +49,19 @@ def test_nothing_that_may_be_right_is_tried():
   assert "echo" not in tried(task("How many has Bob?"), [])
   assert "list" not in tried(task(), [])
   assert "other" not in tried(task(None, checker={"type": "contains_all", "values": ["x"]}), ["X."])
+
+
+@pytest.mark.parametrize(
+  ("checker", "tried_too"),
+  [
+    ({"type": "number", "value": 12, "tolerance": 0.5}, []),
+    ({"type": "number", "value": 12}, ["12.4"]),
+    ({"type": "near_enough"}, []),  # a function of the user's own, which may have a tolerance
+  ],
+)
+def test_numbers_within_the_checkers_tolerance_are_not_tried(checker, tried_too):
+  found = answers.wrong_answers(task(checker=checker), ["12.4", "90"])
+  assert [w.text for w in found if w.kind == "other" and w.text != "90"] == tried_too
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,9 @@
 import json
+import sys
 
 import pytest
 
+from steptool_jax.environments import custom
 from steptool_jax.environments.base import Environment, Session
 from steptool_jax.environments.custom import Custom
 from steptool_jax.simulators.functions import Result
@@ -95,7 +97,17 @@ def test_functions_and_tasks(tmp_path):
   [
     ({"type": "exact", "value": "Karo"}, ["karo", " KARO. "], ["karo mine", "", None]),
     ({"type": "exact", "value": 12}, ["12", "12.0"], ["120", "a 12"]),
-    ({"type": "number", "value": 3, "tolerance": 0.1}, ["3.2", "2.8", "3"], ["3.5", "three"]),
+    ({"type": "number", "value": 3, "tolerance": 0.2}, ["3.2", "2.8", "3"], ["3.5", "three"]),
+    ({"type": "number", "value": 37, "tolerance": 1}, ["36", "38.0"], ["1", "39", "1000000"]),
+    ({"type": "number", "value": 1000, "tolerance": 0.05}, ["1000.04"], ["950", "1001"]),
+    ({"type": "number", "value": 5551234}, ["5551234", "5,551,234"], ["5551230", "5551233.9"]),
+    ({"type": "number", "value": 1 / 3}, ["0.3333333"], ["0.3334"]),
+    ({"type": "exact", "value": 4006381333931}, ["4006381333931"], ["4006381333932"]),
+    ({"type": "exact", "value": 12345678901234567}, ["12345678901234567"], ["12345678901234568"]),
+    ({"type": "contains_all", "values": [5551234]}, ["it is 5551234."], ["it is 5551230."]),
+    ({"type": "contains_all", "values": [10, 12]}, ["10,12", "[10,12]", "10 and 12"], ["10,13"]),
+    ({"type": "contains_all", "values": [100, 200]}, ["[100,200]"], ["100,200"]),
+    ({"type": "contains_all", "values": [100200]}, ["100,200"], ["[100,200]"]),
     ({"type": "number", "value": 3}, ["3.0"], ["3.01"]),
     ({"type": "regex", "pattern": "[ab]+"}, ["abba", " ab "], ["abc", "xab"]),
     (
@@ -130,6 +142,19 @@ def test_module_with_a_factory_has_state_for_each_session(tmp_path, module):
   assert (missing.code, missing.text) == (Code.NOT_FOUND, "error: no account eve")
 
 
+def test_a_tools_file_may_import_its_neighbours(tmp_path, monkeypatch):
+  """`python -m` could, and the command steptool could not."""
+  monkeypatch.setattr("sys.path", [p for p in sys.path if p])
+  (tmp_path / "bank_of_neighbours.py").write_text("BALANCE = 3\n")
+  (tmp_path / "neighbourly.py").write_text(
+    "import bank_of_neighbours\n\ndef f() -> int:\n  return bank_of_neighbours.BALANCE\n\n"
+    "TOOLS = [f]\n"
+  )
+  assert custom.load_module(str(tmp_path / "neighbourly.py")).TOOLS[0]() == 3
+  monkeypatch.chdir(tmp_path)
+  assert custom.load_module("neighbourly").TOOLS[0]() == 3
+
+
 def test_importable_module_and_TOOLS(tmp_path, monkeypatch):
   (tmp_path / "my_pkg_tools.py").write_text(
     "def add(a: int, b: int) -> int:\n  return a + b\n\nTOOLS = [add]\n"
@@ -160,6 +185,7 @@ LAST = {"answer": "x"}
   [
     ('{"id": "a", "query": ', "tasks.jsonl:2: Expecting value"),
     ("[1, 2]", "tasks.jsonl:2: a task must be a JSON object"),
+    ('{"id": "a", "query": "\\ud83d"}', r"tasks.jsonl:2: \\ud83d is half of a character"),
     ("[" * 100_000, "tasks.jsonl:2: "),
     ({**GOOD, "id": 7}, "2: field 'id' must be a non-empty string"),
     ({"id": "a", "checker": {"type": "exact", "value": 1}}, "2: field 'query'"),

@@ -1,3 +1,4 @@
+import collections
 import dataclasses
 
 import numpy as np
@@ -193,3 +194,11 @@ def test_every_figure_has_its_definition():
   """A figure of no definition cannot be read by anyone; one without a measure is never written."""
   defined = {name for name in figures_lib.ROLLOUTS if not name.startswith("reward_")}
   assert set(metrics.MEASURES) | {"infrastructure_errors"} == defined
+
+
+def test_rows_of_the_heat_map_are_shares_of_all_that_followed():
+  """Of tools that the table cuts off, too; they were left out of the sum."""
+  pairs = collections.Counter({("a", f"t{k}"): 5 for k in range(20)})
+  (row,) = panels._heat(pairs, ["(start)", "a", "t0", "t1"])
+  assert row["total"] == 100
+  assert [c["label"] for c in row["cells"]][1:] == ["t0 after a: 5 of 100", "t1 after a: 5 of 100"]

@@ -4,6 +4,7 @@ import asyncio
 
 from mcp.server import MCPServer
 from mcp.server.mcpserver.exceptions import ToolError
+from mcp.types import EmbeddedResource, TextResourceContents
 
 server = MCPServer("test", log_level="CRITICAL")
 
@@ -44,5 +45,30 @@ async def slow_double(a: int) -> int:
   await asyncio.sleep(0.2)
   return 2 * a
 
+
+paid = []
+
+
+@server.tool()
+def pay(amount: int) -> str:
+  paid.append(amount)
+  return str(len(paid))
+
+
+@server.tool()
+def paid_so_far() -> int:
+  return len(paid)
+
+
+@server.tool()
+def read_file() -> list[EmbeddedResource]:
+  resource = TextResourceContents(uri="file:///notes", text="the notes")
+  return [EmbeddedResource(type="resource", resource=resource)]
+
+
+# Declares a number and returns a text.
+server._tool_manager.get_tool("pay").fn_metadata.output_schema["properties"]["result"] = {
+  "type": "integer"
+}
 
 server.run("stdio")

@@ -1,3 +1,4 @@
+import json
 import sys
 from typing import Any, Dict, List, Literal, Tuple  # noqa: UP035
 
@@ -243,6 +244,8 @@ def test_what_a_tool_does_to_its_arguments_is_not_recorded():
   [
     ({"error": "no such user"}, Code.TOOL_ERROR),
     ({"error": {"code": 4}}, Code.TOOL_ERROR),
+    ({"error": ["no account"]}, Code.TOOL_ERROR),
+    (json.dumps({"error": "x" * 2000}), Code.TOOL_ERROR),  # longer than what is shown
     ('{"error": "no such user", "data": null}', Code.TOOL_ERROR),
     ({"error": ""}, Code.OK),
     ({"error": None, "data": 1}, Code.OK),
@@ -263,6 +266,34 @@ def test_text_that_is_json_counts_as_json_and_is_shown_as_it_is():
 
   observation = Toolbox([tool(ask)]).call(ToolCall("ask", {}))
   assert (observation.value, observation.text) == ({"sum": 3}, '{"sum":  3}')
+
+
+def test_long_json_keeps_its_structure():
+  """It was cut before it was read, so that names in it counted for nothing."""
+
+  def ask() -> str:
+    return json.dumps([{"name": f"n{k}"} for k in range(200)])
+
+  observation = Toolbox([tool(ask)]).call(ToolCall("ask", {}))
+  assert observation.value[0] == {"name": "n0"}
+  assert len(observation.text) == 1024
+
+
+def test_lists_become_the_tuples_that_hints_ask_for():
+  """Every call of such a tool failed with an unhashable list."""
+
+  def at(
+    point: tuple[int, int],
+    also: list[tuple[int, ...]],
+    maybe: tuple[str, int] | None = None,
+    counts: list[int] | None = None,
+    rows: dict[str, tuple] = {},  # noqa: B006
+  ) -> str:
+    return str([{point: 1}, also, maybe, [type(c).__name__ for c in counts], rows])
+
+  arguments = {"point": [1.0, 2], "also": [[1], [2, 3]], "maybe": ["a", 1], "counts": [2.0]}
+  observation = Toolbox([tool(at)]).call(ToolCall("at", {**arguments, "rows": {"k": [1]}}))
+  assert observation.text == "[{(1, 2): 1}, [(1,), (2, 3)], ('a', 1), ['int'], {'k': (1,)}]"
 
 
 def test_hints_without_parameters_and_defaults_of_none():

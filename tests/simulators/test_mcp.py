@@ -15,6 +15,7 @@ from steptool_jax.simulators import mcp as mcp_lib
 from steptool_jax.simulators.errors import InfrastructureError
 from steptool_jax.simulators.functions import Toolbox
 from steptool_jax.simulators.mcp import McpServers
+from steptool_jax.simulators.runner import ToolRunner
 from steptool_jax.types import Code, ToolCall
 
 PLAIN = pathlib.Path(__file__).with_name("mcp_plain_server.py")
@@ -57,6 +58,19 @@ def test_what_goes_wrong_has_its_code(server):
   assert server.call(ToolCall("add", {"a": "x", "b": 1})).code == Code.BAD_ARGUMENTS
   assert server.call(ToolCall("nothing", {})).code == Code.UNKNOWN_TOOL
   assert len(server.call(ToolCall("long", {})).text) == 1024
+
+
+def test_a_result_that_breaks_its_own_schema_is_the_tools_failure(server):
+  """It was taken for a lost connection: a shared server was ended, and the call repeated."""
+  with ToolRunner(timeout_s=20) as runner:
+    broken = runner.submit(server, ToolCall("pay", {"amount": 5})).result()
+  assert broken.code is Code.TOOL_ERROR
+  assert "structured content" in broken.text
+  assert server.call(ToolCall("paid_so_far", {})).value == 1
+
+
+def test_text_in_a_resource_is_text(server):
+  assert server.call(ToolCall("read_file", {})).text == "the notes"
 
 
 def test_many_threads_share_the_connection(server):

@@ -54,7 +54,6 @@ def figures(
     "tasks": len(tasks),
     "scored_tasks": len(common),
     "left_out": sorted(tasks[n].id for n in set(range(len(tasks))) - set(common)),
-    "prompts_without_room": sum(not len(t.prompt_tokens) for t in runs[0].trajectories),
     "llm_calls_per_task": float(np.mean([s.llm_calls for run in runs for s in run.solutions])),
     "most_llm_calls": max(s.llm_calls for run in runs for s in run.solutions),
     "work": work.document([run.work for run in runs]),
