@@ -185,7 +185,7 @@ LAST = {"answer": "x"}
   [
     ('{"id": "a", "query": ', "tasks.jsonl:2: Expecting value"),
     ("[1, 2]", "tasks.jsonl:2: a task must be a JSON object"),
-    ('{"id": "a", "query": "\\ud83d"}', "tasks.jsonl:2: .ud83d is half of a character"),
+    ('{"id": "a", "query": "\\ud83d"}', "tasks.jsonl:2: \\ud83d is half of a character"),
     ("[" * 100_000, "tasks.jsonl:2: "),
     ({**GOOD, "id": 7}, "2: field 'id' must be a non-empty string"),
     ({"id": "a", "checker": {"type": "exact", "value": 1}}, "2: field 'query'"),
