@@ -56,6 +56,7 @@ def get_config(arg=""):
   config.sft.steps, config.sft.micro_rows = 0, 8
   if arg == "sft":
     config.lora.rank, d.format, t.row_tokens = 0, "dialogues", 8192
+    config.model.param_dtype = "float32"  # a step of 2e-5 is lost in a bfloat16 weight
   # Trained without an environment; evaluate the export with configs/stabletoolbench.py.
   config.evaluation.tasks, config.evaluation.every = 0, 0
   return config

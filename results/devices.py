@@ -28,6 +28,7 @@ def measure(data: int, fsdp: int) -> list[float]:
   import numpy as np
 
   from configs import quickstart
+  from steptool_jax.learning import steptable
   from steptool_jax.learning.programs import update
   from steptool_jax.policy import model, sharding
   from steptool_jax.run import bench
@@ -41,7 +42,11 @@ def measure(data: int, fsdp: int) -> list[float]:
     variables = {"params": model.init_params(bench.ARCHITECTURE, jax.random.key(0))}
     state = setup.start_phase(config, mesh, learner, variables)
     prepare, step = update.compile_programs(learner)
-    prepared, _ = prepare(state, setup.to_device(bench.make_batch(), 8, 1, mesh), np.int32(1))
+    packed = bench.make_batch()
+    batch, table = (
+      setup.to_device(part, 8, 1, mesh) for part in (packed.batch, steptable.build(packed))
+    )
+    prepared, _ = prepare(state, batch, np.int32(1), table)
     seconds = []
     for _ in range(2 + REPEATS):  # the second may compile for the layout of the first's result
       started = time.perf_counter()

@@ -51,7 +51,9 @@ def project(critic: dict, hidden_BTD: jax.Array, batch: TokenBatch) -> Utterance
   """Q1, Q2 and V of every step; the batch is packed with whole actions."""
   kernels_DH = jnp.concatenate([critic[name]["kernel"] for name in HEADS], axis=1)
   biases_H = jnp.concatenate([critic[name]["bias"] for name in HEADS])
-  q1_BT, q2_BT, v_BT = jnp.moveaxis(hidden_BTD.astype(jnp.float32) @ kernels_DH + biases_H, -1, 0)
+  hidden_BTD = hidden_BTD.astype(jnp.float32)
+  all_BTH = jnp.matmul(hidden_BTD, kernels_DH, precision="highest") + biases_H
+  q1_BT, q2_BT, v_BT = jnp.moveaxis(all_BTH, -1, 0)
 
   def after_the_step(q_BT):
     inside_BT = (batch.step_ids >= 0) & ~batch.step_end

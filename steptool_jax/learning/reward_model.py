@@ -56,7 +56,8 @@ def init_state(
 def logits(config: model.ModelConfig, variables: dict, heads: dict, batch: Labelled) -> jax.Array:
   """float32[B, T, H]; only those at the ends of steps mean anything."""
   hidden_BTD = model.forward(config, variables, batch.tokens, batch.positions, batch.segment_ids)
-  return hidden_BTD.astype(jnp.float32) @ heads["kernel"] + heads["bias"]
+  hidden_BTD = hidden_BTD.astype(jnp.float32)
+  return jnp.matmul(hidden_BTD, heads["kernel"], precision="highest") + heads["bias"]
 
 
 def scores(

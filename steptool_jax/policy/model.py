@@ -465,4 +465,6 @@ def cap_logits(config: ModelConfig, logits: jax.Array) -> jax.Array:
 def project_values(variables: dict[str, Any], hidden: jax.Array) -> jax.Array:
   """float32[...] from hidden [..., D]."""
   head = variables["params"]["value_head"]
-  return (hidden.astype(jnp.float32) @ head["kernel"])[..., 0] + head["bias"][0]
+  # Else a TPU multiplies in bfloat16, where a small step of the head is nothing.
+  values = jnp.matmul(hidden.astype(jnp.float32), head["kernel"], precision="highest")
+  return values[..., 0] + head["bias"][0]

@@ -18,7 +18,7 @@ import numpy as np
 from absl import logging
 
 from steptool_jax.config import Config
-from steptool_jax.learning import batching
+from steptool_jax.learning import batching, steptable
 from steptool_jax.learning.programs import learners, update
 from steptool_jax.policy import engine as engine_lib
 from steptool_jax.policy import families, lora, model
@@ -26,7 +26,7 @@ from steptool_jax.rollout.replaying import replay_actions
 from steptool_jax.run.parts import opening
 from steptool_jax.run.training import setup
 from steptool_jax.run.workdir import outputs
-from steptool_jax.types import TRUNCATED, Finish, Status, Step, TokenBatch, Trajectory
+from steptool_jax.types import TRUNCATED, Finish, Status, Step, Trajectory
 
 # The decoder that update and engine run.
 ARCHITECTURE = model.ModelConfig(
@@ -80,9 +80,12 @@ def _update(config: Config) -> dict[str, Any]:
   state = learners.init_state(learner, *lora.split_variables({"params": params}))
   parameters = sum(x.size for x in jax.tree.leaves(params))
   packed = make_batch()
-  batch = jax.tree.map(lambda x: jnp.asarray(x)[None], packed)
+  batch, table = (
+    jax.tree.map(lambda x: jnp.asarray(x)[None], part)
+    for part in (packed.batch, steptable.build(packed))
+  )
   prepare, step = update.compile_programs(learner)
-  prepared, _ = prepare(state, batch, 1)
+  prepared, _ = prepare(state, batch, 1, table if learner.fits is not None else None)
 
   def action():
     nonlocal state
@@ -92,8 +95,8 @@ def _update(config: Config) -> dict[str, Any]:
   rate_before = _matmul_rate(repeats)
   seconds = _median(action, repeats)
   rate = (rate_before + _matmul_rate(repeats)) / 2  # the machine's mood, on both sides
-  tokens = int((packed.segment_ids > 0).sum())
-  actions = int(packed.action_mask.sum())
+  tokens = int((packed.batch.segment_ids > 0).sum())
+  actions = int(packed.batch.action_mask.sum())
   head = 2.0 * ARCHITECTURE.hidden_size * ARCHITECTURE.vocab_size
   body = families.useful_flops(ARCHITECTURE, context=TOKENS / 2) - head
   flops = 3.0 * (tokens * body + actions * head)
@@ -108,10 +111,10 @@ def _update(config: Config) -> dict[str, Any]:
   }
 
 
-def make_batch() -> TokenBatch:
+def make_batch() -> batching.Packed:
   """The update's batch, packed: each of its rows is one trajectory."""
   rng = np.random.default_rng(0)
-  return batching.pack([_make_trajectory(rng) for _ in range(TRAJECTORIES)], TOKENS).batch
+  return batching.pack([_make_trajectory(rng) for _ in range(TRAJECTORIES)], TOKENS)
 
 
 def _make_trajectory(rng: np.random.Generator) -> Trajectory:

@@ -201,7 +201,15 @@ def programs(config: Config, policy: AbstractPolicy, mesh: Mesh) -> list[Program
       tokens=tokens[minibatch],
     ),
   ]
-  return found + engine_programs(config, policy, mesh, state)
+  beside = engine_programs(config, policy, mesh, state)
+  if not r.lag:
+    return found + beside
+  # The next conversations are sampled with a copy of the policy while this batch is learnt from.
+  _, *rollout = beside[-1].alive
+  found[1] = dataclasses.replace(found[1], alive=(*found[1].alive, *rollout, state.trainable))
+  return found + [
+    dataclasses.replace(p, alive=(p.alive, prepared, state.trainable)) for p in beside
+  ]
 
 
 def engine_programs(

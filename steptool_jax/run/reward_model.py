@@ -47,6 +47,8 @@ def run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
   """
   if (workdir / "moments").exists() or (workdir / "behaviour.npz").exists():
     raise ValueError(f"--workdir: {workdir} holds a run of --mode=train; use another one")
+  optimizer = config.reward_model.optimizer
+  setup.refuse_lost_steps(config, optimizer, "reward_model.optimizer")
   restore.refuse_other_config(config, workdir, only=FIXED)
   with (
     opening.Stop().listening() as stop,

@@ -39,6 +39,7 @@ from steptool_jax.run.training import (
   record,
   replay,
   restore,
+  setup,
   sources,
 )
 from steptool_jax.run.training.phase import Phase
@@ -96,6 +97,10 @@ def run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
       f"config.rollout.top_k = {r.top_k}, top_p = {r.top_p:g}: RL learns from samples of the whole "
       "distribution, because its log-probs are those of the whole one; train with 0 and 1"
     )
+  imitates = algorithms.get_algorithm(config.algorithm).rewards == "none"
+  field = "sft.optimizer" if imitates else "train.optimizer"
+  optimizer = config.sft.optimizer if imitates else config.train.optimizer
+  setup.refuse_lost_steps(config, optimizer, field)
   rule = config.environment.name == "toolbench" and config.judge.kind == "rule"
   rule = rule and config.rewards.source != "model"  # which does not pay by the judge's verdict
   if rule and not config.data.path and algorithms.get_algorithm(config.algorithm).rewards != "none":

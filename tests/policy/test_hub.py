@@ -399,6 +399,13 @@ def test_tensors_that_overlap_or_lie_outside(tmp_path, x, y):
     ({"rms_norm_eps": float("nan")}, "NaN is no JSON number"),
     ({"rope_theta": -1.0}, "rope_theta: must be a number above 0"),
     ({"rope_parameters": [1]}, r"rope_parameters: expected an object, got \[1\]"),
+    (
+      {
+        "rope_parameters": {"rope_type": "default"},
+        "rope_scaling": {"type": "linear", "factor": 4},
+      },
+      "rope_scaling: .* stands beside rope_parameters .*; put what it says",
+    ),
     ({"rope_scaling": {"type": "linear", "factor": 0}}, "factor: must be a number above 0"),
     (
       {"rope_scaling": LLAMA3 | {"high_freq_factor": 1}},

@@ -476,6 +476,14 @@ def _on_eight_devices():
   assert copy > 0
   assert alone == shown - copy - slots
   assert layout["alive_gib"] == alone / 2**30
+  # With rollout.lag both lie beside the update, and the batch and a copy of the policy beside them.
+  config = tiny.replace(config, rollout__lag=1)
+  with jax.set_mesh(mesh):
+    made = compile_mode.programs(config, compile_mode.abstract_policy(config), mesh)
+  late = {program.name: pricing.bytes_per_chip(program.alive) for program in made}
+  trainable = late["update"] - pricing.bytes_per_chip(found["update"].alive) - copy - slots
+  assert trainable > 0
+  assert late["rewind"] >= shown + trainable
 
 
 if __name__ == "__main__":

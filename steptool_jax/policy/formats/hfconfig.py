@@ -201,7 +201,8 @@ def _two_ropes(raw: Mapping[str, Any]) -> tuple[float, RopeScaling | None, float
     raise ValueError(f"rope_parameters: expected an object, got {nested!r}")
   far, near = ({**raw, "rope_parameters": None, "rope_scaling": None} for _ in range(2))
   if nested:
-    far |= {"rope_theta": 1e6, "rope_parameters": nested.get("full_attention")}
+    old = {"rope_scaling": raw.get("rope_scaling")}
+    far |= {"rope_theta": 1e6, "rope_parameters": nested.get("full_attention"), **old}
     near |= {"rope_theta": 1e4, "rope_parameters": nested.get("sliding_attention")}
   else:
     far |= {"rope_theta": raw.get("rope_theta", 1e6), "rope_scaling": raw.get("rope_scaling")}
@@ -213,7 +214,16 @@ def _two_ropes(raw: Mapping[str, Any]) -> tuple[float, RopeScaling | None, float
 
 
 def _rope(raw: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
-  """Both layouts: rope_theta with rope_scaling, and transformers 5's rope_parameters."""
+  """Both layouts: rope_theta with rope_scaling, and transformers 5's rope_parameters.
+
+  ValueError where both are there and differ: transformers would take the first, without its base.
+  """
+  old, new = raw.get("rope_scaling"), raw.get("rope_parameters")
+  if old and new and _kind(old) != _kind(new):
+    raise ValueError(
+      f"rope_scaling: {old!r} stands beside rope_parameters {new!r}; put what it says into "
+      "rope_parameters, and leave it out"
+    )
   field = "rope_parameters" if raw.get("rope_parameters") else "rope_scaling"
   rope = raw.get(field) or {}
   if not isinstance(rope, dict):
@@ -237,6 +247,12 @@ def _rope(raw: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
   for name in fields:
     check_number(f"{field}.{name}", rope.get(name), 0, 2**30)
   return float(theta), RopeScaling(kind, **{name: rope[name] for name in fields})
+
+
+def _kind(rope: Any) -> Any:
+  if not isinstance(rope, dict):
+    return rope
+  return rope.get("rope_type") or rope.get("type") or "default", rope.get("factor")
 
 
 def raw_config_of(config: ModelConfig, **token_ids: Any) -> dict[str, Any]:

@@ -173,6 +173,7 @@ def random_model(config: Config, **run_fields: str) -> model.ModelConfig:
     max_position_embeddings=slot_tokens(config),
     sliding_layers=family.sliding_layers(a.num_layers),
     rope_local_theta=family.local_theta,
+    query_scalar=float(a.head_dim) if family.full_every else None,
     **run_fields,
   )
 

@@ -56,6 +56,17 @@ def build_optimizer(
   return optax.chain(*parts)
 
 
+def refuse_lost_steps(config: Config, optimizer: Optimizer, field: str) -> None:
+  """ValueError where all weights are trained and kept in bfloat16: at a weight of .02 its numbers
+  are 1e-4 apart, so most weights would never move, and no figure would show it."""
+  if not config.lora.rank and config.model.param_dtype == "bfloat16":
+    raise ValueError(
+      f"config.model.param_dtype: 'bfloat16', but with lora.rank = 0 all weights are trained, and "
+      f"steps of {field}.learning_rate = {optimizer.learning_rate:g} are lost in its rounding; set "
+      "it to 'float32' (model.dtype may stay 'bfloat16'), or lora.rank above 0"
+    )
+
+
 def _schedule(c: Optimizer, peak: float, total_steps: int) -> optax.Schedule:
   warmup = round(c.warmup * total_steps)
   rest = max(total_steps - warmup, 1)
