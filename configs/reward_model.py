@@ -8,8 +8,8 @@
       --config.reward_model.data=/tmp/rm/annotated/annotated.jsonl
     $M:rl --workdir=/tmp/rm/rl --config.rewards.model.path=/tmp/rm/model/reward_model
 
-The rollouts are of the quickstart's start: their policy hardly moves. Their tasks are of another
-seed than those of RL, so the model has seen none of these.
+The rollouts are of the quickstart's policy after SFT, which hardly moves. Their tasks are of
+another seed than those of RL, so the model has seen none of these.
 """
 
 import pathlib

@@ -1,7 +1,7 @@
 """StableToolBench: rollouts over the response cache, pass rates, offline tools for others.
 
 The folder is a StableToolBench checkout with server/tool_response_cache unpacked. Evaluate (CoT by
-default; DFSDT with the same budget in LLM calls; write to another folder for each):
+default, one chain; DFSDT may make more LLM calls, see docs/; write to another folder for each):
 
     python -m steptool_jax.main --config=configs/stabletoolbench.py --mode=evaluate \
       --workdir=runs/cot --config.model.path=/models/ToolLLaMA-2-7b-v2

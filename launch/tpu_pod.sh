@@ -40,7 +40,8 @@ case $action in
     all_hosts "set -e
       mkdir -p ~/steptool_jax && tar -xzf /tmp/steptool_jax.tar.gz -C ~/steptool_jax
       apt='sudo apt-get -qq -o DPkg::Lock::Timeout=300'  # a young machine updates itself
-      \$apt update && \$apt install -y nfs-common python3-venv > /dev/null
+      \$apt update || true
+      \$apt install -y nfs-common python3-venv > /dev/null
       sudo mkdir -p /data && (mountpoint -q /data || sudo mount -t nfs '${SHARE:?}' /data)
       test -w /data || sudo chmod a+rwx /data  # a new share is root's
       cd ~/steptool_jax

@@ -12,7 +12,7 @@ the package (quickstart). Without a workdir it is runs/<name of the config>.
   report    WORKDIR/report.html, from what a run or a study left there
   study     a grid of training runs, compared
   serve     the policy as an OpenAI-compatible server, or the simulator of APIs (serve.what)
-  chat      type to the newest checkpoint; its calls, rewards and values step by step
+  chat      type to the newest checkpoint; its calls and rewards step by step
   bench     how fast the update and the engine are on this machine
   compile   what the programs need on a TPU slice, without one (--topology)
 

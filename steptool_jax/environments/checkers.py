@@ -12,7 +12,7 @@ _DIGITS = r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:e[-+]?\d+)?"
 _NUMBER = re.compile(rf"[$€£]?\s*([-+]?{_DIGITS})", re.I)
 # A number within a text, with its sign: no part of a word, of a date or of a range.
 _COMMA = re.compile(r"(?<=\d),(?=\d)(?!\d{3}(?!\d))")  # of a list, and not of thousands
-_BRACKETS = re.compile(r"\[[^\[\]]*\]")
+_BRACKETS = re.compile(r"\[[-+]?\d+(?:\.\d+)?(?:,[-+]?\d+(?:\.\d+)?)+\]")  # as results are shown
 _LONG = re.compile(r"[-+]?\d{16,40}")  # whole numbers beyond a float's digits
 _ROUNDING = 1e-6
 _WITHIN = re.compile(rf"(?<![\w.,/-])[-+]?{_DIGITS}(?!\w|[.,/-]\d)", re.I)

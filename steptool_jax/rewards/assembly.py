@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Callable, Container, Mapping, Sequence
 
 from steptool_jax.config import Rewards
-from steptool_jax.rewards import orchestra, responses, rules, shaping
+from steptool_jax.rewards import information, orchestra, responses, rules, shaping
 from steptool_jax.types import Task, Trajectory
 
 # (task, trajectory) -> the same trajectory with SC and Con on every step.
@@ -25,14 +25,14 @@ class Source:
   texts: where answers are free text (ToolBench).
   causal: the marks of a step depend on the steps up to it alone.
   device: a model marks a whole iteration before it is paid (run/training/sources.py).
-  by_turn: Con is of a turn, and not a mean over its calls.
+  by_turn: whether Con of the task's steps is that of a whole turn, and not a mean over its calls.
   """
 
   mark: Mark
   texts: Mark
   causal: bool = True
   device: bool = False
-  by_turn: bool = False
+  by_turn: Callable[[Task], bool] = lambda task: False
 
 
 def _as_it_is(task: Task, trajectory: Trajectory) -> Trajectory:
@@ -54,7 +54,7 @@ SOURCES: dict[str, Source] = {
   # SC, Con and IsSolved by a frozen reward model, of what it has seen up to the step.
   "model": Source(_as_it_is, _as_it_is, device=True),
   # As progress, but Con is how much the step told the policy about the gold answer (IGPO).
-  "info_gain": Source(_as_it_is, _as_it_is, device=True, by_turn=True),
+  "info_gain": Source(_as_it_is, _as_it_is, device=True, by_turn=information.has_gold),
 }
 
 # (tasks, trajectories, options) -> what each last step earns, by part; None for IsSolved.
@@ -148,7 +148,7 @@ def pay(
       needed=rules.needed(task),
       gamma=gamma,
       bootstrap=bootstrap,
-      by_turn=source.by_turn,
+      by_turn=source.by_turn(task),
     )
     for task, t, final in zip(tasks, trajectories, finals, strict=True)
   ]

@@ -37,13 +37,19 @@ class Gold:
     return len(self.given) + len(self.answer)
 
 
-def gold(task: Task, chat_format: ChatFormat) -> Gold | None:
-  """The tokens of the task's gold answer; None for a task that has none."""
+def has_gold(task: Task) -> bool:
+  """Whether the task has a gold answer."""
   last = task.demonstration[-1] if task.demonstration else None
   if not isinstance(last, Finish) or last.gave_up or not last.answer:
+    return False
+  return task.checker.get("type") not in _WITHOUT
+
+
+def gold(task: Task, chat_format: ChatFormat) -> Gold | None:
+  """The tokens of the task's gold answer; None for a task that has none."""
+  if not has_gold(task):
     return None
-  if task.checker.get("type") in _WITHOUT:
-    return None
+  last = task.demonstration[-1]
   whole = chat_format.render_action(Finish(last.answer)).tolist()
   empty = chat_format.render_action(Finish("")).tolist()
   start = _common(whole, empty)

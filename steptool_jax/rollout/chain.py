@@ -55,9 +55,10 @@ def rollout(
 ) -> tuple[list[Trajectory], Stats]:
   """Trajectories of all (task, sample) jobs, in their order, graded but not yet rewarded.
 
-  should_stop is asked between device calls; on_done is called with each finished trajectory. idle
-  is called while nothing can be decoded, at the same points in all processes; what it returns, if
-  anything, are the variables to go on with: the same numbers in other buffers.
+  should_stop is asked between device calls, and while nothing but tools is waited for its `glance`,
+  if it has one; on_done is called with each finished trajectory. idle is called while nothing can
+  be decoded, at the same points in all processes; what it returns, if anything, are the variables
+  to go on with: the same numbers in other buffers.
 
   Raises:
     Interrupted: should_stop answered True, in any process.
@@ -89,6 +90,7 @@ class Loop:
     self.seats = Seats(Room(self.engine.classes), setting.peers.count)
     self.trouble: Exception | None = None  # of this process, until all hear of it
     self.failures: dict[int, str] = {}  # why conversations are marked, by job
+    self.glance: Callable[[], bool] = lambda: False
     self.asked: list[Future] = []  # calls and verdicts, since the last exchange
     self.decode_seconds = 0.0  # of the last decode call
     self.state = self.engine.init()
@@ -97,6 +99,7 @@ class Loop:
   def run(self, jobs, should_stop, on_done, idle=lambda: None) -> list[Trajectory]:
     """All jobs' trajectories, in their order; closes what is open."""
     started = time.monotonic()
+    self.glance = getattr(should_stop, "glance", should_stop)
     waiting = deque(enumerate(jobs))
     results: dict[int, Trajectory] = {}
     try:
@@ -221,8 +224,10 @@ class Loop:
       # Where all are calling, all are quick or one is slow; waiting for them fills the batch.
       done, pending = wait(futures, timeout=0.02)
       if not done:
-        patience = PATIENCE_ALONE_S if self.peers.count == 1 else PATIENCE_S
-        wait(pending, timeout=patience, return_when=FIRST_COMPLETED)
+        alone = self.peers.count == 1
+        patience = PATIENCE_ALONE_S if alone else PATIENCE_S
+        while not wait(pending, patience, FIRST_COMPLETED).done and alone and not self.glance():
+          pass
     self.stats.tool_wait_seconds += time.monotonic() - started
 
   def _collect(

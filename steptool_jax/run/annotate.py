@@ -358,9 +358,7 @@ def by_monte_carlo(config: Config, workdir: pathlib.Path, work: Work, stop: Stop
           found = kept.values(variables, [(task, r.trajectory) for task, r in here])
         except Interrupted:
           break
-        # A few failures cost their own trajectories; a whole round of them are tools that are down.
-        down = all(values is None for values in found)
-        if down and (not work.records or len(found) == size):
+        if kept.down:
           raise RuntimeError(
             f"all that went on from {len(found)} trajectories of a round failed: their tools, "
             "sessions or checkers are down; see to them, then run the same command again"

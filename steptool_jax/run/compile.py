@@ -206,7 +206,7 @@ def programs(config: Config, policy: AbstractPolicy, mesh: Mesh) -> list[Program
     return found + beside
   # The next conversations are sampled with a copy of the policy while this batch is learnt from.
   _, *rollout = beside[-1].alive
-  found[1] = dataclasses.replace(found[1], alive=(*found[1].alive, *rollout, state.trainable))
+  found = [dataclasses.replace(p, alive=(*p.alive, *rollout, state.trainable)) for p in found]
   return found + [
     dataclasses.replace(p, alive=(p.alive, prepared, state.trainable)) for p in beside
   ]

@@ -57,6 +57,8 @@ class Tool(NamedTuple):
   function: Callable[..., Any]
 
 
+# What says of which schema the parts of a value are.
+_INSIDE = frozenset({"properties", "additionalProperties", "prefixItems", "items"})
 _HINTS = "str, int, float, bool, list, tuple, dict, Literal"
 _BASIC = {
   str: {"type": "string"},
@@ -212,29 +214,40 @@ def _accepts(schema: Mapping[str, Any], value: Any) -> bool:
   return jsonschema.Draft202012Validator(schema).is_valid(value)
 
 
-def whole_numbers(schema: Any, value: Any) -> Any:
-  """The same valid value with an int where the schema asks for an integer and JSON said 2.0."""
+def whole_numbers(checked: Any, value: Any) -> Any:
+  """The same valid value with an int where the schema asks for an integer and JSON said 2.0.
+
+  checked: the schema's validator, which knows what its references mean.
+  """
+  schema = checked.schema
   if not isinstance(schema, Mapping):
     return value
-  if isinstance(value, (dict, list)):
-    of_value = (s for s in schema.get("anyOf", ()) if _accepts(s, value))
-    schema = next(of_value, schema)
+
+  def below(part: Any, inner: Any) -> Any:
+    return whole_numbers(checked.evolve(schema=part), inner) if part is not None else inner
+
+  if isinstance(value, (dict, list)) and not _INSIDE & schema.keys():
+    kinds = (kind for kind in schema.get("anyOf", ()))
+    kind = next((k for k in kinds if checked.evolve(schema=k).is_valid(value)), None)
+    return below(kind, value)
   if isinstance(value, float) and value.is_integer():
     kinds = [schema, *schema.get("anyOf", ())]
     wanted = {kind.get("type") for kind in kinds if isinstance(kind, Mapping)}
     return int(value) if "integer" in wanted and "number" not in wanted else value
   if isinstance(value, dict):
     known, other = schema.get("properties", {}), schema.get("additionalProperties")
-    return {k: whole_numbers(known.get(k, other), v) for k, v in value.items()}
+    return {k: below(known.get(k, other), v) for k, v in value.items()}
   if isinstance(value, list):
     first, rest = schema.get("prefixItems", ()), schema.get("items")
-    return [whole_numbers(first[n] if n < len(first) else rest, v) for n, v in enumerate(value)]
+    return [below(first[n] if n < len(first) else rest, v) for n, v in enumerate(value)]
   return value
 
 
 def _says_error(value: Any) -> bool:
   error = value.get("error") if isinstance(value, Mapping) else None
-  return isinstance(error, (str, Mapping, list)) and bool(error)  # a number may be a result
+  # Numbers may be a result, as the error of a fit.
+  texts = isinstance(error, list) and any(isinstance(e, (str, Mapping)) for e in error)
+  return texts or error is True or (isinstance(error, (str, Mapping)) and bool(error))
 
 
 def _parsed(value: Any) -> Any:
@@ -256,8 +269,8 @@ def _reason(error: jsonschema.ValidationError) -> str:
 class Toolbox:
   """Named tools that answer calls. Holds no state of its own: thread-safe if the tools are.
 
-  A tool that raises has failed, and so has one that returns {"error": …} with a text, a list or an
-  object.
+  A tool that raises has failed, and so has one that returns {"error": …} with a text, an object, a
+  list of these, or true.
   A text that is a JSON object or list counts as this object or list; the model sees the text.
   digest: of the tools' state, None where it cannot be compared; a call after which it is another
   one has changed the state. A tool that returns a Result says itself whether it did.
@@ -300,7 +313,7 @@ class Toolbox:
       return self._failure(Code.BAD_ARGUMENTS, _reason(wrong))
     try:
       before = self._digest()
-      result = function(**whole_numbers(schema.schema, arguments))
+      result = function(**whole_numbers(schema, arguments))
       if not isinstance(result, Result):
         result = Result(result, changed=before is not None and self._digest() != before)
       # A procedure without a result still did something: an empty answer would look like a no-op.

@@ -108,6 +108,8 @@ def test_functions_and_tasks(tmp_path):
     ({"type": "contains_all", "values": [10, 12]}, ["10,12", "[10,12]", "10 and 12"], ["10,13"]),
     ({"type": "contains_all", "values": [100, 200]}, ["[100,200]"], ["100,200"]),
     ({"type": "contains_all", "values": [100200]}, ["100,200"], ["[100,200]"]),
+    ({"type": "contains_all", "values": [1200, 3400]}, ["[$1,200, $3,400]", "[1,200, 3,400]"], []),
+    ({"type": "contains_all", "values": [1234]}, ["[1,234 results](x)"], []),
     ({"type": "number", "value": 3}, ["3.0"], ["3.01"]),
     ({"type": "regex", "pattern": "[ab]+"}, ["abba", " ab "], ["abc", "xab"]),
     (

@@ -78,6 +78,16 @@ def test_a_turn_of_several_calls_earns_its_gain_once(row, earned, conversation):
     assert paid.steps[0].reward == pytest.approx(earned)
 
 
+def test_without_a_gold_answer_progress_counts_calls(conversation):
+  """Of such tasks Con stays that of progress, a mean over a turn's calls."""
+  gold = (*(ToolCall("f", {"x": k}) for k in range(2)), Finish(""))
+  checked = dataclasses.replace(task(kind="state"), demonstration=gold)
+  first = dataclasses.replace(conversation.steps[0], action=ToolCalls(gold[:2]), contribution=1.0)
+  turn = dataclasses.replace(conversation, steps=(first, *conversation.steps[2:]))
+  (paid,) = assembly.pay([checked], [turn], Rewards(source="info_gain"))
+  assert paid.steps[0].reward == pytest.approx(1.0)
+
+
 @pytest.mark.parametrize(
   "without", [task(kind="state"), task(answer=""), dataclasses.replace(task(), demonstration=())]
 )

@@ -98,10 +98,18 @@ def test_a_state_without_an_outcome_is_no_value(recorded, asked, tmp_path):
   assert (summary["annotated"], [len(states) for states in asked[0]]) == (2, [6, 3])
 
 
+def test_one_that_cannot_be_repeated_ends_no_run(recorded, asked, tmp_path):
+  """A tool that tells the time answers otherwise for ever; from the first state one can go on."""
+  config, *_ = recorded
+  asked[1][1:] = [[], []]
+  summary = annotate.run(config, tmp_path / "out")
+  assert (summary["annotated"], summary["left_out"]) == (0, {"no_value": 1})
+
+
 def test_tools_that_are_down_end_the_run(recorded, asked, tmp_path):
   """It ended well, with an empty file and the outage on disk for good."""
   config, *_ = recorded
-  asked[1][1] = []
+  asked[1][:] = [[], [], []]
   with pytest.raises(RuntimeError, match="all that went on from 1 trajectories.* failed"):
     annotate.run(config, tmp_path / "out")
   assert not (tmp_path / "out" / "annotated.jsonl").exists()

@@ -245,6 +245,8 @@ def test_what_a_tool_does_to_its_arguments_is_not_recorded():
     ({"error": "no such user"}, Code.TOOL_ERROR),
     ({"error": {"code": 4}}, Code.TOOL_ERROR),
     ({"error": ["no account"]}, Code.TOOL_ERROR),
+    ({"error": True, "message": "bad"}, Code.TOOL_ERROR),
+    ({"error": [0.1, 0.2]}, Code.OK),
     (json.dumps({"error": "x" * 2000}), Code.TOOL_ERROR),  # longer than what is shown
     ('{"error": "no such user", "data": null}', Code.TOOL_ERROR),
     ({"error": ""}, Code.OK),
@@ -277,6 +279,23 @@ def test_long_json_keeps_its_structure():
   observation = Toolbox([tool(ask)]).call(ToolCall("ask", {}))
   assert observation.value[0] == {"name": "n0"}
   assert len(observation.text) == 1024
+
+
+def test_whole_numbers_behind_references_and_choices():
+  """As MCP servers write optional models: the reference was looked up without its root."""
+  model = {"type": "object", "properties": {"n": {"type": "integer"}}}
+  either = {"anyOf": [{"required": ["n"]}, {"required": ["k"]}], **model}
+  schema = {
+    "type": "object",
+    "$defs": {"M": model},
+    "properties": {"m": {"anyOf": [{"$ref": "#/$defs/M"}, {"type": "null"}]}, "e": either},
+  }
+  seen = []
+  take = Tool(ToolSpec("take", "", schema), lambda **arguments: seen.append(arguments))
+  observation = Toolbox([take]).call(ToolCall("take", {"m": {"n": 2}, "e": {"n": 2.0}}))
+  assert observation.code is Code.OK
+  assert seen == [{"m": {"n": 2}, "e": {"n": 2}}]
+  assert isinstance(seen[0]["e"]["n"], int)
 
 
 def test_lists_become_the_tuples_that_hints_ask_for():

@@ -20,7 +20,8 @@ _FILE = "monte_carlo.jsonl"
 class Kept:
   """WORKDIR/monte_carlo.jsonl: {"key", "values"} a trajectory.
 
-  policy: tells one policy from another. rollouts: conversations that were rolled out here.
+  policy: tells one policy from another. rollouts: conversations that were rolled out here. down:
+  of the last states that were asked for none had an outcome, not even one in front of all calls.
   """
 
   def __init__(self, parts: Parts, policy: str):
@@ -28,7 +29,7 @@ class Kept:
     self._path: pathlib.Path = parts.workdir / _FILE
     lines = read_jsonl(self._path)
     self._found = {line["key"]: line["values"] for line in lines if line["values"] is not None}
-    self.rollouts = 0
+    self.rollouts, self.down = 0, False
 
   def values(
     self, variables: dict, pairs: Sequence[tuple[Task, Trajectory]]
@@ -40,8 +41,10 @@ class Kept:
     keys = [self._key(trajectory) for _, trajectory in pairs]
     missing = [n for n, key in enumerate(keys) if key not in self._found]
     states = [(n, start) for n in missing for start in continuing.starts(*pairs[n])]
+    self.down = False
     if states:
       found = self._rolled(variables, [start for _, start in states])
+      self.down = not any(found)
       with self._path.open("a") as file:
         for n in missing:
           outcomes = [o for (m, _), o in zip(states, found, strict=True) if m == n]

@@ -35,6 +35,10 @@ class Stop:
     hang.stamp()  # every loop of rollouts and updates asks
     return self.requested
 
+  def glance(self) -> bool:
+    """The same, of those who only wait: it is no progress."""
+    return self.requested
+
   def request(self) -> None:
     self.requested = True
 

@@ -19,7 +19,9 @@ from steptool_jax.types import TrainState
 
 _CONFIG, _INPUTS = "config.json", "inputs.json"  # in WORKDIR: fields, {field: digest of its files}
 # What decides how a checkpoint is read: the other fields may differ in modes that only read.
-POLICY = ("algorithm", "model.", "lora.", "sft.", "loss.kl", "train.optimizer.")
+POLICY = (
+  *("algorithm", "model.", "lora.", "sft.", "loss.kl", "train.optimizer.", "critic.passes"),
+)
 
 
 def refuse_other_config(
