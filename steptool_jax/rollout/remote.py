@@ -266,7 +266,9 @@ class HttpEngine:
           problems.append(f"{server.address}: {error}")
         except InfrastructureError as error:
           problems.append(str(error))
-          break
+          # One that was started again knows no adapter until it is loaded.
+          if not (self._adapter and "status 404" in str(error)):
+            break
     raise InfrastructureError(f"rollout.http.servers: none samples; {'; '.join(problems)}")
 
   def close(self) -> None:

@@ -302,6 +302,16 @@ def _warn(stats: Stats, jobs: int) -> None:
     )
 
 
+def _forever(loop: asyncio.AbstractEventLoop) -> None:
+  """The loop to its end; a task of an agent's own that calls sys.exit() is not that."""
+  while True:
+    try:
+      loop.run_forever()
+      return
+    except SystemExit as error:
+      logging.warning("a task of an agent called sys.exit(%r)", error.code)
+
+
 class _Runs:
   """Runs of the function on one event loop in a thread; another thread where a run blocks it."""
 
@@ -314,11 +324,16 @@ class _Runs:
   def start(self, record: dict[str, Any], url: str, key: str) -> Future:
     if self._loop is None:
       self._loop, self._mine = asyncio.new_event_loop(), set()
-      threading.Thread(target=self._loop.run_forever, name="harness", daemon=True).start()
+      threading.Thread(target=_forever, args=(self._loop,), name="harness", daemon=True).start()
+
+    async def whole() -> Any:
+      try:
+        return await self._harness.run(copy.deepcopy(record), url, key)
+      except SystemExit as error:  # asyncio would end the loop, and all runs on it
+        raise RuntimeError(f"the agent called sys.exit({error.code!r})") from error
 
     async def one() -> Any:
-      given = copy.deepcopy(record)
-      return await asyncio.wait_for(self._harness.run(given, url, key), self._harness.timeout_s)
+      return await asyncio.wait_for(whole(), self._harness.timeout_s)
 
     future = asyncio.run_coroutine_threadsafe(one(), self._loop)
     future.add_done_callback(lambda _: self._wake())

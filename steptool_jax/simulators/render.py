@@ -12,6 +12,9 @@ _MAX_DEPTH = 16
 _CUT = "..."
 
 
+_MOST_LEAVES = 65_536
+
+
 def shorten(text: str, limit: int) -> str:
   """The text, or its first `limit` characters and "...": so every observation is cut."""
   return text if len(text) <= limit else text[:limit] + _CUT
@@ -113,10 +116,10 @@ def render(value: Any, limit: int) -> str:
 
 
 def plain(text: str) -> Any:
-  """What a tool's text says that is JSON; else the text."""
+  """What a tool's text says that is JSON, without NaN and endless depth; else the text."""
   try:
-    return json.loads(text)
-  except ValueError:
+    return as_json(json.loads(text, parse_constant=str), _MOST_LEAVES)
+  except (ValueError, RecursionError):
     return text
 
 

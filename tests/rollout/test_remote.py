@@ -70,6 +70,8 @@ class Vllm:
         return 200, {"results": [None]}
       if self.restart_before is not None and len(self.of(path)) == self.restart_before:
         self.label = "base"
+        if "model" in body:
+          return 404, {"error": "The model `policy` does not exist."}
       if self.break_with:
         return self.break_with, {"error": "x"}
       return 200, {"choices": [choice(self.turn(body["token_ids"]), self.label)]}
@@ -178,6 +180,18 @@ def test_a_server_that_forgot_its_weights_gets_them_again(servers):
   assert out.count[0] == 2
   assert len(fake.of("/collective_rpc")) == 2
   assert len(fake.of("/inference/v1/generate")) == 2
+  eng.close()
+
+
+def test_a_server_that_forgot_its_adapter_gets_it_again(servers):
+  fake = servers()
+  eng = engine(fake, adapter=True)
+  v = eng.lay_out(weights())
+  state = eng.append(v, eng.init(), {0: np.array([1], np.int32)})
+  fake.restart_before = 1
+  _, out = decode(eng, state, {0: 5})
+  assert out.count[0] == 2
+  assert len(fake.of("/v1/load_lora_adapter")) == 2
   eng.close()
 
 

@@ -72,7 +72,8 @@ def test_values_take_the_type_of_their_field():
     (("a/b/c",), "is not 'group/environment/method"),
     (("a/b/c: seed",), "is not 'group/environment/method"),
     (("a/b/c: seeds=0",), "must be a number above 0"),
-    (("a/b/c: seed=1", "a/b/c: seed=2"), "a/b/c/0 is named twice"),
+    (("a/b/c: seeds=8 seed=7",), "seed is the cell's own"),
+    (("a/b/c: algorithm=ppo", "a/b/c: algorithm=rft"), "a/b/c/0 is named twice"),
     (("a/b/c: seeds=2", "d/b/c: seeds=1"), "a/b/c/0 and d/b/c/0 would be taken for one"),
   ],
 )

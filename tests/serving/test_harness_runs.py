@@ -4,6 +4,7 @@ import asyncio
 import dataclasses
 import json
 import re
+import sys
 import textwrap
 import threading
 import time
@@ -100,6 +101,20 @@ async def _raises(task, base_url, api_key):
   raise KeyError("no such tool")
 
 
+async def _exits(task, base_url, api_key):
+  await converse(base_url, api_key)
+  sys.exit(3)
+
+
+async def _exits_beside(task, base_url, api_key):
+  async def other():
+    sys.exit(4)
+
+  beside = asyncio.create_task(other())
+  await asyncio.sleep(0.1)
+  raise LookupError("its helper is gone") from beside.exception()
+
+
 async def _hangs(task, base_url, api_key):
   await converse(base_url, api_key)
   await asyncio.sleep(60)
@@ -147,6 +162,8 @@ async def _tools_fail(task, base_url, api_key):
   ("bad", "why"),
   [
     (_raises, "KeyError"),
+    (_exits, r"sys.exit\(3\)"),
+    (_exits_beside, "its helper is gone"),
     (_hangs, "takes longer than 2 s"),
     (_never_calls, "never had an answer"),
     (_returns_nothing, "returned None"),

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from steptool_jax.simulators.render import as_json, clean_text, render
+from steptool_jax.simulators.render import as_json, clean_text, plain, render
 
 
 def shown(value, limit=200):
@@ -109,3 +109,18 @@ def test_clean_text_keeps_short_printable_text(text, limit):
   if len(text) <= limit and text.isprintable():
     assert cleaned == text
   assert len(cleaned) == min(len(text), limit)
+
+
+@pytest.mark.parametrize(
+  ("text", "value"),
+  [
+    ('{"mean": NaN, "most": 1e999}', {"mean": "NaN", "most": "inf"}),
+    ("[1, {}]", [1, {}]),
+    ("no JSON", "no JSON"),
+    ("[" * 100_000, "[" * 100_000),
+  ],
+)
+def test_what_a_text_says_is_plain_json(text, value):
+  """NaN in an observation ended evaluations when they were written down."""
+  assert plain(text) == value
+  assert "NaN" not in json.dumps(plain("[" * 200 + "NaN" + "]" * 200), allow_nan=False)

@@ -40,6 +40,11 @@ def evaluate(parts: Parts, variables: dict) -> dict[str, Any]:
   tasks = parts.environment.tasks("heldout")[: e.tasks]
   if not tasks:
     raise ValueError("environment: there are no held-out tasks; evaluation needs at least one")
+  if parts.services.judging is not None and parts.config.model.parallel_calls:
+    raise ValueError(
+      "config.model.parallel_calls: True, but the official files have one call a turn; set it to "
+      "False"
+    )
   method = attempts.method(parts)
   others = _read_others(e.against, tasks) if e.against else None
   hosts.lead(lambda: files.clear(parts.workdir))

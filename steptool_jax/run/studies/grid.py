@@ -72,6 +72,11 @@ def plan(study: Study) -> list[Planned]:
       )
     overrides = {key: value for key, _, value in words}
     seeds = overrides.pop("seeds", "1")
+    if "seed" in overrides:
+      raise ValueError(
+        f"config.study.cells: {line!r}: seed is the cell's own, 0 to seeds - 1; with one seed for "
+        "all, runs that are the same would be compared as if they were several"
+      )
     if not seeds.isdecimal() or seeds == "0":
       raise ValueError(f"config.study.cells: {line!r}: seeds={seeds} must be a number above 0")
     for seed in range(int(seeds)):
