@@ -86,6 +86,10 @@ class Branches:
     self._running = Branch(self, path, session)
     return self._running
 
+  def repeats(self, path: Sequence[Step]) -> int:
+    """Steps that have to be repeated before the state after `path` is graded."""
+    return 0 if self._forks or self._live_path == tuple(path) else len(path)
+
   def enter(self, node: int, parent: int, path: Sequence[Step]) -> None:
     """The search has made `node` below `parent`, by the call of `branch` or without a call."""
     branch, self._running = self._running, None
@@ -145,19 +149,29 @@ class Branch:
     self._lock = threading.Lock()
     self._taken = False
 
+  @property
+  def repeats(self) -> int:
+    """Steps of the path that have to be repeated before the call."""
+    return len(self._path) if self._session is None else 0
+
+  def go_back(self) -> None:
+    """Repeats the path, where that is needed. InfrastructureError when it cannot be."""
+    if self._session is not None:
+      return
+    session = self._branches.replay(self._path)
+    with self._lock:
+      if not self._taken:
+        self._session = session
+        return
+    session.close()  # the runner gave this up: nobody else closes it
+    raise InfrastructureError("the call was given up")
+
   def call(self, call: ToolCall) -> Observation:
     """The environment's answer; INFRASTRUCTURE when the path cannot be repeated."""
-    if self._session is None:
-      try:
-        session = self._branches.replay(self._path)
-      except InfrastructureError as error:
-        return Observation(f"error: {error}", Code.INFRASTRUCTURE)
-      with self._lock:
-        if not self._taken:
-          self._session = session
-      if self._session is None:  # the runner gave this call up: nobody else closes the session
-        session.close()
-        return Observation("error: the call was given up", Code.INFRASTRUCTURE)
+    try:
+      self.go_back()
+    except InfrastructureError as error:
+      return Observation(f"error: {error}", Code.INFRASTRUCTURE)
     return self._session.call(call)
 
   def take(self) -> Session | None:

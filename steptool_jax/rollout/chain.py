@@ -316,13 +316,15 @@ class Loop:
     answer = seat.conversation.answer
     return self._verdict(seat.conversation.status, seat, lambda: seat.session.grade(answer))
 
-  def _verdict(self, status: Status, seat: Seat, grade: Callable[[], float]) -> Future:
-    """Begins to grade; what infrastructure ended is not graded."""
+  def _verdict(
+    self, status: Status, seat: Seat, grade: Callable[[], float], times: int = 1
+  ) -> Future:
+    """Begins to grade, within so many time-outs; what infrastructure ended is not graded."""
     if status is Status.INFRASTRUCTURE_ERROR:
       future: Future[float] = Future()
       future.set_result(0.0)
       return future
-    return self._begin(f"grading task {seat.conversation.task.id}", grade)
+    return self._begin(f"grading task {seat.conversation.task.id}", grade, times=times)
 
   def _status(self, seat: Seat) -> Status:
     return seat.conversation.status

@@ -16,6 +16,7 @@ Everything is counted in LLM calls: one turn of the model is one call.
 
 import collections
 import dataclasses
+import functools
 import json
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -31,7 +32,9 @@ from steptool_jax.rollout.setting import Setting, Stats
 from steptool_jax.rollout.strategy import CANDIDATES, Node, Search, SearchResult
 from steptool_jax.simulators import parallel
 from steptool_jax.simulators.render import shorten
+from steptool_jax.simulators.runner import TooManyStuck
 from steptool_jax.types import (
+  Code,
   Finish,
   Malformed,
   Observation,
@@ -335,7 +338,8 @@ class _TreeLoop(Loop):
     tree, branches = seat.conversation, seat.session
     leaf, trajectory = tree.result(self.sampling.weights)
     path, answer = tree.path(leaf), tree.answer(leaf)
-    return self._verdict(trajectory.status, seat, lambda: branches.grade(leaf, path, answer))
+    times = 1 + branches.repeats(path)
+    return self._verdict(trajectory.status, seat, lambda: branches.grade(leaf, path, answer), times)
 
   def _graded(self, seat: Seat) -> dict[str, Any]:
     return super()._graded(seat) | {"replayed_calls": seat.session.replayed_calls}
@@ -358,7 +362,28 @@ class _TreeLoop(Loop):
   def _submit(self, seat: Seat) -> Future:
     tree = seat.conversation
     branch = seat.session.branch(tree.node, tree.path(tree.node))
-    return parallel.submit(self.runner, branch, tree.call)
+    if not branch.repeats:
+      return parallel.submit(self.runner, branch, tree.call)
+    # What is repeated has the time of so many calls, and the call its own.
+    whole: Future = Future()
+
+    def go_on(back: Future) -> None:
+      try:
+        back.result()
+        parallel.submit(self.runner, branch, tree.call).add_done_callback(settle)
+      except TooManyStuck as error:
+        whole.set_exception(error)
+      except Exception as error:
+        whole.set_result(Observation(f"error: {error}", Code.INFRASTRUCTURE))
+
+    def settle(answer: Future) -> None:
+      error = answer.exception()
+      whole.set_result(answer.result()) if error is None else whole.set_exception(error)
+
+    what = f"going back in the search of task {tree.task.id}"
+    back = functools.partial(self.runner.persist, branch.go_back)
+    self._begin(what, back, times=branch.repeats).add_done_callback(go_on)
+    return whole
 
   def _holds_prompt(self, seat: Seat) -> bool:
     return seat.conversation.holds_prompt

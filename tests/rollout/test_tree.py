@@ -2,6 +2,7 @@
 
 import random
 import threading
+import time
 
 import fakes
 import jax
@@ -152,6 +153,25 @@ def test_pre_order_with_width_and_back_up_lengths(chat_format):
   # The state followed the tree: the answer was graded after the calls 1 and 5 alone.
   assert environment.graded == [((1, 5), "7")]
   assert result.nodes[4].step.observation.text == "sum 6"
+
+
+def test_what_is_repeated_has_time_of_its_own(chat_format):
+  """It counted against the next call, which the model was then told had timed out."""
+
+  def slow(session, call):
+    time.sleep(0.4)
+    return Observation(f"sum {sum(session.done)}", Code.OK, sum(session.done), changed=True)
+
+  environment = Counter()
+  environment.answer = slow
+  actions = script(echo(1), echo(2), echo(3), GIVE_UP, echo(5), ANSWER)
+  eng = fakes.ScriptedEngine(chat_format, actions, size=4000)
+  with ToolRunner(timeout_s=0.7, workers=4, retries=0) as runner:
+    sampling = Sampling(0, 0, 1.0)
+    setting = Setting(eng, None, environment, chat_format, LIMITS, runner, sampling)
+    (result,), _ = tree.search(setting, [(task(), 0)], tree.Search())
+  assert result.nodes[4].step.observation.text == "sum 6"
+  assert result.trajectory.status is Status.ANSWERED
 
 
 def test_giving_up_at_once_leaves_the_root_with_the_official_back_up_and_not_with_1(chat_format):
