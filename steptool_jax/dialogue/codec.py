@@ -22,6 +22,9 @@ import tokenizers
 from steptool_jax.files import read_json
 
 _SPACE = "\u2581"
+_HTML = re.compile(
+  r"</?(?:table|caption|thead|tbody|tfoot|tr|th|td|h[1-6]|blockquote|strong|em|sub|sup|code|[abipsu])>"
+)
 _SOURCES = ("tokenizer.model", "vocab.json", "spiece.model", "tokenizer.tiktoken")
 
 
@@ -39,7 +42,7 @@ Piece = str | Control
 class Codec:
   """A tokenizer directory, opened with `Codec.load`.
 
-  controls: name -> id of every added token, special or not. White space is none: Gemma adds runs.
+  controls: name -> id of every added token, special or not, but for what is text (_is_text).
   prefix_space: the directory's own tokenizer puts a space in front of a text (Llama-2).
   """
 
@@ -88,11 +91,12 @@ class Codec:
     cls, directory: pathlib.Path, document: dict[str, Any], config: dict[str, Any]
   ) -> "Codec":
     added = document.get("added_tokens") or ()
-    blank = [t for t in added if not t.get("special") and _is_blank(t["content"])]
+    blank = [t for t in added if _is_text(t["content"], t.get("special", False))]
     controls = {t["content"]: int(t["id"]) for t in added if t not in blank}
     # Old Llama directories list added tokens in their config only.
     for key, token in (config.get("added_tokens_decoder") or {}).items():
-      if not _is_blank(_content(token)):
+      special = isinstance(token, str) or token.get("special", False)
+      if not _is_text(_content(token), special):
         controls.setdefault(_content(token), int(key))
 
     decoders = _flatten(document.get("decoder"))
@@ -232,9 +236,11 @@ def _tokenizer_document(directory: pathlib.Path) -> dict[str, Any]:
     ) from error
 
 
-def _is_blank(text: str) -> bool:
-  """White space, also as SentencePiece spells it: Hugging Face's Gemma adds runs of ▁."""
-  return not text.replace(_SPACE, "").strip()
+def _is_text(name: str, special: bool) -> bool:
+  """An added token that is ordinary text all the same: Gemma has runs of white space, which its
+  Hugging Face directory spells with ▁, and tags of HTML."""
+  blank = not name.replace(_SPACE, "").strip()
+  return not special and (blank or _HTML.fullmatch(name) is not None)
 
 
 def _content(token: str | Mapping[str, Any]) -> str:

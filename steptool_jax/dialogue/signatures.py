@@ -39,7 +39,9 @@ def signature(tool: ToolSpec) -> str:
   """One line: `name(parameters) -> description`; no line break in it."""
   schema = dict(tool.parameters)
   try:
-    if set(schema) - _PLACED - _DROPPED or schema.get("type", "object") != "object":
+    said = set(schema) - _DROPPED
+    # A choice between whole lists of parameters has no place in one list.
+    if said - _PLACED | said & {"anyOf", "oneOf"} or schema.get("type", "object") != "object":
       raise _NoShortForm
     inner = _parameters(schema, schema, ())
   except _NoShortForm:
@@ -84,7 +86,9 @@ def _part(schema: Any, root: Mapping[str, Any], chain: Chain) -> str:
 def _type(schema: Mapping[str, Any], root: Mapping[str, Any], chain: Chain) -> str:
   choices = next((schema[key] for key in ("enum", "anyOf", "oneOf") if key in schema), None)
   alone = set(schema) - {"description", "default"} - _DROPPED
-  if "const" in schema and alone <= {"const", "type"}:
+  if "const" in schema:
+    if alone - {"const", "type"}:
+      raise _NoShortForm
     return _json(schema["const"])
   if "enum" in schema:
     # The type of an enumeration is that of its values.

@@ -14,6 +14,7 @@ environment.user, until it writes ###STOP### or has replied `turns` times.
 """
 
 import inspect
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -22,7 +23,8 @@ from steptool_jax.types import Code, Observation
 
 FIELDS = ("turns", "user")
 STOP = "###STOP###"
-_MOST_TOKENS = 256  # of a model's reply
+_MOST_TOKENS = 1024  # of a model's reply, its thoughts included
+_THOUGHT = re.compile(r"<think>.*?</think>|^.*?</think>", re.S)
 _RULES = (
   "You play the user of an assistant that works with tools. {wants} Write the user's next message "
   f"and nothing else. When you have what you want, or cannot get it, write {STOP}."
@@ -150,8 +152,19 @@ class User:
     roles = ("assistant", "user")  # the user's own words are what the model has said
     said = [{"role": roles[k % 2], "content": text} for k, text in enumerate(self._talk)]
     system = {"role": "system", "content": _RULES.format(wants=wants)}
-    text = self._model.chat([system, *said], max_tokens=_MOST_TOKENS).text.strip()
-    return None if STOP in text or not text else text
+    reply = self._model.chat([system, *said], max_tokens=_MOST_TOKENS, accept=_accept)
+    text = _words(reply.text)
+    return None if STOP in text else text
+
+
+def _words(text: str) -> str:
+  """What the user says: a model's thoughts are not for the policy, and end no talk."""
+  return "" if "<think>" in (text := _THOUGHT.sub("", text)) else text.strip()
+
+
+def _accept(reply: Any) -> None:
+  if not _words(reply.text):
+    raise ValueError(f"the user says nothing, or only thinks: {reply.text!r:.80}")
 
 
 def _read(name: str, said: Any) -> tuple[str | None, float | None]:

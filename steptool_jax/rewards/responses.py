@@ -49,7 +49,10 @@ def _action_text(step: Step) -> str:
   action = step.action
   if isinstance(action, ToolCall):
     return f"{action.name} {json.dumps(dict(action.arguments), ensure_ascii=False)}"
-  return f"malformed call: {action.reason}" if isinstance(action, Malformed) else "Finish"
+  if isinstance(action, Malformed):
+    return f"malformed call: {action.reason}"
+  # An answer in the middle of a talk, to which the user has replied.
+  return f"Finish {json.dumps({'final_answer': action.answer}, ensure_ascii=False)}"
 
 
 def score(query: str, trajectory: Trajectory, rule: Rule = "evidence") -> Trajectory:

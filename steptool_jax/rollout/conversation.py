@@ -251,12 +251,13 @@ class Conversation:
       self._record(action, observation, ())
       self._end(Status.GAVE_UP)
       return
-    most = self.limits.max_observation_chars
-    texts = [shorten(o.text, most) for o in observation.parts or (observation,)]
-    if isinstance(action, Finish):
-      shown = self._format.others([("user", text) for text in texts])
+    if isinstance(action, Finish):  # what the user says is not cut, as it is not by a server
+      shown = self._format.others([("user", observation.text)])
     else:
-      shown = self._format.observation(*texts)
+      most = self.limits.max_observation_chars
+      shown = self._format.observation(
+        *(shorten(o.text, most) for o in observation.parts or (observation,))
+      )
     forced = np.concatenate([np.asarray(closing, np.int32), shown])
     here, grown = None, self._length + len(forced)
     if context.changes(self._format, self.limits.fold):

@@ -321,6 +321,13 @@ def _judge_round(
   ]
 
 
+def _conditions(config: Config, workdir: pathlib.Path) -> str:
+  """What else decides how conversations go on: tasks, tools and limits, by their content."""
+  fields = dataclasses.asdict(config.environment), dataclasses.asdict(config.rollout)
+  files = {k: v for k, v in inputs.digests(config, workdir).items() if k.startswith("environment")}
+  return f"{fields} {files}"
+
+
 def by_monte_carlo(config: Config, workdir: pathlib.Path, work: Work, stop: Stop) -> dict[str, Any]:
   """Con from how conversations go on that continue from the states between the steps.
 
@@ -348,8 +355,14 @@ def by_monte_carlo(config: Config, workdir: pathlib.Path, work: Work, stop: Stop
     else:
       variables, meta = newest
       policy = f"checkpoint {meta['phase']} {meta['done']}"
-    kept = Kept(parts, policy)
-    records, work.records = work.records, []
+    kept = Kept(parts, f"{policy} {_conditions(config, workdir)}")
+    most, fitting = config.rollout.max_tokens, []
+    for record in work.records:
+      if record.trajectory.longest > most:
+        work.left_out["too_long"].append(_name(record.trajectory))
+      else:
+        fitting.append(record)
+    records, work.records = fitting, []
     size = config.rollout.slots
     with hosts.bar(total=len(records), desc="monte carlo", unit="trajectory") as bar:
       for start in range(0, len(records), size):

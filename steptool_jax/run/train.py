@@ -143,7 +143,7 @@ def run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
       finally:
         executor.shutdown(wait=False, cancel_futures=True)
     if not summary["interrupted"]:
-      flags = [word for word in sys.argv[1:] if word.startswith("--config")]
+      flags = closing.config_flags(sys.argv[1:])
       own = config.environment.name == "custom"
       hosts.say("\n".join(closing.lines(workdir, summary, closing.on_terminal(), flags, own)))
     return summary

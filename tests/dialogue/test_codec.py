@@ -55,6 +55,22 @@ def test_runs_of_spaces_are_no_control_tokens(tmp_path):
   assert pieces.index("▁▁") in ids
 
 
+def test_tags_of_html_are_text_and_a_models_own_are_not(tmp_path):
+  """A mail in HTML, which Gemma spells with tokens of its own, was a malformed call."""
+  names = ["<b>", "</b>", "<tool_call>", "</s>"]
+  pieces = ["<unk>", "a", *"<>/bstol_c", *names]
+  model = tokenizers.models.BPE({p: i for i, p in enumerate(pieces)}, [], unk_token="<unk>")
+  tokenizer = tokenizers.Tokenizer(model)
+  tokenizer.add_tokens([tokenizers.AddedToken(name, normalized=False) for name in names])
+  tokenizer.save(str(tmp_path / "tokenizer.json"))
+  (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>"}))
+  codec = Codec.load(tmp_path)
+  assert set(codec.controls) == {"<tool_call>", "</s>"}
+  ids = codec.encode("a<b>a</b></s><tool_call>")
+  assert ids[:4] == [1, pieces.index("<b>"), 1, pieces.index("</b>")]
+  assert not set(ids) & set(codec.controls.values())
+
+
 def test_a_plain_tokenizer_call_would_have_made_control_ids(directories, codecs):
   # The trap itself: what the same directory gives without the codec.
   raw = tokenizers.Tokenizer.from_file(str(directories["chatml_react"] / "tokenizer.json"))

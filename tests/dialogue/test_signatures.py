@@ -253,3 +253,20 @@ def test_what_is_refused(codecs):
     template.get_format("hermes", codecs["hermes"], "short")
   with pytest.raises(ValueError, match="'compact' has a list of its own"):
     template.get_format("compact", codecs["compact"], "signature")
+
+
+@pytest.mark.parametrize(
+  "schema",
+  [
+    {
+      "type": "object",
+      "properties": {"email": {"type": "string"}, "phone": {"type": "string"}},
+      "anyOf": [{"required": ["email"]}, {"required": ["phone"]}],
+    },
+    {"type": "object", "properties": {"x": {"type": "string", "const": "usd", "pattern": "u"}}},
+    {"type": "object", "properties": {"x": {"const": 1, "minimum": 0}}},
+  ],
+)
+def test_what_a_short_form_would_lose_stays_json(schema):
+  line = signature(ToolSpec("f", "", schema))
+  assert any(word in line for word in ('"anyOf"', '"const"'))

@@ -155,6 +155,16 @@ def test_transcript():
   )
 
 
+def test_answers_in_the_middle_of_a_talk_are_read():
+  """The word Finish stood in their place, and what they rested on had helped nothing."""
+  seen = Observation(official("Montmartre, Louvre, Sorbonne"), Code.OK)
+  said = Observation("And twice that?", Code.OK)
+  full = made(step(CALL, seen), step(Finish("Montmartre, Louvre"), said), step(Finish("24")))
+  texts = responses.transcript("q", full)
+  assert texts.steps[1] == ('Finish {"final_answer": "Montmartre, Louvre"}', "And twice that?")
+  assert responses.score("q", full, "evidence").steps[0].contribution > 0
+
+
 def test_score_puts_marks_on_calls_only():
   seen = Observation(official("Montmartre, Louvre, Sorbonne"), Code.OK)
   bad = Observation(official("", error="Timeout error..."), Code.TIMEOUT)

@@ -16,7 +16,7 @@ from steptool_jax.config import Rewards, base_config
 from steptool_jax.data import trajectories as files
 from steptool_jax.dialogue.codec import Codec
 from steptool_jax.dialogue.template import get_format
-from steptool_jax.environments import custom, mistakes
+from steptool_jax.environments import base, custom, mistakes, users
 from steptool_jax.environments.custom import Custom
 from steptool_jax.environments.faults import Faults, FaultyEnvironment
 from steptool_jax.evaluation.metrics import rollout_metrics
@@ -364,6 +364,38 @@ class Model:
   def chat(self, messages, **_):
     self.asked.append(messages)
     return dataclasses.make_dataclass("Reply", ["text"])(self.texts.pop(0))
+
+
+@pytest.mark.parametrize(
+  ("text", "said"),
+  [
+    ("<think>If it is wrong I say ###STOP###.</think> And twice that?", "And twice that?"),
+    ("Hm.</think>And twice that?", "And twice that?"),
+    ("<think>So long that it was cut", ""),
+    ("", ""),
+  ],
+)
+def test_thoughts_of_the_user_are_neither_shown_nor_the_end(text, said):
+  """A talk ended with a word in a thought, or where the thought was cut, and was graded at once."""
+  assert users._words(text) == said
+  reply = types.SimpleNamespace(text=text)
+  if said:
+    users._accept(reply)
+  else:
+    with pytest.raises(ValueError, match="says nothing, or only thinks"):
+      users._accept(reply)
+
+
+def test_what_the_user_says_is_not_cut(tmp_path, hermes):
+  """As of BFCL, where functions come with the user's words: they lost their end."""
+  env, task = environment(tmp_path)
+  long = "x " * 400 + "what about now?"
+  turns = [{"reply": long}]
+  task = dataclasses.replace(task, metadata=task.metadata | {base.TURNS: turns})
+  limits = dataclasses.replace(LIMITS, max_observation_chars=60, max_tokens=4000)
+  found = replay_actions(env, task, [Finish("1"), Finish("2")], hermes, limits)
+  shown = hermes.codec.decode(found.steps[0].observation_tokens)
+  assert long in shown
 
 
 def test_a_user_that_is_a_model(tmp_path):

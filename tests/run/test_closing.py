@@ -110,6 +110,16 @@ def test_a_fixed_run_looks_like_this(tmp_path):
   assert "\033[1mNext\033[0m" in shown
 
 
+def test_flags_in_two_words_and_folders_with_spaces(tmp_path):
+  words = ["train", "--config", "own_tools", "--config.seed", "3", "--workdir", "/x/my runs"]
+  flags = closing.config_flags(words)
+  assert flags == ["--config=own_tools", "--config.seed=3"]
+  text = "\n".join(closing.lines(tmp_path / "my runs", RATES, flags=flags, own=True))
+  place = f"'--workdir={tmp_path}/my runs'"
+  assert f"steptool report --config=own_tools {place}" in text
+  assert f"steptool chat --config=own_tools --config.seed=3 {place}" in text
+
+
 def test_the_next_command_is_the_users_own(tmp_path):
   """It named no config, and told someone with own tools to write tools."""
   flags = ["--config=smollm2_135m", "--config.environment.tasks=my tasks.jsonl"]

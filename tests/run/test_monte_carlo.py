@@ -82,6 +82,17 @@ def test_what_was_found_is_not_rolled_out_again(recorded, asked, tmp_path):
   assert json.loads(line)["values"] == [0.25, 0.5, 1.0]
   annotate.run(tiny.replace(config, seed=1), tmp_path / "out")
   assert len(asked[0]) == 2
+  longer = tiny.replace(config, rollout__max_steps=config.rollout.max_steps + 1)
+  annotate.run(longer, tmp_path / "out")
+  assert len(asked[0]) == 3
+
+
+def test_what_is_longer_than_a_slot_is_left_out(recorded, asked, tmp_path):
+  """It ended in an IndexError of the engine."""
+  config, _, trajectory = recorded
+  short = tiny.replace(config, rollout__max_tokens=trajectory.longest - 1)
+  summary = annotate.run(short, tmp_path / "out")
+  assert (summary["annotated"], summary["left_out"]) == (0, {"too_long": 1})
 
 
 def test_a_state_without_an_outcome_is_no_value(recorded, asked, tmp_path):

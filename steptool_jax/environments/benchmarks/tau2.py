@@ -21,7 +21,7 @@ from typing import Any
 from steptool_jax.config import Config
 from steptool_jax.environments.base import TURNS, Split, check_split
 from steptool_jax.simulators.errors import InfrastructureError
-from steptool_jax.simulators.render import plain, render
+from steptool_jax.simulators.render import clean_text, plain, render
 from steptool_jax.types import Code, Finish, Observation, Task, ToolCall, ToolSpec
 
 DOMAINS = ("airline", "retail", "telecom")
@@ -196,7 +196,7 @@ class Tau2Session:
         return None
     if self._simulator.is_stop(user):
       return None
-    return Observation(render(user.content, self._max_chars), Code.OK)
+    return Observation(clean_text(user.content, len(user.content)), Code.OK)
 
   def grade(self, answer: str | None) -> float:
     """The package's reward, 1 or 0; of a run that was cut 0, as there."""

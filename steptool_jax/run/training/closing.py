@@ -11,6 +11,7 @@ say has no control characters here: a terminal would obey them.
 
 import itertools
 import pathlib
+import re
 import shlex
 import sys
 import textwrap
@@ -172,18 +173,29 @@ def _wrapped(text: str) -> list[str]:
   return found or [""]
 
 
+def config_flags(words: Sequence[str]) -> list[str]:
+  """Those of a command line that name the config and its fields, each in one word."""
+  found = []
+  for k, word in enumerate(words):
+    if re.match(r"--?config[.=]|--?config$", word):
+      two = "=" not in word and k + 1 < len(words)
+      found.append(f"{word}={words[k + 1]}" if two else word)
+  return found
+
+
 def _next(workdir: pathlib.Path, flags: Sequence[str], own: bool) -> list[str]:
-  named = shlex.join(flag for flag in flags if flag.startswith("--config=")) or "--config=…"
+  named = [flag for flag in flags if re.match("--?config=", flag)] or ["--config=…"]
+  place = shlex.quote(f"--workdir={workdir}")
   following = [
     "Next",
     "  every conversation, step by step, in one page:",
-    f"    steptool report {named} --workdir={workdir}",
+    f"    steptool report {shlex.join(named) if flags else named[0]} {place}",
   ]
   if own:
     return [
       *following,
       "  talk to it, and watch its calls:",
-      f"    steptool chat {shlex.join(flags)} --workdir={workdir}",
+      f"    steptool chat {shlex.join(flags)} {place}",
     ]
   return [
     *following,
