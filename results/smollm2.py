@@ -5,9 +5,9 @@
 
 SFT once (configs/smollm2_135m.py), then for every seed both methods side by side, a core each, and
 the held-out tasks greedily, of the start and of each end. What is done is not done again, and what
-was stopped goes on; after each seed results/smollm2.md and results/smollm2/*.csv are written anew.
---write-only only writes. --same-text=RUN asks transformers (extra parity) for the calls and answers
-of RUN's greedy held-out conversations, of its export and on the same tokens.
+was stopped goes on; after each seed results/smollm2.md, results/smollm2/*.csv and its curve.png are
+written anew. --write-only only writes. --same-text=RUN asks transformers (extra parity) for the
+calls and answers of RUN's greedy held-out conversations, of its export and on the same tokens.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import csv
 import pathlib
 import subprocess
 import sys
+from collections.abc import Sequence
 
 ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -30,9 +31,10 @@ SHORT = (
   *("rollout.max_steps=4", "rollout.max_tokens=448", "rollout.max_step_tokens=40"),
 )
 START = (*SHORT, "train.iterations=0", "evaluation.tasks=0")
+HELD_OUT = ("evaluation.tasks=100", "evaluation.temperature=0.0")
 LEARN = (
   *(*SHORT, "sft.steps=0", "train.iterations=16", "checkpoint.every=1"),
-  *("evaluation.tasks=100", "evaluation.every=0", "evaluation.temperature=0.0"),
+  *(*HELD_OUT, "evaluation.every=0"),
 )
 FIGURES = ("pass_rate", "reward", "invalid_call_rate", "answered", "tokens_per_task")
 
@@ -74,7 +76,7 @@ def run(workdir: pathlib.Path, model: str, seeds: int) -> None:
 def write(workdir: pathlib.Path) -> None:
   out = ROOT / "results" / "smollm2"
   out.mkdir(exist_ok=True)
-  rows, first = [], {}
+  rows, first, curves = [], {}, []
   for name, algorithm in METHODS.items():
     for home in sorted(workdir.glob(f"{algorithm}_[0-9]")):
       records = [r for r in read_jsonl(home / "metrics.jsonl") if "train/pass_rate" in r]
@@ -84,15 +86,51 @@ def write(workdir: pathlib.Path) -> None:
         for r in records:
           spent = (r["step"], int(r["train/conversations"]), round(r["train/rl_seconds"]))
           writer.writerow((*spent, *(round(r[f"train/{f}"], 4) for f in FIGURES)))
-      first, last = _solved(home, "base"), records[-1]
+      first, last, ended = _solved(home, "base"), records[-1], _solved(home, "rl")
       spent = int(last["train/conversations"]), last["train/rl_seconds"] / 3600
-      rows.append(_row(_solved(home, "rl"), first, name, home.name[-1], *spent))
+      rows.append(_row(ended, first, name, home.name[-1], *spent))
+      curves.append((name, [(r["train/conversations"], r["train/pass_rate"]) for r in records]))
+      if first and ended:
+        ends = ((0, _mean(first)), (spent[0], _mean(ended)))
+        curves.append((f"{name}, held out", ends))
+  draw(curves, out / "curve.png")
   lines = [
     "| | seed | conversations | hours of a core | held out, greedy | points that RL adds (95 %) |",
     "| --- " * 6 + "|",
     _row(first, {}, "after SFT", "", 0, 0.0),
   ]
-  (ROOT / "results" / "smollm2.md").write_text(HEAD + "\n".join(lines + rows) + "\n")
+  text = HEAD + "\n".join(lines + rows) + "\n"
+  (ROOT / "results" / "smollm2.md").write_text(text)
+
+
+def draw(curves: Sequence[tuple[str, Sequence[tuple[float, float]]]], path: pathlib.Path) -> None:
+  """Pass rates (%) over conversations: held-out tasks as marks, training's as lines."""
+  import matplotlib
+
+  matplotlib.use("Agg")
+  from matplotlib import pyplot
+
+  styles = {
+    "StepTool": {"color": "#1f4e8c", "lw": 1, "alpha": 0.6},
+    "outcome only": {"color": "#d9822b", "lw": 1, "alpha": 0.6},
+    "StepTool, held out": {"color": "#1f4e8c", "marker": "o", "ls": "--", "lw": 2},
+    "outcome only, held out": {"color": "#d9822b", "marker": "s", "ls": "--", "lw": 2},
+  }
+  figure, axes = pyplot.subplots(figsize=(7, 3.6), dpi=110)
+  named = set()
+  for name, curve in curves:
+    x, y = zip(*curve, strict=True)
+    label = None if name in named else name if "held" in name else f"{name}, training at T = 1"
+    axes.plot(x, [100 * value for value in y], label=label, **styles[name])
+    named.add(name)
+  title = "SmolLM2-135M-Instruct on two CPU cores, nested_api, two calls"
+  axes.set(xlabel="conversations of RL after SFT", ylabel="pass rate (%)", ylim=(0, 100))
+  axes.set_title(title, fontsize=10)
+  axes.grid(alpha=0.25)
+  axes.legend(loc="upper left", ncols=2, fontsize=8)
+  figure.tight_layout()
+  figure.savefig(path)
+  pyplot.close(figure)
 
 
 def _solved(home: pathlib.Path, moment: str) -> dict[str, float]:
@@ -101,6 +139,20 @@ def _solved(home: pathlib.Path, moment: str) -> dict[str, float]:
   if not path.exists():
     return {}
   return {r.trajectory.task_id: r.trajectory.solved for r in read_trajectories(path)}
+
+
+def _mean(solved: dict[str, float]) -> float:
+  return sum(solved.values()) / len(solved)
+
+
+def _share(solved: dict[str, float]) -> str:
+  return f"{100 * _mean(solved):.1f} % of {len(solved)}"
+
+
+def _points(solved: dict[str, float], before: dict[str, float]) -> str:
+  """What the same tasks have more than before, with its 95 % interval over them."""
+  added = intervals.bootstrap([solved[task] - before[task] for task in before])
+  return f"{100 * added.mean:+.1f} ({100 * added.low:.1f} to {100 * added.high:.1f})"
 
 
 def _row(
@@ -114,10 +166,9 @@ def _row(
   """before: of the same tasks after SFT, with which each task is compared."""
   cells = [name, seed, str(conversations), f"{hours:.1f}", "not measured", ""]
   if solved:
-    cells[4] = f"{100 * sum(solved.values()) / len(solved):.1f} % of {len(solved)}"
+    cells[4] = _share(solved)
   if solved and before:
-    added = intervals.bootstrap([solved[task] - before[task] for task in before])
-    cells[5] = f"{100 * added.mean:+.1f} ({100 * added.low:.1f} to {100 * added.high:.1f})"
+    cells[5] = _points(solved, before)
   return f"| {' | '.join(cells)} |"
 
 
