@@ -98,6 +98,12 @@ def _check_critic(config: Config, algorithm: Algorithm) -> None:
       f"{config.algorithm!r} has no critic to say what a spent budget is worth; leave it empty, or "
       "use 'steptool'"
     )
+  if kind == "group" and config.data.path and not algorithm.compares:
+    raise ValueError(
+      "config.critic.kind: 'group' compares samples of a task, but of stored trajectories "
+      f"(data.path) algorithm {config.algorithm!r} learns in any order; use 'ridge', or algorithm "
+      "'grpo'"
+    )
   if kind == "group" and not config.data.path and config.rollout.samples < 2:
     raise ValueError(
       "config.critic.kind: 'group' compares samples of a task, and config.rollout.samples is 1; "

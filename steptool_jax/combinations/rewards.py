@@ -21,10 +21,17 @@ def check(config: Config, algorithm: Algorithm) -> None:
   if paid == "step" and not (config.data.path or config.annotate.input):
     refuse_hindsight(r)
   level = config.advantage.level or algorithm.level
-  if r.spread and (not algorithm.gae or (level == "step" and config.advantage.broadcast)):
+  alike = not algorithm.gae or (level == "step" and config.advantage.broadcast)
+  if r.spread and (alike or level == "released"):
     raise ValueError(
       "config.rewards.spread: True, but with one advantage a step, or none by GAE, tokens share "
-      "a reward anyway; set advantage.level to 'token', or advantage.broadcast to False"
+      "a reward anyway, and level 'released' weighs the last token's; set advantage.level to "
+      "'token', or advantage.broadcast to False"
+    )
+  if config.advantage.bootstrap and level == "released" and algorithm.gae:
+    raise ValueError(
+      "config.advantage.bootstrap: level 'released' reads no value of what comes next; leave it "
+      "empty, or use advantage.level 'step'"
     )
   if r.shaping == "potential" and paid == "step" and not config.data.path:
     _check_potential(config, algorithm, level)
@@ -80,11 +87,13 @@ def _check_potential(config: Config, algorithm: Algorithm, level: str) -> None:
   elif algorithm.gae and (level == "released" or (level == "token" and config.advantage.gamma < 1)):
     why = f"with advantage.level = {level!r} and advantage.gamma = {config.advantage.gamma} they"
     why += " are not weighted step by step"
+  if not why and config.rewards.every != 1:
+    why = f"with rewards.every = {config.rewards.every} they come later than they are discounted"
   if why:
     raise ValueError(
       f"config.rewards.shaping: 'potential' must cancel out over an episode, but {why}, so that "
       "progress would be paid by itself; use 'progress', or algorithm 'steptool' with "
-      "advantage.level 'step'"
+      "advantage.level 'step' and rewards.every 1"
     )
 
 
@@ -104,6 +113,11 @@ def _check_source(config: Config, algorithm: Algorithm) -> None:
     raise ValueError(
       f"{where} gives chances, but algorithm {name!r} chooses trajectories by whether they are "
       "solved; use 'steptool' or 'ppo', or another source"
+    )
+  if r.source == "model" and r.scheme != "steptool":
+    raise ValueError(
+      f"{where} gives chances, but rewards.scheme {r.scheme!r} pays what is surely solved; use "
+      "scheme 'steptool', or another source"
     )
   if SOURCES[r.source].device and config.environment.name in AGENTS:
     raise ValueError(

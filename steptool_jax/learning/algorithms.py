@@ -302,6 +302,12 @@ def refuse_segments(config: Config, why: str) -> None:
       f"config.loss.ratio: 'trajectory' (algorithm {config.algorithm!r}) is a mean over all tokens "
       f"of a trajectory, but with {why} its segments lie in different rows; use 'step'"
     )
+  if resolved.loss.aggregation == "constant" and config.train.minibatches > 1:
+    raise ValueError(
+      f"config.loss.aggregation: 'constant' (algorithm {config.algorithm!r}) counts trajectories, "
+      f"but with {why} a minibatch may hold later segments alone; set train.minibatches to 1, or "
+      "loss.aggregation to 'trajectory'"
+    )
   if row.gae and resolved.advantage.level == "released":
     raise ValueError(
       "config.advantage.level: 'released' counts the positions of one conversation, but with "

@@ -52,11 +52,14 @@ def labels(trajectory: Trajectory) -> tuple[np.ndarray, np.ndarray]:
 def apply(trajectory: Trajectory, scores: np.ndarray) -> Trajectory:
   """The same trajectory with scores float32[S, 3] in [0, 1] as SC, Con and IsSolved.
 
-  Those that `labels` has none of are 0. What an infrastructure error ended, or has no steps, stays.
+  Those that `labels` has none of are 0, but an answer to which the user has replied is no failed
+  call: its SC is 1, as by rules. What an infrastructure error ended, or has no steps, stays.
   """
   if trajectory.status is Status.INFRASTRUCTURE_ERROR or not trajectory.steps:
     return trajectory
   given = np.where(labels(trajectory)[1], scores, 0.0)
+  replied = [isinstance(s.action, Finish) and s.observation is not None for s in trajectory.steps]
+  given[replied, SC] = 1.0
   steps = tuple(
     dataclasses.replace(s, success_calling=float(given[k, SC]), contribution=float(given[k, CON]))
     for k, s in enumerate(trajectory.steps)

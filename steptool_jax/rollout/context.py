@@ -36,12 +36,14 @@ def shown(
   spoke = max((k for k, step in enumerate(steps) if isinstance(step.action, Finish)), default=-1)
   thoughtless = {"kept": 0, "template": spoke + 1, "stripped": len(steps)}[chat_format.thinking]
   line = chat_format.observation(FOLDED) if fold else None
+  results = [k for k, step in enumerate(steps) if not isinstance(step.action, Finish)]
+  older = set(results[:-fold]) if fold else set()
   pieces = [prompt]
   for k, step in enumerate(steps):
     turn, seen = step.tokens, step.observation_tokens
     if k < thoughtless:
       turn = chat_format.without_thoughts(turn)
-    if fold and k < len(steps) - fold and not isinstance(step.action, Finish):
+    if k in older:
       closed = step.tokens[-1] in chat_format.stop_ids
       short = line if closed else np.append(np.int32(chat_format.stop_ids[0]), line)
       seen = short if len(short) < len(seen) else seen

@@ -73,6 +73,7 @@ def replay_actions(
           observation = replaying.answered(session, conversation.call)
           faulted = observation is not None and observation.injected
           conversation.observe(observation)
+          action = to_repeat(action, observation) if faulted else action
     if conversation.state is not State.DONE:
       raise ValueError(f"the demonstration of task {task.id!r} does not end in Finish")
     trajectory = conversation.trajectory(0.0, 0)
@@ -105,6 +106,7 @@ def perform(
         observation = replaying.answered(session, action)
         while observation is not None and observation.injected:
           steps.append(Step(nothing, nothing.astype(np.float32), action, observation))
+          action = to_repeat(action, observation)
           observation = replaying.answered(session, action)
       steps.append(Step(nothing, nothing.astype(np.float32), action, observation))
       if observation is None:
@@ -133,6 +135,15 @@ def answered(
   if runner is None:
     return parallel.call(session, action)
   return parallel.submit(runner, session, action).result()
+
+
+def to_repeat(action: Action, observation: Observation) -> Action:
+  """What has to be done again after injected faults: of several calls those that they have hit."""
+  if not isinstance(action, ToolCalls):
+    return action
+  pairs = zip(action.calls, observation.parts, strict=True)
+  hit = tuple(call for call, part in pairs if part.injected)
+  return dataclasses.replace(action, calls=hit) if len(hit) > 1 else hit[0]
 
 
 def unopened(task: Task, sample: int, version: int = 0) -> Trajectory:

@@ -1,5 +1,7 @@
 """What the reward model is taught, what its scores become, and Monte-Carlo labels."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -67,6 +69,17 @@ def test_scores_take_the_place_of_rules():
     (0.0, 0.0),
   ]
   assert t.solved == 0.625
+
+
+def test_an_answer_to_which_the_user_replied_is_no_failed_call():
+  """Each cost as much as one, where failed calls cost."""
+  whole = made()
+  replied = dataclasses.replace(
+    whole.steps[1], action=Finish("x"), observation=Observation("and twice that?", Code.OK)
+  )
+  t = dataclasses.replace(whole, steps=(whole.steps[0], replied, whole.steps[2]))
+  marked = model.apply(t, np.full((3, 3), 0.5, np.float32))
+  assert [(s.success_calling, s.contribution) for s in marked.steps] == [(0.5, 0.5), (1, 0), (0, 0)]
 
 
 def test_an_infrastructure_error_stays_as_it_is():

@@ -141,6 +141,23 @@ def test_a_user_who_speaks_again_takes_thoughts_back_and_is_not_folded(codec):
   assert seen.count(context.FOLDED) == 1
 
 
+def test_the_newest_result_stays_when_the_user_has_spoken_since(codec):
+  """The user's message took its place, just when it was asked about."""
+  f = thinker.hermes(codec)
+  turn = f.render_action(Finish("7"))
+  result = f.observation(
+    "a result that is a good deal longer than the line that would stand for it"
+  )
+  user = f.others([("user", "and twice that?")])
+  steps = [
+    Step(turn, np.zeros(len(turn)), action, None, seen)
+    for action, seen in ((None, result), (Finish("7"), user))
+  ]
+  seen = codec.decode(context.shown(f, 1, codec.join(["P"]), steps))
+  assert "good deal longer" in seen
+  assert context.FOLDED not in seen
+
+
 def test_formats_without_thoughts_refuse_to_strip_them(tmp_path):
   codec = thinker.tokenizer(tmp_path / "qwen25", tags=thinker.TAGS[:2])
   with pytest.raises(

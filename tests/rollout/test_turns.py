@@ -23,7 +23,7 @@ from steptool_jax.evaluation.metrics import rollout_metrics
 from steptool_jax.learning import advantages, batching, steptable
 from steptool_jax.policy.kv_slots import Decoded
 from steptool_jax.rewards import rules, shaping
-from steptool_jax.rollout import chain
+from steptool_jax.rollout import chain, replaying
 from steptool_jax.rollout.conversation import Limits
 from steptool_jax.rollout.replaying import perform, replay_actions
 from steptool_jax.rollout.setting import Sampling, Setting
@@ -484,6 +484,48 @@ def test_tools_with_a_state_keep_the_order_of_the_turn(tmp_path):
     found = answered(where.open(task, 0), calls(*"abcdefgh", name="note"))
     assert [part.value for part in found.parts] == [list("abcdefgh"[: k + 1]) for k in range(8)]
     assert found.changed
+
+
+def test_calls_that_no_fault_has_hit_are_not_made_again(tmp_path, hermes):
+  """Of two payments the one that had gone through was made twice, and its demonstration failed."""
+
+  def make_tools():
+    paid = []
+
+    def pay(item: str) -> int:
+      """Pays."""
+      paid.append(item)
+      return len(paid)
+
+    return [pay]
+
+  demonstration = [
+    {"calls": [{"tool": "pay", "arguments": {"item": i}} for i in ("lamp", "rug")]},
+    {"tool": "pay", "arguments": {"item": "desk"}},
+    {"answer": "3"},
+  ]
+  changes = {"turns": None, "demonstration": demonstration, "checker": {"type": "none"}}
+  env, task = environment(tmp_path, make_tools, **changes)
+  faulted = 0
+  for seed in range(30):
+    faulty = FaultyEnvironment(env, Faults(transient=0.3, seed=seed))
+    found = replay_actions(faulty, task, task.demonstration, hermes, LIMITS)
+    again = perform(faulty, task, task.demonstration)
+    for t in (found, again):
+      parts = [part for s in by_call(t.steps) if (part := s.observation) is not None]
+      assert [p.value for p in parts if p.code is Code.OK][-1] == 3
+    faulted += any(p.injected for p in parts)
+  assert faulted > 3
+
+
+@pytest.mark.parametrize(
+  ("hit", "left"), [((True, False), "lamp"), ((False, True), "rug"), ((True, True), None)]
+)
+def test_what_is_to_be_repeated(hit, left):
+  turn = calls("lamp", "rug")
+  parts = tuple(Observation("", Code.UNAVAILABLE, injected=h) for h in hit)
+  found = replaying.to_repeat(turn, parallel.combined(parts))
+  assert found == (turn if left is None else ToolCall("price", {"item": left}))
 
 
 def test_what_a_turn_of_calls_comes_to():

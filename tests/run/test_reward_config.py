@@ -90,6 +90,32 @@ PRICES = {"environment__market__prices": True}
       r"source: 'model', but environment 'harness' pays with its own rewards",
     ),
     (
+      {"rewards__shaping": "potential", "rewards__every": 0},
+      r"'potential' must cancel out.*rewards.every = 0",
+    ),
+    (
+      PRICES
+      | {"rewards__source": "model", "rewards__model__path": "x"}
+      | {"algorithm": "grpo", "rewards__scheme": "orchestra"},
+      r"'model' gives chances, but rewards.scheme 'orchestra'",
+    ),
+    (
+      {"rewards__spread": True, "advantage__level": "released"},
+      r"rewards\.spread: True.* level 'released'",
+    ),
+    (
+      {"advantage__bootstrap": ("step_budget",), "advantage__level": "released"},
+      r"advantage\.bootstrap: level 'released'",
+    ),
+    (
+      {"critic__kind": "group", "data__path": "x", "algorithm": "ppo"},
+      r"critic\.kind: 'group' compares samples of a task, but of stored",
+    ),
+    (
+      {"algorithm": "dr_grpo", "rollout__fold": 1, "train__minibatches": 2},
+      r"aggregation: 'constant'.*set train\.minibatches to 1",
+    ),
+    (
       {"rewards__shaping": "prefix_means"},
       r"config\.rewards\.shaping: 'prefix_means' is not one of .*did you mean 'prefix_mean'",
     ),

@@ -1,5 +1,6 @@
 """Batches of demonstrated trajectories for the supervised warm-up (SFT)."""
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -7,6 +8,7 @@ import numpy as np
 from absl import logging
 
 from steptool_jax.data.trajectories import AnnotatedTrajectory, from_document, to_document
+from steptool_jax.environments.base import TURNS
 from steptool_jax.environments.mistakes import imperfect
 from steptool_jax.rollout.peers import together
 from steptool_jax.rollout.replaying import hung, replay_actions
@@ -73,6 +75,11 @@ class SftBatches:
     if self._sft.mistakes and position >= self._sft.clean_steps * self._sft.batch:
       rng = np.random.default_rng((self._parts.config.seed, position))
       actions = imperfect(self._parts.environment, task, rng, self._sft.mistakes)
+      if task.metadata.get(TURNS):
+        # A user who looks at what has happened may go on after the last of spoilt actions.
+        with contextlib.suppress(ValueError):
+          return self._replayed(task, actions)
+        actions = task.demonstration
     return self._replayed(task, actions)
 
   def _clean(self, index: int, position: int) -> Trajectory:
