@@ -39,6 +39,7 @@ from steptool_jax import validation
 from steptool_jax.config import Config
 from steptool_jax.run.hosts import hosts, joining
 from steptool_jax.run.workdir import lock
+from steptool_jax.simulators.errors import InfrastructureError
 
 MODES = (
   "train",
@@ -233,7 +234,7 @@ def _or_exit(function: Callable[..., Any], *args: Any) -> Any:
   """A mistake of input, or a run that cannot go on: a sentence helps; the rest is in error.txt."""
   try:
     return function(*args)
-  except (ValueError, OSError, RuntimeError) as error:
+  except (ValueError, OSError, RuntimeError, InfrastructureError) as error:
     sys.exit(f"steptool_jax: {error}")
 
 

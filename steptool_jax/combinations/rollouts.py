@@ -185,11 +185,12 @@ def _check_evaluation(config: Config) -> None:
     raise ValueError(
       f"config.evaluation.temperature: must be 0 (greedy) or at least 0.0001, found {e.temperature}"
     )
-  if e.samples > 1 and not e.tasks:
-    raise ValueError(
-      f"config.evaluation.samples: {e.samples}, but evaluation.tasks = 0 turns all evaluation off; "
-      "set it to 1, or evaluation.tasks above 0"
-    )
+  for name, usual in (("samples", 1), ("selection", 0)):
+    if getattr(e, name) > usual and not e.tasks:
+      raise ValueError(
+        f"config.evaluation.{name}: {getattr(e, name)}, but evaluation.tasks = 0 turns all "
+        f"evaluation off; set it to {usual}, or evaluation.tasks above 0"
+      )
   if e.against and config.environment.name != "toolbench":
     raise ValueError(
       "config.evaluation.against: a win rate needs a judge, so environment 'toolbench'; leave it "

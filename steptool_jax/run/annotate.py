@@ -28,6 +28,7 @@ from absl import logging
 from steptool_jax.config import Config
 from steptool_jax.data import annotated_trajectories, atif, trajectories
 from steptool_jax.data.trajectories import AnnotatedTrajectory
+from steptool_jax.environments import checkers
 from steptool_jax.environments.base import SPLITS, Environment
 from steptool_jax.rewards import monte_carlo, responses, rules, shaping
 from steptool_jax.rewards.judge import StepJudge
@@ -207,9 +208,15 @@ def by_rules(config: Config, workdir: pathlib.Path, work: Work, stop: Stop) -> d
         "config.annotate.rule: 'environment' needs tasks, and official files hold none; use "
         "evidence or lcs"
       )
-    environment = build.build_environment(config)
-    tasks = _tasks(environment, work, "annotate.rule")
-    work.mark(lambda r: rules.annotate(tasks[r.trajectory.task_id], r.trajectory))
+    if config.environment.name == "toolbench":
+      raise ValueError(
+        "config.annotate.rule: 'environment' knows what a goal needs; StableToolBench's tasks do "
+        "not say it; use evidence, or annotate.source judge"
+      )
+    with services.open_services(config) as opened:  # tools may be a server's
+      environment = build.build_environment(config, opened)
+      tasks = _tasks(environment, work, "annotate.rule")
+      work.mark(lambda r: rules.annotate(tasks[r.trajectory.task_id], r.trajectory))
     return {"rule": rule}
 
   def by_text(record: AnnotatedTrajectory) -> Trajectory:
@@ -348,6 +355,13 @@ def by_monte_carlo(config: Config, workdir: pathlib.Path, work: Work, stop: Stop
         "a judge grades; use source judge"
       )
     tasks = _tasks(parts.environment, work, "annotate.source")
+    unknown = [r for r in work.records if not checkers.known(tasks[r.trajectory.task_id].checker)]
+    if unknown:
+      raise ValueError(
+        f"config.annotate.source: 'monte_carlo' needs outcomes, and nobody knows those of "
+        f"{len(unknown)} trajectories, e.g. {_name(unknown[0].trajectory)} (checker none); use "
+        "rules or judge"
+      )
     newest = restore.newest_variables(parts)
     if newest is None:
       variables = build.initial_variables(config, parts.policy, parts.mesh)

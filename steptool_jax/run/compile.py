@@ -20,7 +20,7 @@ import numpy as np
 from absl import logging
 from jax.sharding import Mesh
 
-from steptool_jax.config import Config, Lora
+from steptool_jax.config import Architecture, Config, Lora
 from steptool_jax.learning import algorithms, batching, steptable
 from steptool_jax.learning.programs import preparation, update
 from steptool_jax.learning.steptable import StepTable
@@ -41,7 +41,7 @@ from steptool_jax.policy.length_classes import LengthClasses
 from steptool_jax.run.cost import pricing
 from steptool_jax.run.cost.chips import CHIPS, Chip
 from steptool_jax.run.cost.pricing import Program
-from steptool_jax.run.parts import build
+from steptool_jax.run.parts import build, tokenizers
 from steptool_jax.run.training import setup
 from steptool_jax.run.workdir import outputs
 from steptool_jax.types import TokenBatch, TrainState
@@ -143,6 +143,13 @@ def abstract_policy(config: Config) -> AbstractPolicy:
   m = config.model
   run_fields = {"dtype": m.dtype, "param_dtype": m.param_dtype, "remat": m.remat}
   source = pathlib.Path(m.path)
+  if m.path.startswith("asset:"):
+    source = tokenizers.ASSETS / m.path.removeprefix("asset:")
+  if source.suffix == ".gguf" and source.exists() and m.architecture == Architecture():
+    raise ValueError(
+      f"config.model.path: {m.path} is a GGUF file, whose shape --mode=compile does not read; give "
+      "the folder that a run has made of it (WORKDIR/imported/…), or fill in model.architecture"
+    )
   if m.path and (source / "config.json").exists():
     model_config, _ = hfconfig.load_config(source, **run_fields)
   else:

@@ -45,7 +45,7 @@ def run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
 
   ValueError for input that does not fit, named, before any work.
   """
-  if (workdir / "moments").exists() or (workdir / "behaviour.npz").exists():
+  if any((workdir / name).exists() for name in ("checkpoints", "moments", "behaviour.npz")):
     raise ValueError(f"--workdir: {workdir} holds a run of --mode=train; use another one")
   optimizer = config.reward_model.optimizer
   setup.refuse_lost_steps(config, optimizer, "reward_model.optimizer")

@@ -10,6 +10,7 @@ import jax
 import pytest
 import tiny
 
+from steptool_jax.config import Architecture
 from steptool_jax.policy import attention, families, sharding
 from steptool_jax.policy.kernels import cached
 from steptool_jax.run import compile as compile_mode
@@ -456,6 +457,17 @@ def test_a_real_slice(tmp_path):
   refused = run("v5e:3x5")
   assert refused.returncode == 1
   assert "--topology: libtpu refuses 'v5e:3x5'" in refused.stderr
+
+
+def test_the_shape_is_that_of_the_model_that_is_named(tmp_path):
+  """A model of the package, and a GGUF file, were compiled as the default shape."""
+  found = compile_mode.abstract_policy(tiny.make(model__path="asset:own_tools")).model
+  assert (found.hidden_size, found.num_layers, found.vocab_size) == (160, 5, 768)
+  (tmp_path / "m.gguf").touch()
+  usual = Architecture()
+  config = tiny.replace(tiny.make(model__path=str(tmp_path / "m.gguf")), model__architecture=usual)
+  with pytest.raises(ValueError, match=r"m\.gguf is a GGUF file, whose shape"):
+    compile_mode.abstract_policy(config)
 
 
 def test_the_copy_for_rollouts_counts_once():

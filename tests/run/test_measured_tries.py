@@ -73,3 +73,5 @@ def test_greedy_tries_are_refused():
     tiny.make(evaluation__samples=4)
   with pytest.raises(ValueError, match=r"evaluation\.samples: 4, but evaluation\.tasks = 0"):
     tiny.make(evaluation__samples=4, evaluation__temperature=1.0, evaluation__tasks=0)
+  with pytest.raises(ValueError, match=r"evaluation\.selection: 5, but evaluation\.tasks = 0"):
+    tiny.make(evaluation__selection=5, evaluation__tasks=0)

@@ -84,6 +84,17 @@ def test_kinds_of_tasks_have_figures_of_their_own(tmp_path, compiled):
   assert evaluate.run(config, tmp_path / "run")["kinds"].keys() == {"who", "short"}
 
 
+def test_what_nobody_can_grade_is_not_evaluated(tmp_path):
+  """Any answer had the verdict 1, and the pass rate was the share of tasks with one."""
+  good, held, rich = faulty_tasks.GOOD
+  held = held | {"checker": {"type": "none"}}
+  tools = faulty_tasks.TOOLS.replace("untyped(owner)", "untyped(owner: str)")
+  fields = faulty_tasks.write(tmp_path, [good, held, rich], tools)
+  config = tiny.make(rollout__max_tokens=300, train__row_tokens=300, **fields)
+  with pytest.raises(ValueError, match=r"evaluation\.tasks: nobody knows whether 1 of"):
+    evaluate.run(config, tmp_path / "run")
+
+
 def test_the_best_checkpoint_is_chosen_by_tasks_that_no_figure_is_of(
   tmp_path, compiled, monkeypatch
 ):

@@ -18,6 +18,7 @@ from steptool_jax.data.trajectories import (
   read_trajectories,
   write_trajectories,
 )
+from steptool_jax.environments import checkers
 from steptool_jax.run.evaluating import attempts, figures, files
 from steptool_jax.run.evaluating.attempts import Solution
 from steptool_jax.run.evaluating.figures import Judged
@@ -40,6 +41,12 @@ def evaluate(parts: Parts, variables: dict) -> dict[str, Any]:
   tasks = parts.environment.tasks("heldout")[: e.tasks]
   if not tasks:
     raise ValueError("environment: there are no held-out tasks; evaluation needs at least one")
+  unknown = [t.id for t in tasks if not checkers.known(t.checker)]
+  if unknown and parts.services.judging is None:
+    raise ValueError(
+      f"config.evaluation.tasks: nobody knows whether {len(unknown)} of {len(tasks)} held-out "
+      f"tasks are solved (checker none), e.g. {unknown[0]!r}: give them a checker"
+    )
   if parts.services.judging is not None and parts.config.model.parallel_calls:
     raise ValueError(
       "config.model.parallel_calls: True, but the official files have one call a turn; set it to "
