@@ -147,7 +147,7 @@ class Session:
     if self.ended is not None:
       code, message = _OVER[self.ended]
       raise ApiError(400, message, code=code)
-    if not request.several_calls and self._format.results is not None:
+    if request.tools and not request.several_calls and self._format.results is not None:
       raise ApiError(
         400,
         "parallel_tool_calls: this policy may make several calls a turn (model.parallel_calls); "
