@@ -3,24 +3,31 @@
 import math
 import re
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+
+from steptool_jax.types import Task
 
 _MINUS = {0x2212: "-", 0x2012: "-"}  # the minus sign and the figure dash
 # Plain or with thousands separators, an optional currency sign in front.
 _DIGITS = r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:e[-+]?\d+)?"
 _NUMBER = re.compile(rf"[$€£]?\s*([-+]?{_DIGITS})", re.I)
-# A number within a text, with its sign: no part of a word, of a date or of a range.
 _COMMA = re.compile(r"(?<=\d),(?=\d)(?!\d{3}(?!\d))")  # of a list, and not of thousands
 _BRACKETS = re.compile(r"\[[-+]?\d+(?:\.\d+)?(?:,[-+]?\d+(?:\.\d+)?)+\]")  # as results are shown
 _LONG = re.compile(r"[-+]?\d{16,40}")  # whole numbers beyond a float's digits
 _ROUNDING = 1e-6
+# A number within a text, with its sign: no part of a word, of a date or of a range.
 _WITHIN = re.compile(rf"(?<![\w.,/-])[-+]?{_DIGITS}(?!\w|[.,/-]\d)", re.I)
 
 
 def known(checker: Mapping[str, Any]) -> bool:
   """Whether the outcome of a task with this checker is known: type "none" says that it is not."""
   return checker.get("type") != "none"
+
+
+def unknown(tasks: Iterable[Task]) -> list[str]:
+  """Ids of the tasks whose outcome nobody knows."""
+  return [task.id for task in tasks if not known(task.checker)]
 
 
 def normal(text: str) -> str:

@@ -7,6 +7,13 @@ from collections.abc import Sequence
 from steptool_jax.types import Trajectory, by_call
 
 
+def on_calls(
+  trajectory: Trajectory, marks: Sequence[tuple[float, float]], finished: bool
+) -> Trajectory:
+  """`on_steps` for marks of calls alone; finished: the last step is Finish, which earns 0."""
+  return on_steps(trajectory, [*marks, (0.0, 0.0)] if finished else marks)
+
+
 def on_steps(trajectory: Trajectory, marks: Sequence[tuple[float, float]]) -> Trajectory:
   """The same trajectory with (SC, Con) on every step: of a turn with several calls their means.
 

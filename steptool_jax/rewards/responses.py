@@ -69,7 +69,7 @@ def score(query: str, trajectory: Trajectory, rule: Rule = "evidence") -> Trajec
   found = marks_of(texts, rule)
   if rule == "evidence":
     found = [(sc, con * trajectory.solved) for sc, con in found]
-  return marks.on_steps(trajectory, [*found, (0.0, 0.0)] if texts.finished else found)
+  return marks.on_calls(trajectory, found, texts.finished)
 
 
 def marks_of(texts: Transcript, rule: Rule) -> list[tuple[float, float]]:

@@ -66,5 +66,5 @@ def apply(scores: StepScores, trajectory: Trajectory) -> Trajectory:
       "annotation belongs to another trajectory"
     )
   found = list(zip(scores.success_calling, scores.contribution, strict=True))
-  marked = marks.on_steps(trajectory, [*found, (0.0, 0.0)] if texts.finished else found)
+  marked = marks.on_calls(trajectory, found, texts.finished)
   return dataclasses.replace(marked, solved=scores.solved)

@@ -128,10 +128,9 @@ def answered(
 ) -> Observation | None:
   """What follows a demonstrated action: the answer to its calls, or the user's to an answer."""
   if isinstance(action, Finish):
-    if runner is None:
-      return session.reply(action.answer)
-    reply_s = runner.reply_s
-    return runner.within(lambda: session.reply(action.answer), "the user's reply", limit_s=reply_s)
+    limit_s = None if runner is None else runner.reply_s
+    what = "the user's reply"
+    return _within(runner, what, lambda: session.reply(action.answer), limit_s=limit_s)
   if runner is None:
     return parallel.call(session, action)
   return parallel.submit(runner, session, action).result()
@@ -204,5 +203,6 @@ def _within(
   what: str,
   work: Callable[[], T],
   late: Callable[[T], object] | None = None,
+  limit_s: float | None = None,
 ) -> T:
-  return work() if runner is None else runner.within(work, what, late)
+  return work() if runner is None else runner.within(work, what, late, limit_s=limit_s)

@@ -142,9 +142,7 @@ def abstract_policy(config: Config) -> AbstractPolicy:
   """
   m = config.model
   run_fields = {"dtype": m.dtype, "param_dtype": m.param_dtype, "remat": m.remat}
-  source = pathlib.Path(m.path)
-  if m.path.startswith("asset:"):
-    source = tokenizers.ASSETS / m.path.removeprefix("asset:")
+  source = tokenizers.located(m.path)
   if source.suffix == ".gguf" and source.exists() and m.architecture == Architecture():
     raise ValueError(
       f"config.model.path: {m.path} is a GGUF file, whose shape --mode=compile does not read; give "

@@ -227,7 +227,7 @@ def whole_numbers(checked: Any, value: Any) -> Any:
     return whole_numbers(checked.evolve(schema=part), inner) if part is not None else inner
 
   if isinstance(value, (dict, list)) and not _INSIDE & schema.keys():
-    kinds = (kind for kind in schema.get("anyOf", ()))
+    kinds = schema.get("anyOf", ())
     kind = next((k for k in kinds if checked.evolve(schema=k).is_valid(value)), None)
     return below(kind, value)
   if isinstance(value, float) and value.is_integer():

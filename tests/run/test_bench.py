@@ -2,29 +2,16 @@
 
 import json
 
+import fakes
 import tiny
 
-from steptool_jax.policy import model
 from steptool_jax.run import bench
-
-SMALL = model.ModelConfig(
-  family="llama",
-  vocab_size=64,
-  hidden_size=32,
-  intermediate_size=48,
-  num_layers=2,
-  num_heads=4,
-  num_kv_heads=2,
-  head_dim=8,
-  tie_embeddings=True,
-  max_position_embeddings=512,
-)
 
 
 def test_every_figure_is_there(tmp_path, monkeypatch):
   """It ended in a traceback once the update's critic was one that is fitted to a table."""
   for name, value in {
-    "ARCHITECTURE": SMALL,
+    "ARCHITECTURE": fakes.tiny_config(max_position_embeddings=512),
     "TRAJECTORIES": 2,
     "TOKENS": 64,
     "SLOTS": 2,

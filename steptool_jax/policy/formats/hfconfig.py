@@ -234,7 +234,7 @@ def _rope(raw: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
   part = rope.get("partial_rotary_factor", raw.get("partial_rotary_factor"))
   if part not in (None, 1.0):
     raise ValueError(f"partial_rotary_factor: {part!r} is not implemented (only 1.0)")
-  kind = rope.get("rope_type") or rope.get("type") or "default"
+  kind, _ = _kind(rope)
   if kind == "default":
     return float(theta), None
   if kind not in ROPE_TYPES:
@@ -250,6 +250,7 @@ def _rope(raw: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
 
 
 def _kind(rope: Any) -> Any:
+  """(name, factor) of a scaling; what is no object as it is."""
   if not isinstance(rope, dict):
     return rope
   return rope.get("rope_type") or rope.get("type") or "default", rope.get("factor")

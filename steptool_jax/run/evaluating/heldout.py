@@ -41,7 +41,7 @@ def evaluate(parts: Parts, variables: dict) -> dict[str, Any]:
   tasks = parts.environment.tasks("heldout")[: e.tasks]
   if not tasks:
     raise ValueError("environment: there are no held-out tasks; evaluation needs at least one")
-  unknown = [t.id for t in tasks if not checkers.known(t.checker)]
+  unknown = checkers.unknown(tasks)
   if unknown and parts.services.judging is None:
     raise ValueError(
       f"config.evaluation.tasks: nobody knows whether {len(unknown)} of {len(tasks)} held-out "

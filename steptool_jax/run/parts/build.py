@@ -200,9 +200,7 @@ def refuse_missing_model(config: Config) -> None:
 
 
 def _source(path: str, workdir: pathlib.Path) -> pathlib.Path:
-  if path.startswith("asset:"):
-    return tokenizers.ASSETS / path.removeprefix("asset:")
-  source = pathlib.Path(path)
+  source = tokenizers.located(path)
   if source.suffix != ".gguf":
     return source
   from steptool_jax.policy.formats import gguf  # needs the extra `gguf`

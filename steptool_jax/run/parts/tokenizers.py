@@ -22,6 +22,11 @@ ASSETS = pathlib.Path(steptool_jax.__file__).parent / "assets"
 TASKS = 2000  # training tasks whose texts train a compact tokenizer
 
 
+def located(path: str) -> pathlib.Path:
+  """The folder or file that config.model.path names."""
+  return ASSETS / path.removeprefix("asset:") if path.startswith("asset:") else pathlib.Path(path)
+
+
 def train_compact(
   config: Config, environment: Environment, out: pathlib.Path, runner: ToolRunner | None
 ) -> pathlib.Path:
@@ -94,7 +99,7 @@ def _directory(
   if not m.path:
     raise ValueError("neither model.tokenizer nor model.path names a tokenizer")
   if m.path.startswith("asset:"):
-    return ASSETS / m.path.removeprefix("asset:")
+    return located(m.path)
   path = pathlib.Path(m.path)
   if not path.exists():
     raise FileNotFoundError(f"config.model.path: there is no {m.path!r} here")

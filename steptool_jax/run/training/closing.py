@@ -184,12 +184,12 @@ def config_flags(words: Sequence[str]) -> list[str]:
 
 
 def _next(workdir: pathlib.Path, flags: Sequence[str], own: bool) -> list[str]:
-  named = [flag for flag in flags if re.match("--?config=", flag)] or ["--config=…"]
+  named = shlex.join(flag for flag in flags if re.match("--?config=", flag)) or "--config=…"
   place = shlex.quote(f"--workdir={workdir}")
   following = [
     "Next",
     "  every conversation, step by step, in one page:",
-    f"    steptool report {shlex.join(named) if flags else named[0]} {place}",
+    f"    steptool report {named} {place}",
   ]
   if own:
     return [

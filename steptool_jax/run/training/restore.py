@@ -19,9 +19,7 @@ from steptool_jax.types import TrainState
 
 _CONFIG, _INPUTS = "config.json", "inputs.json"  # in WORKDIR: fields, {field: digest of its files}
 # What decides how a checkpoint is read: the other fields may differ in modes that only read.
-POLICY = (
-  *("algorithm", "model.", "lora.", "sft.", "loss.kl", "train.optimizer.", "critic.passes"),
-)
+POLICY = ("algorithm", "model.", "lora.", "sft.", "loss.kl", "critic.passes", "train.optimizer.")
 
 
 def refuse_other_config(

@@ -13,7 +13,6 @@ import numpy as np
 
 from steptool_jax.config import Config
 from steptool_jax.environments import checkers
-from steptool_jax.environments.base import Split
 from steptool_jax.evaluation import scoring
 from steptool_jax.learning import batching
 from steptool_jax.learning.algorithms import get_algorithm
@@ -85,24 +84,21 @@ def _refuse_unknown(parts: Parts) -> None:
   config = parts.config
   pays = get_algorithm(config.algorithm).rewards != "none" and not config.data.path
   if pays and config.rewards.source != "model":
-    without = _unknown(parts, "train")
+    without = checkers.unknown(parts.environment.tasks("train"))
     if without:
       raise ValueError(
         f"config.rewards.source: {config.rewards.source!r}, but nobody knows whether "
         f"{len(without)} training tasks are solved (checker none), e.g. {without[0]!r}; use "
         "'model' (--mode=reward_model makes one), or give them a checker"
       )
-  without = _unknown(parts, "heldout") if config.evaluation.tasks else []
+  heldout = parts.environment.tasks("heldout") if config.evaluation.tasks else ()
+  without = checkers.unknown(heldout)
   if without:
     raise ValueError(
       f"config.evaluation.tasks: {config.evaluation.tasks}, but nobody knows whether "
       f"{len(without)} held-out tasks are solved (checker none), e.g. {without[0]!r}: set it to 0, "
       "or give them a checker"
     )
-
-
-def _unknown(parts: Parts, split: Split) -> list[str]:
-  return [t.id for t in parts.environment.tasks(split) if not checkers.known(t.checker)]
 
 
 def with_outcomes(paid: Sequence[Trajectory], true: Sequence[Trajectory]) -> list[Trajectory]:
