@@ -10,14 +10,18 @@ from steptool_jax.types import Task
 
 _MINUS = {0x2212: "-", 0x2012: "-"}  # the minus sign and the figure dash
 # Plain or with thousands separators, an optional currency sign in front.
-_DIGITS = r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:e[-+]?\d+)?"
+_DIGITS = r"(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)(?:e[-+]?\d+)?"
 _NUMBER = re.compile(rf"[$€£]?\s*([-+]?{_DIGITS})", re.I)
+_SIGN = re.compile(r"^([-+])([$€£])")
 _COMMA = re.compile(r"(?<=\d),(?=\d)(?!\d{3}(?!\d))")  # of a list, and not of thousands
 _BRACKETS = re.compile(r"\[[-+]?\d+(?:\.\d+)?(?:,[-+]?\d+(?:\.\d+)?)+\]")  # as results are shown
 _LONG = re.compile(r"[-+]?\d{16,40}")  # whole numbers beyond a float's digits
 _ROUNDING = 1e-6
+# Scripts that put no space between words: Thai to Khmer, kana and Han.
+_UNSPACED = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u30ff\u3400-\u9fff"
+_LETTER = rf"[^\W{_UNSPACED}]"  # what may not be beside a whole word
 # A number within a text, with its sign: no part of a word, of a date or of a range.
-_WITHIN = re.compile(rf"(?<![\w.,/-])[-+]?{_DIGITS}(?!\w|[.,/-]\d)", re.I)
+_WITHIN = re.compile(rf"(?<!{_LETTER})(?<![.,/-])[-+]?{_DIGITS}(?!{_LETTER}|[.,/-]\d)", re.I)
 
 
 def known(checker: Mapping[str, Any]) -> bool:
@@ -43,7 +47,7 @@ def normal(text: str) -> str:
 
 def number(text: str) -> float | None:
   """The number that the whole text is, or None. "1,234.50" and "$5" are; "5 apples" is not."""
-  match = _NUMBER.fullmatch(normal(text))
+  match = _NUMBER.fullmatch(_SIGN.sub(r"\2\1", normal(text)))
   return None if match is None else _value(match.group(1))
 
 
@@ -59,8 +63,8 @@ def _value(text: str) -> float | None:
 def same_value(answer: str | None, expected: Any, tolerance: float | None = None) -> bool:
   """The whole answer is the expected value: no substring luck, no list of guesses.
 
-  tolerance: how far a number may be away; None: a whole number not at all, a fraction by a
-  millionth of itself, since it may be rounded.
+  tolerance: how far a number may be away; None: a whole number by a millionth, a fraction by a
+  millionth of itself, since both may be rounded.
   """
   if answer is None:
     return False
@@ -68,6 +72,13 @@ def same_value(answer: str | None, expected: Any, tolerance: float | None = None
     got = number(answer)
     return got is not None and close(got, expected, tolerance)
   return normal(answer) == normal(str(expected)) != ""
+
+
+def whole_word(word: str) -> str:
+  """A pattern of `word` with no letter beside it; in a script without spaces one may be there."""
+  before = "" if re.match(f"[{_UNSPACED}]", word) else f"(?<!{_LETTER})"
+  after = "" if re.search(f"[{_UNSPACED}]$", word) else f"(?!{_LETTER})"
+  return before + re.escape(word) + after
 
 
 def contains_all(answer: str, values: Sequence[str | float], query: str = "") -> bool:
@@ -84,7 +95,7 @@ def contains_all(answer: str, values: Sequence[str | float], query: str = "") ->
     if as_number is not None and any(close(n, as_number) for n in numbers):
       continue
     word = normal(str(value))
-    if as_number is not None or not re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text):
+    if as_number is not None or not re.search(whole_word(word), text):
       return False
   known = [n for n in wanted if n is not None] + _numbers(query)
   others = {n for n in numbers if not any(close(n, k) for k in known)}
@@ -112,7 +123,7 @@ def close(a: float, b: float, tolerance: float | None = None) -> bool:
   if tolerance is not None:
     return abs(a - b) <= tolerance * (1 + 1e-9)
   whole = isinstance(b, int) or b.is_integer()
-  return abs(a - b) <= _ROUNDING if whole else math.isclose(a, b, rel_tol=1e-6, abs_tol=_ROUNDING)
+  return abs(a - b) <= _ROUNDING if whole else math.isclose(a, b, rel_tol=1e-6, abs_tol=1e-12)
 
 
 def same_table(

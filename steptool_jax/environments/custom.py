@@ -21,6 +21,7 @@ for something have a time-out of their own.
 """
 
 import contextlib
+import copy
 import dataclasses
 import functools
 import importlib
@@ -39,7 +40,7 @@ import regex
 from steptool_jax.config import Config
 from steptool_jax.environments import demonstrations, users
 from steptool_jax.environments.base import KIND, SPLITS, TURNS, Problem, Split, check_split
-from steptool_jax.environments.checkers import contains_all, same_value
+from steptool_jax.environments.checkers import contains_all, normal, same_value
 from steptool_jax.files import parse_json
 from steptool_jax.simulators import starts
 from steptool_jax.simulators.changes import state_digest
@@ -144,7 +145,10 @@ class Custom:
     functions = {t.spec.name: t.function for t in tools}
     # What a server holds cannot be compared.
     digest = functools.partial(state_digest, functions.values() if server is None else ())
-    box = Toolbox([t for t in tools if t.spec.name in offered], self._max_chars, digest)
+    tools = [t for t in tools if t.spec.name in offered]
+    if server is None:
+      _refuse_others(task, tools)
+    box = Toolbox(tools, self._max_chars, digest)
     return CustomSession(
       task, box, functions, self._checkers, server, self._side_by_side, self._user
     )
@@ -252,6 +256,9 @@ class Custom:
       checker["values"] and all(isinstance(v, (str, int, float)) for v in checker["values"])
     ):
       raise ValueError("checker 'contains_all' needs 'values', a non-empty list of text or numbers")
+    for value in (*checker.get("values", ()), checker.get("value", 0)):
+      if not normal(str(value)):
+        raise ValueError(f"checker {kind!r}: {value!r} says nothing: all answers have it or none")
     return checker
 
 
@@ -295,7 +302,8 @@ class CustomSession:
           f"task {self.task.id}: checker regex {checker['pattern']!r:.80} takes longer than "
           f"{MATCH_S:g} s on an answer; write a pattern that does not try every split"
         ) from None
-    rest = {k: v for k, v in checker.items() if k != "type"}
+    # Copies: what a checker takes out of its list would be missing from every later verdict.
+    rest = copy.deepcopy({k: v for k, v in checker.items() if k != "type"})
     try:
       verdict = self.checkers[kind](answer, dict(self.functions), **rest)
     except Exception as error:
@@ -312,6 +320,19 @@ class CustomSession:
     """Ends the MCP server of this session, where it has one."""
     if self.server is not None:
       self.server.close()
+
+
+def _refuse_others(task: Task, tools: Sequence[Tool]) -> None:
+  """ValueError where the session's tools are not those that the prompt shows."""
+  made = {tool.spec.name: tool.spec for tool in tools}
+  for spec in task.tools:
+    if made.get(spec.name) != spec:
+      how = "is another tool" if spec.name in made else "is missing"
+      raise ValueError(
+        f"task {task.id}: {spec.name} {how} with this task's state than with the first task's: "
+        "make_tools must give every state the same names, parameters and texts; choose among the "
+        "tools with a task's field 'tools'"
+      )
 
 
 def _matches(checker: Mapping[str, Any], answer: str, query: str) -> bool:

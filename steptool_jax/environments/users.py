@@ -13,11 +13,13 @@ judges the answer after the last reply. A function returns None (no more to say)
 environment.user, until it writes ###STOP### or has replied `turns` times.
 """
 
+import copy
 import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from steptool_jax.environments import checkers
 from steptool_jax.environments.base import TURNS
 from steptool_jax.types import Code, Observation
 
@@ -133,8 +135,10 @@ class User:
       if self._turn > len(self._says):
         return None, None
       turn = self._says[self._turn - 1]
-      return turn["reply"], self._grade(turn["checker"], answer) if "checker" in turn else None
-    rest = {k: v for k, v in self._says.items() if k != "type"}
+      checker = turn.get("checker", {"type": "none"})
+      return turn["reply"], self._grade(checker, answer) if checkers.known(checker) else None
+    # A copy: what a function takes out of a list is there for the next conversation.
+    rest = copy.deepcopy({k: v for k, v in self._says.items() if k != "type"})
     if self._says["type"] == "model":
       return self._asked(**rest), None
     return _read(self._says["type"], self._called(answer, rest))

@@ -18,13 +18,23 @@ import dataclasses
 import functools
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import Any
 
-from steptool_jax.environments.checkers import number, written_numbers
+from steptool_jax.environments.checkers import number, whole_word, written_numbers
 from steptool_jax.rewards import marks
 from steptool_jax.simulators.render import leaves
-from steptool_jax.types import Code, Finish, Step, Task, ToolCall, Trajectory, by_call, calls_of
+from steptool_jax.types import (
+  Code,
+  Finish,
+  Observation,
+  Step,
+  Task,
+  ToolCall,
+  Trajectory,
+  by_call,
+  calls_of,
+)
 
 # Here the final state is checked and the answer's text is free, so it proves no use of a value.
 _STATE_CHECKERS = frozenset({"state", "table"})
@@ -84,8 +94,10 @@ _ANSWERED = _Fact(success=True)  # a turn's answer, to which the user has replie
 
 
 def _forward(task: Task, steps: Sequence[Step]) -> list[_Fact]:
-  gold = collections.Counter(_gold_calls(task))
+  defaults = _defaults(task)
+  gold = collections.Counter(_gold_calls(task, defaults))
   by_handle = "handles" in task.metadata
+  goals = set() if by_handle else _goals(task)
   origins: dict[str, str] = {}  # handle -> canonical call that made it
   done: set[str] = set()  # calls since the last change of state
   seen: set[str] = set()
@@ -106,8 +118,8 @@ def _forward(task: Task, steps: Sequence[Step]) -> list[_Fact]:
     ):
       facts.append(_NOTHING)
       continue
-    key = _canonical(call, origins)
-    values = frozenset(_values(observation.value))
+    key = _canonical(call, origins, defaults)
+    values = frozenset(_values(observation, goals))
     is_gold = gold[key] > 0
     repeat = key in done and not is_gold  # a demonstration may make the same call again
     if observation.changed:
@@ -134,11 +146,8 @@ def _forward(task: Task, steps: Sequence[Step]) -> list[_Fact]:
 
 
 def _progress(task: Task, facts: Sequence[_Fact]) -> list[bool]:
-  wanted: set[str] = set()
   answers = _goal_answers(task)
-  if "handles" not in task.metadata:
-    for call in _demonstrated(task):
-      wanted |= set(_leaves(call.arguments))
+  wanted = set() if "handles" in task.metadata else _goals(task)
   obtained: set[str] = set()
   contributions = []
   for fact in facts:
@@ -179,19 +188,41 @@ def _backward(task: Task, trajectory: Trajectory, facts: Sequence[_Fact]) -> lis
   return contributions[::-1]
 
 
-def _gold_calls(task: Task) -> Iterator[str]:
+def _goals(task: Task) -> set[str]:
+  """Values that the goal needs: arguments of demonstrated calls, and the whole answer."""
+  calls = [_leaves(call.arguments) for call in _demonstrated(task)]
+  return {v for values in calls for v in values} | set(filter(None, map(_key, _goal_answers(task))))
+
+
+def _defaults(task: Task) -> dict[str, dict[str, Any]]:
+  """Tool -> parameter -> what it is where a call leaves it out."""
+  parameters = {spec.name: spec.parameters.get("properties", {}) for spec in task.tools}
+  return {
+    tool: {
+      name: schema["default"]
+      for name, schema in schemas.items()
+      if isinstance(schema, Mapping) and "default" in schema
+    }
+    for tool, schemas in parameters.items()
+  }
+
+
+def _gold_calls(task: Task, defaults: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
   handles: dict[str, str] = {}
   calls = _demonstrated(task)
   produced = task.metadata.get("handles", ("",) * len(calls)) if calls else ()
   for call, handle in zip(calls, produced, strict=True):
-    key = _canonical(call, handles)
+    key = _canonical(call, handles, defaults)
     if handle:
       handles[handle] = key
     yield key
 
 
-def _canonical(call: ToolCall, handles: Mapping[str, str]) -> str:
-  """Tool and arguments as one string: order, case and number format of arguments do not matter."""
+def _canonical(
+  call: ToolCall, handles: Mapping[str, str], defaults: Mapping[str, Mapping[str, Any]]
+) -> str:
+  """Tool and arguments as one string: order, case and number format of arguments do not matter,
+  nor whether a default is written out."""
 
   def plain(value: Any) -> Any:
     if isinstance(value, Mapping):
@@ -203,7 +234,11 @@ def _canonical(call: ToolCall, handles: Mapping[str, str]) -> str:
     key = _key(value)
     return {"from": handles[key]} if key in handles else key
 
-  return json.dumps([call.name, plain(call.arguments)], sort_keys=True, ensure_ascii=False)
+  arguments = plain(call.arguments)
+  for name, default in defaults.get(call.name, {}).items():
+    if name in arguments and arguments[name] == plain(default):
+      del arguments[name]
+  return json.dumps([call.name, arguments], sort_keys=True, ensure_ascii=False)
 
 
 def _handle_of(value: Any) -> str:
@@ -211,12 +246,32 @@ def _handle_of(value: Any) -> str:
   return handle if isinstance(handle, str) else ""
 
 
-def _values(result: Any) -> Iterator[str]:
-  """Keys of all leaf values; of a result that is a sentence also its words with a digit."""
-  yield from _leaves(result)
-  if isinstance(result, str):
-    for word in re.findall(r"[-+]?[\w.,:/-]*\d[\w.,:/-]*", result):
-      yield _key(word.rstrip(".,:/-"))
+def _values(observation: Observation, goals: Set[str]) -> Iterator[str]:
+  """Keys of all leaf values that are shown; of texts also words with a digit, and what is a goal.
+
+  A value that was cut off has not been told, though a later call may know it.
+  """
+  text = observation.text
+  cut = text.endswith("...") and not isinstance(observation.value, str)
+  shown = _written(text) if cut else None
+  for leaf in leaves(observation.value):
+    key = _key(leaf)
+    if not key or (shown is not None and key not in shown):
+      continue
+    yield key
+    if not isinstance(leaf, str):
+      continue
+    if re.search(r"\d", leaf):
+      yield from map(_key, written_numbers(leaf))
+      for word in re.findall(r"[-+]?[\w.,:/-]*\d[\w.,:/-]*", leaf):
+        yield _key(word.rstrip(".,:/-"))
+    yield from (goal for goal in goals if len(goal) < len(key) and _mentions(leaf, goal))
+
+
+def _written(text: str) -> set[str]:
+  """Keys of the texts and numbers in JSON that is cut somewhere."""
+  parts = re.findall(r'"(?:[^"\\]|\\.)*"|-?\d+(?:\.\d+)?(?:e[-+]?\d+)?', text)
+  return {_key(json.loads(part, strict=False) if part[0] == '"' else part) for part in parts}
 
 
 def _leaves(value: Any) -> Iterator[str]:
@@ -245,7 +300,7 @@ def _mentions(text: str, key: str) -> bool:
     return True
   if key in _numbers_in(text):
     return True
-  pattern = rf"(?<![\w.]){re.escape(key)}(?!\w|\.\d)"
+  pattern = rf"(?<!\.){whole_word(key)}(?!\.\d)"
   return re.search(pattern, " ".join(text.casefold().split())) is not None
 
 

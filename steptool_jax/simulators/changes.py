@@ -2,8 +2,8 @@
 
 Compared is the data that the functions reach: their closures, the objects that they are methods of,
 and the mutable globals that they name. Files, servers, generators of random numbers and foreign
-objects without attributes cannot be compared; a tool that changes such a thing says so with
-`Result(value, changed=True)`.
+objects without attributes cannot be compared, nor more than 20,000 objects or 64 MiB; a tool that
+changes such a thing says so with `Result(value, changed=True)`.
 """
 
 import collections
@@ -18,6 +18,9 @@ from typing import Any
 import numpy as np
 
 _MOST = 20_000  # objects that are compared; a larger state is not
+_MOST_PLAIN = 200_000  # numbers and texts
+_MOST_BYTES = 1 << 26
+_LONG = 1024  # texts and data beyond are held as their digest
 _PLAIN = (str, bytes, int, float, complex, type(None))
 _CLOSED = (random.Random, types.ModuleType, type)  # no state of the tools
 
@@ -41,9 +44,15 @@ class _Walk:
   def __init__(self):
     self._met: dict[int, int] = {}
     self._kept: list[Any] = []  # no id may be given to another object meanwhile
+    self._plain = self._bytes = 0
 
   def of(self, item: Any) -> Any:
     if isinstance(item, _PLAIN):
+      self._plain += 1
+      if self._plain > _MOST_PLAIN:
+        raise _TooLarge
+      if isinstance(item, (str, bytes)) and len(item) > _LONG:
+        return (type(item).__name__, self._digest(item))
       return item
     if id(item) in self._met:
       return ("again", self._met[id(item)])
@@ -61,15 +70,18 @@ class _Walk:
     if isinstance(item, Set):
       return sorted(repr(self.of(entry)) for entry in list(item))
     if isinstance(item, bytearray):
-      return bytes(item)
+      return self._digest(item)
     if isinstance(item, np.ndarray) and item.dtype != object:
-      return (item.shape, item.dtype.str, item.tobytes())
+      return (item.shape, item.dtype.str, self._digest(np.ascontiguousarray(item)))
     if isinstance(item, sqlite3.Connection):
       return item.total_changes
     if isinstance(item, types.MethodType):
       return [self.of(item.__self__), self.of(item.__func__)]
     if isinstance(item, types.FunctionType):
-      found = inspect.getclosurevars(item)
+      try:
+        found = inspect.getclosurevars(item)
+      except ValueError:  # a variable that is set on another path only
+        raise _TooLarge from None
       shared = {name: v for name, v in found.globals.items() if _own(v, item.__module__)}
       return [self.of(dict(found.nonlocals)), self.of(shared)]
     if isinstance(item, _CLOSED):
@@ -77,6 +89,14 @@ class _Walk:
     slots = [name for cls in type(item).__mro__ for name in getattr(cls, "__slots__", ())]
     held = {name: getattr(item, name) for name in slots if hasattr(item, name)}
     return self.of(held | getattr(item, "__dict__", {}))
+
+  def _digest(self, data: Any) -> str:
+    if isinstance(data, str):
+      data = data.encode("utf-8", "surrogatepass")
+    self._bytes += memoryview(data).nbytes
+    if self._bytes > _MOST_BYTES:
+      raise _TooLarge
+    return hashlib.sha256(data).hexdigest()
 
 
 def _own(value: Any, module: str) -> bool:

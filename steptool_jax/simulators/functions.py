@@ -232,7 +232,8 @@ def whole_numbers(checked: Any, value: Any) -> Any:
     return below(kind, value)
   if isinstance(value, float) and value.is_integer():
     kinds = [schema, *schema.get("anyOf", ())]
-    wanted = {kind.get("type") for kind in kinds if isinstance(kind, Mapping)}
+    named = [kind.get("type") for kind in kinds if isinstance(kind, Mapping)]
+    wanted = {t for name in named for t in (name if isinstance(name, list) else [name])}
     return int(value) if "integer" in wanted and "number" not in wanted else value
   if isinstance(value, dict):
     known, other = schema.get("properties", {}), schema.get("additionalProperties")

@@ -5,6 +5,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from steptool_jax.simulators.errors import InfrastructureError
 from steptool_jax.simulators.render import clean_text
 
 STATE = "state"  # field of a task record, and name of the parameter
@@ -31,10 +32,12 @@ def takes_state(make: Callable[..., Any]) -> bool:
 def made(make: Callable[..., Any], with_state: bool, state: Any) -> list[Any]:
   """The functions of one session; the state is a copy of its own, so no other session sees changes.
 
-  ValueError where `make` raises, which names it.
+  ValueError where `make` raises, which names it; InfrastructureError as it is.
   """
   try:
     return list(make(copy.deepcopy(state)) if with_state else make())
+  except InfrastructureError:
+    raise  # what is down for now is no mistake of make_tools
   except Exception as error:
     name = getattr(make, "__name__", "make_tools")
     given = f"({STATE} = {clean_text(repr(state), 60)})" if with_state else "()"

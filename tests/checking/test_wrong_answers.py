@@ -95,3 +95,11 @@ def test_a_checker_that_hangs_or_raises_is_an_error():
   assert "takes longer than 0.1 s" in hung.what
   assert "the checker fails on a wrong answer" in raised.what
   assert hung.level == raised.level == ERROR
+
+
+def test_without_a_demonstration_the_right_answer_in_another_writing_is_not_tried():
+  number = {"type": "number", "value": 1234, "tolerance": 1}
+  assert "other" not in tried(task(None, checker=number), ["1,234", "$1235"])
+  assert tried(task(None, checker=number), ["1,236"])["other"] == "1,236"
+  found = answers.wrong_answers(task(None, checker={"type": "regex", "pattern": "5|6"}), ["6"])
+  assert [w.level for w in found if w.kind == "other"] == [WARNING]

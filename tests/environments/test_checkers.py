@@ -17,6 +17,10 @@ from steptool_jax.environments.checkers import contains_all, number, same_table,
     ("\N{MINUS SIGN}0.5", -0.5),
     ("1e3", 1000),
     ("33.333333", 100 / 3),
+    (".5", 0.5),
+    ("-$5", -5),
+    ("-$5", "-$5"),
+    ("0.3", 0.1 + 0.2),
   ],
 )
 def test_right_answers(answer, expected):
@@ -42,6 +46,10 @@ def test_right_answers(answer, expected):
     ("inf", 12),
     ("9" * 400, 12),
     ("33.3", 100 / 3),
+    ("0", 5e-7),
+    ("0.0010009", 0.001),
+    ("-$5", 5),
+    ("-$-5", 5),
   ],
 )
 def test_wrong_answers(answer, expected):
@@ -103,6 +111,12 @@ def test_rounding_does_not_reorder_rows_that_text_tells_apart():
     ("1, 2, 3, 4, 5, 6", [5], False),  # a list of all candidates is a guess
     ("one of karo, mine, tafo, buro or lima", ["karo"], False),
     ("karo and mine", ["karo", "mine"], True),
+    ("答えは東京と大阪です", ["東京", "大阪"], True),  # scripts without spaces
+    ("合計は123円です", [123], True),
+    ("合計は1234円です", [123], False),
+    ("ราคา 50 บาท", [50], True),
+    ("it costs .75 now", [0.75], True),
+    ("v1.75", [0.75], False),
     ("of 3 to 9 candidates 7 have it: 5, with 2 left", [5], False),
   ],
 )

@@ -1,5 +1,6 @@
 import json
 import sys
+from typing import Literal
 
 import pytest
 
@@ -444,3 +445,49 @@ def test_changes_are_seen_without_result(tmp_path):
   ]
   for call, changed in calls:
     assert session.call(call).changed is changed, call
+
+
+def test_a_checker_may_use_up_what_it_is_given(tmp_path):
+  """A list that one verdict had emptied let the next answers pass."""
+  path = tmp_path / "greedy.py"
+  path.write_text(
+    "def f() -> int:\n  return 1\n\nTOOLS = [f]\n\n"
+    "def named(answer, tools, wanted):\n"
+    "  for name in [w for w in wanted if w in answer]:\n    wanted.remove(name)\n"
+    "  return not wanted\n"
+  )
+  env = Custom(str(path), write(tmp_path, one({"type": "named", "wanted": ["ann", "bob"]})))
+  found = [env.open(env.tasks("train")[0], n).grade(a) for n, a in enumerate(["ann, bob", "no"])]
+  assert found == [1, 0]
+
+
+def test_tools_that_differ_with_the_state_are_refused(tmp_path):
+  """The prompt shows every task the tools of the first one."""
+
+  def make_tools(state):
+    def balance(owner: str) -> int:
+      return 1
+
+    balance.__annotations__["owner"] = Literal[tuple(state)]
+    return [balance]
+
+  tasks = [one({"type": "none"}, id=name, state=[name]) for name in ("ann", "bob")]
+  env = Custom(make_tools, write(tmp_path, *tasks))
+  ann, bob = env.tasks("train")
+  env.open(ann, 0)
+  with pytest.raises(ValueError, match="task bob: balance is another tool with this task's state"):
+    env.open(bob, 0)
+
+
+@pytest.mark.parametrize(
+  "checker", [{"type": "exact", "value": ""}, {"type": "contains_all", "values": ["a", "."]}]
+)
+def test_a_checker_that_asks_for_nothing_is_refused(tmp_path, checker):
+  with pytest.raises(ValueError, match="says nothing: all answers have it or none"):
+    grade(tmp_path, checker, "x")
+
+
+def test_a_turn_that_nobody_can_judge_has_no_verdict(tmp_path):
+  turns = [{"reply": "and?", "checker": {"type": "none"}}]
+  env = Custom([add], write(tmp_path, one({"type": "none"}, turns=turns)))
+  assert env.open(env.tasks("train")[0], 0).reply("bla").solved is None

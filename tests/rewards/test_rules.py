@@ -10,7 +10,17 @@ from steptool_jax.environments.data_pipeline import DataPipeline
 from steptool_jax.environments.mistakes import imperfect
 from steptool_jax.environments.nested_api import NestedApi
 from steptool_jax.rewards.rules import annotate, needed
-from steptool_jax.types import Code, Finish, Malformed, Observation, Status, Task, ToolCall
+from steptool_jax.simulators.functions import Toolbox, tool
+from steptool_jax.types import (
+  Code,
+  Finish,
+  Malformed,
+  Observation,
+  Status,
+  Task,
+  ToolCall,
+  ToolSpec,
+)
 
 SHOP = NestedApi(300, 100, seed=2)
 PIPELINE = DataPipeline(300, 100, seed=2)
@@ -256,6 +266,8 @@ def test_a_retry_after_a_fault_is_no_repeat():
     ([12.5], "12.50 each", [FULL]),
     ([0.1 + 0.2], "0.3", [FULL]),
     (["9" * 5000], "12", [(1, 0)]),
+    ([["It costs 1350 dollars"]], "1350", [FULL]),  # texts inside of a result
+    ([{"price": "$1,350.00"}], "1350", [FULL]),
   ],
 )
 def test_values_by_hand(values, answer, marks):
@@ -426,3 +438,42 @@ def test_a_pipelines_handles_are_no_values_of_the_demonstration():
   useless = ToolCall("load_csv", {"file": "items"})
   marks = progress(PIPELINE, JOINED, [useless, load, useless, right, done])
   assert marks == [(1, 0), FULL, (0, 0), FULL, LAST]
+
+
+def marked(task, actions_and_values):
+  steps = [step(call, observation) for call, observation in actions_and_values]
+  result = annotate(task, trajectory(task, [*steps, step(Finish("x"))], 1.0), causal=True)
+  return [(s.success_calling, s.contribution) for s in result.steps[:-1]]
+
+
+def test_a_value_that_was_cut_off_was_not_obtained():
+  """A dump of all records was paid, and the call that singled one out was not."""
+  records = [{"id": n, "pay": 5000 + n} for n in range(300)]
+
+  def dump() -> list:
+    return records
+
+  def pay() -> dict:
+    return {"pay": 5250}
+
+  box = Toolbox([tool(dump), tool(pay)])
+  calls = [ToolCall("dump", {}), ToolCall("pay", {})]
+  task = Task("t", "x", "what?", (), {"type": "number", "value": 5250})
+  assert marked(task, [(c, box.call(c)) for c in calls]) == [(1, 0), FULL]
+  task = dataclasses.replace(task, checker={"type": "number", "value": 5003})
+  assert marked(task, [(c, box.call(c)) for c in calls]) == [FULL, (1, 0)]
+
+
+def test_a_name_within_a_text_is_obtained():
+  task = Task("t", "x", "Who leads ann?", (), {"type": "exact", "value": "Bob Smith"})
+  call = ToolCall("f", {})
+  assert marked(task, [(call, ok({"text": "Ann's manager is Bob Smith."}))]) == [FULL]
+  assert marked(task, [(call, ok({"text": "Ann's manager is Bob Smithers."}))]) == [(1, 0)]
+
+
+def test_a_default_may_be_written_out():
+  schema = {"type": "object", "properties": {"k": {}, "unit": {"default": "EUR"}}}
+  gold = (ToolCall("f", {"k": 1}), Finish("done"))
+  task = Task("t", "x", "q", (ToolSpec("f", "", schema),), {"type": "exact"}, gold)
+  assert marked(task, [(ToolCall("f", {"k": 1, "unit": "EUR"}), ok("ok"))]) == [FULL]
+  assert marked(task, [(ToolCall("f", {"k": 1, "unit": "USD"}), ok("ok"))]) == [(1, 0)]

@@ -112,3 +112,33 @@ def test_what_is_no_state_does_not_count():
 def test_a_state_that_is_too_large_is_not_compared():
   many = [[n] for n in range(30_000)]
   assert state_digest([lambda: many]) is None
+
+
+def test_much_data_is_hashed_and_more_is_not_compared():
+  """A search tool over a large array took seconds before and after every call."""
+  data = np.zeros(1 << 20)
+  texts = ["x" * 5000]
+  functions = [lambda: (data, texts)]
+  before = state_digest(functions)
+  data[-1] = 1
+  assert None not in (before, state_digest(functions))
+  assert state_digest(functions) != before
+  texts[0] = "x" * 4999 + "y"
+  assert state_digest(functions) != before
+  large = np.zeros(1 << 24)
+  names = list(range(1_000_000))
+  assert state_digest([lambda: large]) is None
+  assert state_digest([lambda: names]) is None
+
+
+def test_a_variable_that_is_not_set_is_no_fault_of_the_tool():
+  def make(state):
+    if state:
+      limit = 3
+
+    def find():
+      return limit
+
+    return find
+
+  assert state_digest([make({})]) is None
