@@ -1,7 +1,8 @@
 """StepTool as the paper trains it: PPO on trajectories that were annotated once.
 
     python -m steptool_jax.main --config=configs/steptool_offline.py --workdir=/data/run \
-      --config.model.path=/models/Qwen2-7B-Instruct --config.data.path=/data/annotated.jsonl
+      --config.model.path=/models/Qwen2-7B-Instruct \
+      --config.data.path=/data/annotated/annotated.jsonl
 
 The file comes from --mode=annotate, here by a language model that judges every step three times:
 

@@ -93,7 +93,9 @@ class Model:
   )
   system: str = option("", "task description in the system turn; empty = the chat format's own")
   dtype: str = option("float32", "compute; norms and log-probs stay float32", choices="dtypes")
-  param_dtype: str = option("float32", "parameters and optimizer moments", choices="dtypes")
+  param_dtype: str = option(
+    "float32", "parameters; adapters and heads are float32", choices="dtypes"
+  )
   remat: str = option(
     "none",
     "what the backward pass recomputes; dots: all but matrix products, attention: all but it",
@@ -509,7 +511,7 @@ class Critic:
     False, "value: the head predicts returns in deviations from the mean of the batch's"
   )
   passes: int = option(
-    1, "value: passes over a batch's minibatches; those after the policy's are the head's", above=0
+    1, "value: passes over a batch; all but one come after train.epochs and are the head's", above=0
   )
 
 
@@ -585,7 +587,7 @@ class Optimizer:
   warmup: float = option(0.0, "share of the steps that warm up", least=0, most=1)
   b1: float = option(0.9, "decay of the first moment", least=0, below=1)
   b2: float = option(0.999, "decay of the second moment", least=0, below=1)
-  first_moment: str = option("", "its storage; empty = model.param_dtype", choices="dtypes")
+  first_moment: str = option("", "its storage; empty = that of what is trained", choices="dtypes")
   eps: float = option(1e-8, "epsilon", least=1e-20, most=1)
   weight_decay: float = option(0.0, "decoupled weight decay", least=0, most=1)
   max_grad_norm: float = option(1.0, "clip of the gradient's global norm; 0 = off", least=0)
@@ -831,7 +833,7 @@ class Config:
   compilation_cache: str = option(
     "auto",
     "folder that keeps compiled programs for the next start; auto = JAX_COMPILATION_CACHE_DIR, or "
-    "one in the user's cache folder; none = they are not kept",
+    "one in the user's cache folder, of several processes WORKDIR/compiled; none = not kept",
   )
   hang_after: float = option(
     1800.0,

@@ -73,6 +73,8 @@ REWARD_PARTS = {
   "cost": "Eq. 2: few USD",
   "latency": "Eq. 2: few seconds",
   "preference": "Eq. 2: tools that the user likes or avoids",
+  "turns": "what the turns before the last one earned (rewards.turns)",
+  "harness": "what a harness or verifier gave",
 }
 ROLLOUTS |= {f"reward_{part}": Figure(NUMBER, text) for part, text in REWARD_PARTS.items()}
 
@@ -110,6 +112,10 @@ _HEADS = {"success_calling": "SC", "contribution": "Con", "solved": "IsSolved"}
 
 # The figures of a whole iteration, which run/train.py and run/training/progress.py compute.
 ITERATIONS = {
+  "conversations": Figure("conversations", "that RL has sampled so far"),
+  "llm_calls": Figure("calls", "of the orchestrator in these conversations"),
+  "tokens": Figure("tokens", "rolled out and trained on in RL so far"),
+  "rl_seconds": Figure("seconds", "of rollouts and updates so far"),
   "nothing_to_learn": Figure(NUMBER, "1 where the algorithm found no trajectory to learn from"),
   "dropped_malformed": Figure("trajectories", "taken by rewards.filters.malformed"),
   "dropped_unfinished": Figure("trajectories", "taken by rewards.filters.unfinished"),
@@ -143,7 +149,8 @@ ITERATIONS = {
 }
 
 # The figures of a reward model against annotations of tasks that its training did not see, which
-# evaluation/scoring.py computes; prefix heldout, of --mode=reward_model.
+# evaluation/scoring.py computes; prefix heldout, of --mode=reward_model. The losses, prefix train,
+# are of learning/reward_model.py.
 REWARD_MODEL = {
   **{
     f"{h}_auc": Figure(NUMBER, f"{w}: the chance that a positive scores higher than a negative")

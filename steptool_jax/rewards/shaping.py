@@ -28,7 +28,7 @@ from collections.abc import Callable, Container, Mapping
 from steptool_jax.config import Rewards
 from steptool_jax.types import Status, Trajectory, calls_of
 
-_COST = 0.1  # of a failed call, where a solved task earns 1
+_COST = 0.1  # of a call that failed or repeats another, where a solved task earns 1
 
 
 @dataclasses.dataclass(frozen=True)

@@ -50,11 +50,13 @@ class Carry:
   calls: LLM calls that each may have in this rollout; 0 = as many as it needs. begun: those that go
   on, unfinished so far. sessions: those that are open from the rollout before; afterwards those of
   what is unfinished then, as many as the engine has slots, and none where the rollout failed.
+  owners: the processes that keep them, the same in all processes.
   """
 
   calls: int
   begun: Sequence[Trajectory]
   sessions: MutableMapping[Key, Session]
+  owners: MutableMapping[Key, int] = dataclasses.field(default_factory=dict)
 
 
 def rollout(
@@ -74,6 +76,8 @@ def rollout(
   finally:
     close(carry.sessions)  # of slots that are another process's now, or that were never filled
   carry.sessions.update(loop.left)
+  carry.owners.clear()
+  carry.owners.update(loop.owners)
   return found, loop.stats
 
 
@@ -107,8 +111,9 @@ class _Carrying(Loop):
 
   def __init__(self, setting: Setting, carry: Carry):
     super().__init__(setting)
-    self._calls, self._kept = carry.calls, carry.sessions
+    self._calls, self._kept, self._before = carry.calls, carry.sessions, carry.owners
     self.left: dict[Key, Session] = {}  # open ones, of conversations that have left
+    self.owners: dict[Key, int] = {}
     self._begun = {_key(t): t for t in carry.begun}
 
   def _conversation(self, task: Task, sample: int) -> Conversation:
@@ -117,6 +122,12 @@ class _Carrying(Loop):
       return super()._conversation(task, sample)
     start = Start(task, sample, before.prompt_tokens, before.steps)
     return GoesOn(start, sample, self.setting)
+
+  def _place(self, conversation: Conversation) -> int | None:
+    """A slot of the process that keeps its session, where one is free."""
+    owner = self._before.get((conversation.task.id, conversation.sample))
+    kept = None if owner is None else self.seats.free(conversation.length + 1, owner)
+    return super()._place(conversation) if kept is None else kept
 
   def _open(self, seat: Seat) -> None:
     key = seat.conversation.task.id, seat.conversation.sample
@@ -140,6 +151,8 @@ class _Carrying(Loop):
     for slot, seat in list(self.seats.items()):
       spent = 0 < self._calls <= seat.conversation.turns
       if spent and seat.conversation.state is State.NEEDS_APPEND:
+        conversation = seat.conversation
+        self.owners[conversation.task.id, conversation.sample] = self.seats.owner(slot)
         left[seat.index] = self._leave(self.seats.pop(slot))
     return left
 

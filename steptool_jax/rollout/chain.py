@@ -139,7 +139,7 @@ class Loop:
     while waiting and len(self.seats) < self.engine.slots:
       index, (task, sample) = waiting[0]
       seat = Seat(self._conversation(task, sample), index)
-      slot = self.seats.free(seat.conversation.length + 1)
+      slot = self._place(seat.conversation)
       if slot is None:  # those that fit its prompt are taken
         break
       waiting.popleft()
@@ -148,6 +148,10 @@ class Loop:
         self._defer_error(functools.partial(self._open, seat))
       fresh.append(slot)
     return fresh
+
+  def _place(self, conversation: Conversation) -> int | None:
+    """A free slot for it."""
+    return self.seats.free(conversation.length + 1)
 
   def _grow(self) -> None:
     """Conversations that have outgrown their slots move to larger ones, where some are free."""

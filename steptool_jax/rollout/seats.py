@@ -1,5 +1,6 @@
 """Who sits in which slot of an engine."""
 
+import collections
 import dataclasses
 import time
 from concurrent.futures import Future
@@ -46,11 +47,15 @@ class Seats(dict[int, Seat]):
     return self.room.owner(slot, self.processes)
 
   def free(self, tokens: int, owner: int | None = None) -> int | None:
-    """A free slot of the smallest class that holds so many; of this process's, if given."""
-    for slot in self.room.fitting(tokens):
-      if slot not in self and owner in (None, self.owner(slot)):
-        return slot
-    return None
+    """A free slot of the smallest class that holds so many; of this process's, if given.
+
+    Else of the process that has the fewest, so that all of them run tools.
+    """
+    slots = [s for s in self.room.fitting(tokens) if s not in self]
+    if owner is not None:
+      slots = [slot for slot in slots if self.owner(slot) == owner]
+    busy = collections.Counter(map(self.owner, self))
+    return min(slots, key=lambda slot: (busy[self.owner(slot)], slot), default=None)
 
   def in_state(self, state: State) -> dict[int, Seat]:
     """Those in this state that have room in their slots."""

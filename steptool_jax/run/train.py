@@ -62,6 +62,8 @@ MAY_CHANGE = (
   "mesh.",
   "hang_after",
   "rollout.slots",
+  "rollout.long_slots",
+  "rollout.tensor",
   "rollout.leave",
   "rollout.tool_timeout",
   "rollout.tool_workers",
@@ -69,6 +71,8 @@ MAY_CHANGE = (
   "environment.harness_timeout",
   "environment.openenv",  # the same server elsewhere
   "train.iterations",  # may be raised
+  "train.micro_rows",  # as a mesh of another size asks for
+  "sft.micro_rows",
   "simulator.",
   "judge.endpoint.",
   "serve.",
@@ -392,7 +396,11 @@ def _fill_behaviour(run: Run) -> None:
     run.data = behaviour.restore(run.data, run.parts.workdir)
   else:
     run.data = behaviour.fill(
-      run.data, run.config.train.row_tokens, run.phase.logprobs, run.parts.workdir
+      run.data,
+      run.config.train.row_tokens,
+      run.config.train.micro_rows,
+      run.phase.logprobs,
+      run.parts.workdir,
     )
 
 

@@ -229,7 +229,7 @@ def _trajectories(folder: pathlib.Path) -> dict[str, Kind]:
   data = index.data([exact_records.RECORD], 1, 0, {})
   kept = folder / "behaviour"
   kept.mkdir()
-  behaviour.fill(data, 64, lambda batch: None, kept)
+  behaviour.fill(data, 64, 1, lambda batch: None, kept)
 
   return {
     "offline jsonl": Kind(

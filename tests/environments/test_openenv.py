@@ -12,6 +12,7 @@ from steptool_jax.combinations import environment as combination
 from steptool_jax.config import Config, Environment
 from steptool_jax.environments import base
 from steptool_jax.environments.benchmarks import openenv
+from steptool_jax.run.parts.services import NO_SERVICES
 from steptool_jax.simulators.errors import InfrastructureError
 from steptool_jax.types import Code, ToolCall
 
@@ -210,4 +211,14 @@ def test_what_is_missing_is_named(monkeypatch):
   ):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, found=found: found)
     with pytest.raises(ValueError, match=named):
-      openenv.from_config(away, None)
+      openenv.from_config(away, NO_SERVICES)
+
+
+def test_each_process_asks_a_shared_server_for_its_part_of_the_sessions(monkeypatch):
+  """Every host opened as many as all of them need, so that the second one was turned away."""
+  monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
+  monkeypatch.setattr(openenv, "OpenEnv", lambda address, counts, seed, sessions, *_: sessions)
+  config = dataclasses.replace(Config(), rollout=dataclasses.replace(Config().rollout, slots=10))
+  for processes, sessions in ((1, 10), (4, 3)):
+    services = dataclasses.replace(NO_SERVICES, processes=processes)
+    assert openenv.from_config(config, services) == sessions

@@ -59,5 +59,5 @@ def test_every_algorithm_writes_its_diagnostics(name):
 def test_the_table_of_figures_has_them_all():
   """A figure without a row has no unit and no definition that a reader could find."""
   others = metrics.rollout_metrics([]) | progress.shares(Stats(seconds=1.0), 0.5, 2.0, 10)
-  others |= orchestra.keep([], orchestra.Filters())[1]
+  others |= orchestra.keep([], orchestra.Filters())[1] | progress.Progress().spent()
   assert not set.union(set(others), *map(written, ROWS)) - set(figures.FIGURES)

@@ -10,9 +10,12 @@ from steptool_jax.data.trajectories import AnnotatedTrajectory, to_document
 from steptool_jax.dialogue import compact
 from steptool_jax.dialogue.codec import Codec
 from steptool_jax.dialogue.template import get_format
-from steptool_jax.rollout import chain, tree
+from steptool_jax.policy.room import Room
+from steptool_jax.rollout import carrying, chain, tree
+from steptool_jax.rollout.carrying import Carry
 from steptool_jax.rollout.conversation import Limits
 from steptool_jax.rollout.peers import ALONE, together
+from steptool_jax.rollout.seats import Seats
 from steptool_jax.rollout.setting import Sampling, Setting
 from steptool_jax.rollout.strategy import Search
 from steptool_jax.simulators.errors import InfrastructureError
@@ -286,3 +289,42 @@ def test_infrastructure_stays_infrastructure():
   found = processes(2, work)
   assert [type(error) for error in found] == [InfrastructureError] * 2
   assert str(found[0]) == "process 1: InfrastructureError: down"
+
+
+def test_few_conversations_use_the_tools_of_all_processes():
+  """The lowest slots were taken first: those of the first hosts."""
+  seats = Seats(Room(((8, 100),)), 4)
+  for _ in range(5):
+    seats[seats.free(10)] = None
+  assert sorted(map(seats.owner, seats)) == [0, 0, 1, 2, 3]
+  assert seats.owner(seats.free(10, 3)) == 3
+  seats[seats.free(10, 3)] = None
+  assert seats.free(10, 3) is None
+
+
+def test_a_carried_conversation_goes_on_where_its_session_is(chat_format):
+  """Elsewhere its calls are repeated, which tools that answer differently do not stand."""
+  environments = [Counter(), Counter()]
+  jobs = [(task, 0) for task, _ in JOBS[2::2]]  # they call one to three times
+
+  def work(peers):
+    environment = environments[peers.index]
+    eng = fakes.ScriptedEngine(chat_format, policy, slots=4, size=800)
+    sessions, owners, begun = {}, {}, ()
+    with ToolRunner(timeout_s=5, workers=2, retries=0) as runner:
+      setting = Setting(
+        eng, None, environment, chat_format, LIMITS, runner, Sampling(0, 0, 1.0), peers=peers
+      )
+      for calls in (1, 0):
+        # Another order, in which the lowest slots were another process's.
+        order = jobs if calls else jobs[::-1]
+        carry = Carry(calls, begun, sessions, owners)
+        found, _ = carrying.rollout(setting, order, carry)
+        begun = [f.trajectory for f in found] if calls else ()
+        if calls:
+          assert sorted(owners.values()) == [0, 0, 1]
+    return found
+
+  for found in processes(2, work):
+    assert [len(t.steps) for t in found] == [4, 3, 2]
+  assert len(environments[0].opened + environments[1].opened) == len(jobs), "some were opened again"

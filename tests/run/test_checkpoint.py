@@ -249,3 +249,22 @@ def test_fingerprints_do_not_depend_on_the_layout_and_see_order():
 def test_scores_are_a_small_json_file(tmp_path):
   write(tmp_path, 1, scores=[0.25])
   assert json.loads((tmp_path / checkpoint.SCORES).read_text()) == {"1": 0.25}
+
+
+def test_a_share_may_show_for_a_while_what_was_set_aside(tmp_path, monkeypatch):
+  """A host with a listing of moments ago took the number for saved, and waited in vain."""
+  write(tmp_path, 1, 2)
+  checkpoints = Checkpoints(tmp_path, keep=9)
+  waited = []
+
+  def lead(work):
+    waited.append(work)  # seen from here, nothing has happened yet
+
+  def sleep(seconds):
+    waited.pop()()
+
+  monkeypatch.setattr(checkpoint.hosts, "lead", lead)
+  monkeypatch.setattr(checkpoint.time, "sleep", sleep)
+  checkpoints._set_aside(2)
+  assert (checkpoints.holds(2), checkpoints.holds(1), waited) == (False, True, [])
+  checkpoints.close()

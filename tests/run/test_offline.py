@@ -12,6 +12,7 @@ import numpy as np
 import oracles
 import pytest
 import stored
+from data import exact_records
 from resuming import assert_same_run, saved
 from toolbench.official_rows import CALL, FINISH, row
 
@@ -20,7 +21,7 @@ from steptool_jax.data.trajectories import AnnotatedTrajectory, write_trajectori
 from steptool_jax.run import train
 from steptool_jax.run.data import offline
 from steptool_jax.run.parts import build
-from steptool_jax.run.training import iteration, phase
+from steptool_jax.run.training import behaviour, iteration, phase
 from steptool_jax.run.workdir.outputs import read_jsonl
 from steptool_jax.toolbench.formats import conversations, training_rows
 from steptool_jax.types import Finish, Status, Step, Trajectory
@@ -613,3 +614,22 @@ def test_the_released_rows_train_for_two_passes(shared, prepared, compiled, tmp_
   wanted, found = assert_advantages(prepared, rows, "step")
   assert found == collections.Counter({k: 2 * n for k, n in wanted.items()})
   assert all(np.isfinite(list(r.values())).all() for r in read_jsonl(tmp_path / "metrics.jsonl"))
+
+
+def test_old_log_probs_are_filled_in_calls_of_so_many_rows(tmp_path):
+  """A few a call, as `data.batch` says, left most rows of a large mesh empty."""
+  records = [exact_records.unknown(exact_records.RECORD)] * 10
+  index, calls = offline.Index(lambda t: t, by_task=False), []
+  for n, record in enumerate(records):
+    index.add(n, record)
+  data = index.data(records, 2, 0, {})
+
+  def logprobs(batch):
+    calls.append(len(batch.tokens))
+    return np.full(batch.tokens.shape, -0.5, np.float32)
+
+  tokens = len(records[0].trajectory.prompt_tokens) + sum(
+    len(step.tokens) + len(step.observation_tokens) for step in records[0].trajectory.steps
+  )
+  filled = behaviour.fill(data, tokens, 6, logprobs, tmp_path)
+  assert (len(calls), np.unique(filled.logprobs).tolist()) == (2, [-0.5])

@@ -1,5 +1,6 @@
 """What a start costs: programs that are kept, and programs that are compiled while rollouts run."""
 
+import types
 from concurrent.futures import Executor, ThreadPoolExecutor
 
 import fakes
@@ -34,16 +35,21 @@ def test_programs_are_kept_by_default_and_where_jax_is_told_to(settings, tmp_pat
   """Every start compiled for a quarter of a minute what the last one had compiled."""
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
   jax.config.update("jax_compilation_cache_dir", None)
-  folder = compiled.keep("auto")
+  folder = compiled.keep("auto", tmp_path)
   assert folder.parent == tmp_path / "steptool_jax" / "compiled"
   assert jax.config.jax_compilation_cache_dir == str(folder)
   assert jax.config.jax_compilation_cache_max_size == 4 * 2**30
   jax.config.update("jax_compilation_cache_dir", "/elsewhere")
-  assert compiled.keep("auto") is None
+  assert compiled.keep("auto", tmp_path) is None
   assert jax.config.jax_compilation_cache_dir == "/elsewhere"
-  assert compiled.keep(str(tmp_path / "mine")) == tmp_path / "mine"
+  assert compiled.keep(str(tmp_path / "mine"), tmp_path) == tmp_path / "mine"
   assert jax.config.jax_compilation_cache_max_size == -1
-  assert compiled.keep("none") is None
+  # Of several processes one writes for all, which only those on its machine could read at home.
+  monkeypatch.setattr(compiled.hosts, "peers", lambda: types.SimpleNamespace(count=2))
+  jax.config.update("jax_compilation_cache_dir", None)
+  assert compiled.keep("auto", tmp_path).parent == tmp_path / "compiled"
+  assert jax.config.jax_compilation_cache_max_size == -1
+  assert compiled.keep("none", tmp_path) is None
   assert jax.config.jax_compilation_cache_dir is None
 
 
@@ -59,9 +65,9 @@ def test_a_folder_that_cannot_be_made(settings, tmp_path, monkeypatch):
   (tmp_path / "file").write_text("")
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
   jax.config.update("jax_compilation_cache_dir", None)
-  assert compiled.keep("auto") is None
+  assert compiled.keep("auto", tmp_path) is None
   with pytest.raises(ValueError, match=r"config\.compilation_cache: .*/file/x cannot be made"):
-    compiled.keep(str(tmp_path / "file" / "x"))
+    compiled.keep(str(tmp_path / "file" / "x"), tmp_path)
 
 
 def mesh():
@@ -136,3 +142,17 @@ def test_what_is_compiled_ahead_is_what_a_phase_calls(phase, algorithm, tmp_path
     for minibatch, count in one.minibatches(prepared, len(packed.batch.tokens), 0):
       one.update(minibatch, count)
       assert [program.fits for program in one.programs] == [True, True]
+
+
+def test_a_run_that_goes_on_has_the_table_of_before(tmp_path):
+  """A narrower one rounds its sums in another way, and compiles once more."""
+  config = tiny.make("calls", algorithm="steptool")
+  with opening.open_parts(config, tmp_path, opening.Stop()) as parts:
+    progress = Progress(phase="rl", table_width=48)
+    one = Phase(config, parts.policy, parts.mesh, progress, 3, 8)
+    one.start(build.initial_variables(config, parts.policy, parts.mesh))
+    widths = []
+    one.programs = (lambda state, batch, count, table, recorded: widths.append(table), None)
+    rng = np.random.default_rng(0)
+    one.prepare(one.pack([fakes.random_trajectory(rng) for _ in range(8)]))
+    assert (widths[0].position.shape[-1], progress.table_width) == (48, 48)

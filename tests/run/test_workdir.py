@@ -329,3 +329,11 @@ def test_what_holds_the_interpreter_is_ended_and_named(tmp_path):
   )
   assert done.returncode == 1
   assert "in hold" in done.stderr
+
+
+def test_a_run_may_go_on_on_a_mesh_of_another_size(begun):
+  """Rows must fit a larger mesh, and the config said that they must be those of before."""
+  workdir, make = begun
+  fields = {"mesh__fsdp": 4, "train__micro_rows": 8, "sft__micro_rows": 8, "rollout__slots": 8}
+  check(make(**fields), workdir)
+  check(make(rollout__tensor=2), workdir)

@@ -116,7 +116,7 @@ class OpenEnv:
     except (httpx.HTTPError, InfrastructureError, LookupError, TypeError, ValueError) as error:
       raise ValueError(
         f"config.environment.openenv: {address}: {type(error).__name__}: {error}; start an OpenEnv "
-        f"server there, its max_concurrent_envs at least rollout.slots = {sessions}"
+        f"server there, its max_concurrent_envs at least rollout.slots ({sessions} of them here)"
       ) from error
 
   def _get(self, path: str, method: str = "GET", body: Any = None) -> Any:
@@ -191,9 +191,9 @@ def _shown(data: Mapping[str, Any], limit: int) -> tuple[str, Code]:
 
 def from_config(config: Config, services: Any) -> OpenEnv:
   """The row of base.ENVIRONMENTS."""
-  del services
   if importlib.util.find_spec("websockets") is None:
     raise ValueError("environment 'openenv' needs websockets: pip install 'steptool-jax[openenv]'")
   e, r = config.environment, config.rollout
   counts = {"train": e.num_train, "heldout": e.num_heldout}
-  return OpenEnv(e.openenv, counts, e.seed, r.slots, r.tool_timeout, r.max_observation_chars)
+  mine = -(-r.slots // services.processes)  # each process asks for its part
+  return OpenEnv(e.openenv, counts, e.seed, mine, r.tool_timeout, r.max_observation_chars)

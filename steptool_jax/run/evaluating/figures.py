@@ -84,7 +84,6 @@ def figures(
     "recall_tasks": recall_tasks,
     **call_metrics(outcomes),
     "judge": judging.report(),
-    "simulator": parts.services.answering.report(),
   }
 
 

@@ -26,6 +26,7 @@ from steptool_jax.run.evaluating.work import Work
 from steptool_jax.run.hosts import hosts
 from steptool_jax.run.parts import build, rollouts
 from steptool_jax.run.parts.opening import Parts
+from steptool_jax.run.parts.services import total
 from steptool_jax.run.training import record
 from steptool_jax.types import Status, Task
 
@@ -65,6 +66,8 @@ def evaluate(parts: Parts, variables: dict) -> dict[str, Any]:
   def report() -> dict[str, Any]:
     write_trajectories(parts.workdir / "trajectories.jsonl", _records(parts, method, tasks, runs))
     found = figures.figures(parts, method, tasks, runs)
+    if answered:
+      found["simulator"] = total(answered)
     if others is not None:
       found["win_rate"] = figures.wins(parts, tasks, runs[0], others)
     return found
@@ -73,6 +76,9 @@ def evaluate(parts: Parts, variables: dict) -> dict[str, Any]:
     label = f"{method}, rollout {k + 1} of {e.rollouts}"
     solutions, work = attempts.solve(parts, variables, tasks, k, label)
     hosts.lead(functools.partial(finish, k, solutions, work))
+  answering = parts.services.answering
+  # Each process has answered the calls of its own slots.
+  answered = [] if answering is None else hosts.gather(answering.report())
   return hosts.lead(report)
 
 

@@ -8,12 +8,17 @@ import platform
 import jax
 from absl import logging
 
+from steptool_jax.run.hosts import hosts
+
 _MOST_BYTES = 4 * 2**30  # of the default folder; what was not used for the longest time goes
 _LEAST_SECONDS = 0.2  # programs that compile faster are not kept
 
 
-def keep(name: str) -> pathlib.Path | None:
+def keep(name: str, workdir: pathlib.Path) -> pathlib.Path | None:
   """Has JAX keep its programs in config.compilation_cache and returns the folder; None = nowhere.
+
+  By default it is the user's cache folder; of several processes, the first of which writes for all,
+  WORKDIR/compiled, which all of them see.
 
   Several processes may share it: one that reads what another is writing, or a killed one has left
   half written, gets an error, which JAX takes as a reason to compile.
@@ -23,7 +28,8 @@ def keep(name: str) -> pathlib.Path | None:
     if name != "auto":
       jax.config.update("jax_compilation_cache_dir", None)
     return None
-  folder = default_folder() if name == "auto" else pathlib.Path(name)
+  own = name == "auto" and hosts.peers().count == 1
+  folder = default_folder(None if own else workdir) if name == "auto" else pathlib.Path(name)
   try:
     folder.mkdir(parents=True, exist_ok=True)
   except OSError as error:
@@ -36,20 +42,21 @@ def keep(name: str) -> pathlib.Path | None:
     return None
   jax.config.update("jax_compilation_cache_dir", str(folder))
   jax.config.update("jax_persistent_cache_min_compile_time_secs", _LEAST_SECONDS)
-  jax.config.update("jax_compilation_cache_max_size", _MOST_BYTES if name == "auto" else -1)
+  jax.config.update("jax_compilation_cache_max_size", _MOST_BYTES if own else -1)
   return folder
 
 
-def default_folder() -> pathlib.Path:
-  """A folder for this kind of machine in the user's cache folder.
+def default_folder(workdir: pathlib.Path | None = None) -> pathlib.Path:
+  """A folder for this kind of machine in the user's cache folder, or in the workdir.
 
   What XLA compiles for a CPU runs on CPUs with the same instructions only, and homes are shared.
   """
-  base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+  home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+  base = workdir or pathlib.Path(home) / "steptool_jax"
   kind = jax.default_backend()
   if kind == "cpu":
     kind += "-" + hashlib.sha256(_processor().encode()).hexdigest()[:12]
-  return pathlib.Path(base) / "steptool_jax" / "compiled" / kind
+  return base / "compiled" / kind
 
 
 def _processor() -> str:

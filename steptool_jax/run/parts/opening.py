@@ -79,7 +79,7 @@ def open_parts(config: Config, workdir: pathlib.Path, stop: Stop) -> Iterator[Pa
   """Builds all parts; everything that can be wrong with the input is found here."""
   build.refuse_missing_model(config)
   agreement.refuse_differences(config, workdir)
-  compiled.keep(config.compilation_cache)
+  compiled.keep(config.compilation_cache, workdir)
   if jax.default_backend() == "cpu":
     allocator.keep_memory()
   mesh = build.build_mesh(config)

@@ -4,10 +4,11 @@ import contextlib
 import dataclasses
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from steptool_jax.config import Config, Endpoint
+from steptool_jax.run.hosts import hosts
 from steptool_jax.simulators import endpoint as endpoint_lib
 from steptool_jax.simulators.mcp import McpServers
 from steptool_jax.simulators.posting import clean_key
@@ -39,6 +40,14 @@ class Answering:
     return report
 
 
+def total(reports: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, dict[str, float]]:
+  """The sums of what the simulators of several processes did."""
+  return {
+    part: {name: sum(report[part][name] for report in reports) for name in figures}
+    for part, figures in reports[0].items()
+  }
+
+
 @dataclasses.dataclass(frozen=True)
 class Services:
   """None where the environment needs none."""
@@ -48,6 +57,7 @@ class Services:
   toolbench_key: str = ""  # toolbench: of the http server, sent with every call
   mcp: McpServers | None = None  # custom, with environment.mcp
   user: endpoint_lib.Endpoint | None = None  # custom, with environment.user
+  processes: int = 1  # that share the slots
 
   def beside(self, figure: str) -> str:
     """A printed figure, with who judged where there is a judge."""
@@ -60,7 +70,7 @@ NO_SERVICES = Services()
 @contextlib.contextmanager
 def open_services(config: Config) -> Iterator[Services]:
   """The services of config.environment; closed in the end. Errors as of the parts."""
-  c = config.environment
+  c, count = config.environment, hosts.peers().count
   with contextlib.ExitStack() as stack:
     if c.name == "toolbench":
       answering = stack.enter_context(open_answering(config))
@@ -69,7 +79,7 @@ def open_services(config: Config) -> Iterator[Services]:
         endpoint = open_endpoint(config.judge.endpoint, "judge.endpoint", stack)
       name = "simulator.toolbench_key_variable"
       key = secret(config.simulator.toolbench_key_variable, name)
-      yield Services(answering, Judging(endpoint, config.judge.runs), key)
+      yield Services(answering, Judging(endpoint, config.judge.runs), key, processes=count)
       return
     user = None
     if c.user.base_url:
@@ -82,9 +92,9 @@ def open_services(config: Config) -> Iterator[Services]:
         shared=c.mcp_shared,
         timeout_s=config.rollout.tool_timeout,
       )
-      yield Services(mcp=stack.enter_context(servers), user=user)
+      yield Services(mcp=stack.enter_context(servers), user=user, processes=count)
     else:
-      yield Services(user=user)
+      yield Services(user=user, processes=count)
 
 
 @contextlib.contextmanager
@@ -98,6 +108,11 @@ def open_answering(config: Config) -> Iterator[Answering]:
   with contextlib.ExitStack() as stack:
     cache = endpoint = None
     live: list[Simulator] = []
+    if c.writable_cache and hosts.peers().count > 1:
+      raise ValueError(
+        "config.simulator.writable_cache: the processes of several hosts cannot share its database "
+        "on a network share; serve it from one machine (--mode=serve) and set simulator.http"
+      )
     if c.cache or c.writable_cache:
       cache = Cache(c.cache or None, c.writable_cache or None)
       stack.callback(cache.close)

@@ -31,6 +31,7 @@ _FILE = "behaviour.npz"
 def fill(
   data: Data,
   row_tokens: int,
+  rows: int,
   logprobs: Callable[[TokenBatch], np.ndarray],
   workdir: pathlib.Path,
 ) -> Data:
@@ -41,13 +42,14 @@ def fill(
   Args:
     data: as `load` gave it.
     row_tokens: of a packed row.
+    rows: that a call takes at least, so that none is spent on a few.
     logprobs: packed batch [R, T] -> today's log-probs, float32 [R, T].
     workdir: of the run.
   """
 
   def values() -> Iterator[np.ndarray]:
     missing = np.flatnonzero(~data.recorded)
-    computed = _computed(data, missing, row_tokens, logprobs)
+    computed = _computed(data, missing, row_tokens, max(rows, data.size), logprobs)
     for i, recorded in enumerate(data.recorded):
       if recorded:
         yield np.concatenate([step.logprobs for step in data[i].steps])
@@ -68,11 +70,12 @@ def _computed(
   data: Data,
   missing: np.ndarray,
   row_tokens: int,
+  count: int,
   logprobs: Callable[[TokenBatch], np.ndarray],
 ) -> Iterator[np.ndarray]:
-  """Log-probs of the trajectories `missing`, some in memory at a time."""
-  for start in range(0, len(missing), data.size):
-    packed = batching.pack([data[i] for i in missing[start : start + data.size]], row_tokens)
+  """Log-probs of the trajectories `missing`, `count` in memory at a time."""
+  for start in range(0, len(missing), count):
+    packed = batching.pack([data[i] for i in missing[start : start + count]], row_tokens)
     yield from batching.unpack(packed, logprobs(packed.batch))
 
 

@@ -40,7 +40,7 @@ def roll(
   known |= {task.id: task for task, _ in work}
   jobs = [*((known[t.task_id], t.sample) for t in carried.unfinished), *work]
   last = done + 1 == parts.config.train.iterations
-  carry = Carry(0 if last else r.carry, carried.unfinished, phase.sessions)
+  carry = Carry(0 if last else r.carry, carried.unfinished, phase.sessions, phase.owners)
   found, stats = rollouts.roll(
     *(parts, variables, jobs, done, r.temperature, "rollout"), carry=carry
   )

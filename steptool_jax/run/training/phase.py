@@ -55,9 +55,8 @@ class Phase:
     self.ahead: Sequence[Trajectory] = []  # paid, for the coming iteration (rollout.lag)
     self.carried = carrying.Carried()  # conversations of several iterations (rollout.carry)
     self.sessions: dict[carrying.Key, Session] = {}  # theirs, open since the last rollout
+    self.owners: dict[carrying.Key, int] = {}  # the processes that keep them
     self.skipped_in_a_row = 0
-    # Never narrower than it was, as each width is a compilation; this one serves most runs.
-    self.table_width = steptable.USUAL_WIDTH
     # Whether programs are for trajectories of several segments in any case; else a batch decides.
     self.segmented = algorithms.changes_history(config)
     self.scorer: RewardModel | None = None  # rewards.source = model
@@ -90,7 +89,7 @@ class Phase:
       batch, table = self._abstract_batch(most, micro_rows), None
       if self.learner.fits is not None:
         row = steptable.empty(1, 1)
-        shape = (most, micro_rows, self.table_width)
+        shape = (most, micro_rows, self.progress.table_width)
         table = jax.tree.map(lambda x: jax.ShapeDtypeStruct(shape, x.dtype), row)
       recorded = preparation.abstract_recorded(self.learner, batch, table)
       prepared, _ = jax.eval_shape(prepare.jitted, state, batch, count, table, recorded)
@@ -146,8 +145,8 @@ class Phase:
     capacity = _room(needed, -(-self._most_rows() // micro_rows))
     on_device, table, host = self._to_device(batch, micro_rows, capacity), None, None
     if self.learner.fits is not None:
-      host = steptable.build(packed, self.table_width)
-      self.table_width = host.position.shape[1]
+      host = steptable.build(packed, self.progress.table_width)
+      self.progress.table_width = host.position.shape[1]
       table = self._to_device(host, micro_rows, capacity)
     recorded = self._recorded(packed, host)
     if recorded is not None:
@@ -210,6 +209,7 @@ class Phase:
 
   def logprobs(self, batch: TokenBatch) -> np.ndarray:
     """Today's log-probs of the sampled tokens of a packed batch, float32 [R, T]."""
+    hang.stamp()
     rows, length = batch.tokens.shape
     micro_rows = self.config.train.micro_rows
     capacity = _room(-(-rows // micro_rows), -(-self.conversations // micro_rows))

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from steptool_jax.config import Config
+from steptool_jax.learning import steptable
 from steptool_jax.learning.algorithms import get_algorithm
 from steptool_jax.rewards import assembly
 from steptool_jax.rollout.setting import Stats
@@ -20,6 +21,8 @@ class Progress:
   """What a checkpoint's meta holds besides the state."""
 
   phase: str = "sft"  # sft, rl
+  # Of the table of steps, which never gets narrower: each width is a compilation.
+  table_width: int = steptable.USUAL_WIDTH
   done: int = 0  # iterations of the phase
   redrawn: int = 0  # tasks that RL drew again (rollout.rounds)
   learnt: int = 0  # iterations of RL that had something to learn from

@@ -11,6 +11,7 @@ laid out anew, and their fingerprints are the same.
 import contextlib
 import json
 import pathlib
+import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -133,6 +134,10 @@ class Checkpoints:
       (self._directory / str(number)).rename(place / f"{number}_{taken}")
 
     hosts.lead(move)
+    # A host that still sees it, as of a share's listing of moments ago, would take it for saved.
+    deadline = time.monotonic() + _WAIT_S
+    while (self._directory / str(number)).exists() and time.monotonic() < deadline:
+      time.sleep(1.0)
     self._manager.reload()
 
   def wait(self) -> None:
