@@ -207,14 +207,32 @@ def programs(config: Config, policy: AbstractPolicy, mesh: Mesh) -> list[Program
     ),
   ]
   beside = engine_programs(config, policy, mesh, state)
-  if not r.lag:
+  if r.lag:
+    # The next conversations are sampled with a copy of the policy while this batch is learnt from.
+    _, *rollout = beside[-1].alive
+    found = [dataclasses.replace(p, alive=(*p.alive, *rollout, state.trainable)) for p in found]
+    beside = [dataclasses.replace(p, alive=(p.alive, prepared, state.trainable)) for p in beside]
+  if config.rewards.source != "model":
     return found + beside
-  # The next conversations are sampled with a copy of the policy while this batch is learnt from.
-  _, *rollout = beside[-1].alive
-  found = [dataclasses.replace(p, alive=(*p.alive, *rollout, state.trainable)) for p in found]
-  return found + [
-    dataclasses.replace(p, alive=(p.alive, prepared, state.trainable)) for p in beside
-  ]
+  scorer = _reward_model(config, policy, mesh)
+  return [dataclasses.replace(p, alive=(p.alive, scorer)) for p in found + beside]
+
+
+def _reward_model(config: Config, policy: AbstractPolicy, mesh: Mesh) -> Any:
+  """The model that pays, as it lies on the chips: of rewards.model.path where it is here, else one
+  of the policy's own shape."""
+  path = pathlib.Path(config.rewards.model.path)
+  shape = dataclasses.replace(policy.model, lora_scale=None)
+  if (path / "config.json").exists():
+    m = config.model
+    shape, _ = hfconfig.load_config(path, dtype=m.dtype, param_dtype=m.param_dtype)
+
+  def frozen():
+    params = model.init_params(shape, jax.random.key(0))
+    return model.in_compute_dtype(shape, {"params": params})
+
+  variables = jax.eval_shape(frozen)
+  return sharding.abstract(variables, sharding.shardings(variables, mesh))
 
 
 def engine_programs(

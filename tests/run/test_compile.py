@@ -11,7 +11,7 @@ import pytest
 import tiny
 
 from steptool_jax.config import Architecture
-from steptool_jax.policy import attention, families, sharding
+from steptool_jax.policy import attention, families, model, sharding
 from steptool_jax.policy.kernels import cached
 from steptool_jax.run import compile as compile_mode
 from steptool_jax.run.cost import hlo_counts, pricing, roofline
@@ -376,6 +376,24 @@ def test_what_lies_beside_counts(result):
   for r in reports.values():
     assert r["hbm_gib_per_chip"] >= r["alive_gib"]
     assert r["fits"]
+
+
+def test_a_reward_model_counts():
+  """A run that another model paid was said to fit without it."""
+  config = tiny.make(model__path="/not/here", lora__rank=2, model__dtype="bfloat16")
+  mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
+  paid = tiny.replace(config, rewards__source="model", rewards__model__path="/not/here")
+  found = []
+  for c in (config, paid):
+    policy = compile_mode.abstract_policy(c)
+    with jax.set_mesh(mesh):
+      made = compile_mode.programs(c, policy, mesh)
+    found.append([pricing.bytes_per_chip(p.alive) for p in made])
+  (added,) = {with_it - without for without, with_it in zip(*found, strict=True)}
+  params = jax.eval_shape(lambda: model.init_params(policy.model, jax.random.key(0)))
+  everything = sum(x.size for x in jax.tree.leaves(params))
+  # Matrices in bfloat16; norms and the value head, a few numbers, in float32.
+  assert 2 * everything < added < 2.1 * everything
 
 
 def test_the_table_and_what_does_not_fit(result):

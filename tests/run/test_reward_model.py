@@ -226,6 +226,17 @@ def test_a_model_of_another_tokenizer_or_trunk_is_refused(trained, settings, tmp
     load(tmp_path.parent, settings(), tmp_path.name)
 
 
+def test_it_lies_on_the_devices_in_the_compute_dtype(trained, settings):
+  """In float32 an 8B model took twice the memory, beside a run that had none left."""
+  _, workdir = trained
+  found, _ = load(workdir, settings(model__dtype="bfloat16"))
+  layers = found.variables["params"]["layers"]
+  assert {layers["q"]["kernel"].dtype, layers["attn_norm"]["scale"].dtype} == {
+    "bfloat16",
+    "float32",
+  }
+
+
 @pytest.fixture
 def seen(monkeypatch):
   """(what an iteration's trajectories were scored as, what the policy's variables were)."""

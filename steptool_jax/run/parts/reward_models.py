@@ -6,6 +6,7 @@ WORKDIR/reward_model/       a Hugging Face directory of the trunk (adapters merg
 """
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -187,9 +188,12 @@ def load(config: Config, policy: build.Policy, mesh: Mesh) -> RewardModel:
       f"config.rollout.max_tokens: {config.rollout.max_tokens}, but the reward model reads "
       f"{shape.max_position_embeddings} tokens; set it to {shape.max_position_embeddings} or less"
     )
-  return RewardModel(
-    shape, {"params": hub.load_params(path, shape, mesh)}, _heads(path, shape, mesh), note
-  )
+  variables = {"params": hub.load_params(path, shape, mesh)}
+  # Frozen, its matrices are only ever read in the compute dtype.
+  cast = functools.partial(model.in_compute_dtype, shape)
+  where = jax.tree.map(lambda x: x.sharding, variables)
+  variables = sharding.jit(cast, out_shardings=where)(variables)
+  return RewardModel(shape, variables, _heads(path, shape, mesh), note)
 
 
 def _heads(path: pathlib.Path, shape: model.ModelConfig, mesh: Mesh) -> dict[str, jax.Array]:
