@@ -41,6 +41,7 @@ class ChatFormat:
   # Results of several calls of one turn, which the model writes then; None: one call a turn.
   results: Callable[[Sequence[str]], list[Piece]] | None = None
   talks: bool = True  # a user's turn is spelled as such, so that one can talk without tools
+  system_turn: bool = True  # False: the system text stands at the head of the first user's turn
 
   @property
   def react(self) -> bool:
@@ -67,8 +68,7 @@ class ChatFormat:
       turns = self.opening(system, listed, query)
     else:
       own = react_system(system, tuple(tools), self.tool_list)
-      turns = self.turn("system", own if whole is None or short else whole)
-      turns += self.turn("user", f"\n{query}\nBegin!\n")
+      turns = self._first(own if whole is None or short else whole, f"\n{query}\nBegin!\n")
     return self.codec.join([*self.start, *turns, *self.header])
 
   def observation(self, *texts: str) -> np.ndarray:
@@ -96,8 +96,14 @@ class ChatFormat:
     """
     if not self.talks:
       return self.prompt(system, (), text)
-    turns = [] if system is None else self.turn("system", system)
-    return self.codec.join([*self.start, *turns, *self.turn("user", text), *self.header])
+    turns = self.turn("user", text) if system is None else self._first(system, text)
+    return self.codec.join([*self.start, *turns, *self.header])
+
+  def _first(self, system: str, text: str) -> list[Piece]:
+    """The turns before the model's first one."""
+    if not self.system_turn:
+      return self.turn("user", f"{system}\n\n{text.strip()}")
+    return [*self.turn("system", system), *self.turn("user", text)]
 
   def interject(self, shown: np.ndarray, text: str) -> tuple[int, np.ndarray]:
     """A user's turn between what was shown last (a prompt or an observation) and the model's turn.

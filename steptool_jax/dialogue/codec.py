@@ -137,6 +137,16 @@ class Codec:
       _bytes=_byte_letters() if any(p["type"] == "ByteLevel" for p in decoders) else None,
     )
 
+  def within(self, rows: int) -> "Codec":
+    """Without the added tokens that a model of so many rows does not have: Gemma 3's text models
+    have none for images, which their tokenizer names. vocab_size stays where others are beyond."""
+    if self.vocab_size <= rows:
+      return self
+    ordinary = max(self._full.get_vocab(with_added_tokens=False).values(), default=-1) + 1
+    controls = {name: i for name, i in self.controls.items() if i < rows}
+    size = max([ordinary - 1, *controls.values()]) + 1
+    return dataclasses.replace(self, controls=controls, vocab_size=size)
+
   def encode(self, text: str) -> list[int]:
     """Ids of `text` as plain text. A lone surrogate becomes "?"; control ids never come out."""
     text = text.encode("utf-8", "replace").decode("utf-8")
@@ -248,9 +258,10 @@ def _content(token: str | Mapping[str, Any]) -> str:
 
 
 def _chat_template(directory: pathlib.Path, config: Mapping[str, Any]) -> str | None:
-  path = directory / "chat_template.jinja"
-  if path.is_file():
-    return path.read_text(encoding="utf-8")
+  for name in ("additional_chat_templates/tool_use.jinja", "chat_template.jinja"):
+    path = directory / name
+    if path.is_file():
+      return path.read_text(encoding="utf-8")
   template = config.get("chat_template")
   if isinstance(template, list):  # several named templates
     named = {entry["name"]: entry["template"] for entry in template}

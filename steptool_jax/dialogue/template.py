@@ -22,6 +22,7 @@ A new format is one row of FORMATS: how its turns are spelled, and which tokeniz
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -130,8 +131,15 @@ def _chatml_react(codec: Codec) -> ChatFormat:
     stop_ids=_stops(codec, _IM_END.name, "<|endoftext|>"),
     turn=_chatml_turn,
     header=(_IM_START, "assistant\n"),
+    start=_begun(codec),
     after_stop="\n",
   )
+
+
+def _begun(codec: Codec) -> tuple[Piece, ...]:
+  """The first token, where the template writes it: Hermes 3 has ChatML over Llama's tokenizer."""
+  begins = re.match(r"\s*\{\{-?\s*bos_token", codec.chat_template or "")
+  return (Control(codec.control_name(codec.bos_id)),) if begins and codec.bos_id is not None else ()
 
 
 def _llama31(codec: Codec) -> ChatFormat:
@@ -157,11 +165,12 @@ def _gemma_react(codec: Codec) -> ChatFormat:
     name="gemma_react",
     codec=codec,
     stop_ids=_stops(codec, end.name, "<eos>"),
-    # Gemma knows two roles; system text and results come from the user.
-    turn=lambda role, text: [start, f"user\n{text}", end, "\n"],
+    # Gemma knows two roles: results come from the user, and so does the system text.
+    turn=lambda role, text: [start, f"user\n{text.strip()}", end, "\n"],
     header=(start, "model\n"),
     start=(begin,),
     after_stop="\n",
+    system_turn=False,
   )
 
 
@@ -207,13 +216,15 @@ def _hermes(codec: Codec, parallel: bool = False) -> ChatFormat:
   def turn(role: str, text: str) -> list[Piece]:
     return results([text]) if role == "function" else _chatml_turn(role, text)
 
-  think = codec.has("<think>")
+  # Some tokenizers have the token of models that do not think: what the template never writes.
+  think = codec.has("<think>") and "<think>" in (codec.chat_template or "<think>")
   return ChatFormat(
     name="hermes",
     codec=codec,
     stop_ids=_stops(codec, _IM_END.name, "<|endoftext|>"),
     turn=turn,
     header=(_IM_START, "assistant\n"),
+    start=_begun(codec),
     after_stop="\n",
     opening=opening,
     json_list=json_list,
@@ -255,13 +266,19 @@ def _has(*names: str) -> Callable[[Codec, str], bool]:
 
 
 _is_chatml = _has("<|im_start|>", "<|im_end|>")
-_is_llama31 = _has("<|start_header_id|>", "<|eot_id|>")
+_has_llama31 = _has("<|start_header_id|>", "<|eot_id|>")
+
+
+def _is_llama31(codec: Codec, template: str) -> bool:
+  # Not of models that write ChatML over Llama's tokenizer.
+  return _has_llama31(codec, template) and "<|start_header_id|>" in template
 
 
 def _is_hermes(codec: Codec, template: str) -> bool:
-  # A Llama-3 tokenizer with ChatML tokens added is still Llama's.
   is_llama = _is_llama31(codec, template)
-  return _is_chatml(codec, template) and "<tool_call>" in template and not is_llama
+  # Qwen3-Coder writes XML within <tool_call>.
+  json_calls = "<tool_call>" in template and "<function=" not in template
+  return _is_chatml(codec, template) and json_calls and not is_llama
 
 
 # "auto" takes the last one that fits: a format stands after those that are more general.

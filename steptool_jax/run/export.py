@@ -42,5 +42,6 @@ def write(parts: Parts, variables: dict, folded: bool) -> pathlib.Path:
   with replacing_folder(out, hosts.primary()) as new:
     build.save_policy(new, policy, variables)
     if policy.lora is not None and not folded:
-      peftfile.save_adapter(new / "adapter", policy.model, variables["lora"], policy.lora)
+      base = None if policy.source is None else str(policy.source.resolve())
+      peftfile.save_adapter(new / "adapter", policy.model, variables["lora"], policy.lora, base)
   return out

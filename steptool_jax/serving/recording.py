@@ -343,15 +343,17 @@ class Session:
     f = self._format
     if not tools and not message.calls:
       return np.append(f.codec.join([message.whole]), np.int32(f.stop_ids[0]))
-    if len(message.calls) > 1:
+    if len(message.calls) > 1 and f.results is None:
       raise ValueError(
         f"messages: an assistant's message has {len(message.calls)} calls; chat format {f.name!r} "
         "has one call a turn"
       )
     if not message.calls:
       return f.render_action(Finish(message.whole))
-    (call,) = message.calls
-    return f.render_action(ToolCall(call.name, json.loads(call.arguments), message.text))
+    calls = [ToolCall(call.name, json.loads(call.arguments)) for call in message.calls]
+    if len(calls) > 1:
+      return f.render_action(ToolCalls(tuple(calls), message.text))
+    return f.render_action(dataclasses.replace(calls[0], thought=message.text))
 
   def _forced(self, request: ChatRequest) -> list[int]:
     """The beginning of a call of the tool that tool_choice names."""

@@ -48,6 +48,18 @@ LLAMA31_TEMPLATE = (
   "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
 )
 
+GEMMA = ("<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>", "<image_soft_token>")
+# As published: two roles, contents trimmed, the system text at the head of the first turn.
+GEMMA_TEMPLATE = (
+  "{{ bos_token }}{%- if messages[0]['role'] == 'system' -%}"
+  "{%- set prefix = messages[0]['content'] + '\n\n' -%}{%- set rest = messages[1:] -%}"
+  "{%- else -%}{%- set prefix = '' -%}{%- set rest = messages -%}{%- endif -%}"
+  "{%- for m in rest -%}"
+  "{{ '<start_of_turn>' + ('model' if m['role'] == 'assistant' else m['role']) + '\n' }}"
+  "{{ prefix if loop.first else '' }}{{ m['content'] | trim }}{{ '<end_of_turn>\n' }}"
+  "{%- endfor -%}{%- if add_generation_prompt -%}{{ '<start_of_turn>model\n' }}{%- endif -%}"
+)
+
 
 # How Llama-3 and Qwen split text.
 WORDS = (
@@ -142,7 +154,10 @@ def directories(tmp_path_factory):
       root / "llama31", LLAMA31, (), LLAMA31_TEMPLATE, "<|begin_of_text|>", "<|eot_id|>"
     ),
     "hermes": byte_level(root / "qwen25", QWEN2, TOOL_TAGS, HERMES_TEMPLATE, None, "<|im_end|>"),
-    "hermes3": byte_level(root / "qwen3", QWEN2, QWEN3_TAGS, HERMES_TEMPLATE, None, "<|im_end|>"),
+    "hermes3": byte_level(
+      *(root / "qwen3", QWEN2, QWEN3_TAGS, "{# <think> #}" + HERMES_TEMPLATE, None, "<|im_end|>")
+    ),
+    "gemma_react": byte_level(root / "gemma", GEMMA, (), GEMMA_TEMPLATE, "<bos>", "<eos>"),
     "compact": root / "compact",
   }
 

@@ -203,3 +203,14 @@ def test_sentencepiece_only_directory_is_converted(tmp_path):
   text = "\nFunction: </s> the é  x"
   assert codec.decode(codec.encode(text)) == text
   assert 2 not in codec.encode(text)
+
+
+def test_added_tokens_that_a_model_has_no_rows_for_are_left_out(codecs):
+  """Gemma 3's text models were refused: their tokenizer names a token for images beyond them."""
+  codec = codecs["gemma_react"]
+  rows = codec.token_id("<image_soft_token>")
+  assert rows == codec.vocab_size - 1
+  found = codec.within(rows)
+  assert (found.vocab_size, found.has("<image_soft_token>")) == (rows, False)
+  assert found.encode("a <image_soft_token>") == codec.encode("a <image_soft_token>")
+  assert codec.within(100).vocab_size > 100, "the tokenizer of another model"

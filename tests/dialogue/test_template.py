@@ -3,6 +3,7 @@ import json
 import numpy as np
 import pytest
 import tokenizers
+from dialogue import conftest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -12,7 +13,7 @@ from steptool_jax.toolbench.formats.scaffolding import tokenise
 from steptool_jax.toolbench.formats.training_rows import Message
 from steptool_jax.types import Finish, Malformed, ToolCall, ToolSpec
 
-KINDS = ("toolllama", "chatml_react", "llama31", "hermes", "hermes3", "compact")
+KINDS = ("toolllama", "chatml_react", "llama31", "hermes", "hermes3", "compact", "gemma_react")
 WEATHER = ToolSpec(
   "get_weather",
   "Weather of a city.",
@@ -68,6 +69,10 @@ PROMPTS = {
     "<|im_start|>assistant\n"
   ),
   "compact": ("<|task|>Be brief.\nRain in Rome?<|tools|>get_weather(city,day?)<|call|>"),
+  "gemma_react": (
+    f"<bos><start_of_turn>user\n{REACT_SYSTEM}\n\nRain in Rome?\nBegin!<end_of_turn>\n"
+    "<start_of_turn>model\n"
+  ),
 }
 PROMPTS["hermes3"] = PROMPTS["hermes"]
 OBSERVATIONS = {
@@ -82,6 +87,7 @@ OBSERVATIONS = {
     "<|im_start|>assistant\n"
   ),
   "compact": "<|result|>sunny<|call|>",
+  "gemma_react": "\n<start_of_turn>user\nsunny<end_of_turn>\n<start_of_turn>model\n",
 }
 OBSERVATIONS["hermes3"] = OBSERVATIONS["hermes"]
 ACTIONS = {
@@ -97,6 +103,7 @@ ACTIONS = {
     "</tool_call><|im_end|>"
   ),
   "compact": 'get_weather {"city":"Rome"}<|end|>',
+  "gemma_react": ('Thought: hm\nAction: get_weather\nAction Input: {"city": "Rome"}<end_of_turn>'),
 }
 
 
@@ -141,12 +148,14 @@ def test_prompt_observation_and_action_are_the_literal_layout(kind, codecs, dire
     assert joined == raw_ids(directories[kind], whole)
 
 
-@pytest.mark.parametrize("kind", ["chatml_react", "llama31", "hermes", "hermes3", "compact"])
+@pytest.mark.parametrize(
+  "kind", ["chatml_react", "llama31", "hermes", "hermes3", "compact", "gemma_react"]
+)
 def test_prompt_equals_the_chat_template_of_transformers(kind, codecs, directories):
   transformers = pytest.importorskip("transformers")
   hf = transformers.AutoTokenizer.from_pretrained(str(directories[kind]))
   fmt = make(kind, codecs)
-  react = kind in ("chatml_react", "llama31")
+  react = kind in ("chatml_react", "llama31", "gemma_react")
   system = listing.react_system("Be brief.", (WEATHER,)) if react else "Be brief."
   user = "\nRain in Rome?\nBegin!\n" if react else "Rain in Rome?"
   tools = [WEATHER] if kind == "compact" else [WEATHER, template.parser.FINISH_TOOL]
@@ -168,7 +177,7 @@ def test_prompt_equals_the_chat_template_of_transformers(kind, codecs, directori
   prompt = fmt.prompt("Be brief.", (WEATHER,), "Rain in Rome?").tolist()
   assert prompt == rendered(messages)
   call = ToolCall("get_weather", {"city": "Rome"}, "" if kind == "compact" else "hm")
-  role = "function" if react else "tool"
+  role = "user" if kind == "gemma_react" else "function" if react else "tool"
   action = fmt.render_action(call).tolist()
   messages += [
     {"role": "assistant", "content": fmt.codec.decode(action[:-1])},
@@ -250,7 +259,9 @@ def test_alternative_stop_tokens(codecs):
 
 def test_auto_chooses_by_template_and_tokens(codecs):
   for kind, name in zip(
-    KINDS, ("toolllama", "chatml_react", "llama31", "hermes", "hermes", "compact"), strict=True
+    KINDS,
+    ("toolllama", "chatml_react", "llama31", "hermes", "hermes", "compact", "gemma_react"),
+    strict=True,
   ):
     assert template.get_format("auto", codecs[kind]).name == name
 
@@ -329,3 +340,39 @@ def test_a_new_format_is_one_row(codecs, monkeypatch):
   ids, (answer,) = tokenise(messages[:2], messages[2:], fmt)
   assert ids.tolist() == prompt.tolist()
   assert fmt.codec.decode(answer) == "a<|im_end|>"
+
+
+def test_chatml_over_llamas_tokenizer(tmp_path):
+  """Hermes 3: `auto` took it for Llama's own format, and its first token was lost."""
+  special = (*conftest.LLAMA31, "<|im_start|>", "<|im_end|>")
+  text = "{{bos_token}}" + conftest.HERMES_TEMPLATE
+  made = conftest.byte_level(
+    *(tmp_path / "hermes3", special, conftest.TOOL_TAGS, text, "<|begin_of_text|>", "<|im_end|>")
+  )
+  codec = Codec.load(made)
+  fmt = template.get_format("auto", codec)
+  assert fmt.name == "hermes"
+  assert codec.decode(fmt.prompt(None, (), "q")[:2]) == "<|begin_of_text|><|im_start|>"
+
+
+def test_xml_calls_are_not_hermes(tmp_path):
+  text = "<tool_call>\n<function=...>" + conftest.CHATML_TEMPLATE
+  made = conftest.byte_level(tmp_path / "coder", conftest.QWEN2, conftest.TOOL_TAGS, text)
+  assert template.get_format("auto", Codec.load(made)).name == "chatml_react"
+
+
+def test_no_empty_thoughts_where_the_template_has_none(tmp_path):
+  """Qwen3's models that do not think have its tokenizer."""
+  made = conftest.byte_level(
+    tmp_path / "instruct", conftest.QWEN2, conftest.QWEN3_TAGS, conftest.HERMES_TEMPLATE
+  )
+  fmt = template.get_format("hermes", Codec.load(made))
+  written = fmt.write(ToolCall("get_weather", {}))
+  assert written == '<tool_call>\n{"name": "get_weather", "arguments": {}}\n</tool_call>'
+
+
+def test_a_template_for_tools_is_taken(tmp_path):
+  made = conftest.byte_level(tmp_path / "named", conftest.QWEN2, (), conftest.CHATML_TEMPLATE)
+  (made / "additional_chat_templates").mkdir()
+  (made / "additional_chat_templates" / "tool_use.jinja").write_text(conftest.HERMES_TEMPLATE)
+  assert Codec.load(made).chat_template == conftest.HERMES_TEMPLATE

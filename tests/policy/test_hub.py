@@ -435,3 +435,30 @@ def test_both_rope_layouts(tmp_path):
   assert (new.head_dim, new.dtype) == (8, "bfloat16")
   assert load().rope_theta == 10000.0
   assert load(rope_theta=77.0, rope_scaling=None).rope_theta == 77.0
+
+
+def test_an_export_names_what_ends_its_turns(tmp_path):
+  """A base model's folder names the end of texts alone, and servers ran past the end of turns."""
+  config = tiny_config()
+  params = model.init_params(config, jax.random.key(0))
+  for name, ends in (("weights", 5), ("tokenizer", 9)):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "tokenizer.json").write_text("{}")
+    text = json.dumps({"eos_token_id": ends, "top_p": 0.8})
+    (tmp_path / name / "generation_config.json").write_text(text)
+  raw = hfconfig.raw_config_of(config, eos_token_id=5)
+  fields = {"source": tmp_path / "tokenizer", "model": tmp_path / "weights"}
+  for n, (stop, ends) in enumerate(((7, [5, 7]), (5, 5), (None, 5))):
+    hub.save_params(tmp_path / str(n), config, params, raw, stop_id=stop, **fields)
+    found = json.loads((tmp_path / str(n) / "generation_config.json").read_text())
+    assert found == {"eos_token_id": ends, "top_p": 0.8}
+    assert json.loads((tmp_path / str(n) / "config.json").read_text())["eos_token_id"] == ends
+
+
+def test_templates_for_tools_are_carried(tmp_path):
+  source = tmp_path / "source"
+  (source / "additional_chat_templates").mkdir(parents=True)
+  (source / "additional_chat_templates" / "tool_use.jinja").write_text("{}")
+  (tmp_path / "out").mkdir()
+  hub.carry_files(source, tmp_path / "out")
+  assert (tmp_path / "out/additional_chat_templates/tool_use.jinja").read_text() == "{}"

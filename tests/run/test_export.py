@@ -161,7 +161,8 @@ def test_an_sft_run_with_adapters_exports_its_adapter(tmp_path, compiled, monkey
   assert "pass_rate_rl" not in trained
   summary = export.run(config, tmp_path)
   assert (summary["phase"], summary["iterations"]) == ("sft", 1)
-  assert (tmp_path / "export/adapter/adapter_config.json").exists()
+  adapter = json.loads((tmp_path / "export/adapter/adapter_config.json").read_text())
+  assert adapter["base_model_name_or_path"] is None, "random weights have no name"
 
   # A full disk: what was exported before is kept.
   written = {path: path.read_bytes() for path in (tmp_path / "export").rglob("*.*")}

@@ -167,6 +167,10 @@ def test_a_turn_of_several_calls_is_all_of_them(serve, hermes):  # noqa: F811
   assert second.action == Finish("7")
   refused = served.post([USER], **ask, parallel_tool_calls=False).json()["error"]
   assert refused["param"] == "parallel_tool_calls"
+  # A history that was not sampled here, as after a restart, is one as well.
+  other = serve(policy, chat_format=hermes, size=2000)
+  told = other.post([USER, choice["message"], *results], tools=[ECHO]).json()["choices"][0]
+  assert told["message"]["content"] == "7"
 
 
 def test_a_forced_call_begins_as_the_format_writes_it(hermes):  # noqa: F811

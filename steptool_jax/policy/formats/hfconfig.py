@@ -314,6 +314,7 @@ def _raw_windows(config: ModelConfig, rope: Mapping[str, Any]) -> dict[str, Any]
   """What Gemma's config.json has besides."""
   sliding = config.sliding_layers or (False,) * config.num_layers
   local = config.rope_local_theta or config.kind.local_theta
+  scalar = config.query_scalar or config.head_dim
   raw: dict[str, Any] = {
     "hidden_activation": config.kind.activation,
     "layer_types": ["sliding_attention" if near else "full_attention" for near in sliding],
@@ -323,7 +324,8 @@ def _raw_windows(config: ModelConfig, rope: Mapping[str, Any]) -> dict[str, Any]
       "full_attention": {**rope, "rope_theta": config.rope_theta},
       "sliding_attention": {"rope_type": "default", "rope_theta": local},
     },
-    "query_pre_attn_scalar": config.query_scalar or config.head_dim,
+    # transformers refuses a float for an int, and published models have some of each.
+    "query_pre_attn_scalar": int(scalar) if float(scalar).is_integer() else scalar,
     "final_logit_softcapping": config.final_logit_cap,
     "attn_logit_softcapping": None,
   }

@@ -19,6 +19,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, SingleDeviceSharding
 
+from steptool_jax.files import read_json
 from steptool_jax.policy import sharding
 from steptool_jax.policy.formats import hfconfig
 from steptool_jax.policy.formats.tensorfile import (
@@ -39,16 +40,18 @@ from steptool_jax.policy.model import ModelConfig, abstract_params
 VALUE_HEAD_FILE = "value_head.safetensors"  # ours; transformers does not look at it
 SHARD_BYTES = 5_000_000_000
 CARRIED = (
-  "generation_config.json",
   "tokenizer.json",
   "tokenizer_config.json",
   "tokenizer.model",
+  "tokenizer.tiktoken",
+  "spiece.model",
   "special_tokens_map.json",
   "added_tokens.json",
   "vocab.json",
   "merges.txt",
   "chat_template.jinja",
 )
+TEMPLATES = "additional_chat_templates"
 
 
 def load_params(
@@ -204,12 +207,16 @@ def save_params(
   source: str | pathlib.Path | None = None,
   max_shard_bytes: int = SHARD_BYTES,
   adapters: Mapping[str, Any] | None = None,
+  model: str | pathlib.Path | None = None,
+  stop_id: int | None = None,
 ) -> None:
   """Writes a directory that transformers opens; all or nothing.
 
   `raw_config`: the config.json the model came with (default: made from `config`). `source`: a
-  directory whose tokenizer and generation config are carried over. `adapters`: merged into what is
-  written, as lora.merge_lora does, with config.lora_scale. Tensors keep the dtype of `params`; the
+  directory whose tokenizer is carried over, and the generation config of `model`, or else of
+  `source`. `stop_id`: what ends a trained turn, which both configs name then: base models end texts
+  with another token. `adapters`: merged into what is written, as lora.merge_lora does, with
+  config.lora_scale. Tensors keep the dtype of `params`; the
   value head goes into a file of its own. ValueError when `raw_config` is of another model,
   FileExistsError when `directory` holds anything, OSError when the disk is too small. Process 0
   writes; all processes call it.
@@ -221,6 +228,7 @@ def save_params(
   dtype = str(params["embed"]["embedding"].dtype)
   raw.pop("torch_dtype", None)
   raw["dtype"] = dtype
+  raw = _stopping(raw, stop_id)
   names = {name.hub: name for name in hfconfig.tensor_names(config)}
 
   entries = {}
@@ -250,7 +258,12 @@ def save_params(
     write_file(out / VALUE_HEAD_FILE, sizes, head.__getitem__)
     write_json(out / "config.json", raw)
     ids = {key: raw[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in raw}
-    write_json(out / "generation_config.json", {"_from_model_config": True, **ids})
+    generation = {"_from_model_config": True, **ids}
+    for place in (source, model):
+      path = pathlib.Path(place or "") / "generation_config.json"
+      if place is not None and path.is_file():
+        generation = read_json(path)
+    write_json(out / "generation_config.json", _stopping(generation, stop_id))
     if source is not None:
       carry_files(pathlib.Path(source), out)
 
@@ -328,9 +341,20 @@ def write_shards(
 
 
 def carry_files(source: pathlib.Path, out: pathlib.Path) -> None:
-  """Copies tokenizer, chat template and generation config, those that are there."""
+  """Copies tokenizer and chat templates, those that are there."""
   if not source.is_dir():
     raise FileNotFoundError(f"{source}: no such directory to take the tokenizer from")
   for name in CARRIED:
     if (source / name).is_file():
       shutil.copyfile(source / name, out / name)
+  if (source / TEMPLATES).is_dir():
+    shutil.copytree(source / TEMPLATES, out / TEMPLATES)
+
+
+def _stopping(config: Mapping[str, Any], stop_id: int | None) -> dict[str, Any]:
+  """The config with one more end of a text, where it lacks it."""
+  named = config.get("eos_token_id")
+  ends = named if isinstance(named, list) else [] if named is None else [named]
+  if stop_id is None or stop_id in ends:
+    return dict(config)
+  return {**config, "eos_token_id": [*ends, stop_id] if ends else stop_id}

@@ -138,13 +138,13 @@ def build_policy(
     tokenizer = _tokenizer(config, environment, workdir, runner)
     model_config = random_model(config, **run_fields)
     raw = {}
-  codec = Codec.load(tokenizer)
-  chat_format = get_format(m.chat_format, codec, m.tool_list, m.thinking, m.parallel_calls)
+  codec = Codec.load(tokenizer).within(model_config.vocab_size)
   if codec.vocab_size > model_config.vocab_size:
     raise ValueError(
       f"model.tokenizer: {tokenizer} has {codec.vocab_size} tokens, the model only "
       f"{model_config.vocab_size}; it belongs to another model"
     )
+  chat_format = get_format(m.chat_format, codec, m.tool_list, m.thinking, m.parallel_calls)
   if slot_tokens(config) > model_config.max_position_embeddings:
     room = slot_tokens(config) - config.rollout.max_tokens
     raise ValueError(
@@ -320,6 +320,8 @@ def save_policy(folder: pathlib.Path, policy: Policy, variables: dict) -> None:
     variables["params"],
     policy.raw_config,
     source=policy.tokenizer,
+    model=policy.source,
+    stop_id=policy.chat_format.stop_ids[0],
     adapters=variables.get("lora"),
   )
 
