@@ -365,13 +365,11 @@ class Rollout(Limits):
   )
   correction: str = option(
     "token",
-    "lag 1, carry, reuse, kv_cache int8: what has one importance weight, pi / pi when sampled: a "
-    "token, or a trajectory ('sequence'); 'none' = no weights",
+    "lag 1, carry, reuse, kv_cache int8, engine http: what has one importance weight, pi / pi when "
+    "sampled: a token, or a trajectory ('sequence'); 'none' = no weights",
     choices="importance levels",
   )
-  correction_bound: float = option(
-    2.0, "lag 1, carry, reuse, kv_cache int8: where importance weights are cut", least=1
-  )
+  correction_bound: float = option(2.0, "as correction: where importance weights are cut", least=1)
   temperature: float = option(1.0, "of sampling, and of all log-probs in the update", least=1e-4)
   top_k: int = option(0, "0 = off", least=0)
   top_p: float = option(1.0, "1 = off", above=0, most=1)
@@ -394,7 +392,7 @@ class Rollout(Limits):
   def corrected(self) -> bool:
     """Whether the sampler's log-probs have a part in what is learnt: those of another policy than
     the one that learns, in importance weights, or those that stand for the trainer's."""
-    return self.stale or self.reuse > 0 or self.kv_cache == "int8"
+    return self.stale or self.reuse > 0 or self.kv_cache == "int8" or self.engine == "http"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -54,6 +54,12 @@ def _check_loss(config: Config, algorithm: Algorithm) -> None:
       "from replayed steps too, whose rewards have no penalty; leave it empty, use 'loss', or set "
       "config.critic.kind to 'ridge'"
     )
+  if algorithm.standardises and config.loss.kl == "reward":
+    raise ValueError(
+      f"config.loss.kl: 'reward', but algorithm {config.algorithm!r} divides by the deviation of a "
+      "task's samples, so that samples which earn the same would learn from the penalty alone, at "
+      "full size whatever loss.kl_coef; leave it empty, or use 'loss'"
+    )
   if algorithm.advantage is None:
     for name in ("surrogate", "ratio"):
       if getattr(config.loss, name):
@@ -61,6 +67,11 @@ def _check_loss(config: Config, algorithm: Algorithm) -> None:
           f"config.loss.{name}: {getattr(config.loss, name)!r}, but the loss of algorithm "
           f"{config.algorithm!r} has no ratio to an old policy; leave it empty, or use 'grpo'"
         )
+  if config.advantage.level == "released" and algorithm.step_episodes:
+    raise ValueError(
+      f"config.advantage.level: 'released' knows no episodes of one step, which algorithm "
+      f"{config.algorithm!r} learns from; leave it empty"
+    )
   if config.advantage.level and not algorithm.gae and algorithm.rewards != "none":
     raise ValueError(
       f"config.advantage.level: {config.advantage.level!r}, but algorithm {config.algorithm!r} has "
@@ -97,6 +108,17 @@ def _check_critic(config: Config, algorithm: Algorithm) -> None:
       f"config.advantage.bootstrap: {config.advantage.bootstrap}, but algorithm "
       f"{config.algorithm!r} has no critic to say what a spent budget is worth; leave it empty, or "
       "use 'steptool'"
+    )
+  if config.advantage.bootstrap and critic == "group" and algorithm.rewards != "none":
+    raise ValueError(
+      f"config.advantage.bootstrap: {config.advantage.bootstrap}, but critic 'group' takes what a "
+      "state is worth from other samples at the same step, and none goes on where a budget is "
+      "spent; leave it empty, or set config.critic.kind to 'value'"
+    )
+  if config.advantage.bootstrap and algorithm.step_episodes:
+    raise ValueError(
+      f"config.advantage.bootstrap: {config.advantage.bootstrap}, but to algorithm "
+      f"{config.algorithm!r} every step is an episode that ends; leave it empty, or use 'steptool'"
     )
   if kind == "group" and config.data.path and not algorithm.compares:
     raise ValueError(

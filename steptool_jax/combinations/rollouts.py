@@ -149,6 +149,7 @@ def _check_reuse(config: Config, algorithm: Algorithm) -> None:
       where = "a vLLM server" if r.engine == "http" else "a harness"
       why = f"nothing of {where} records what the critic ({kind!r}) reads"
     elif config.advantage.bootstrap:
+      remedy = "leave config.advantage.bootstrap empty"
       why = (
         f"nothing is sampled in the state that advantage.bootstrap wants the value of, so that the "
         f"engine records nothing there for the critic ({kind!r})"

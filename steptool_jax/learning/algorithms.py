@@ -45,6 +45,7 @@ class Algorithm:
   compares: bool = False
   reference: bool = False
   step_episodes: bool = False
+  standardises: bool = False
   level: advantages.Level = "token"
   kl: Literal["reward", "loss", "none"] = "reward"
   aggregation: losses.Aggregation = "token"
@@ -57,9 +58,10 @@ class Algorithm:
     return self.critic not in ("none", "double")
 
   def takes(self, kind: str) -> bool:
-    """Whether config.critic.kind may be this: with GAE any, with ArCHer's advantage one that is
-    fitted, in the place of its double critic."""
-    return self.gae or (self.critic == "double" and critics.get_critic(kind).fit is not None)
+    """Whether config.critic.kind may be this: with GAE any, with ArCHer's advantage of one step one
+    that is fitted to states, in the place of its double critic: what other samples earned is the
+    same at neighbouring steps."""
+    return self.gae or (self.critic == "double" and kind == "ridge")
 
 
 # --- advantages ------------------------------------------------------------------------------
@@ -191,6 +193,7 @@ def _scale(term: losses.SumAndDenominator, factor: float) -> losses.SumAndDenomi
 
 # Without a critic: KL as a loss of its own (k3), and no trajectory weighs more for being longer.
 _GROUP: dict[str, Any] = {"compares": True, "kl": "loss", "aggregation": "trajectory"}
+_GROUP |= {"standardises": True}
 
 ALGORITHMS: dict[str, Algorithm] = {
   # Supervised fine-tuning on demonstrations.
@@ -227,6 +230,7 @@ ALGORITHMS: dict[str, Algorithm] = {
     _policy_loss,
     _baseline(groups.group_relative),
     compares=True,
+    standardises=True,
     kl="none",
     surrogate="cispo",
   ),
@@ -248,14 +252,15 @@ ALGORITHMS: dict[str, Algorithm] = {
 def resolve(algorithm: Algorithm, config: Config) -> Config:
   """The config with the row's words where its own are empty.
 
-  loss.kl is the config's word on RL: where demonstrations are imitated, the row's stands.
+  loss.kl and loss.aggregation are the config's words on RL: where demonstrations are imitated, the
+  row's stand, so that runs with other words begin RL at the same policy.
   """
   a, c = config.advantage, config.loss
   imitates = algorithm.rewards == "none"
   loss = dataclasses.replace(
     c,
     kl=algorithm.kl if imitates else c.kl or algorithm.kl,
-    aggregation=c.aggregation or algorithm.aggregation,
+    aggregation=algorithm.aggregation if imitates else c.aggregation or algorithm.aggregation,
     ratio=c.ratio or algorithm.ratio,
     surrogate=c.surrogate or algorithm.surrogate,
   )

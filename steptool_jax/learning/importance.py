@@ -1,6 +1,7 @@
-"""Importance weights for trajectories that another policy has sampled: an earlier one, or int8.
+"""Importance weights for trajectories that another policy has sampled: an earlier one, int8, vLLM.
 
-With rollout.kv_cache = int8 the engine reads rounded keys and values, so it samples from mu, and
+With rollout.kv_cache = int8 the engine reads rounded keys and values, and a server (rollout.engine
+= http) computes with programs of its own, so it samples from mu, and
 not from the pi that prepare and update compute. Its log-probs are recorded as sampled, those of mu.
 PPO's ratio is sound all the same: old_logprobs, its denominator, is what prepare computes of pi, so
 the ratio begins at 1 and its clip bounds how far pi moves. But tokens are met as often as mu says,

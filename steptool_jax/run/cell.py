@@ -23,7 +23,7 @@ from steptool_jax.run.workdir import lock
 
 def main(folder: pathlib.Path, cores: list[int]) -> int:
   """Exit status: 0 for a run that ended or was stopped, 1 for one that failed (error.txt)."""
-  if cores:
+  if cores and hasattr(os, "sched_setaffinity"):
     os.sched_setaffinity(0, cores)  # before the backend counts its threads
   logging.set_verbosity(logging.INFO)
   _end_with_parent()

@@ -99,8 +99,8 @@ def open_topology(name: str) -> tuple[Chip, list]:
     )
   if importlib.util.find_spec("libtpu") is None:
     raise ValueError(
-      "--mode=compile needs libtpu, which is not installed: pip install -e '.[tpu]' "
-      "(a TPU itself is not needed)"
+      "--mode=compile needs libtpu, which is not installed: pip install -e '.[tpu]' (on Linux, "
+      "x86-64; a TPU itself is not needed)"
     )
   # Tells libtpu not to look for the machine that it is not on.
   os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")

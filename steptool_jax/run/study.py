@@ -83,7 +83,9 @@ def _cores(config: Config) -> list[tuple[int, ...]]:
   study = config.study
   if not study.cores:
     return [()] * study.parallel
-  found = sorted(os.sched_getaffinity(0))
+  # Other systems than Linux keep no process to some cores.
+  pinned = hasattr(os, "sched_getaffinity")
+  found = sorted(os.sched_getaffinity(0)) if pinned else list(range(os.cpu_count() or 1))
   if study.parallel * study.cores > len(found):
     raise ValueError(
       f"config.study.parallel: {study.parallel} cells of {study.cores} cores need more than the "

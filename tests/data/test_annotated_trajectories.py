@@ -83,5 +83,5 @@ def test_the_package_works_without_tfds(monkeypatch):
   name = "steptool_jax.data.annotated_trajectories.annotated_trajectories_dataset_builder"
   monkeypatch.delitem(sys.modules, name, raising=False)
   monkeypatch.delattr(dataset, name.rpartition(".")[2], raising=False)
-  with pytest.raises(ImportError, match="pip install tensorflow-datasets"):
+  with pytest.raises(ValueError, match="pip install tensorflow-datasets array_record"):
     dataset.open_source("x", "train")

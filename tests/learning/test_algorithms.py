@@ -140,3 +140,14 @@ def test_no_two_rows_are_the_same():
   rows = list(algorithms.ALGORITHMS.values())
   for n, row in enumerate(rows):
     assert row not in rows[:n]
+
+
+def test_imitation_is_the_same_whatever_rl_sums_up():
+  """A comparison of loss.aggregation began RL at other policies."""
+  found = set()
+  for word in ("", "trajectory", "constant"):
+    config = dataclasses.replace(
+      Config(), loss=dataclasses.replace(Config().loss, aggregation=word)
+    )
+    found.add(algorithms.resolve(algorithms.get_algorithm("sft"), config).loss.aggregation)
+  assert found == {"token"}

@@ -346,3 +346,35 @@ def test_long_messages_take_a_second_exchange(monkeypatch):
   monkeypatch.setattr(hosts.multihost_utils, "process_allgather", all_gather)
   assert joined.gather({"a": 1}) == ["x" * 10_000, {"a": 1}]
   assert list(sent) == [4096, 16384]
+
+
+@pytest.mark.parametrize(
+  ("variables", "several"),
+  [
+    ({"TPU_WORKER_HOSTNAMES": "a,b"}, True),
+    ({"TPU_WORKER_HOSTNAMES": "a,b", "JAX_PLATFORMS": "tpu,cpu"}, True),
+    ({"TPU_WORKER_HOSTNAMES": "a,b", "JAX_PLATFORMS": "cpu"}, False),
+    ({"TPU_WORKER_HOSTNAMES": "localhost", "TPU_PROCESS_ADDRESSES": "local"}, False),
+  ],
+)
+def test_a_notebook_with_a_tpu_waits_for_nobody(variables, several, monkeypatch):
+  for name in ("TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES", "JAX_PLATFORMS"):
+    monkeypatch.delenv(name, raising=False)
+  for name, value in variables.items():
+    monkeypatch.setenv(name, value)
+  monkeypatch.setattr(joining.importlib.util, "find_spec", lambda name: True)
+  monkeypatch.setattr(joining.pathlib.Path, "glob", lambda path, pattern: ["accel0"])
+  assert joining._on_a_tpu() == several
+
+
+def test_a_tpu_without_metadata_runs_alone(monkeypatch, caplog):
+  def connect(*described):
+    raise ConnectionError("metadata.google.internal")
+
+  monkeypatch.setattr(joining, "_on_a_tpu", lambda: True)
+  monkeypatch.setattr(joining, "_connect", connect)
+  with joining.joined("", -1, -1):
+    assert hosts.peers().count == 1
+  assert "no TPU metadata here (metadata.google.internal): this host runs alone" in caplog.text
+  with pytest.raises(ConnectionError):
+    joining.joined("host:1", 2, 0).__enter__()

@@ -633,3 +633,21 @@ def test_old_log_probs_are_filled_in_calls_of_so_many_rows(tmp_path):
   )
   filled = behaviour.fill(data, tokens, 6, logprobs, tmp_path)
   assert (len(calls), np.unique(filled.logprobs).tolist()) == (2, [-0.5])
+
+
+def test_log_probs_of_another_temperature_are_computed_anew():
+  """Those of greedy conversations are 0: as PPO's denominator they stopped what it learns."""
+  record = exact_records.RECORD
+  steps = tuple(
+    dataclasses.replace(s, logprobs=np.zeros_like(s.logprobs)) for s in record.trajectory.steps
+  )
+  greedy = dataclasses.replace(record.trajectory, steps=steps)
+  index = offline.Index(lambda t: t, False, temperature=0.7)
+  for metadata, trajectory in (
+    ({}, record.trajectory),
+    ({"temperature": 0.7}, record.trajectory),
+    ({"temperature": 1.0}, record.trajectory),
+    ({}, greedy),
+  ):
+    index.add(0, dataclasses.replace(record, metadata=metadata, trajectory=trajectory))
+  assert list(index.recorded) == [True, True, False, False]

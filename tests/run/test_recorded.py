@@ -101,8 +101,11 @@ def test_a_run_that_is_killed_goes_on_bit_equal(config, whole, tmp_path, monkeyp
       {"environment__name": "harness", "rollout__samples": 1},
       "a harness records.*'group', with rollout.samples of 2",
     ),
-    ({"advantage__bootstrap": ("step_budget",)}, "advantage.bootstrap wants.*to 'group'$"),
-    ({"algorithm": "ppo", "advantage__bootstrap": ("token_budget",)}, "critic .'value'.; "),
+    ({"advantage__bootstrap": ("step_budget",)}, "wants the value of.*advantage.bootstrap empty$"),
+    (
+      {"algorithm": "ppo", "advantage__bootstrap": ("token_budget",)},
+      "critic .'value'.; .*bootstrap empty$",
+    ),
     ({"rollout__reuse": -1.0}, "must not be negative"),
   ],
 )
@@ -114,7 +117,6 @@ def test_what_cannot_be_recorded_is_refused(changes, message):
 @pytest.mark.parametrize(
   "changes",
   [
-    {"advantage__bootstrap": ("step_budget",), "critic__kind": "group"},
     {"rollout__engine": "http", "rollout__http__servers": ("http://a:1",), "algorithm": "grpo"},
     {"algorithm": "archer", "critic__kind": "ridge"},
     {"rollout__fold": 2},

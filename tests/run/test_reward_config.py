@@ -108,6 +108,26 @@ PRICES = {"environment__market__prices": True}
       r"advantage\.bootstrap: level 'released'",
     ),
     (
+      {"advantage__bootstrap": ("step_budget",), "critic__kind": "group"},
+      r"advantage\.bootstrap: .*'group' takes what a state is worth from other samples",
+    ),
+    (
+      {"advantage__bootstrap": ("step_budget",), "algorithm": "steptool_no_step_grained"},
+      r"advantage\.bootstrap: .*every step is an episode",
+    ),
+    (
+      {"advantage__level": "released", "algorithm": "steptool_no_step_grained"},
+      r"advantage\.level: 'released' knows no episodes of one step",
+    ),
+    (
+      {"algorithm": "archer", "critic__kind": "group"},
+      r"critic\.kind: 'group', but algorithm 'archer' .* use 'ridge'",
+    ),
+    (
+      {"algorithm": "gspo", "loss__kl": "reward"},
+      r"loss\.kl: 'reward', but algorithm 'gspo' divides by the deviation",
+    ),
+    (
       {"critic__kind": "group", "data__path": "x", "algorithm": "ppo"},
       r"critic\.kind: 'group' compares samples of a task, but of stored",
     ),

@@ -67,6 +67,42 @@ def test_a_call_that_freezes_or_ends_the_process_is_named(tool, status, words, t
     assert said == ""
 
 
+_HELD = """
+import ctypes, pathlib, sys, time
+from steptool_jax.run.parts.watchdog import Watchdog
+
+def hold():
+  if sys.argv[2] == "holds":
+    ctypes.PyDLL(None).sleep(60)  # Python's own sleep would let other threads run
+  time.sleep(4)
+
+with Watchdog(pathlib.Path(sys.argv[1]), 1.0, held_s=1.0):
+  print("began", flush=True)
+  hold()
+"""
+
+
+@pytest.mark.parametrize("how", ["holds", "suspended"])
+def test_what_holds_the_interpreter_outside_of_a_call_is_ended(how, tmp_path):
+  """A run that was suspended for longer than hang_after was ended when it went on."""
+  command = [sys.executable, "-c", _HELD, str(tmp_path / "frozen.txt"), how]
+  process = subprocess.Popen(
+    command, env=tiny.environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+  )
+  assert process.stdout.readline() == "began\n"
+  if how == "suspended":
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(2.5)
+    process.send_signal(signal.SIGCONT)
+  _, said = process.communicate(timeout=60)
+  if how == "suspended":
+    assert (process.returncode, said) == (0, "")
+    return
+  assert process.returncode == -signal.SIGKILL
+  assert "no Python has run for 1 s, a call holds the interpreter's lock; mend" in said
+  assert "in hold" in said
+
+
 def test_what_the_run_before_has_died_of_is_said_at_the_next_start(tmp_path, caplog):
   report = tmp_path / "frozen.txt"
   report.write_text("steptool_jax: a call holds the lock: look {}\n")

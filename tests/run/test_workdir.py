@@ -6,7 +6,6 @@ import logging
 import os
 import socket
 import subprocess
-import sys
 import threading
 import time
 
@@ -310,25 +309,6 @@ def test_a_run_without_progress_ends_with_a_sentence(tmp_path):
     hang.stamp()
     time.sleep(0.05)
   assert len(said) == 1
-
-
-def test_what_holds_the_interpreter_is_ended_and_named(tmp_path):
-  """No Python thread runs then."""
-  program = (
-    "import ctypes, pathlib\n"
-    "from steptool_jax.run.hosts import hang\n"
-    "hang._BEYOND_S = 0.2\n"
-    "def hold(): ctypes.PyDLL(None).sleep(60)\n"
-    f"with hang.watched(0.2, pathlib.Path({str(tmp_path)!r}), print):\n"
-    "  hang.stamp()\n"
-    "  hold()\n"
-  )
-  command = [sys.executable, "-c", program]
-  done = subprocess.run(
-    command, env=tiny.environment(), capture_output=True, text=True, timeout=30, check=False
-  )
-  assert done.returncode == 1
-  assert "in hold" in done.stderr
 
 
 def test_a_run_may_go_on_on_a_mesh_of_another_size(begun):

@@ -42,7 +42,8 @@ def build(splits: Mapping[str, Records], data_dir: str | pathlib.Path) -> pathli
 
 
 def refuse_existing(data_dir: str | pathlib.Path) -> None:
-  """ValueError where a dataset is there already."""
+  """ValueError where a dataset is there already, or none can be written."""
+  _import()
   folder = pathlib.Path(data_dir) / NAME / VERSION
   if folder.exists():
     raise ValueError(f"{folder} exists: remove it, or build into another data_dir")
@@ -106,12 +107,14 @@ def _damage(where: Any) -> Iterator[None]:
 
 def _import():
   try:
+    import array_record  # noqa: F401 (TFDS looks for it when it writes, and not everywhere has it)
+
     from steptool_jax.data.annotated_trajectories import (
       annotated_trajectories_dataset_builder as builders,
     )
   except ImportError as error:
-    raise ImportError(
+    raise ValueError(
       f"annotated trajectories as a TFDS dataset need tensorflow-datasets ({error}): pip install "
-      "tensorflow-datasets importlib_resources, or use the JSON lines"
+      "tensorflow-datasets array_record importlib_resources, or use the JSON lines"
     ) from error
   return builders

@@ -79,10 +79,10 @@ class OpenEnvSession:
     return Observation(text, code, plain(text) if code is Code.OK else None)
 
   def grade(self, answer: str | None) -> float:
-    """The last reward, whatever the answer."""
+    """The last reward, whatever the answer; 0 without one."""
     if not 0 <= self._reward <= 1:
       raise InfrastructureError(f"the server's last reward is {self._reward:g}; scale it to [0, 1]")
-    return self._reward
+    return 0.0 if answer is None else self._reward
 
   def close(self) -> None:
     """Waits until the server has freed the session, which ends the connection; 2 s at most."""

@@ -134,7 +134,8 @@ def load(
     paths = files(config.data.path, "data.path")
     stored = ()
   own: list[AnnotatedTrajectory] = []  # what is not in `stored`
-  index = Index(_ready(config), get_algorithm(config.algorithm).compares)
+  compares = get_algorithm(config.algorithm).compares
+  index = Index(_ready(config), compares, config.rollout.temperature)
   for path in paths:
     if config.data.format in ("tsv", "dialogues"):
       result = _official(config.data.format, path, chat_format, limit)
@@ -204,7 +205,11 @@ def _ready(config: Config) -> Callable[[Trajectory], Trajectory]:
 class Index:
   """Collects what has to be known of all trajectories, some 40 bytes of each."""
 
-  def __init__(self, ready: Callable[[Trajectory], Trajectory], by_task: bool):
+  def __init__(
+    self, ready: Callable[[Trajectory], Trajectory], by_task: bool, temperature: float = 1.0
+  ):
+    """temperature: of the log-probs that the update computes."""
+    self._temperature = temperature
     self.between = False  # whether a step before the last one has a reward
     self.places = array.array("q")
     self.recorded = bytearray()
@@ -225,7 +230,7 @@ class Index:
       unit = self._tasks.setdefault(trajectory.task_id, len(self._tasks))
     self._units.append(unit)
     self.places.append(place)
-    self.recorded.append(record.logprobs_known)
+    self.recorded.append(self._comparable(record))
     self._counts.append(sum(len(step.tokens) for step in trajectory.steps))
     # A digest of everything that is trained on: order, tokens, rewards and endings.
     parts = [f"{trajectory.status} {trajectory.solved} {rewards}".encode()]
@@ -235,6 +240,13 @@ class Index:
     parts += [step.logprobs.tobytes() for step in record.trajectory.steps]
     key = hashlib.blake2b(b"".join(parts), digest_size=8)
     self._keys.append(int.from_bytes(key.digest(), "little"))
+
+  def _comparable(self, record: AnnotatedTrajectory) -> bool:
+    """Whether the recorded log-probs may stand beside the update's: of a greedy conversation they
+    are all 0, and of another temperature they are of another policy."""
+    sampled_at = record.metadata.get("temperature", self._temperature)
+    chosen_freely = any(step.logprobs.any() for step in record.trajectory.steps)
+    return record.logprobs_known and sampled_at == self._temperature and chosen_freely
 
   def drop_twins(self) -> list[int]:
     """Leaves out every trajectory that equals an earlier one to the last bit; their places."""

@@ -109,6 +109,7 @@ def _records(
         "method": method,
         "budget_llm_calls": build.build_budget(parts.config),
         "llm_calls": solution.llm_calls,
+        "temperature": parts.config.evaluation.temperature,
         "rollout": k,
       }
       | {key: task.metadata[key] for key in ("subset", "query_id") if key in task.metadata}

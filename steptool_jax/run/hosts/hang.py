@@ -1,20 +1,19 @@
 """A run that makes no progress for too long ends with a sentence, whatever holds it.
 
 The loops of rollout, update, SFT and evaluation call `stamp`; a thread looks at the newest stamp.
-Where the interpreter itself is held (a tool in C code), no thread runs: then faulthandler, which
-needs none, ends the process and says where it stood. Work that has time-outs of its own, or may
-take any time, calls `rest` first: nothing is watched until the next stamp.
+Where the interpreter itself is held (a tool in C code), no thread runs: then parts/watchdog.py ends
+the process. Work that has time-outs of its own, or may take any time, calls `rest` first: nothing
+is watched until the next stamp.
 """
 
 import contextlib
 import faulthandler
 import pathlib
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 
-_LOOK_S, _BEYOND_S = 5.0, 20.0
+_LOOK_S = 5.0
 _newest: float | None = None  # time of the newest stamp; None: nothing is watched
 
 
@@ -50,7 +49,6 @@ def watched(limit_s: float, workdir: pathlib.Path, end: Callable[[str], None]) -
   finally:
     done.set()
     thread.join()
-    faulthandler.cancel_dump_traceback_later()
 
 
 def _watch(
@@ -58,9 +56,6 @@ def _watch(
 ) -> None:
   look = min(_LOOK_S, limit_s / 4)
   while True:
-    # Beyond the thread's own turn, so that it speaks first where it can.
-    if sys.__stderr__ is not None:
-      faulthandler.dump_traceback_later(limit_s + _BEYOND_S, exit=True, file=sys.__stderr__)
     started = time.monotonic()
     if done.wait(look):
       return
@@ -79,7 +74,6 @@ def _speak(limit_s: float, workdir: pathlib.Path, end: Callable[[str], None]) ->
     f"hangs; {workdir / 'error.txt'} says where; the same command goes on from the newest whole "
     "checkpoint"
   )
-  faulthandler.cancel_dump_traceback_later()
   with contextlib.suppress(OSError), (workdir / "error.txt").open("w") as file:
     file.write(f"{text}\n\n")
     file.flush()

@@ -46,7 +46,13 @@ def joined(coordinator: str, count: int, index: int) -> Iterator[None]:
     return
   with ending.Will() as will:
     will.write(ending.signed(index, f"ended before all had found each other; {_ALL}"))
-    _connect(coordinator, count, index)
+    try:
+      _connect(coordinator, count, index)
+    except OSError as error:
+      if coordinator or count > 0:
+        raise
+      # Of a pod, agreement.py refuses hosts that run alone.
+      logging.warning("no TPU metadata here (%.200s): this host runs alone", error)
     if jax.process_count() == 1:
       will.write("")
       yield
@@ -118,11 +124,18 @@ def _is_loopback(coordinator: str) -> bool:
 
 
 def _on_a_tpu() -> bool:
-  """Whether TPU chips are attached; on them jax.distributed finds the other hosts by itself."""
-  if importlib.util.find_spec("libtpu") is None or "cpu" in os.environ.get("JAX_PLATFORMS", ""):
+  """Whether TPU chips are attached; on them jax.distributed finds the other hosts by itself.
+
+  Not where the platform names this host alone, as notebooks do.
+  """
+  first = os.environ.get("JAX_PLATFORMS", "").split(",")[0]
+  if importlib.util.find_spec("libtpu") is None or first == "cpu":
     return False
-  if "," in os.environ.get("TPU_WORKER_HOSTNAMES", ""):  # GKE
+  names = [os.environ.get(f"TPU_{what}", "") for what in ("WORKER_HOSTNAMES", "PROCESS_ADDRESSES")]
+  if any("," in name for name in names):  # GKE
     return True
+  if any(names) and "MEGASCALE_NUM_SLICES" not in os.environ:
+    return False
   return any(pathlib.Path("/dev").glob("accel[0-9]*")) or any(
     pathlib.Path("/dev/vfio").glob("[0-9]*")
   )

@@ -2,11 +2,13 @@
 
 import contextlib
 import dataclasses
+import os
 import pathlib
 import signal
 from collections.abc import Iterator
 
 import jax
+from absl import logging
 from jax.sharding import Mesh
 
 from steptool_jax.config import Config, Limits
@@ -74,6 +76,19 @@ class Parts:
   stop: Stop
 
 
+def _say_devices(mesh: Mesh) -> None:
+  """What computes, and that it is not the GPU where there is one."""
+  device = mesh.devices.flat[0]
+  logging.info("devices: %d of %s (%s)", mesh.size, device.platform, device.device_kind)
+  gpus = [path for path in ("/dev/nvidia0", "/dev/dxg") if pathlib.Path(path).exists()]
+  if device.platform == "cpu" and gpus and "cpu" not in os.environ.get("JAX_PLATFORMS", ""):
+    logging.warning(
+      "this machine has a GPU (%s), and jax computes on the CPU: install the extra 'cuda' or "
+      "'cuda12', whichever fits its driver, or set JAX_PLATFORMS=cpu",
+      gpus[0],
+    )
+
+
 @contextlib.contextmanager
 def open_parts(config: Config, workdir: pathlib.Path, stop: Stop) -> Iterator[Parts]:
   """Builds all parts; everything that can be wrong with the input is found here."""
@@ -83,11 +98,12 @@ def open_parts(config: Config, workdir: pathlib.Path, stop: Stop) -> Iterator[Pa
   if jax.default_backend() == "cpu":
     allocator.keep_memory()
   mesh = build.build_mesh(config)
+  _say_devices(mesh)
   name = "frozen.txt" if hosts.primary() else f"frozen_{hosts.peers().index}.txt"
   with (
     hang.watched(config.hang_after, workdir, ending.end),
     jax.set_mesh(mesh),
-    Watchdog(workdir / name) as watchdog,
+    Watchdog(workdir / name, held_s=config.hang_after) as watchdog,
     open_services(config) as services,
     build.build_runner(config, watchdog.during) as runner,
     contextlib.ExitStack() as stack,

@@ -2,9 +2,11 @@
 
 Code in C that holds the interpreter's lock (a regular expression that backtracks for hours) stops
 all Python threads, time-outs included, and os._exit lets none of them speak. So a small process
-beside this one hears of every call, and of a thread's beat. Without a beat for a while in a call it
-names the calls in work, lets this process show where its threads are, and kills it: the same
-command goes on from the newest checkpoint. It speaks, too, when this process is gone in a call.
+beside this one hears of every call, and of a thread's beat. Without a beat for a while in a call,
+and for config.hang_after outside of one, it names the calls in work, lets this process show where
+its threads are, and kills it: the same command goes on from the newest checkpoint. It speaks, too,
+when this process is gone in a call. It counts its own time, in which neither a machine that sleeps
+nor a run that is suspended has a part.
 """
 
 import contextlib
@@ -25,21 +27,27 @@ LIMIT_S = 60.0
 _SHOW = signal.SIGUSR2  # write the threads' stacks to stderr
 # Reads lines "<number> <call>", "<number> " when it is over, "" for a beat, "bye".
 _KEEPER = """
-import os, select, signal, sys, time
-pid, limit, path, show = int(sys.argv[1]), float(sys.argv[2]), sys.argv[3], int(sys.argv[4])
+import os, select, signal, subprocess, sys, time
+pid, path, show = int(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+limit, held = float(sys.argv[4]), float(sys.argv[5])
 calls, silent, rest = {}, 0.0, b""
 
 def say(what, advice):
-  text = f"steptool_jax: {what}: {'; '.join(calls.values())}; {advice}; the same command goes on "
-  text += "from the newest checkpoint\\n"
+  named = f": {'; '.join(calls.values())}" if calls else ""
+  text = f"steptool_jax: {what}{named}; {advice}; the same command goes on from the newest "
+  text += "checkpoint\\n"
   sys.stderr.write("\\n" + text)
   sys.stderr.flush()
   with open(path, "w") as file:
     file.write(text)
 
 def asleep():
-  try:  # a process that is stopped, by Ctrl-Z for instance, is not frozen
-    return open(f"/proc/{pid}/stat").read().rpartition(")")[2].split()[0] in "Tt"
+  # A process that is stopped, by Ctrl-Z for instance, is not frozen.
+  try:
+    if os.path.exists("/proc/self/stat"):
+      return open(f"/proc/{pid}/stat").read().rpartition(")")[2].split()[0] in "Tt"
+    state = subprocess.run(["ps", "-o", "state=", "-p", str(pid)], capture_output=True, text=True)
+    return state.stdout.strip().startswith("T")
   except OSError:
     return False
 
@@ -58,10 +66,13 @@ while True:
         calls[number] = what
       else:
         calls.pop(number, None)
-  elif calls:
-    silent = 0.0 if asleep() else silent + 0.1
-    if silent > limit:
-      what = f"no Python has run for {limit:g} s, a call holds the interpreter's lock"
+  elif calls or held:
+    most = limit if calls else held
+    silent += 0.1
+    if silent > most and asleep():
+      silent = 0.0
+    if silent > most:
+      what = f"no Python has run for {most:g} s, a call holds the interpreter's lock"
       say(what, "mend the tool, or give it a time-out of its own")
       os.kill(pid, show)
       time.sleep(1)
@@ -76,15 +87,17 @@ if calls:
 class Watchdog:
   """Watches this process between `with` and its end.
 
-  report: a file that gets the sentence, too, and is said, and removed, at the next start.
+  report: a file that gets the sentence, too, and is said, and removed, at the next start. limit_s,
+  held_s: how long no Python may run in a call, and outside of one (0: as long as it likes).
   """
 
-  def __init__(self, report: pathlib.Path, limit_s: float = LIMIT_S):
+  def __init__(self, report: pathlib.Path, limit_s: float = LIMIT_S, held_s: float = 0.0):
     if report.exists():
       logging.warning("the run before this one: %s", report.read_text(errors="replace").strip())
       report.unlink()
     faulthandler.register(_SHOW, sys.__stderr__, all_threads=True)
-    self._will = Will(_KEEPER, str(os.getpid()), str(limit_s), str(report), str(int(_SHOW)))
+    arguments = (os.getpid(), report, int(_SHOW), limit_s, held_s)
+    self._will = Will(_KEEPER, *map(str, arguments))
     self._pipe = self._will.process.stdin.fileno()
     os.set_blocking(self._pipe, False)
     self._numbers, self._done = itertools.count(), threading.Event()

@@ -86,11 +86,13 @@ class Recorder:
     """advantages: by id() of the trajectory, since stored data may hold two of one name."""
     if not hosts.primary():
       return
+    sampling = self.config.rollout if split == "train" else self.config.evaluation
+    temperature = sampling.temperature
     wanted = {t.task_id for t in trajectories}
     queries = {t.id: t.query for t in self.environment.tasks(split) if t.id in wanted}
 
     def annotated(t: Trajectory) -> AnnotatedTrajectory:
-      metadata: dict[str, Any] = {"texts": token_texts(self.codec, t)}
+      metadata: dict[str, Any] = {"texts": token_texts(self.codec, t), "temperature": temperature}
       if id(t) in advantages:
         metadata["advantages"] = advantages[id(t)]
       return AnnotatedTrajectory(t, query=queries.get(t.task_id, ""), metadata=metadata)

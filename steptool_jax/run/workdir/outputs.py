@@ -4,6 +4,7 @@ import contextlib
 import json
 import pathlib
 import resource
+import sys
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -145,4 +146,5 @@ def write_summary(workdir: pathlib.Path, mode: str, figures: Mapping[str, Any]) 
 
 def peak_rss_gib() -> float:
   """Largest resident set of this process so far, GiB."""
-  return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+  unit = 1 if sys.platform == "darwin" else 2**10
+  return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
