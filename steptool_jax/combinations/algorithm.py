@@ -54,6 +54,11 @@ def _check_loss(config: Config, algorithm: Algorithm) -> None:
       "from replayed steps too, whose rewards have no penalty; leave it empty, use 'loss', or set "
       "config.critic.kind to 'ridge'"
     )
+  if algorithm.rewards == "none" and config.loss.aggregation:
+    raise ValueError(
+      f"config.loss.aggregation: {config.loss.aggregation!r}, but it belongs to RL, and algorithm "
+      f"{config.algorithm!r} imitates, token by token; leave it empty"
+    )
   if algorithm.standardises and config.loss.kl == "reward":
     raise ValueError(
       f"config.loss.kl: 'reward', but algorithm {config.algorithm!r} divides by the deviation of a "

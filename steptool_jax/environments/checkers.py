@@ -17,9 +17,11 @@ _COMMA = re.compile(r"(?<=\d),(?=\d)(?!\d{3}(?!\d))")  # of a list, and not of t
 _BRACKETS = re.compile(r"\[[-+]?\d+(?:\.\d+)?(?:,[-+]?\d+(?:\.\d+)?)+\]")  # as results are shown
 _LONG = re.compile(r"[-+]?\d{16,40}")  # whole numbers beyond a float's digits
 _ROUNDING = 1e-6
-# Scripts that put no space between words: Thai to Khmer, kana and Han.
-_UNSPACED = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u30ff\u3400-\u9fff"
-_LETTER = rf"[^\W{_UNSPACED}]"  # what may not be beside a whole word
+# Scripts that put no space between words: Thai to Khmer, hiragana and Han; katakana ends where
+# another script begins.
+_UNSPACED = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u309f\u3400-\u9fff"
+_KATAKANA = r"\u30a0-\u30ff"
+_LETTER = rf"(?:[^\W{_UNSPACED}{_KATAKANA}]|\d)"  # what may not be beside a whole word
 # A number within a text, with its sign: no part of a word, of a date or of a range.
 _WITHIN = re.compile(rf"(?<!{_LETTER})(?<![.,/-])[-+]?{_DIGITS}(?!{_LETTER}|[.,/-]\d)", re.I)
 
@@ -75,10 +77,22 @@ def same_value(answer: str | None, expected: Any, tolerance: float | None = None
 
 
 def whole_word(word: str) -> str:
-  """A pattern of `word` with no letter beside it; in a script without spaces one may be there."""
-  before = "" if re.match(f"[{_UNSPACED}]", word) else f"(?<!{_LETTER})"
-  after = "" if re.search(f"[{_UNSPACED}]$", word) else f"(?!{_LETTER})"
-  return before + re.escape(word) + after
+  """A pattern of `word` with no letter of its script beside it.
+
+  In a script without spaces nothing tells where a word ends: two characters and more may stand
+  inside of a longer word, and one alone has to stand alone.
+  """
+  before, after = (_beside(character, len(word) == 1) for character in (word[:1], word[-1:]))
+  return f"(?<!{before}){re.escape(word)}(?!{after})"
+
+
+def _beside(edge: str, alone: bool) -> str:
+  """What may not stand beside a word's edge."""
+  if re.match(rf"[{_KATAKANA}]", edge):
+    return f"[{_KATAKANA}]"
+  if re.match(rf"(?!\d)[{_UNSPACED}]", edge):
+    return r"\w" if alone else r"[^\s\S]"
+  return _LETTER
 
 
 def contains_all(answer: str, values: Sequence[str | float], query: str = "") -> bool:

@@ -128,9 +128,9 @@ ITERATIONS = {
   ),
   "staleness": Figure(NUMBER, "updates since the policy that began a conversation, the mean"),
   "importance": Figure(
-    NUMBER, "lag, carry, reuse, kv_cache: mean weight of a sampled token, after the cut"
+    NUMBER, "lag, carry, reuse, kv_cache, http: mean weight of a sampled token, after the cut"
   ),
-  "importance_cut": Figure(SHARE, "lag, carry, reuse, kv_cache: tokens whose weight was cut"),
+  "importance_cut": Figure(SHARE, "lag, carry, reuse, kv_cache, http: tokens whose weight was cut"),
   "carried": Figure("conversations", "that go on in the next iteration (rollout.carry)"),
   "outgrown": Figure("conversations", "that went on in a longer slot (rollout.long_slots)"),
   "crowded_share": Figure(SHARE, "of the slots' time in the rollout: in wait for a longer one"),

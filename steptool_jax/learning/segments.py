@@ -117,17 +117,10 @@ def starts(segment_ids_BT: jax.Array) -> jax.Array:
   return segment_ids_BT != shift_right(segment_ids_BT, -1)
 
 
-def spread(
-  x_BT: jax.Array,
-  from_BT: jax.Array,
-  to_BT: jax.Array,
-  reverse: bool = False,
-  factor: float = 1.0,
-):
-  """x at marked positions, carried to the positions `to` after them (`reverse`: before them), times
-  `factor` at each."""
+def spread(x_BT: jax.Array, from_BT: jax.Array, to_BT: jax.Array, reverse: bool = False):
+  """x at marked positions, carried to the positions `to` after them (`reverse`: before them)."""
   from_BT, to_BT = from_BT.astype(jnp.float32), to_BT.astype(jnp.float32)
-  return linear_recurrence(factor * to_BT * (1.0 - from_BT), from_BT * x_BT, reverse)
+  return linear_recurrence(to_BT * (1.0 - from_BT), from_BT * x_BT, reverse)
 
 
 def group_totals(x_BT: jax.Array, group_start_BT: jax.Array) -> jax.Array:

@@ -101,18 +101,11 @@ def gather(x_BT: jax.Array, table: StepTable) -> jax.Array:
   return jnp.where(there_BK, jnp.take_along_axis(x_BT, at_BK, axis=1), 0.0)
 
 
-def scatter(
-  values_BK: jax.Array, table: StepTable, batch: TokenBatch, gamma: float = 1.0
-) -> jax.Array:
-  """float32 [B, T]: each entry's value on all sampled tokens of its step, and where it was cut.
-
-  gamma: of a token, where GAE discounts each: V of the step's i-th token is then V / gamma^i, since
-  nothing is earned before the step's end.
-  """
+def scatter(values_BK: jax.Array, table: StepTable, batch: TokenBatch) -> jax.Array:
+  """float32 [B, T]: each entry's value on all sampled tokens of its step, and where it was cut."""
   rows, length = batch.tokens.shape
   at_BK = jnp.where(table.position >= 0, table.position, length)
   row_BK = jnp.broadcast_to(jnp.arange(rows)[:, None], at_BK.shape)
   start_BT = jnp.zeros((rows, length), jnp.float32).at[row_BK, at_BK].set(values_BK, mode="drop")
   from_BT = segments.step_starts(batch) | batch.bootstrap
-  to_BT = batch.action_mask | batch.bootstrap
-  return segments.spread(start_BT, from_BT, to_BT, factor=1.0 / gamma)
+  return segments.spread(start_BT, from_BT, batch.action_mask | batch.bootstrap)

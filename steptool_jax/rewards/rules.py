@@ -14,6 +14,7 @@ Where a demonstrated step produces a value again, the credit is its own and not 
 """
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import json
@@ -251,12 +252,13 @@ def _values(observation: Observation, goals: Set[str]) -> Iterator[str]:
 
   A value that was cut off has not been told, though a later call may know it.
   """
-  text = observation.text
-  cut = text.endswith("...") and not isinstance(observation.value, str)
-  shown = _written(text) if cut else None
-  for leaf in leaves(observation.value):
+  found = list(leaves(observation.value))
+  if observation.text.endswith("...") and not isinstance(observation.value, str):
+    shown, begun = _written(observation.text)
+    found = [leaf for leaf in found if _key(leaf) in shown] + [begun]
+  for leaf in found:
     key = _key(leaf)
-    if not key or (shown is not None and key not in shown):
+    if not key:
       continue
     yield key
     if not isinstance(leaf, str):
@@ -268,10 +270,18 @@ def _values(observation: Observation, goals: Set[str]) -> Iterator[str]:
     yield from (goal for goal in goals if len(goal) < len(key) and _mentions(leaf, goal))
 
 
-def _written(text: str) -> set[str]:
-  """Keys of the texts and numbers in JSON that is cut somewhere."""
-  parts = re.findall(r'"(?:[^"\\]|\\.)*"|-?\d+(?:\.\d+)?(?:e[-+]?\d+)?', text)
-  return {_key(json.loads(part, strict=False) if part[0] == '"' else part) for part in parts}
+def _written(text: str) -> tuple[set[str], str]:
+  """(keys of the texts and numbers in JSON that is cut somewhere, the beginning of a cut text)."""
+  keys, begun = set(), ""
+  for part in re.findall(r'"(?:[^"\\]|\\.)*(?:"|$)|-?\d+(?:\.\d+)?(?:e[-+]?\d+)?', text):
+    if part[0] != '"':
+      keys.add(_key(part))
+    elif part[-1] != '"':
+      begun = part[1:].removesuffix("...")
+    else:
+      with contextlib.suppress(ValueError):  # no JSON, but somebody's text
+        keys.add(_key(json.loads(part, strict=False)))
+  return keys, begun
 
 
 def _leaves(value: Any) -> Iterator[str]:

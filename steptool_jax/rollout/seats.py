@@ -1,7 +1,7 @@
 """Who sits in which slot of an engine."""
 
-import collections
 import dataclasses
+import itertools
 import time
 from concurrent.futures import Future
 
@@ -41,6 +41,7 @@ class Seats(dict[int, Seat]):
   def __init__(self, room: Room, processes: int):
     super().__init__()
     self.room, self.processes = room, processes
+    self._dealt: dict[range, list[int]] = {}  # the slots of a class, in the order of their use
 
   def owner(self, slot: int) -> int:
     """The process that runs the slot's tools."""
@@ -49,13 +50,17 @@ class Seats(dict[int, Seat]):
   def free(self, tokens: int, owner: int | None = None) -> int | None:
     """A free slot of the smallest class that holds so many; of this process's, if given.
 
-    Else of the process that has the fewest, so that all of them run tools.
+    Slots are dealt to the processes in turn, so that few conversations use the tools of all.
     """
-    slots = [s for s in self.room.fitting(tokens) if s not in self]
-    if owner is not None:
-      slots = [slot for slot in slots if self.owner(slot) == owner]
-    busy = collections.Counter(map(self.owner, self))
-    return min(slots, key=lambda slot: (busy[self.owner(slot)], slot), default=None)
+    fitting = self.room.fitting(tokens)
+    if fitting not in self._dealt:
+      groups = [list(group) for _, group in itertools.groupby(fitting, self.owner)]
+      turns = itertools.chain.from_iterable(itertools.zip_longest(*groups))
+      self._dealt[fitting] = [slot for slot in turns if slot is not None]
+    for slot in self._dealt[fitting]:
+      if slot not in self and owner in (None, self.owner(slot)):
+        return slot
+    return None
 
   def in_state(self, state: State) -> dict[int, Seat]:
     """Those in this state that have room in their slots."""

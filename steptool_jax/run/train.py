@@ -435,7 +435,7 @@ def _evaluate(
   figures, trajectories = rollouts.evaluate_policy(run.parts, variables, tasks, label, drawn_at)
   pass_rate = figures["pass_rate"]
   if name:
-    run.recorder.heldout(name.removeprefix("pass_rate_"), trajectories)
+    run.recorder.heldout(name.removeprefix("pass_rate_"), trajectories, drawn_at)
   if temperature is None:
     run.writer.write(run.number, "heldout", figures | run.progress.spent())
     if run.selection and run.checkpoints.holds(run.checkpoint_number):

@@ -117,6 +117,10 @@ def test_rounding_does_not_reorder_rows_that_text_tells_apart():
     ("ราคา 50 บาท", [50], True),
     ("it costs .75 now", [0.75], True),
     ("v1.75", [0.75], False),
+    ("南アメリカ", ["アメリカ"], True),
+    ("トマトソース", ["マト"], False),
+    ("合計は三十です", ["三"], False),
+    ("๑๒.๓.๔", ["๑"], False),
     ("of 3 to 9 candidates 7 have it: 5, with 2 left", [5], False),
   ],
 )

@@ -477,3 +477,28 @@ def test_a_default_may_be_written_out():
   task = Task("t", "x", "q", (ToolSpec("f", "", schema),), {"type": "exact"}, gold)
   assert marked(task, [(ToolCall("f", {"k": 1, "unit": "EUR"}), ok("ok"))]) == [FULL]
   assert marked(task, [(ToolCall("f", {"k": 1, "unit": "USD"}), ok("ok"))]) == [(1, 0)]
+
+
+def test_of_a_text_that_is_cut_its_beginning_was_obtained():
+  text = "Ann's manager is Bob Smith. " + "No more is known. " * 100
+  box = Toolbox([tool(lambda_named("look", {"content": text, "code": 7777}))])
+  seen = box.call(ToolCall("look", {}))
+  assert seen.text.endswith("...")
+  for value, marks in (("Bob Smith", FULL), ("7777", (1, 0))):
+    task = Task("t", "x", "Who?", (), {"type": "exact", "value": value})
+    assert marked(task, [(ToolCall("look", {}), seen)]) == [marks]
+
+
+def lambda_named(name, value):
+  def function() -> dict:
+    return value
+
+  function.__name__ = name
+  return function
+
+
+def test_text_that_is_no_json_of_its_value_does_no_harm():
+  """As in records that somebody else has written."""
+  task = Task("t", "x", "Who?", (), {"type": "exact", "value": "12"})
+  odd = Observation(r'{"a": "\d"} "' + r"\"" * 20_000 + "...", Code.OK, {"a": 12})
+  assert marked(task, [(ToolCall("f", {}), odd)]) == [(1, 0)]

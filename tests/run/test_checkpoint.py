@@ -4,6 +4,8 @@ import contextlib
 import json
 import logging
 import resource
+import time
+import types
 
 import jax
 import jax.numpy as jnp
@@ -264,7 +266,8 @@ def test_a_share_may_show_for_a_while_what_was_set_aside(tmp_path, monkeypatch):
     waited.pop()()
 
   monkeypatch.setattr(checkpoint.hosts, "lead", lead)
-  monkeypatch.setattr(checkpoint.time, "sleep", sleep)
+  clock = types.SimpleNamespace(monotonic=time.monotonic, sleep=sleep)
+  monkeypatch.setattr(checkpoint, "time", clock)
   checkpoints._set_aside(2)
   assert (checkpoints.holds(2), checkpoints.holds(1), waited) == (False, True, [])
   checkpoints.close()

@@ -50,11 +50,11 @@ def test_texts_of_tokens_add_up():
 
 def test_held_out_trajectories_are_bounded_and_have_queries(tmp_path):
   found = [trajectory(f"t{n}", 0, [n]) for n in range(5)]
-  recorder(tmp_path, record__heldout=3).heldout("rl", found)
+  recorder(tmp_path, record__heldout=3).heldout("rl", found, 0.3)
   kept = list(read_trajectories(tmp_path / "moments" / "heldout_rl.jsonl"))
   found = [(r.trajectory.task_id, r.query) for r in kept]
   assert found == [(f"t{n}", f"heldout {n}") for n in range(3)]
-  recorder(tmp_path, record__heldout=0).heldout("sft", found)
+  recorder(tmp_path, record__heldout=0).heldout("sft", found, 0.3)
   assert not (tmp_path / "moments" / "heldout_sft.jsonl").exists()
 
 

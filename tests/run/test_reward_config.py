@@ -124,6 +124,10 @@ PRICES = {"environment__market__prices": True}
       r"critic\.kind: 'group', but algorithm 'archer' .* use 'ridge'",
     ),
     (
+      {"algorithm": "sft", "loss__aggregation": "trajectory"},
+      r"loss\.aggregation: 'trajectory', but it belongs to RL",
+    ),
+    (
       {"algorithm": "gspo", "loss__kl": "reward"},
       r"loss\.kl: 'reward', but algorithm 'gspo' divides by the deviation",
     ),

@@ -99,8 +99,18 @@ def test_what_holds_the_interpreter_outside_of_a_call_is_ended(how, tmp_path):
     assert (process.returncode, said) == (0, "")
     return
   assert process.returncode == -signal.SIGKILL
-  assert "no Python has run for 1 s, a call holds the interpreter's lock; mend" in said
+  assert "no Python has run for 1 s, something in C holds the interpreter's lock; config" in said
   assert "in hold" in said
+
+
+def test_a_short_hang_after_ends_no_run_that_lives(tmp_path):
+  """Beats come every quarter of a minute."""
+  program = _HELD.replace("1.0, held_s=1.0", "60.0, held_s=0.2")
+  command = [sys.executable, "-c", program, str(tmp_path / "frozen.txt"), "lives"]
+  done = subprocess.run(
+    command, env=tiny.environment(), capture_output=True, text=True, timeout=60, check=False
+  )
+  assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_what_the_run_before_has_died_of_is_said_at_the_next_start(tmp_path, caplog):

@@ -125,6 +125,10 @@ def test_much_data_is_hashed_and_more_is_not_compared():
   assert state_digest(functions) != before
   texts[0] = "x" * 4999 + "y"
   assert state_digest(functions) != before
+  dates = np.array(["2024-01-01"], "M8[D]")
+  assert state_digest([lambda: dates]) is not None
+  huge = 10**5000
+  assert state_digest([lambda: huge]) is None, "Python does not write it"
   large = np.zeros(1 << 24)
   names = list(range(1_000_000))
   assert state_digest([lambda: large]) is None

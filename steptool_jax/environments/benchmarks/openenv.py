@@ -116,7 +116,7 @@ class OpenEnv:
     except (httpx.HTTPError, InfrastructureError, LookupError, TypeError, ValueError) as error:
       raise ValueError(
         f"config.environment.openenv: {address}: {type(error).__name__}: {error}; start an OpenEnv "
-        f"server there, its max_concurrent_envs at least rollout.slots ({sessions} of them here)"
+        f"server there, its max_concurrent_envs at least rollout.slots ({sessions} of this process)"
       ) from error
 
   def _get(self, path: str, method: str = "GET", body: Any = None) -> Any:

@@ -68,8 +68,7 @@ def prepare(
   if learner.fits is not None:
     returns_BK = steptable.gather(returns_BT, table)
     values_BK = learner.fits(table, returns_BK, now.values, c.critic.penalty, c.critic.folds)
-    by_token = c.advantage.level == "token" and c.advantage.gamma > 0
-    values = steptable.scatter(values_BK, table, flat, c.advantage.gamma if by_token else 1.0)
+    values = steptable.scatter(values_BK, table, flat)
   if learner.algorithm.advantage is not None:
     signal = learner.algorithm.advantage(flat, rewards_BT, values, c)
   metrics = _signal_metrics(learner, flat, returns_BT, values, signal)

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from jax import lax
 from jax.sharding import Mesh, SingleDeviceSharding
 
@@ -258,11 +259,7 @@ def save_params(
     write_file(out / VALUE_HEAD_FILE, sizes, head.__getitem__)
     write_json(out / "config.json", raw)
     ids = {key: raw[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in raw}
-    generation = {"_from_model_config": True, **ids}
-    for place in (source, model):
-      path = pathlib.Path(place or "") / "generation_config.json"
-      if place is not None and path.is_file():
-        generation = read_json(path)
+    generation = _generation(source, model) or {"_from_model_config": True, **ids}
     write_json(out / "generation_config.json", _stopping(generation, stop_id))
     if source is not None:
       carry_files(pathlib.Path(source), out)
@@ -349,6 +346,19 @@ def carry_files(source: pathlib.Path, out: pathlib.Path) -> None:
       shutil.copyfile(source / name, out / name)
   if (source / TEMPLATES).is_dir():
     shutil.copytree(source / TEMPLATES, out / TEMPLATES)
+
+
+def _generation(*places: str | pathlib.Path | None) -> dict[str, Any]:
+  """The last generation config that is there; of a broken one a warning, since weights matter."""
+  found: dict[str, Any] = {}
+  for place in places:
+    path = pathlib.Path(place or "") / "generation_config.json"
+    if place is not None and path.is_file():
+      try:
+        found = read_json(path)
+      except ValueError as error:
+        logging.warning("not carried over: %s", error)
+  return found
 
 
 def _stopping(config: Mapping[str, Any], stop_id: int | None) -> dict[str, Any]:

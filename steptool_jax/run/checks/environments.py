@@ -14,6 +14,7 @@ from steptool_jax.learning.algorithms import get_algorithm
 from steptool_jax.rewards.shaping import SHAPINGS
 from steptool_jax.run.parts import build, services, tokenizers
 from steptool_jax.run.parts.watchdog import Watchdog
+from steptool_jax.simulators.errors import InfrastructureError
 
 
 def report_on(
@@ -34,7 +35,7 @@ def report_on(
         with tokenizers.opened_format(config, environment, workdir, runner) as (format_, why):
           asked = what_is_asked(config, format_, found)
           report = checking.check(environment, asked, runner, extent, on_done)
-    except (ValueError, OSError, ImportError, RuntimeError) as error:
+    except (ValueError, OSError, ImportError, RuntimeError, InfrastructureError) as error:
       report = checking.Report((_unopened(error),), {})
       why = ""
   first = [_of_problem(p) for p in problems]

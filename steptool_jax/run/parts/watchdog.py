@@ -67,13 +67,15 @@ while True:
       else:
         calls.pop(number, None)
   elif calls or held:
-    most = limit if calls else held
+    most = limit if calls else max(held, limit)
     silent += 0.1
     if silent > most and asleep():
       silent = 0.0
     if silent > most:
-      what = f"no Python has run for {most:g} s, a call holds the interpreter's lock"
-      say(what, "mend the tool, or give it a time-out of its own")
+      what, advice = "something in C", "config.hang_after says how long it may"
+      if calls:
+        what, advice = "a call", "mend the tool, or give it a time-out of its own"
+      say(f"no Python has run for {most:g} s, {what} holds the interpreter's lock", advice)
       os.kill(pid, show)
       time.sleep(1)
       os.kill(pid, signal.SIGKILL)
@@ -88,7 +90,8 @@ class Watchdog:
   """Watches this process between `with` and its end.
 
   report: a file that gets the sentence, too, and is said, and removed, at the next start. limit_s,
-  held_s: how long no Python may run in a call, and outside of one (0: as long as it likes).
+  held_s: how long no Python may run in a call, and, where that is longer, outside of one (0: as
+  long as it likes).
   """
 
   def __init__(self, report: pathlib.Path, limit_s: float = LIMIT_S, held_s: float = 0.0):

@@ -38,11 +38,11 @@ class Recorder:
   environment: Environment
   iterations: int  # of RL, in all
 
-  def heldout(self, moment: str, trajectories: Sequence[Trajectory]) -> None:
+  def heldout(self, moment: str, trajectories: Sequence[Trajectory], temperature: float) -> None:
     """Keeps the first record.heldout of an evaluation; moment: base, sft, rl or greedy."""
     kept = trajectories[: self.config.record.heldout]
     if kept:
-      self._write(f"heldout_{moment}.jsonl", "heldout", kept, {})
+      self._write(f"heldout_{moment}.jsonl", "heldout", kept, {}, temperature)
 
   def wants(self, done: int) -> bool:
     """Whether RL iteration `done` (from 0) is kept: every so often, and the last one."""
@@ -74,7 +74,8 @@ class Recorder:
         # JSON has no NaN; the update skips such a batch.
         if id(t) in wanted and np.isfinite(values).all():
           advantages[id(t)] = _by_step(t, values)
-    self._write(f"train_{done:06d}.jsonl", "train", chosen, advantages)
+    temperature = self.config.rollout.temperature
+    self._write(f"train_{done:06d}.jsonl", "train", chosen, advantages, temperature)
 
   def _write(
     self,
@@ -82,12 +83,11 @@ class Recorder:
     split: str,
     trajectories: Sequence[Trajectory],
     advantages: Mapping[int, list[list[float]]],
+    temperature: float,
   ) -> None:
     """advantages: by id() of the trajectory, since stored data may hold two of one name."""
     if not hosts.primary():
       return
-    sampling = self.config.rollout if split == "train" else self.config.evaluation
-    temperature = sampling.temperature
     wanted = {t.task_id for t in trajectories}
     queries = {t.id: t.query for t in self.environment.tasks(split) if t.id in wanted}
 
