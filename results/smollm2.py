@@ -296,8 +296,9 @@ and 3 lost; 19 and 8), outcomes alone 12 and 6 (15 and 3; 18 and 12). Between th
 points of the same tasks, 3.5 over both seeds (-1.0 to 8.0), nothing is shown. The pass rate of
 training conversations at temperature 1 goes from a quarter to a half in seed 0, and from a third to
 two fifths in seed 1. `smollm2/report.html` has StepTool's run of seed 0, the same tasks before and
-after; its export says the same in transformers (25 of 25 turns of eight held-out conversations, by
---same-text=steptool_0). Not run: the plan of 2 to 4 calls, 300 held-out tasks and four hours.
+after; the exports say the same in transformers (25 of 25 and 27 of 27 turns of eight held-out
+conversations each, by --same-text=steptool_0 and steptool_1). Not run: the plan of 2 to 4 calls,
+300 held-out tasks and four hours.
 
 What leaves RL something to do is a start that copies surely and chooses badly. After 28 steps most
 calls are well formed, and what fails is the choice: the wrong tool first, the warehouse where the
