@@ -266,12 +266,12 @@ def _has(*names: str) -> Callable[[Codec, str], bool]:
 
 
 _is_chatml = _has("<|im_start|>", "<|im_end|>")
-_has_llama31 = _has("<|start_header_id|>", "<|eot_id|>")
 
 
 def _is_llama31(codec: Codec, template: str) -> bool:
   # Not of models that write ChatML over Llama's tokenizer.
-  return _has_llama31(codec, template) and "<|start_header_id|>" in template
+  start = "<|start_header_id|>"
+  return codec.has(start) and codec.has("<|eot_id|>") and start in template
 
 
 def _is_hermes(codec: Codec, template: str) -> bool:

@@ -34,6 +34,7 @@ class Algorithm:
   compares: it learns from differences between samples of a task.
   reference: the loss itself reads the reference policy.
   step_episodes: its advantage and returns end with each step, as if that were an episode.
+  standardises: its advantage divides by the deviation of a task's samples.
   level, kl, aggregation, ratio, surrogate: where the config's word is empty.
   """
 
@@ -192,8 +193,12 @@ def _scale(term: losses.SumAndDenominator, factor: float) -> losses.SumAndDenomi
 # --- the table -------------------------------------------------------------------------------
 
 # Without a critic: KL as a loss of its own (k3), and no trajectory weighs more for being longer.
-_GROUP: dict[str, Any] = {"compares": True, "kl": "loss", "aggregation": "trajectory"}
-_GROUP |= {"standardises": True}
+_GROUP: dict[str, Any] = {
+  "compares": True,
+  "standardises": True,
+  "kl": "loss",
+  "aggregation": "trajectory",
+}
 
 ALGORITHMS: dict[str, Algorithm] = {
   # Supervised fine-tuning on demonstrations.
