@@ -98,7 +98,7 @@ def _forward(task: Task, steps: Sequence[Step]) -> list[_Fact]:
   defaults = _defaults(task)
   gold = collections.Counter(_gold_calls(task, defaults))
   by_handle = "handles" in task.metadata
-  goals = set() if by_handle else _goals(task)
+  goals = _goals(task)
   origins: dict[str, str] = {}  # handle -> canonical call that made it
   done: set[str] = set()  # calls since the last change of state
   seen: set[str] = set()
@@ -147,8 +147,7 @@ def _forward(task: Task, steps: Sequence[Step]) -> list[_Fact]:
 
 
 def _progress(task: Task, facts: Sequence[_Fact]) -> list[bool]:
-  answers = _goal_answers(task)
-  wanted = set() if "handles" in task.metadata else _goals(task)
+  answers, wanted = _goal_answers(task), _goals(task)
   obtained: set[str] = set()
   contributions = []
   for fact in facts:
@@ -190,7 +189,10 @@ def _backward(task: Task, trajectory: Trajectory, facts: Sequence[_Fact]) -> lis
 
 
 def _goals(task: Task) -> set[str]:
-  """Values that the goal needs: arguments of demonstrated calls, and the whole answer."""
+  """Values that the goal needs: arguments of demonstrated calls, and the whole answer; none where
+  the values are a session's own handles."""
+  if "handles" in task.metadata:
+    return set()
   calls = [_leaves(call.arguments) for call in _demonstrated(task)]
   return {v for values in calls for v in values} | set(filter(None, map(_key, _goal_answers(task))))
 

@@ -125,13 +125,12 @@ class _Carrying(Loop):
 
   def _place(self, conversation: Conversation) -> int | None:
     """A slot of the process that keeps its session, where one is free."""
-    owner = self._before.get((conversation.task.id, conversation.sample))
+    owner = self._before.get(_key_of(conversation))
     kept = None if owner is None else self.seats.free(conversation.length + 1, owner)
     return super()._place(conversation) if kept is None else kept
 
   def _open(self, seat: Seat) -> None:
-    key = seat.conversation.task.id, seat.conversation.sample
-    seat.session = self._kept.pop(key, None)
+    seat.session = self._kept.pop(_key_of(seat.conversation), None)
     if seat.session is None:
       super()._open(seat)
 
@@ -151,14 +150,13 @@ class _Carrying(Loop):
     for slot, seat in list(self.seats.items()):
       spent = 0 < self._calls <= seat.conversation.turns
       if spent and seat.conversation.state is State.NEEDS_APPEND:
-        conversation = seat.conversation
-        self.owners[conversation.task.id, conversation.sample] = self.seats.owner(slot)
+        self.owners[_key_of(seat.conversation)] = self.seats.owner(slot)
         left[seat.index] = self._leave(self.seats.pop(slot))
     return left
 
   def _leave(self, seat: Seat) -> Unfinished:
     conversation, version = seat.conversation, self.sampling.weights
-    key = conversation.task.id, conversation.sample
+    key = _key_of(conversation)
     if seat.session is not None and len(self.left) < self.engine.slots:
       self.left[key] = seat.session
     else:  # enough are open, or this one is still being opened: malformed turns need none
@@ -184,6 +182,10 @@ class _Carrying(Loop):
       steps=before.steps + trajectory.steps,
       policy_version=before.policy_version,
     )
+
+
+def _key_of(conversation: Conversation) -> Key:
+  return conversation.task.id, conversation.sample
 
 
 def _key(trajectory: Trajectory) -> Key:

@@ -81,7 +81,7 @@ def open_services(config: Config) -> Iterator[Services]:
       key = secret(config.simulator.toolbench_key_variable, name)
       yield Services(answering, Judging(endpoint, config.judge.runs), key, processes=count)
       return
-    user = None
+    user = mcp = None
     if c.user.base_url:
       user = open_endpoint(c.user, "environment.user", stack)
     if c.mcp:
@@ -92,9 +92,8 @@ def open_services(config: Config) -> Iterator[Services]:
         shared=c.mcp_shared,
         timeout_s=config.rollout.tool_timeout,
       )
-      yield Services(mcp=stack.enter_context(servers), user=user, processes=count)
-    else:
-      yield Services(user=user, processes=count)
+      mcp = stack.enter_context(servers)
+    yield Services(mcp=mcp, user=user, processes=count)
 
 
 @contextlib.contextmanager
